@@ -1,0 +1,334 @@
+"""Stage 1: RLVR with LoRA, a checkpoint every 10 steps.                    Paper: Sec. 3.1, 4.1, Eq. 1, 2, 4; Table 2
+
+    accelerate launch 01_train_lora_grpo.py --config demo --run-dir runs/demo                              # a laptop
+    accelerate launch --num_processes 8 01_train_lora_grpo.py --config demo --run-dir runs/demo            # more processes
+
+Reads   the backbone (a Hugging Face folder or hub id) and problems (JSONL, {"prompt", "answer"} a line).
+Writes  <run-dir>/train/step_0010 ... step_0150   PEFT adapters in fp32
+        <run-dir>/train/metrics.jsonl, samples.jsonl, config.json, resume/, done.json
+
+One RL step: take `prompts_per_step` problems; sample `rollouts` responses to each; reward 1 where the boxed answer is right;
+advantages within each group (Eq. 2); `prompts_per_step / mini_batch` optimizer updates on the clipped loss (Eq. 1).
+
+The same command again goes on after the last saved step, and gets what an uninterrupted run gets, bit for bit on a CPU: all
+randomness is a function of (seed, step), so there is no generator state to lose. A larger --steps extends a finished run.
+
+Left out: value networks, reward models, multi-turn, packing, warm-up and decay (the paper names none of them).
+"""
+import contextlib
+import dataclasses
+import math
+import pathlib
+import time
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from common import config as configs
+from common import data, grpo, policy, rollout, run_dir, verifier
+from common.run_dir import UserError
+
+
+def option(default, text):
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass
+class TrainConfig(configs.StageConfig):
+    """Defaults are Table 2 of the paper; what the paper leaves open is marked (open) and follows verl."""
+
+    backbone: str = option("Qwen/Qwen2.5-1.5B-Instruct", "the model to train: folder or hub id (paper: Qwen2.5-{1.5B,3B,7B,14B}-Instruct)")
+    train_data: str = option("data/train.jsonl", "problems, a JSONL file (paper: DAPO-Math-17k)")
+    prompt_template: str = option("{prompt}", "the user turn around a problem (open)")
+    system_prompt: str = option("", "the system turn, none if empty (open)")
+    algorithm: Literal["grpo"] = option("grpo", "how advantages are computed (paper: grpo, Eq. 2)")
+    steps: int = option(150, "RL steps in all (paper: 150 before the jump, 250 and 400 for reference)")
+    save_every: int = option(10, "steps between checkpoints (paper: 10)")
+    prompts_per_step: int = option(128, "problems a step (paper: train batch size 128)")
+    mini_batch: int = option(32, "problems an optimizer update (paper: mini batch size 32, so 4 updates a step)")
+    rollouts: int = option(8, "responses a problem, G of Eq. 1 (paper: 8)")
+    temperature: float = option(1.0, "sampling temperature (paper: 1.0)")
+    top_p: float = option(1.0, "nucleus sampling; only 1.0 leaves the gradient unbiased (paper: 1.0)")
+    max_prompt_tokens: int = option(1024, "longest prompt allowed (paper: 1024)")
+    max_new_tokens: int = option(4096, "longest response; one cut there gets reward 0 (paper: 4096)")
+    learning_rate: float = option(5e-6, "of AdamW, constant (paper: 5e-6 with LoRA)")
+    weight_decay: float = option(0.0, "of AdamW (open)")
+    max_grad_norm: float = option(1.0, "gradient clipping (open)")
+    lora_rank: int = option(64, "r of Eq. 4 (paper: 64)")
+    lora_alpha: float = option(32.0, "scale alpha / r on B A (paper: 32)")
+    clip_low: float = option(0.2, "epsilon of Eq. 1 downwards (open)")
+    clip_high: float = option(0.2, "epsilon of Eq. 1 upwards (open)")
+    loss_aggregation: Literal["token", "seq"] = option("token", "mean over tokens, or over tokens and then responses as in Eq. 1 (open: verl's is token)")
+    kl_coef: float = option(0.0, "beta of Eq. 1, k3 estimator against the backbone; 0 is off (open)")
+    importance_cap: float = option(0.0, "truncated importance weight between engine and trainer, e.g. 2; 0 is off (open)")
+    max_logprob_gap: float = option(1.0, "stop if the mean |log-prob| gap between engine and trainer exceeds this")
+    micro_tokens: int = option(16384, "padded tokens in one forward pass: memory, not results")
+    verifier_seconds: float = option(5.0, "time limit for one answer")
+    mixed_precision: Literal["auto", "no", "bf16"] = option("auto", "autocast; auto is bf16 on a GPU and none on a CPU")
+    resume_every: int = option(10, "steps between states that an interrupted run goes on from")
+    log_every: int = option(1, "steps between console lines; every step is in metrics.jsonl")
+    report_to: str = option("", "an accelerate tracker (tensorboard, wandb), none if empty")
+    seed: int = option(0, "of LoRA's A, the order of problems, and every rollout")
+
+    def __post_init__(self):
+        if self.prompts_per_step % self.mini_batch:
+            raise UserError(f"prompts_per_step ({self.prompts_per_step}) must be a multiple of mini_batch ({self.mini_batch})")
+        if self.top_p != 1.0:
+            raise UserError(f"top_p {self.top_p} in training biases the importance ratio by the probability mass it cuts off; set it to 1.0")
+        for name in ("steps", "save_every", "prompts_per_step", "mini_batch", "rollouts", "max_new_tokens", "lora_rank", "resume_every", "log_every", "temperature"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} must be positive, not {getattr(self, name)}")
+
+
+MAY_CHANGE = ("steps", "resume_every", "log_every", "report_to", "micro_tokens", "max_logprob_gap", "verifier_seconds")  # when a run goes on
+
+
+class Timer:
+    """Seconds by phase of one step."""
+
+    def __init__(self):
+        self.seconds = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str):
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# One RL step in four parts: rollouts with rewards, advantages, old log-probabilities, updates
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Batch:
+    """What one process sampled in one step, a sequence an entry; sequence i answers prompt i // rollouts."""
+
+    prompts: list[list[int]]  # token ids
+    completions: list[list[int]]  # token ids, the end token included
+    finished: list[bool]
+    engine_logprobs: list[torch.Tensor]  # [tokens of the completion]
+    rewards: torch.Tensor  # [prompts, rollouts]
+    updates: list[list[int]]  # for each optimizer update, the sequences it trains on
+    old_logprobs: list[torch.Tensor] | None = None  # like engine_logprobs, by the trainer
+    reference_logprobs: list[torch.Tensor] | None = None
+
+
+def sample(cfg: TrainConfig, step: int, engine, judge, problems, prompts, tokenizer, accelerator, timer) -> tuple[Batch, list[dict]]:
+    """Rollouts and rewards. The step's problems are dealt to the processes update by update, so every update sees all of them."""
+    order = data.prompt_order(len(problems), cfg.prompts_per_step, step, cfg.seed)
+    mine = [order[i] for i in range(accelerator.process_index, cfg.prompts_per_step, accelerator.num_processes)]
+    expanded = [(index, sample_id) for index in mine for sample_id in range(cfg.rollouts)]
+    with timer("rollout"):
+        rollouts = engine.generate(
+            [prompts[index] for index, _ in expanded], [rollout.sequence_seed(cfg.seed, step, *pair) for pair in expanded],
+            cfg.max_new_tokens, cfg.temperature,
+        )
+    with timer("reward"):
+        texts = tokenizer.batch_decode([r.tokens for r in rollouts], skip_special_tokens=True)
+        golds = [problems[index].answer for index, _ in expanded]
+        rewards = judge.score(texts, golds, [r.finished for r in rollouts])
+    per_update = len(expanded) * cfg.mini_batch // cfg.prompts_per_step
+    batch = Batch(
+        prompts=[prompts[index] for index, _ in expanded],
+        completions=[r.tokens for r in rollouts],
+        finished=[r.finished for r in rollouts],
+        engine_logprobs=[torch.tensor(r.logprobs, device=accelerator.device) for r in rollouts],
+        rewards=torch.tensor(rewards).view(-1, cfg.rollouts),
+        updates=[list(range(start, start + per_update)) for start in range(0, len(expanded), per_update)],
+    )
+    shown = [{"step": step, "prompt": problems[index].prompt, "response": text, "answer": problems[index].answer, "reward": reward}
+             for (index, _), text, reward in zip(expanded[:: cfg.rollouts], texts[:: cfg.rollouts], rewards[:: cfg.rollouts], strict=True)][:4]
+    return batch, shown
+
+
+def micro_batches(batch: Batch, sequences: list[int], budget: int) -> list[list[int]]:
+    """`sequences` sorted by length and cut so that no part has over `budget` padded tokens (but at least one sequence each)."""
+    length = {i: len(batch.prompts[i]) + len(batch.completions[i]) for i in sequences}
+    parts = []
+    for i in sorted(sequences, key=length.__getitem__):
+        if parts and length[i] * (len(parts[-1]) + 1) <= budget:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    return parts
+
+
+@torch.no_grad()
+def score_rollouts(cfg: TrainConfig, model, batch: Batch, accelerator) -> dict:
+    """Fills in the old log-probabilities (and the backbone's, if there is a KL term); returns sums for the metrics."""
+    sequences = list(range(len(batch.completions)))
+    batch.old_logprobs = [None] * len(sequences)
+    batch.reference_logprobs = [None] * len(sequences) if cfg.kl_coef else None
+    sums = {"entropy": 0.0, "gap": 0.0, "gap_max": 0.0, "kl": 0.0}
+    for part in micro_batches(batch, sequences, cfg.micro_tokens):
+        prompts, completions = [batch.prompts[i] for i in part], [batch.completions[i] for i in part]
+        with accelerator.autocast():
+            logprobs, entropy = policy.token_logprobs(model, prompts, completions, cfg.temperature, with_entropy=True)
+            if cfg.kl_coef:
+                with model.disable_adapter():
+                    reference, _ = policy.token_logprobs(model, prompts, completions, cfg.temperature)
+        lengths = [len(c) for c in completions]
+        gap = (logprobs - torch.cat([batch.engine_logprobs[i] for i in part])).abs()
+        sums["entropy"] += entropy.sum().item()
+        sums["gap"] += gap.sum().item()
+        sums["gap_max"] = max(sums["gap_max"], gap.max().item())
+        for i, old in zip(part, logprobs.split(lengths), strict=True):
+            batch.old_logprobs[i] = old
+        if cfg.kl_coef:
+            sums["kl"] += (logprobs - reference).sum().item()
+            for i, ref in zip(part, reference.split(lengths), strict=True):
+                batch.reference_logprobs[i] = ref
+    return sums
+
+
+def update(cfg: TrainConfig, model, optimizer, batch: Batch, advantages: torch.Tensor, sequences: list[int], accelerator) -> dict:
+    """One optimizer update on the given sequences of this process and the same share of every other process."""
+    lengths = torch.tensor([len(batch.completions[i]) for i in sequences])
+    everywhere = accelerator.reduce(torch.tensor([float(lengths.sum()), float(len(lengths))], device=accelerator.device), "sum")
+    share = lengths.sum() / everywhere[0].cpu() if cfg.loss_aggregation == "token" else len(lengths) / everywhere[1].cpu()
+    weights = dict(zip(sequences, (grpo.token_weights(lengths, cfg.loss_aggregation) * share).split(lengths.tolist()), strict=True))
+    stats = {"loss": 0.0, "clip_share": 0.0}
+    for part in micro_batches(batch, sequences, cfg.micro_tokens):
+        with accelerator.autocast():
+            logprobs, _ = policy.token_logprobs(model, [batch.prompts[i] for i in part], [batch.completions[i] for i in part], cfg.temperature)
+        old = torch.cat([batch.old_logprobs[i] for i in part])
+        weight = torch.cat([weights[i] for i in part]).to(old.device)  # [tokens]
+        advantage = torch.cat([advantages[i].expand(len(batch.completions[i])) for i in part]).to(old.device)  # [tokens]
+        if cfg.importance_cap:
+            weight = weight * grpo.rollout_correction(old, torch.cat([batch.engine_logprobs[i] for i in part]), cfg.importance_cap)
+        loss, clipped = grpo.clipped_loss(logprobs, old, advantage, weight, cfg.clip_low, cfg.clip_high)
+        if cfg.kl_coef:
+            loss = loss + cfg.kl_coef * grpo.k3_kl(logprobs, torch.cat([batch.reference_logprobs[i] for i in part]), weight)
+        loss.backward()
+        stats["loss"] += loss.item()
+        stats["clip_share"] += clipped.item()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if accelerator.num_processes > 1:  # the weights already add up to 1 over all processes, so gradients add up too
+        for parameter in trained:
+            parameter.grad = accelerator.reduce(parameter.grad, "sum")
+    stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, cfg.max_grad_norm).item()
+    if not (math.isfinite(stats["loss"]) and math.isfinite(stats["grad_norm"])):
+        raise FloatingPointError(f"loss {stats['loss']}, gradient norm {stats['grad_norm']}")
+    optimizer.step()
+    optimizer.zero_grad()
+    return stats
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: pathlib.Path, first_step: int, info: dict) -> None:
+    """RL steps first_step + 1 ... cfg.steps on `model` (a PEFT policy), everything under `folder`. Stage 5 calls it too."""
+    problems = data.load_problems(cfg.path(cfg.train_data))
+    prompts = data.encode_prompts(problems, tokenizer, cfg.prompt_template, cfg.system_prompt, cfg.max_prompt_tokens, cfg.train_data)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
+    start = policy.load_resume(folder, model, optimizer) or first_step
+    metrics = run_dir.StepLog(folder / "metrics.jsonl", keep_to=start, active=accelerator.is_main_process)
+    samples = run_dir.StepLog(folder / "samples.jsonl", keep_to=start, active=accelerator.is_main_process)
+    engine = rollout.HFEngine(model, tokenizer)
+    judge = verifier.Verifier(cfg.verifier_seconds)
+    accelerator.print(f"first prompt: {tokenizer.decode(prompts[0])!r}  answer: {problems[0].answer!r}")
+    if start > first_step:
+        accelerator.print(f"going on after step {start}")
+    bar = tqdm(range(start + 1, cfg.steps + 1), initial=start - first_step, total=cfg.steps - first_step, unit="step",
+               desc=folder.name, disable=None if accelerator.is_main_process else True)
+    for step in bar:
+        timer, began = Timer(), time.perf_counter()
+        batch, shown = sample(cfg, step, engine, judge, problems, prompts, tokenizer, accelerator, timer)  # rollout, reward
+        advantages = grpo.ADVANTAGES[cfg.algorithm](batch.rewards).flatten()  # [sequences]
+        with timer("logprob"):
+            sums = score_rollouts(cfg, model, batch, accelerator)
+        with timer("update"):
+            try:
+                stats = [update(cfg, model, optimizer, batch, advantages, sequences, accelerator) for sequences in batch.updates]
+            except FloatingPointError as error:
+                raise UserError(f"step {step} has a non-finite {error}; the last checkpoint in {folder} is good: lower the learning rate") from error
+        line = {"step": step, **step_metrics(cfg, batch, sums, stats, judge, accelerator)}
+        if line["logprob_gap_mean"] > cfg.max_logprob_gap:
+            raise UserError(f"step {step}: engine and trainer disagree by {line['logprob_gap_mean']:.3f} nats a token (limit "
+                            f"{cfg.max_logprob_gap}): stale weights, another temperature, or a head that post-processes its logits")
+        with timer("save"):
+            if step % cfg.save_every == 0 or step == cfg.steps:
+                accelerator.wait_for_everyone()
+                if accelerator.is_main_process:
+                    policy.save_lora(model, folder / f"step_{step:04d}", {"step": step, **info})
+        seconds = time.perf_counter() - began
+        line |= {"seconds": round(seconds, 4), "tokens_per_second": round(line["tokens"] / seconds, 1),
+                 "seconds_by_phase": {name: round(value, 4) for name, value in timer.seconds.items()}}
+        metrics.append(line)
+        for row in shown if step % cfg.save_every == 0 else []:
+            samples.append(row)
+        if (step % cfg.resume_every == 0 or step == cfg.steps) and accelerator.is_main_process:
+            policy.save_resume(folder, step, model, optimizer)
+        accelerator.log({key: value for key, value in line.items() if isinstance(value, int | float)}, step=step)
+        bar.set_postfix(acc=f"{line['accuracy']:.2f}", len=f"{line['response_length']:.0f}", refresh=False)
+        if accelerator.is_main_process and (step % cfg.log_every == 0 or step == cfg.steps):
+            bar.write(console_line(line, cfg.steps))
+    judge.close()
+
+
+def step_metrics(cfg: TrainConfig, batch: Batch, sums: dict, stats: list[dict], judge, accelerator) -> dict:
+    """The metrics of one step over all processes; the README's glossary explains each."""
+    tokens = sum(map(len, batch.completions))
+    spread = batch.rewards.max(1).values - batch.rewards.min(1).values
+    local = [tokens, len(batch.completions), batch.rewards.sum().item(), len(batch.finished) - sum(batch.finished), (spread == 0).sum().item(),
+             len(spread), sums["entropy"], sums["gap"], sums["kl"], judge.timeouts, judge.errors, *[s["loss"] for s in stats], *[s["clip_share"] for s in stats]]
+    total = accelerator.reduce(torch.tensor(local, dtype=torch.float32, device=accelerator.device), "sum").tolist()
+    tokens, sequences, reward, cut, flat, groups, entropy, gap, kl, timeouts, errors = total[:11]
+    gap_max = accelerator.gather(torch.tensor([sums["gap_max"]], device=accelerator.device)).max().item()
+    values = {
+        "reward": reward / sequences, "accuracy": reward / sequences, "response_length": tokens / sequences, "truncated_share": cut / sequences,
+        "zero_variance_groups": flat / groups, "loss": sum(total[11 : 11 + len(stats)]) / len(stats),
+        "clip_share": sum(total[11 + len(stats) :]) / len(stats), "kl": kl / tokens if cfg.kl_coef else None, "entropy": entropy / tokens,
+        "logprob_gap_mean": gap / tokens, "logprob_gap_max": gap_max, "grad_norm": sum(s["grad_norm"] for s in stats) / len(stats),
+        "learning_rate": cfg.learning_rate, "tokens": int(tokens), "verifier_timeouts": int(timeouts), "verifier_errors": int(errors),
+    }
+    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in values.items() if value is not None}
+
+
+def console_line(line: dict, last: int) -> str:
+    phases = " ".join(f"{name} {value:.2f}" for name, value in line["seconds_by_phase"].items())
+    return (f"step {line['step']}/{last}  accuracy {line['accuracy']:.3f}  length {line['response_length']:.1f}  cut {line['truncated_share']:.2f}  "
+            f"flat {line['zero_variance_groups']:.2f}  clip {line['clip_share']:.3f}  entropy {line['entropy']:.2f}  gap {line['logprob_gap_mean']:.0e}  "
+            f"grad {line['grad_norm']:.2f}  {line['seconds']:.2f} s ({phases})")
+
+
+def start_accelerator(cfg: TrainConfig, folder: pathlib.Path) -> Accelerator:
+    """Process group, device, precision and tracker."""
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    precision = ("bf16" if torch.cuda.is_available() else "no") if cfg.mixed_precision == "auto" else cfg.mixed_precision
+    accelerator = Accelerator(mixed_precision=precision, log_with=cfg.report_to or None, project_dir=folder)
+    if cfg.mini_batch % accelerator.num_processes:
+        raise UserError(f"mini_batch ({cfg.mini_batch}) must be a multiple of the number of processes ({accelerator.num_processes})")
+    if cfg.report_to:
+        accelerator.init_trackers("next", config=configs.as_dict(cfg))
+    return accelerator
+
+
+def main() -> None:
+    cfg = configs.parse(TrainConfig, "train", __doc__)
+    folder = pathlib.Path(cfg.run_dir) / "train"
+    accelerator = start_accelerator(cfg, folder)
+    stage = run_dir.Stage(folder, configs.as_dict(cfg), inputs=[cfg.path(cfg.train_data)], may_change=MAY_CHANGE)
+    with accelerator.main_process_first():
+        if stage.is_done(cfg.overwrite, at_least=("steps", cfg.steps), writer=accelerator.is_main_process):
+            return
+    backbone, tokenizer = policy.load_backbone(cfg.path(cfg.backbone))
+    info = {"backbone": cfg.backbone, "backbone_fingerprint": policy.fingerprint(backbone)}
+    model = policy.add_lora(backbone, cfg.lora_rank, cfg.lora_alpha, cfg.seed).to(accelerator.device)
+    train(cfg, model, tokenizer, accelerator, folder, first_step=0, info=info)
+    if accelerator.is_main_process:
+        stage.finish()
+        print(f"done: {cfg.steps} steps, checkpoints in {folder}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    configs.run_stage(main)

@@ -1,0 +1,1 @@
+"""Helpers of the six stages, a file a job."""

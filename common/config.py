@@ -1,0 +1,143 @@
+"""One resolved config a stage: dataclass defaults, then the preset (YAML), then the command line.
+
+A preset is one file for a whole experiment, with a section a stage (`shared` goes to every stage that has the key). Types come from
+the dataclass, through `transformers.HfArgumentParser`; an unknown key or flag is an error that names the nearest known one.
+"""
+import argparse
+import dataclasses
+import difflib
+import os
+import pathlib
+import sys
+import types
+import typing
+
+import yaml
+from transformers import HfArgumentParser
+
+from common.run_dir import UserError
+
+PRESETS = pathlib.Path(__file__).parent / "presets"
+
+
+@dataclasses.dataclass
+class StageConfig:
+    """What every stage takes."""
+
+    config: str | None = dataclasses.field(default=None, metadata={"help": "preset: a name in common/presets or a path to a YAML file"})
+    run_dir: str = dataclasses.field(default="runs/default", metadata={"help": "the run directory, read and written by all stages"})
+    overwrite: bool = dataclasses.field(default=False, metadata={"help": "do this stage again, discarding what it made before"})
+    threads: int = dataclasses.field(default=0, metadata={"help": "CPU threads of torch; 0 leaves it to torch. Small models want 1"})
+
+    def path(self, value: str) -> str:
+        """`value` with the run directory filled in: "{run_dir}/backbone" -> "runs/demo/backbone"."""
+        return value.replace("{run_dir}", self.run_dir)
+
+
+class _Help(argparse.HelpFormatter):
+    """One line an option: name, help, default."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=34, width=160)
+
+    def _get_help_string(self, action):
+        # a preset's value has become the default by now, so --config X --help shows the experiment's own numbers
+        return action.help if action.default in (None, argparse.SUPPRESS) else f"{action.help} [%(default)s]"
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """`; did you mean X?`, or the list of what is known when nothing is near."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+
+
+def load_preset(name: str) -> dict:
+    """The preset as a dict of sections. `name` is a file, or the name of one in common/presets."""
+    path = pathlib.Path(name)
+    if not path.suffix and not path.exists():
+        path = PRESETS / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"preset {name} not found; {nearest(name, (p.stem for p in PRESETS.glob('*.yaml')))}")
+    try:
+        preset = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(preset, dict) or not all(isinstance(section, dict) for section in preset.values()):
+        raise UserError(f"{path}: a preset is a mapping of sections (train, extract, ...), each a mapping of keys to values")
+    return preset
+
+
+def _matches(value: object, kind: object) -> bool:
+    """Whether a YAML value is what the field's annotation says (an int will do for a float)."""
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(value, option) for option in typing.get_args(kind))
+    if origin is typing.Literal:
+        return value in typing.get_args(kind)
+    if origin is list:
+        return isinstance(value, list) and all(_matches(item, typing.get_args(kind)[0]) for item in value)
+    if kind is types.NoneType:
+        return value is None
+    return type(value) is kind
+
+
+def preset_values(cls: type, preset: dict, section: str, source: str) -> dict:
+    """The values of `preset` that belong to the config class `cls`, checked for names and types."""
+    kinds = typing.get_type_hints(cls)
+    values = {key: value for key, value in preset.get("shared", {}).items() if key in kinds}
+    for key, value in preset.get(section, {}).items():
+        if key not in kinds:
+            raise UserError(f"{source}: unknown key '{key}' in section {section}; {nearest(key, kinds)}")
+        values[key] = value
+    for key, value in values.items():
+        if not _matches(value, kinds[key]):
+            wanted = getattr(kinds[key], "__name__", None) if isinstance(kinds[key], type) else str(kinds[key]).replace("typing.", "")
+            raise UserError(f"{source}: {section}.{key} must be {wanted}, not {value!r}")
+    return values
+
+
+def parse(cls: type[StageConfig], section: str, description: str, argv: list[str] | None = None) -> StageConfig:
+    """The resolved config of a stage: defaults of `cls`, overridden by the preset's `section`, overridden by the flags in `argv`."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _Parser(cls, description=description, formatter_class=_Help, allow_abbrev=False)
+    for action in parser._actions:  # HfArgumentParser adds --run-dir beside --run_dir; show the first form only
+        dashed = [option for option in action.option_strings if "_" not in option]
+        action.option_strings = dashed or action.option_strings
+        action.metavar = action.metavar or ("" if action.nargs == 0 or action.choices or not action.dest else action.dest.split("_")[-1].upper())
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config")
+    name = early.parse_known_args(argv)[0].config
+    if name:
+        parser.set_defaults(**preset_values(cls, load_preset(name), section, f"preset {name}"))
+    config, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
+    if unknown:
+        known = [option for option in parser._option_string_actions if option.startswith("--")]
+        raise UserError(f"unknown option {unknown[0]}; {nearest(unknown[0].split('=')[0], known)}")
+    return config
+
+
+def as_dict(config: StageConfig, leave_out: typing.Iterable[str] = ()) -> dict:
+    """The config as plain values, without what says where and how to run rather than what to compute."""
+    skip = {"config", "run_dir", "overwrite", "threads", *leave_out}
+    return {key: value for key, value in dataclasses.asdict(config).items() if key not in skip}
+
+
+def run_stage(main: typing.Callable[[], None]) -> None:
+    """Calls a stage's `main`; a UserError becomes one line on stderr and exit code 2, Ctrl-C a hint and exit code 130."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\nstopped: type the same command to go on from the last complete step", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,134 @@
+"""The policy: a frozen backbone with LoRA on all its linear layers; its checkpoints, and the log-probabilities of given tokens."""
+import contextlib
+import hashlib
+import json
+import pathlib
+import shutil
+
+import safetensors.torch
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common.run_dir import UserError, atomic_dir, atomic_write_text, read_json
+
+HEAD_CHUNK = 4096  # tokens whose [tokens, vocabulary] logits exist at one time
+
+
+@contextlib.contextmanager
+def _loading(what: str, hint: str):
+    """Turns what the libraries raise on a broken or missing folder into one line that names it."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, safetensors.SafetensorError) as error:
+        raise UserError(f"cannot load {what}: {str(error).strip().splitlines()[0][:300]}; {hint}") from error
+
+
+def load_backbone(name: str, dtype: torch.dtype | str = "auto"):
+    """The backbone (a folder or a hub id) with its tokenizer; dtype "auto" is the checkpoint's own. Frozen, safetensors only."""
+    hint = "want a Hugging Face folder with safetensors weights, or a hub id"
+    if not pathlib.Path(name).is_dir() and (name.startswith((".", "/", "runs/")) or name.count("/") > 1):
+        raise UserError(f"backbone folder {name} not found; {hint}")
+    with _loading(f"backbone {name}", hint):
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    return model.requires_grad_(False), tokenizer
+
+
+def fingerprint(backbone) -> str:
+    """16 hex digits that tell two backbones apart: a hash over every parameter's name, shape, dtype and first 64 values."""
+    digest = hashlib.sha256()
+    for name, parameter in backbone.named_parameters():
+        head = parameter.detach().flatten()[:64].float().cpu().numpy().tobytes()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + head)
+    return digest.hexdigest()[:16]
+
+
+def add_lora(backbone, rank: int, alpha: float, seed: int):
+    """A new LoRA (B = 0, A Kaiming-uniform, fp32) on all linear layers but the head. Eq. 4: h = W x + (alpha / rank) B A x."""
+    torch.manual_seed(seed)
+    return get_peft_model(backbone, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def load_lora(backbone, folder: str | pathlib.Path):
+    """The adapter in `folder` on the backbone, trainable. Refuses one that was trained on another backbone."""
+    folder = pathlib.Path(folder)
+    made_on = checkpoint_info(folder).get("backbone_fingerprint")
+    if made_on and made_on != fingerprint(backbone):
+        raise UserError(f"adapter {folder} was trained on another backbone ({checkpoint_info(folder)['backbone']}) than the one given")
+    with _loading(f"adapter {folder}", "the checkpoint is broken: delete it and resume the stage that wrote it"):
+        return PeftModel.from_pretrained(backbone, folder, is_trainable=True)
+
+
+def checkpoint_info(folder: pathlib.Path) -> dict:
+    """What `save_lora` noted beside an adapter (step, backbone, fingerprint); empty for an adapter that others made."""
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder} is not an adapter checkpoint (no adapter_config.json)")
+    path = folder / "checkpoint.json"
+    return read_json(path, "the stage that wrote this checkpoint") if path.is_file() else {}
+
+
+def save_lora(policy, folder: pathlib.Path, info: dict) -> None:
+    """Saves the adapter in fp32 as PEFT lays it out, with `info` in checkpoint.json, all or nothing."""
+    with atomic_dir(folder, overwrite=True) as temporary:
+        policy.save_pretrained(temporary, save_embedding_layers=False)
+        atomic_write_text(temporary / "checkpoint.json", json.dumps(info))
+
+
+def token_logprobs(policy, prompts: list[list[int]], completions: list[list[int]], temperature: float, with_entropy: bool = False):
+    """Log-probability (nats, fp32) of every completion token given what is before it, at the sampling temperature.
+
+    Returns (logprobs, entropies), both flat [total completion tokens], sequence after sequence; entropies is None unless asked for.
+    Only completion positions reach the head, in chunks that are recomputed in the backward pass: no [batch, time, vocabulary]
+    tensor ever exists. Rows are padded on the right, where causal attention never looks, so no mask is needed.
+    """
+    model = policy.get_base_model()
+    rows = [p + c for p, c in zip(prompts, completions, strict=True)]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=policy.device)  # [sequences, width]
+    at = [(i, len(p) + t - 1) for i, (p, c) in enumerate(zip(prompts, completions, strict=True)) for t in range(len(c))]
+    row, column = torch.tensor(at, device=policy.device).T  # the position that predicts each completion token
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[row, column]  # [tokens, hidden]
+    targets = ids[row, column + 1]
+    logprobs, entropies = [], []
+    for part, wanted in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
+        one = checkpoint(_head, model.get_output_embeddings(), part, wanted, temperature, with_entropy, use_reentrant=False)
+        logprobs.append(one[0])
+        entropies.append(one[1])
+    return torch.cat(logprobs), torch.cat(entropies) if with_entropy else None
+
+
+def _head(head, hidden, targets, temperature, with_entropy):
+    logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # [tokens, vocabulary]
+    entropy = -(logprobs.exp() * logprobs).sum(-1) if with_entropy else None
+    return logprobs.gather(1, targets[:, None])[:, 0], entropy
+
+
+def save_resume(folder: pathlib.Path, step: int, policy, optimizer) -> None:
+    """What an interrupted run goes on from: folder/resume/step_NNNN with the trained weights and the optimizer. Older ones go."""
+    with atomic_dir(folder / "resume" / f"step_{step:04d}", overwrite=True) as temporary:
+        weights = {name: p.detach().contiguous() for name, p in policy.named_parameters() if p.requires_grad}
+        safetensors.torch.save_file(weights, temporary / "weights.safetensors")
+        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+    for old in (folder / "resume").glob("step_*"):
+        if old.name != f"step_{step:04d}":
+            shutil.rmtree(old)
+
+
+def load_resume(folder: pathlib.Path, policy, optimizer) -> int | None:
+    """Puts back the newest state that `save_resume` left; returns its step, None if there is none."""
+    states = sorted((folder / "resume").glob("step_*"))
+    if not states:
+        return None
+    with _loading(f"resume state {states[-1]}", "it is broken: start the stage again with --overwrite"):
+        weights = safetensors.torch.load_file(states[-1] / "weights.safetensors")
+        optimizer_state = torch.load(states[-1] / "optimizer.pt", weights_only=True, map_location="cpu")
+        trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        if weights.keys() != trained.keys():
+            raise ValueError("its tensors are not this policy's")
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(weights[name])
+        optimizer.load_state_dict(optimizer_state)
+    return int(states[-1].name.removeprefix("step_"))

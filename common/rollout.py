@@ -1,0 +1,97 @@
+"""Rollouts: sampled responses with the log-probability of every sampled token.
+
+Every sequence has a seed of its own (`sequence_seed`), so what is sampled does not depend on the batch it is sampled in, on the
+number of processes, or on what was sampled before: a resumed run draws what the uninterrupted one would have.
+"""
+import dataclasses
+import hashlib
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
+
+
+@dataclasses.dataclass
+class Rollout:
+    """One response: its token ids (with the end token if it got there), their log-probabilities (nats), and whether it ended."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+def sequence_seed(*parts: int) -> int:
+    """A 63-bit seed from (run seed, step, problem, sample): a hash, so that neighbours have nothing in common."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+class _SeededSampler(LogitsProcessor):
+    """Samples inside the logits chain: token = inverse CDF of the softmax at one uniform number a (sequence, position).
+
+    Returns scores in which only the drawn token is finite, so that `generate` in greedy mode takes it, and keeps the log-probability
+    of each draw. temperature and top_p are applied here, in this order, before the draw.
+    """
+
+    def __init__(self, seeds: list[int], max_new_tokens: int, temperature: float, top_p: float, device: torch.device):
+        draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
+        self.uniform = torch.stack(draws).to(device)  # [sequences, max_new_tokens]
+        self.temperature = temperature
+        self.warper = TopPLogitsWarper(top_p) if top_p < 1 else None
+        self.logprobs = []  # one [sequences] a position
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        scores = scores.float() / self.temperature  # [sequences, vocabulary]
+        if self.warper:
+            scores = self.warper(input_ids, scores)
+        logprobs = scores.log_softmax(-1)
+        cdf = logprobs.double().exp().cumsum(-1)
+        target = self.uniform[:, len(self.logprobs), None] * cdf[:, -1:]  # the total is 1 but for rounding
+        token = torch.searchsorted(cdf, target, right=True).clamp_max(scores.shape[-1] - 1)  # [sequences, 1]
+        self.logprobs.append(logprobs.gather(1, token)[:, 0])
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+class HFEngine:
+    """The embedded engine: `transformers.generate` on the very model that is trained. No second copy of the weights, nothing to sync.
+
+    For small models and for teaching; at paper size vLLM is many times faster.
+    """
+
+    def __init__(self, policy, tokenizer, batch_size: int = 512):
+        self.policy, self.batch_size = policy, batch_size
+        ends = policy.generation_config.eos_token_id
+        ends = tokenizer.eos_token_id if ends is None else ends
+        self.ends = ends if isinstance(ends, list) else [ends]
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.ends[0]
+        # A backbone's folder may ship sampling defaults (Qwen2.5: repetition penalty, top_k 20), which `generate` would mix into ours.
+        policy.generation_config = GenerationConfig(eos_token_id=self.ends, pad_token_id=self.pad)
+
+    def generate(self, prompts: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0) -> list[Rollout]:
+        """One response for each prompt (token ids) with its seed, in the order given. temperature must be positive."""
+        rollouts: list[Rollout | None] = [None] * len(prompts)
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        was_training = self.policy.training
+        self.policy.eval()
+        for start in range(0, len(prompts), self.batch_size):
+            rows = by_length[start : start + self.batch_size]
+            chunk = self._generate([prompts[i] for i in rows], [seeds[i] for i in rows], max_new_tokens, temperature, top_p)
+            for i, rollout in zip(rows, chunk, strict=True):
+                rollouts[i] = rollout
+        self.policy.train(was_training)
+        return rollouts
+
+    @torch.no_grad()
+    def _generate(self, prompts, seeds, max_new_tokens, temperature, top_p) -> list[Rollout]:
+        device = self.policy.device
+        width = max(map(len, prompts))
+        ids = torch.tensor([[self.pad] * (width - len(p)) + p for p in prompts], device=device)  # left-padded [sequences, width]
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        sampler = _SeededSampler(seeds, max_new_tokens, temperature, top_p, device)
+        output = self.policy.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=LogitsProcessorList([sampler])
+        )[:, width:]  # [sequences, new tokens]
+        is_end = torch.isin(output, torch.tensor(self.ends, device=device))
+        finished = is_end.any(1)
+        lengths = torch.where(finished, is_end.int().argmax(1) + 1, output.shape[1])
+        logprobs = torch.stack(sampler.logprobs, 1).tolist()
+        rows = zip(output.tolist(), logprobs, lengths.tolist(), finished.tolist(), strict=True)
+        return [Rollout(tokens[:n], logps[:n], done) for tokens, logps, n, done in rows]
