@@ -17,6 +17,7 @@ from transformers import HfArgumentParser
 
 from common.run_dir import UserError
 
+SECTIONS = ("shared", "train", "extract", "predict", "extrapolate", "continue", "eval", "reproduce")
 PRESETS = pathlib.Path(__file__).parent / "presets"
 
 
@@ -89,23 +90,27 @@ def _matches(value: object, kind: object) -> bool:
     return type(value) is kind
 
 
-def preset_values(cls: type, preset: dict, section: str, source: str) -> dict:
-    """The values of `preset` that belong to the config class `cls`, checked for names and types."""
+def preset_values(cls: type, preset: dict, sections: tuple[str, ...], source: str) -> dict:
+    """The values of the preset's `sections` for the config class `cls`, later ones win, checked for names and types."""
     kinds = typing.get_type_hints(cls)
+    for section in preset:
+        if section not in SECTIONS:
+            raise UserError(f"{source}: unknown section '{section}'; {nearest(section, SECTIONS)}")
     values = {key: value for key, value in preset.get("shared", {}).items() if key in kinds}
-    for key, value in preset.get(section, {}).items():
-        if key not in kinds:
-            raise UserError(f"{source}: unknown key '{key}' in section {section}; {nearest(key, kinds)}")
-        values[key] = value
+    for section in sections:
+        for key, value in preset.get(section, {}).items():
+            if key not in kinds:
+                raise UserError(f"{source}: unknown key '{key}' in section {section}; {nearest(key, kinds)}")
+            values[key] = value
     for key, value in values.items():
         if not _matches(value, kinds[key]):
-            wanted = getattr(kinds[key], "__name__", None) if isinstance(kinds[key], type) else str(kinds[key]).replace("typing.", "")
-            raise UserError(f"{source}: {section}.{key} must be {wanted}, not {value!r}")
+            wanted = kinds[key].__name__ if kinds[key] in (int, float, str, bool) else str(kinds[key]).replace("typing.", "")
+            raise UserError(f"{source}: {key} must be {wanted}, not {value!r}")
     return values
 
 
-def parse(cls: type[StageConfig], section: str, description: str, argv: list[str] | None = None) -> StageConfig:
-    """The resolved config of a stage: defaults of `cls`, overridden by the preset's `section`, overridden by the flags in `argv`."""
+def parse(cls: type[StageConfig], section: str | tuple[str, ...], description: str, argv: list[str] | None = None) -> StageConfig:
+    """The resolved config of a stage: defaults of `cls`, overridden by the preset's section(s), overridden by the flags in `argv`."""
     argv = sys.argv[1:] if argv is None else argv
     parser = _Parser(cls, description=description, formatter_class=_Help, allow_abbrev=False)
     for action in parser._actions:  # HfArgumentParser adds --run-dir beside --run_dir; show the first form only
@@ -116,7 +121,7 @@ def parse(cls: type[StageConfig], section: str, description: str, argv: list[str
     early.add_argument("--config")
     name = early.parse_known_args(argv)[0].config
     if name:
-        parser.set_defaults(**preset_values(cls, load_preset(name), section, f"preset {name}"))
+        parser.set_defaults(**preset_values(cls, load_preset(name), (section,) if isinstance(section, str) else section, f"preset {name}"))
     config, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
     if unknown:
         known = [option for option in parser._option_string_actions if option.startswith("--")]

@@ -29,7 +29,7 @@ from common.run_dir import atomic_dir, atomic_write_text
 
 SHIPPED = pathlib.Path(__file__).parent / "demo_backbone"
 CAREFUL_SHARE, SLIP, WRONG_DIGIT = 0.30, 0.05, 0.35
-STEPS, BATCH, PEAK_LR, WARMUP = 3000, 128, 3e-3, 100
+STEPS, BATCH, PEAK_LR, WARMUP = 1500, 128, 3e-3, 100
 TRAIN_PROBLEMS, TEST_PROBLEMS = 4096, 256
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

@@ -13,6 +13,9 @@ import shutil
 import sys
 import time
 
+import safetensors.torch
+import torch
+
 
 class UserError(Exception):
     """Something the user can put right. Shown as one line with exit code 2, never as a traceback."""
@@ -41,6 +44,14 @@ def read_json(path: pathlib.Path, made_by: str) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): delete it and run {made_by} again") from error
+
+
+def save_tensors(path: pathlib.Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Saves `tensors` to the safetensors file `path` in fp32, under a temporary name first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    safetensors.torch.save_file({name: tensor.float().contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+    os.replace(temporary, path)
 
 
 @contextlib.contextmanager

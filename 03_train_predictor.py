@@ -1,0 +1,129 @@
+"""Stage 3: train the trajectory predictor.                                                   Paper: Sec. 4.2; Eq. 8, 9, 11
+
+    accelerate launch 03_train_predictor.py --config demo --run-dir runs/demo
+
+Reads   <run-dir>/deltas, and the factors in <run-dir>/train for the backtest
+Writes  <run-dir>/predictor/<recipe>/model.safetensors    one encoder-decoder for each vector length (common/predictor.py)
+        <run-dir>/predictor/<recipe>/report.json          losses, and what the predictor is worth on targets it has not seen
+
+The backtest asks the only question that matters before a jump: standing at an earlier checkpoint, with no later one known, how near
+would the prediction have come to the true delta? Beside it stand three controls that learn nothing (copy the global direction, repeat
+the last target, a straight line) and the oracle, the true target's rank 1. A predictor that loses to `repeat-last` adds nothing.
+"""
+import dataclasses
+import pathlib
+import time
+
+import torch
+from tqdm import tqdm
+
+from common import adapters, predictor, rank1, run_dir
+from common import config as configs
+from common.run_dir import UserError
+
+
+@dataclasses.dataclass
+class PredictorConfig(configs.StageConfig):
+    """Which recipes, and how the backtest is cut."""
+
+    recipes: list[str] = dataclasses.field(default_factory=lambda: ["aligned", "paper"], metadata={"help": "recipes to train: paper, aligned (common/predictor.py)"})
+    holdout: int = dataclasses.field(default=0, metadata={"help": "checkpoints the backtest hides; 0 is k, the jump's own situation"})
+    seed: int = dataclasses.field(default=0, metadata={"help": "of the predictor's initial weights"})
+
+    def __post_init__(self):
+        for name in self.recipes:
+            if name not in predictor.RECIPES:
+                raise UserError(f"unknown recipe '{name}'; {configs.nearest(name, predictor.RECIPES)}")
+
+
+def train_all(trajectory: rank1.Trajectory, recipe: predictor.Recipe, seed: int, title: str) -> tuple[dict, dict]:
+    """One predictor for each family of the trajectory. Returns (family -> model, family -> losses)."""
+    families = predictor.stack_families(*predictor.prepare(trajectory, recipe))
+    models, losses = {}, {}
+    with tqdm(total=len(families) * recipe.epochs, desc=title, unit="epoch", disable=None) as bar:
+        for name, data in families.items():
+            def tick(loss, name=name):
+                bar.update(1)
+                bar.set_postfix(family=name, loss=f"{loss:.4f}", refresh=False)
+
+            models[name], losses[name] = predictor.train_family(*data, recipe, seed, tick)
+    return models, losses
+
+
+def controls(trajectory: rank1.Trajectory) -> dict[str, dict]:
+    """What the last checkpoint's target would be without learning: name -> module -> (u, sigma, v). Signs aligned.
+
+    copy-global   the global delta's direction, sigma its average growth over k checkpoints
+    repeat-last   rank 1 of the last target known, W_c - W_(c-k)
+    linear-fit    k times the slope of the least-squares line through sigma u of the global delta over all checkpoints; v the last one
+    """
+    trajectory, found = trajectory.aligned(), {"copy-global": {}, "repeat-last": {}, "linear-fit": {}}
+    c, k = len(trajectory.steps), trajectory.k
+    t = torch.arange(c, dtype=torch.float32) - (c - 1) / 2
+    for module, roles in trajectory.deltas.items():
+        whole, target = roles["global"], roles["target"]
+        slope = (t[:, None] * whole.sigma[:, None] * whole.u).sum(0) / t.square().sum() * k
+        found["copy-global"][module] = (whole.u[-1], whole.sigma[-1] * k / c, whole.v[-1])
+        found["repeat-last"][module] = (target.u[-1], target.sigma[-1], target.v[-1])
+        found["linear-fit"][module] = (torch.nn.functional.normalize(slope, dim=0), slope.norm(), whole.v[-1])
+    return found
+
+
+def score(predicted: dict, now: adapters.Adapter, future: adapters.Adapter) -> dict:
+    """Against the whole true delta D of each matrix, means over matrices: cosine <sigma u v^T, D> / (|sigma| |D|_F), |sigma - sigma_1(D)| / sigma_1(D)."""
+    cosines, errors = [], []
+    for module, (u, sigma, v) in predicted.items():
+        left, right = (x.double() for x in rank1.delta_factors(future.factors[module], now.factors[module], now.scale))
+        true_sigma = rank1.svd_of_product(left, right)[1]
+        along = (u.double() @ left) @ (right @ v.double())  # u^T D v
+        cosines.append(float(torch.sign(sigma) * along / true_sigma.norm()))
+        errors.append(float((sigma - true_sigma[0]).abs() / true_sigma[0]))
+    return {"cosine": sum(cosines) / len(cosines), "sigma_error": sum(errors) / len(errors), "matrices": len(cosines)}
+
+
+def backtest(trajectory: rank1.Trajectory, recipe: predictor.Recipe, seed: int, holdout: int, train: pathlib.Path) -> dict:
+    """Stand at checkpoint c - holdout, train on what was known there, predict k checkpoints ahead, score beside controls and oracle."""
+    count = len(trajectory.steps) - holdout
+    past = trajectory.until(count)
+    step, future_step = trajectory.steps[count - 1], trajectory.steps[count - 1 + trajectory.k]
+    paths = adapters.checkpoints(train)
+    now, future = adapters.read_adapter(paths[step]), adapters.read_adapter(paths[future_step])
+    models, _ = train_all(past, recipe, seed, "backtest")
+    true = {m: (r["target"].u[count - 1], r["target"].sigma[count - 1], r["target"].v[count - 1]) for m, r in trajectory.deltas.items()}
+    candidates = {"predictor": predictor.predict(models, past, recipe), **controls(past), "oracle": true}
+    return {"at_step": step, "predicts_step": future_step, "targets_known": count - trajectory.k,
+            **{name: score(triples, now, future) for name, triples in candidates.items()}}
+
+
+def main() -> None:
+    cfg = configs.parse(PredictorConfig, "predict", __doc__)
+    torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    run = pathlib.Path(cfg.run_dir)
+    trajectory = rank1.load_trajectory(run / "deltas")
+    holdout = cfg.holdout or trajectory.k
+    known = len(trajectory.steps) - holdout - trajectory.k
+    if holdout < trajectory.k or known < 1:
+        raise UserError(f"the backtest needs holdout >= k = {trajectory.k} and a target left to train on; with {len(trajectory.steps)} checkpoints and holdout {holdout} there are {known}")
+    for name in cfg.recipes:
+        recipe, folder = predictor.RECIPES[name], run / "predictor" / name
+        stage = run_dir.Stage(folder, {**dataclasses.asdict(recipe), "seed": cfg.seed, "holdout": holdout}, inputs=[run / "deltas" / "rank1.safetensors"])
+        if stage.is_done(cfg.overwrite):
+            continue
+        tested = backtest(trajectory, recipe, cfg.seed, holdout, run / "train")
+        began = time.perf_counter()
+        models, losses = train_all(trajectory, recipe, cfg.seed, f"predictor {name}")
+        seconds = time.perf_counter() - began
+        weights = {f"{group}.{key}": value for group, model in models.items() for key, value in model.state_dict().items()}
+        run_dir.save_tensors(folder / "model.safetensors", weights)
+        run_dir.write_json(folder / "report.json", {"recipe": name, "backtest": tested, "training_seconds": round(seconds, 2),
+                                                    "losses": {group: [round(x, 6) for x in values[:: max(1, len(values) // 200)]] for group, values in losses.items()}})
+        stage.finish(training_seconds=round(seconds, 2))
+        print(f"{name}: backtest at step {tested['at_step']} -> {tested['predicts_step']} ({tested['targets_known']} targets known), cosine with the true delta:")
+        print("   " + "  ".join(f"{row} {tested[row]['cosine']:.3f}" for row in ("predictor", "copy-global", "repeat-last", "linear-fit", "oracle")))
+        if tested["predictor"]["cosine"] <= tested["repeat-last"]["cosine"]:
+            print("   this predictor does not beat repeating the last target")
+    print(f"done: predictors in {run / 'predictor'}")
+
+
+if __name__ == "__main__":
+    configs.run_stage(main)

@@ -1,0 +1,89 @@
+"""Stage 4: jump.                                                          Paper: Sec. 4.2 (predict-extend); Eq. 10, 11; Fig. 6
+
+    accelerate launch 04_extrapolate.py --config demo --run-dir runs/demo
+    accelerate launch 04_extrapolate.py --config demo --run-dir runs/demo --methods repeat-last --alphas 1.5
+
+Reads   <run-dir>/train/step_0150, <run-dir>/deltas, <run-dir>/predictor/<recipe>
+Writes  <run-dir>/extrapolated/<method>_alpha1.5      for each method and alpha: an adapter of rank r + 1 (rl-extra: r), exact in fp32
+
+The adapters go straight into stages 5 and 6, PEFT or vLLM. `next` is made once for each recipe: next-aligned, next-paper.
+"""
+import dataclasses
+import pathlib
+
+import safetensors.torch
+
+from common import adapters, extrapolators, predictor, rank1, run_dir
+from common import config as configs
+from common.run_dir import UserError
+
+
+@dataclasses.dataclass
+class ExtrapolateConfig(configs.StageConfig):
+    """What to jump with, and how far."""
+
+    methods: list[str] = dataclasses.field(default_factory=lambda: ["next"], metadata={"help": f"any of {', '.join(extrapolators.METHODS)}"})
+    recipes: list[str] = dataclasses.field(default_factory=lambda: ["aligned"], metadata={"help": "predictors that `next` uses, of those stage 3 made"})
+    alphas: list[float] = dataclasses.field(default_factory=lambda: [1.5], metadata={"help": "extending coefficients (paper: 1.5; Fig. 6: 0.5 to 4.0)"})
+
+    def __post_init__(self):
+        for name in self.methods:
+            if name not in extrapolators.METHODS:
+                raise UserError(f"unknown method '{name}'; {configs.nearest(name, extrapolators.METHODS)}")
+
+
+def load_predictors(folder: pathlib.Path, trajectory: rank1.Trajectory) -> dict[str, predictor.TrajectoryPredictor]:
+    """The predictors that stage 3 left in `folder`, by family."""
+    run_dir.read_json(folder / "done.json", "03_train_predictor.py")
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    models = {}
+    for roles in trajectory.deltas.values():
+        for side in ("u", "v", "sigma"):
+            name = predictor.family(side, roles["global"])
+            length = 1 if side == "sigma" else getattr(roles["global"], side).shape[1]
+            models[name] = predictor.TrajectoryPredictor(length)
+            models[name].load_state_dict({key.removeprefix(f"{name}."): w for key, w in weights.items() if key.startswith(f"{name}.")})
+    return models
+
+
+def variants(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Trajectory, step: int) -> dict[str, tuple[str, dict]]:
+    """Output name -> (method, what it needs beside the trajectory), for every method asked for and every recipe of `next`."""
+    found = {}
+    for method in cfg.methods:
+        if method == "next":
+            for recipe in cfg.recipes:
+                models = load_predictors(run / "predictor" / recipe, trajectory)
+                found[f"next-{recipe}"] = (method, {"predicted": predictor.predict(models, trajectory, predictor.RECIPES[recipe])})
+        elif method == "oracle":
+            spacing = trajectory.steps[-1] - trajectory.steps[-2]
+            future = run / "train" / f"step_{step + trajectory.k * spacing:04d}"
+            if not future.is_dir():
+                raise UserError(f"oracle needs {future}: run 01_train_lora_grpo.py on with a larger --steps")
+            found[method] = (method, {"future": adapters.read_adapter(future)})
+        else:
+            found[method] = (method, {})
+    return found
+
+
+def main() -> None:
+    cfg = configs.parse(ExtrapolateConfig, "extrapolate", __doc__)
+    run = pathlib.Path(cfg.run_dir)
+    run_dir.read_json(run / "deltas" / "done.json", "02_extract_deltas.py")
+    trajectory = rank1.load_trajectory(run / "deltas")
+    step = trajectory.steps[-1]
+    checkpoint = run / "train" / f"step_{step:04d}"
+    last = adapters.read_adapter(checkpoint)
+    base = run_dir.read_json(checkpoint / "checkpoint.json", "01_train_lora_grpo.py")
+    aligned = trajectory.aligned()
+    made = 0
+    for name, (method, needs) in variants(cfg, run, trajectory, step).items():
+        for alpha in cfg.alphas if method != "none" else [0.0]:
+            folder = run / "extrapolated" / (name if method == "none" else f"{name}_alpha{alpha:g}")
+            adapter = extrapolators.METHODS[method](last, aligned, alpha, **needs)
+            adapters.write_adapter(folder, adapter, {**base, "method": name, "alpha": alpha})
+            made += 1
+    print(f"done: {made} adapters in {run / 'extrapolated'}, from step {step}")
+
+
+if __name__ == "__main__":
+    configs.run_stage(main)

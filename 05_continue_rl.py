@@ -1,0 +1,78 @@
+"""Stage 5: the remaining RL steps, from the extrapolated policy.                            Paper: Alg. 1, Sec. 5.1 (100 more steps)
+
+    accelerate launch 05_continue_rl.py --config demo --run-dir runs/demo --start next-aligned_alpha1.5
+    accelerate launch 05_continue_rl.py --config demo --run-dir runs/demo --start next-aligned_alpha1.5 --restart merged
+
+Reads   <run-dir>/extrapolated/<start>, the backbone, and the section `train` of the preset (it is the same loop: stage 1's)
+Writes  <run-dir>/continued/<start>/...       same layout as train/; steps are counted on, 151 ... 250
+
+--restart adapter   (default) the jumped adapter, now of rank r + 1, is trained on
+--restart merged    the jump is baked into the backbone, in fp32, and a new LoRA starts on it; the paper most likely did this
+
+Either way the optimizer starts afresh. Problems and rollout seeds are those the uninterrupted run meets at the same step, so the runs
+differ in their start and in nothing else.
+"""
+import dataclasses
+import importlib
+import pathlib
+from typing import Literal
+
+import torch
+
+from common import config as configs
+from common import policy, run_dir
+from common.run_dir import UserError, atomic_dir
+
+stage1 = importlib.import_module("01_train_lora_grpo")
+
+
+@dataclasses.dataclass
+class ContinueConfig(stage1.TrainConfig):
+    """Stage 1's options (from the preset's section `train`), and where to start."""
+
+    start: str = stage1.option("next-aligned_alpha1.5", "what to go on from: a folder in <run-dir>/extrapolated")
+    restart: Literal["adapter", "merged"] = stage1.option("adapter", "train the jumped adapter on, or bake it in and start a new one (open)")
+    more_steps: int = stage1.option(100, "RL steps after the jump (paper: 100)")
+
+
+def bake(cfg: ContinueConfig, start: pathlib.Path, out: pathlib.Path) -> None:
+    """Writes the backbone with the adapter `start` merged in, in fp32 (in bf16 a rank-1 update of RL's size mostly rounds away)."""
+    backbone, tokenizer = policy.load_backbone(cfg.path(cfg.backbone), dtype=torch.float32)
+    merged = policy.load_lora(backbone, start).merge_and_unload()
+    with atomic_dir(out) as folder:
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def main() -> None:
+    cfg = configs.parse(ContinueConfig, ("train", "continue"), __doc__)
+    run = pathlib.Path(cfg.run_dir)
+    start = run / "extrapolated" / cfg.start
+    if not start.is_dir():
+        raise UserError(f"{start} not found: run 04_extrapolate.py first (there: {', '.join(sorted(p.name for p in start.parent.glob('*'))) or 'nothing'})")
+    first_step = policy.checkpoint_info(start)["step"]
+    cfg.steps = first_step + cfg.more_steps
+    folder = run / "continued" / (cfg.start + ("_merged" if cfg.restart == "merged" else ""))
+    accelerator = stage1.start_accelerator(cfg, folder)
+    stage = run_dir.Stage(folder, configs.as_dict(cfg), [cfg.path(cfg.train_data), start / "adapter_model.safetensors"], stage1.MAY_CHANGE + ("more_steps",))
+    with accelerator.main_process_first():
+        if stage.is_done(cfg.overwrite, at_least=("steps", cfg.steps), writer=accelerator.is_main_process):
+            return
+        if cfg.restart == "merged" and accelerator.is_main_process and not (folder / "backbone").exists():
+            bake(cfg, start, folder / "backbone")
+    name = f"{{run_dir}}/continued/{folder.name}/backbone" if cfg.restart == "merged" else cfg.backbone
+    backbone, tokenizer = policy.load_backbone(cfg.path(name))
+    info = {"backbone": name, "backbone_fingerprint": policy.fingerprint(backbone)}
+    if cfg.restart == "merged":
+        model = policy.add_lora(backbone, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+    else:
+        model = policy.load_lora(backbone, start)
+    stage1.train(cfg, model.to(accelerator.device), tokenizer, accelerator, folder, first_step, info)
+    if accelerator.is_main_process:
+        stage.finish()
+        print(f"done: steps {first_step + 1} to {cfg.steps}, checkpoints in {folder}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    configs.run_stage(main)

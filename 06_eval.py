@@ -1,0 +1,140 @@
+"""Stage 6: accuracy over repeated runs, ICER, the paper's tables and figures.                                      Paper: Sec. 5
+
+    accelerate launch 06_eval.py --config demo --run-dir runs/demo
+    accelerate launch 06_eval.py --config demo --run-dir runs/demo --policies train/step_0150 'continued/*/step_0250'
+
+Reads   the policies named (globs below the run directory; `backbone` is the model itself), the test problems, every stage's logs
+Writes  <run-dir>/eval/<policy>/<task>.jsonl       a response a line, with its run, seed and score
+        <run-dir>/eval/<policy>/<task>.json        accuracy, standard error, n, response length, share cut at the limit
+        <run-dir>/eval/results.json, report.md, figures/*.png
+
+Every problem is answered `runs` times (paper: 8). The standard error is over problems: the runs of one problem are not independent,
+so their mean counts as one observation. All policies get the same sampling seeds, so differences between policies are paired and
+their standard error is that of the differences. A policy that was measured already is not measured again.
+"""
+import dataclasses
+import json
+import pathlib
+import time
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from common import config as configs
+from common import data, policy, report, rollout, run_dir, verifier
+from common.run_dir import UserError
+
+
+@dataclasses.dataclass
+class EvalConfig(configs.StageConfig):
+    """What to measure, on what. Defaults are the test half of the paper's Table 2."""
+
+    backbone: str = dataclasses.field(default="Qwen/Qwen2.5-1.5B-Instruct", metadata={"help": "the model that was trained: folder or hub id"})
+    policies: list[str] = dataclasses.field(default_factory=lambda: ["backbone", "train/step_*", "extrapolated/*", "continued/*/step_*"], metadata={"help": "globs below the run directory, and `backbone`"})
+    test_data: list[str] = dataclasses.field(default_factory=lambda: ["data/test.jsonl"], metadata={"help": "test problems, a JSONL file a task"})
+    prompt_template: str = dataclasses.field(default="{prompt}", metadata={"help": "the user turn; must be the one of training"})
+    system_prompt: str = dataclasses.field(default="", metadata={"help": "the system turn; must be the one of training"})
+    runs: int = dataclasses.field(default=8, metadata={"help": "answers to every problem (paper: 8)"})
+    temperature: float = dataclasses.field(default=1.0, metadata={"help": "sampling temperature (paper: 1.0)"})
+    top_p: float = dataclasses.field(default=1.0, metadata={"help": "nucleus sampling (paper: 1.0)"})
+    max_prompt_tokens: int = dataclasses.field(default=1024, metadata={"help": "longest prompt allowed (paper: 1024)"})
+    max_new_tokens: int = dataclasses.field(default=4096, metadata={"help": "longest response; one cut there counts as wrong (paper: 4096)"})
+    batch_size: int = dataclasses.field(default=512, metadata={"help": "sequences sampled at one time: memory, not results"})
+    verifier_seconds: float = dataclasses.field(default=5.0, metadata={"help": "time limit for one answer"})
+    seed: int = dataclasses.field(default=1, metadata={"help": "of the sampled responses"})
+
+    def __post_init__(self):
+        if self.runs < 1 or self.temperature <= 0:
+            raise UserError("runs must be at least 1 and temperature above 0")
+
+
+def find_policies(cfg: EvalConfig) -> list[str]:
+    """The names that the globs stand for, in the order given, each once."""
+    run, found = pathlib.Path(cfg.run_dir), []
+    for pattern in cfg.policies:
+        names = ["backbone"] if pattern == "backbone" else sorted(
+            str(path.relative_to(run)) for path in run.glob(pattern) if (path / "adapter_config.json").is_file())
+        if not names:
+            raise UserError(f"no policy matches {run}/{pattern}: run the stage that makes it, or leave it out of --policies")
+        found += [name for name in names if name not in found]
+    return found
+
+
+def evaluate(cfg: EvalConfig, engine, judge, tokenizer, problems: list[data.Problem], prompts: list[list[int]]) -> list[dict]:
+    """`runs` answers to each problem: rows of problem, run, response, tokens, finished, score."""
+    asked = [(index, run) for run in range(cfg.runs) for index in range(len(problems))]
+    seeds = [rollout.sequence_seed(cfg.seed, 0, index, run) for index, run in asked]
+    rollouts = engine.generate([prompts[index] for index, _ in asked], seeds, cfg.max_new_tokens, cfg.temperature, cfg.top_p)
+    texts = tokenizer.batch_decode([r.tokens for r in rollouts], skip_special_tokens=True)
+    scores = judge.score(texts, [problems[index].answer for index, _ in asked], [r.finished for r in rollouts])
+    return [{"problem": index, "run": run, "prompt": problems[index].prompt, "response": text, "answer": problems[index].answer,
+             "tokens": len(r.tokens), "finished": r.finished, "score": score}
+            for (index, run), r, text, score in zip(asked, rollouts, texts, scores, strict=True)]
+
+
+def summarise(rows: list[dict], problems: int) -> dict:
+    """Accuracy with its standard error over problems, and the means that go with it."""
+    by_problem = torch.zeros(problems, dtype=torch.float64)
+    for row in rows:
+        by_problem[row["problem"]] += row["score"] * problems / len(rows)
+    error = float(by_problem.std() / problems**0.5) if problems > 1 else None
+    return {"accuracy": float(by_problem.mean()), "standard_error": error, "n": len(rows), "problems": problems,
+            "response_length": sum(row["tokens"] for row in rows) / len(rows), "truncated_share": sum(not row["finished"] for row in rows) / len(rows),
+            "by_problem": by_problem.tolist()}
+
+
+def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None:
+    """Evaluates every policy on every task, one after another; the policies of a backbone share the loaded model."""
+    run = pathlib.Path(cfg.run_dir)
+    settings = {key: value for key, value in configs.as_dict(cfg).items() if key not in ("policies", "test_data", "batch_size", "backbone")}
+    tasks = {pathlib.Path(path).stem: (path, data.load_problems(path)) for path in map(cfg.path, cfg.test_data)}
+    judge, loaded = verifier.Verifier(cfg.verifier_seconds), None
+    for name in (bar := tqdm(names, desc="evaluating", unit="policy", disable=None)):
+        folder = run / "eval" / name.replace("/", "__")
+        weights = run / name / "adapter_model.safetensors"
+        wanted = {"settings": settings, "weights": run_dir.sha256(weights) if weights.is_file() else name, "versions": run_dir.versions()}
+        open_tasks = [task for task, (path, _) in tasks.items() if not _is_measured(folder / f"{task}.json", {**wanted, "data": run_dir.sha256(pathlib.Path(path))})]
+        if not open_tasks:
+            continue
+        base = cfg.backbone if name == "backbone" else policy.checkpoint_info(run / name).get("backbone", cfg.backbone)
+        if loaded is None or loaded[0] != base:
+            loaded = (base, *policy.load_backbone(cfg.path(base)))
+        _, backbone, tokenizer = loaded
+        model = backbone if name == "backbone" else policy.load_lora(backbone, run / name)
+        engine = rollout.HFEngine(model.to(accelerator.device), tokenizer, cfg.batch_size)
+        for task in open_tasks:
+            path, problems = tasks[task]
+            prompts = data.encode_prompts(problems, tokenizer, cfg.prompt_template, cfg.system_prompt, cfg.max_prompt_tokens, path)
+            began = time.perf_counter()
+            with accelerator.autocast():
+                rows = evaluate(cfg, engine, judge, tokenizer, problems, prompts)
+            result = {**summarise(rows, len(problems)), "seconds": round(time.perf_counter() - began, 2)}
+            run_dir.atomic_write_text(folder / f"{task}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            run_dir.write_json(folder / f"{task}.json", {"policy": name, **wanted, "data": run_dir.sha256(pathlib.Path(path)), **result})
+            error = "" if result["standard_error"] is None else f" +- {result['standard_error']:.3f}"
+            bar.write(f"{names.index(name) + 1}/{len(names)} {name}  {task}: {result['accuracy']:.3f}{error} (n = {result['n']}), length {result['response_length']:.1f}, {result['seconds']:.1f} s")
+        if name != "backbone":
+            model.unload()  # takes the adapter's layers out again; the backbone is untouched
+    judge.close()
+
+
+def _is_measured(path: pathlib.Path, wanted: dict) -> bool:
+    if not path.is_file():
+        return False
+    before = run_dir.read_json(path, "06_eval.py")
+    return all(before.get(key) == value for key, value in wanted.items())
+
+
+def main() -> None:
+    cfg = configs.parse(EvalConfig, "eval", __doc__)
+    torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    if not pathlib.Path(cfg.run_dir).is_dir():
+        raise UserError(f"run directory {cfg.run_dir} not found: run 01_train_lora_grpo.py first")
+    measure(cfg, find_policies(cfg), accelerator)
+    print(report.write(pathlib.Path(cfg.run_dir)))
+
+
+if __name__ == "__main__":
+    configs.run_stage(main)

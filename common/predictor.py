@@ -1,0 +1,125 @@
+"""The trajectory predictor of Sec. 4.2: an encoder-decoder that maps (global, local) rank-1 vectors to the next target's (Eq. 8, 9, 11).
+
+One predictor for each (side, length): u's of one length, v's of one length, and all sigmas, shared by the matrices that have them.
+Two recipes train the same network:
+
+    paper     what the official code does: signs as LAPACK left them, sigma in its raw unit, AdamW 2e-5
+    aligned   signs made consistent, sigma divided by the matrix's last global sigma, and a learning rate that fits in 1000 steps
+
+The signs matter most. (u, v) and (-u, -v) are the same singular pair, so without alignment the network is asked to predict coin flips.
+"""
+import collections
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from common.rank1 import Trajectory, Triples
+
+HIDDEN = 256  # as in the official code
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How the predictor's data are prepared and how it is trained. Unknown to the paper; `paper` is what its code does."""
+
+    align: bool
+    scale_sigma: bool
+    learning_rate: float
+    epochs: int = 1000  # full-batch steps of AdamW (torch's defaults), cosine to a tenth
+
+
+RECIPES = {
+    "paper": Recipe(align=False, scale_sigma=False, learning_rate=2e-5),
+    "aligned": Recipe(align=True, scale_sigma=True, learning_rate=3e-4),
+}
+
+
+def block(d_in: int, d_out: int) -> nn.Sequential:
+    """Two pairs of linear layers with one ReLU between them, at full width: the official code's reading of "MLP layers and the
+    activation function". A pair without an activation inside is one affine map of rank 256.
+    """
+    return nn.Sequential(nn.Linear(d_in, HIDDEN), nn.Linear(HIDDEN, d_in), nn.ReLU(), nn.Linear(d_in, HIDDEN), nn.Linear(HIDDEN, d_out))
+
+
+class TrajectoryPredictor(nn.Module):
+    """Eq. 8: D(concat(E_G(s_G), E_L(s_L))) for vectors of length d. About 3840 d weights."""
+
+    def __init__(self, d: int):
+        super().__init__()
+        self.encode_global, self.encode_local, self.decode = block(d, d), block(d, d), block(2 * d, d)
+
+    def forward(self, s_global: torch.Tensor, s_local: torch.Tensor) -> torch.Tensor:
+        """s_global, s_local [..., d] -> predicted s_target [..., d]."""
+        return self.decode(torch.cat([self.encode_global(s_global), self.encode_local(s_local)], -1))
+
+
+def family(side: str, triples: Triples) -> str:
+    """The name of the predictor that a vector belongs to: "u.64", "v.192" or "sigma"."""
+    return "sigma" if side == "sigma" else f"{side}.{getattr(triples, side).shape[1]}"
+
+
+def prepare(trajectory: Trajectory, recipe: Recipe) -> tuple[Trajectory, dict[str, torch.Tensor]]:
+    """The trajectory as the recipe wants it, and each module's unit of sigma (its last global sigma, or 1)."""
+    if recipe.align:
+        trajectory = trajectory.aligned()
+    units = {}
+    for module, roles in trajectory.deltas.items():
+        last = roles["global"].sigma[-1]
+        units[module] = last if recipe.scale_sigma and last > 0 else torch.ones(())
+    return trajectory, units
+
+
+def stack_families(trajectory: Trajectory, units: dict) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """family -> (global, local, target), each [checkpoints with a target, members, d]: every vector of one kind and length together."""
+    members = collections.defaultdict(list)
+    for module, roles in trajectory.deltas.items():
+        count = len(roles["target"].sigma)
+        for side in ("u", "v", "sigma"):
+            rows = [getattr(roles[role], side)[:count] for role in ("global", "local", "target")]
+            if side == "sigma":
+                rows = [(row / units[module])[:, None] for row in rows]
+            members[family(side, roles["target"])].append(rows)
+    return {name: tuple(torch.stack(parts, 1) for parts in zip(*rows, strict=True)) for name, rows in members.items()}
+
+
+def train_family(s_global, s_local, s_target, recipe: Recipe, seed: int, tick: Callable[[float], None] = lambda loss: None):
+    """Eq. 9 on one family, inputs [c, l, d]: loss = (1/c) sum_i sum_j |pi(s_G, s_L) - s_T|_1, a sum over vectors and entries.
+
+    Full-batch AdamW; torch's default (uniform) initialisation, as Algorithm 1 says. Returns the predictor and the loss of each epoch.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = TrajectoryPredictor(s_target.shape[-1]).to(s_target.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs, eta_min=0.1 * recipe.learning_rate)
+    losses = []
+    for _ in range(recipe.epochs):
+        loss = (model(s_global, s_local) - s_target).abs().sum() / len(s_target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        tick(losses[-1])
+    return model, losses
+
+
+@torch.no_grad()
+def predict(models: dict[str, TrajectoryPredictor], trajectory: Trajectory, recipe: Recipe, at: int = -1) -> dict[str, tuple]:
+    """The predicted target of every matrix from checkpoint `at`: module -> (u [m], sigma, v [n]), u and v of length 1 (Eq. 11).
+
+    sigma is the network's own number, in the unit of the trajectory; it may come out negative, and is then kept so.
+    """
+    prepared, units = prepare(trajectory, recipe)
+    found = {}
+    for module, roles in prepared.deltas.items():
+        out = {}
+        for side in ("u", "sigma", "v"):
+            inputs = [getattr(roles[role], side)[at].reshape(-1) for role in ("global", "local")]
+            if side == "sigma":
+                inputs = [x / units[module] for x in inputs]
+            out[side] = models[family(side, roles["global"])](*inputs)
+        found[module] = (nn.functional.normalize(out["u"], dim=0), out["sigma"][0] * units[module], nn.functional.normalize(out["v"], dim=0))
+    return found

@@ -1,0 +1,149 @@
+"""Rank-1 trajectories: the deltas of Eq. 6, their leading singular triples (Eq. 3, 7), and what Sec. 3 measures on them.
+
+A LoRA checkpoint never needs its m x n matrix. With s = lora_alpha / r, every delta is a product of two thin factors:
+
+    global   W_i - W_0      =  s  B_i                A_i               rank r
+    local    W_i - W_(i-1)  =  s [B_i, -B_(i-1)]    [A_i; A_(i-1)]     rank 2r
+    target   W_(i+k) - W_i  =  s [B_(i+k), -B_i]    [A_(i+k); A_i]     rank 2r
+
+and the SVD of a product L R of thin factors is exact through two QR decompositions and one small SVD (`svd_of_product`).
+"""
+import dataclasses
+import pathlib
+
+import safetensors.torch
+import torch
+
+from common.run_dir import UserError, read_json
+
+ROLES = ("global", "local", "target")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Singular triples from factors
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+def svd_of_product(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Leading singular vectors and all singular values of left @ right, without forming it.
+
+    left [..., m, q], right [..., q, n] -> u [..., m], sigma [..., min(m, n, q)] descending, v [..., n].
+
+    Exact: with left = Q1 R1 and right^T = Q2 R2, left @ right = Q1 (R1 R2^T) Q2^T, and Q1, Q2 have orthonormal columns, so the
+    singular values are those of the q x q core and its singular vectors are carried back by Q1 and Q2. O((m + n) q^2) a matrix
+    instead of O(m n min(m, n)). Where sigma_1 is 0 there is no direction: u and v are zeros, not the unit vectors LAPACK returns.
+    """
+    q1, r1 = torch.linalg.qr(left)
+    q2, r2 = torch.linalg.qr(right.mT)
+    u, sigma, vh = torch.linalg.svd(r1 @ r2.mT, full_matrices=False)
+    some = (sigma[..., :1] > 0).to(left.dtype)
+    return (q1 @ u[..., :1])[..., 0] * some, sigma, (q2 @ vh[..., :1, :].mT)[..., 0] * some
+
+
+def delta_factors(now: tuple, before: tuple | None, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """W(now) - W(before) as (left, right). Each argument is (B [..., m, r], A [..., r, n]); `before` None is the backbone."""
+    if before is None:
+        return scale * now[0], now[1]
+    return scale * torch.cat([now[0], -before[0]], -1), torch.cat([now[1], before[1]], -2)
+
+
+def align_signs(u, v, reference_u, reference_v):
+    """Flips (u, v) together where they point away from the reference: (u, v) and (-u, -v) are the same singular pair.
+
+    u, reference_u [..., m], v, reference_v [..., n]. The sign is that of <u, u_ref> + <v, v_ref>.
+    """
+    agreement = (u * reference_u).sum(-1, keepdim=True) + (v * reference_v).sum(-1, keepdim=True)
+    sign = torch.where(agreement < 0, -1.0, 1.0).to(u.dtype)
+    return u * sign, v * sign
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Trajectories
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Triples:
+    """One kind of delta of one matrix over the checkpoints: u [checkpoints, m], sigma [checkpoints], v [checkpoints, n]."""
+
+    u: torch.Tensor
+    sigma: torch.Tensor
+    v: torch.Tensor
+
+    def flipped_to(self, other: "Triples") -> "Triples":
+        """The same triples with signs that agree with `other`, checkpoint by checkpoint (its first ones)."""
+        u, v = align_signs(self.u, self.v, other.u[: len(self.u)], other.v[: len(self.v)])
+        return Triples(u, self.sigma, v)
+
+
+@dataclasses.dataclass
+class Trajectory:
+    """What stage 2 leaves: deltas[module][role] are Triples over `steps` (targets: over the first len(steps) - k of them)."""
+
+    steps: list[int]
+    k: int
+    deltas: dict[str, dict[str, Triples]]
+
+    def aligned(self) -> "Trajectory":
+        """Signs made consistent: global deltas backwards from the last checkpoint, local and target ones to the global of their step."""
+        return Trajectory(self.steps, self.k, {module: align_roles(roles) for module, roles in self.deltas.items()})
+
+    def until(self, count: int) -> "Trajectory":
+        """What was known when only the first `count` checkpoints existed."""
+        cut = {"global": count, "local": count, "target": max(count - self.k, 0)}
+        deltas = {module: {role: Triples(t.u[: cut[role]], t.sigma[: cut[role]], t.v[: cut[role]]) for role, t in roles.items()}
+                  for module, roles in self.deltas.items()}
+        return Trajectory(self.steps[:count], self.k, deltas)
+
+
+def align_roles(roles: dict[str, Triples]) -> dict[str, Triples]:
+    """`Trajectory.aligned` for one matrix."""
+    u, v = roles["global"].u.clone(), roles["global"].v.clone()
+    for i in range(len(u) - 2, -1, -1):
+        u[i], v[i] = align_signs(u[i], v[i], u[i + 1], v[i + 1])
+    reference = Triples(u, roles["global"].sigma, v)
+    return {"global": reference, "local": roles["local"].flipped_to(reference), "target": roles["target"].flipped_to(reference)}
+
+
+def load_trajectory(folder: pathlib.Path) -> Trajectory:
+    """Reads what 02_extract_deltas.py wrote to `folder`; signs are as LAPACK left them."""
+    index = read_json(folder / "index.json", "02_extract_deltas.py")
+    path = folder / "rank1.safetensors"
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path} is missing or broken ({error}): run 02_extract_deltas.py --overwrite") from error
+    deltas = {module: {role: Triples(*(tensors[f"{role}.{module}.{part}"] for part in ("u", "sigma", "v"))) for role in ROLES}
+              for module in index["modules"]}
+    return Trajectory(index["steps"], index["k"], deltas)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Section 3: how much is rank 1, and how linear it is
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+def energy_ratio(sigma: torch.Tensor, squared: bool = False) -> torch.Tensor:
+    """E_1 = sigma_1 / sum_q sigma_q (Sec. 3.2; singular values as they are). sigma [..., q] -> [...]; nan for a zero matrix.
+
+    `squared` gives the share of the squared Frobenius norm, sigma_1^2 / sum_q sigma_q^2, which does not depend on the rank allowed.
+    """
+    sigma = sigma**2 if squared else sigma
+    return sigma[..., 0] / sigma.sum(-1)
+
+
+def linear_fit_r2(steps: torch.Tensor, y: torch.Tensor, fit: int) -> tuple[float, float]:
+    """Least squares y_t = a + b t on the first `fit` checkpoints. Returns R^2 = 1 - SSE / SST on the later ones, and on those fitted.
+
+    steps [c], y [c, d]: one R^2 for the whole vector, sums over its entries; SST is around the mean of the same points, so a held-out
+    R^2 below 0 is worse than knowing their mean. This is the paper's Fig. 3 as far as it says how (one vector is sigma u or sigma v).
+    """
+    t, y = steps.double(), y.double()
+    design = torch.stack([torch.ones_like(t), t], 1)  # [c, 2]
+    residual = y - design @ torch.linalg.lstsq(design[:fit], y[:fit]).solution
+
+    def r2(part: slice) -> float:
+        total = (y[part] - y[part].mean(0)).square().sum()
+        return float(1 - residual[part].square().sum() / total)
+
+    return r2(slice(fit, None)), r2(slice(fit))
