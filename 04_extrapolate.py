@@ -10,6 +10,7 @@ The adapters go straight into stages 5 and 6, PEFT or vLLM. `next` is made once 
 """
 import dataclasses
 import pathlib
+import time
 
 import safetensors.torch
 
@@ -46,22 +47,24 @@ def load_predictors(folder: pathlib.Path, trajectory: rank1.Trajectory) -> dict[
     return models
 
 
-def variants(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Trajectory, step: int) -> dict[str, tuple[str, dict]]:
-    """Output name -> (method, what it needs beside the trajectory), for every method asked for and every recipe of `next`."""
+def variants(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Trajectory, step: int) -> dict[str, tuple[str, dict, list]]:
+    """Output name -> (method, what it needs beside the trajectory, the files that come from), for every method and every recipe of `next`."""
     found = {}
     for method in cfg.methods:
         if method == "next":
             for recipe in cfg.recipes:
-                models = load_predictors(run / "predictor" / recipe, trajectory)
-                found[f"next-{recipe}"] = (method, {"predicted": predictor.predict(models, trajectory, predictor.RECIPES[recipe])})
+                folder = run / "predictor" / recipe
+                if recipe not in predictor.RECIPES:
+                    raise UserError(f"unknown recipe '{recipe}'; {configs.nearest(recipe, predictor.RECIPES)}")
+                predicted = predictor.predict(load_predictors(folder, trajectory), trajectory, predictor.RECIPES[recipe])
+                found[f"next-{recipe}"] = (method, {"predicted": predicted}, [folder / "model.safetensors"])
         elif method == "oracle":
-            spacing = trajectory.steps[-1] - trajectory.steps[-2]
-            future = run / "train" / f"step_{step + trajectory.k * spacing:04d}"
+            future = run / "train" / f"step_{step + trajectory.k * (trajectory.steps[-1] - trajectory.steps[-2]):04d}"
             if not future.is_dir():
                 raise UserError(f"oracle needs {future}: run 01_train_lora_grpo.py on with a larger --steps")
-            found[method] = (method, {"future": adapters.read_adapter(future)})
+            found[method] = (method, {"future": adapters.read_adapter(future)}, [future / "adapter_model.safetensors"])
         else:
-            found[method] = (method, {})
+            found[method] = (method, {}, [])
     return found
 
 
@@ -75,14 +78,22 @@ def main() -> None:
     last = adapters.read_adapter(checkpoint)
     base = run_dir.read_json(checkpoint / "checkpoint.json", "01_train_lora_grpo.py")
     aligned = trajectory.aligned()
-    made = 0
-    for name, (method, needs) in variants(cfg, run, trajectory, step).items():
+    sources = [checkpoint / "adapter_model.safetensors", run / "deltas" / "rank1.safetensors"]
+    began, made, kept = time.perf_counter(), 0, 0
+    for name, (method, needs, own_sources) in variants(cfg, run, trajectory, step).items():
+        inputs = {str(path.relative_to(run)): run_dir.sha256(path) for path in [*sources, *own_sources]}
         for alpha in cfg.alphas if method != "none" else [0.0]:
             folder = run / "extrapolated" / (name if method == "none" else f"{name}_alpha{alpha:g}")
+            info = {**base, "method": name, "alpha": alpha, "inputs": inputs}
+            if (folder / "checkpoint.json").is_file() and not cfg.overwrite:
+                before = run_dir.read_json(folder / "checkpoint.json", "04_extrapolate.py --overwrite")
+                if {**before, "seconds": None} == {**info, "seconds": None}:
+                    kept += 1
+                    continue
             adapter = extrapolators.METHODS[method](last, aligned, alpha, **needs)
-            adapters.write_adapter(folder, adapter, {**base, "method": name, "alpha": alpha})
-            made += 1
-    print(f"done: {made} adapters in {run / 'extrapolated'}, from step {step}")
+            adapters.write_adapter(folder, adapter, {**info, "seconds": round(time.perf_counter() - began, 3)})
+            made, began = made + 1, time.perf_counter()
+    print(f"done: {made} adapters made from step {step}, {kept} were there already, in {run / 'extrapolated'}")
 
 
 if __name__ == "__main__":

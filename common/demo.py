@@ -29,7 +29,7 @@ from common.run_dir import atomic_dir, atomic_write_text
 
 SHIPPED = pathlib.Path(__file__).parent / "demo_backbone"
 CAREFUL_SHARE, SLIP, WRONG_DIGIT = 0.30, 0.05, 0.35
-STEPS, BATCH, PEAK_LR, WARMUP = 1500, 128, 3e-3, 100
+STEPS, BATCH, PEAK_LR, WARMUP = 3000, 128, 3e-3, 100
 TRAIN_PROBLEMS, TEST_PROBLEMS = 4096, 256
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -53,7 +53,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(vocab_size: int) -> Qwen2ForCausalLM:
-    """A 136k-parameter Qwen2. Heads of 32 because vLLM's attention kernels need at least that."""
+    """A 150k-parameter Qwen2. Heads of 32 because vLLM's attention kernels need at least that."""
     config = Qwen2Config(
         vocab_size=vocab_size, hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
         head_dim=32, max_position_embeddings=128, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None,

@@ -92,7 +92,7 @@ def train_family(s_global, s_local, s_target, recipe: Recipe, seed: int, tick: C
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = TrajectoryPredictor(s_target.shape[-1]).to(s_target.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs, eta_min=0.1 * recipe.learning_rate)
     losses = []
     for _ in range(recipe.epochs):
