@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 from tqdm import tqdm
 
@@ -57,16 +58,17 @@ def plan(preset_name: str, preset: dict, run_dir: str) -> list[Job]:
         jobs.append(Job("prepare", [*wanted["prepare"].split(), "--run-dir", run_dir], [], 5))
     jobs += [
         Job("01", stage("01_train_lora_grpo.py"), ["prepare"], prefix),
-        Job("01 reference", stage("01_train_lora_grpo.py", "--steps", str(reference)), ["04"] if wanted.get("jobs", 1) == 1 else ["01"], reference - prefix),
+        Job("01 reference", stage("01_train_lora_grpo.py", "--steps", str(reference)), ["01"], reference - prefix),
         Job("02", stage("02_extract_deltas.py"), ["01"], 15),
-        Job("03", stage("03_train_predictor.py"), ["02"], 150),
+        Job("03", stage("03_train_predictor.py"), ["02"], 180),
         Job("04", stage("04_extrapolate.py"), ["03"], 15),
     ]
     for start in wanted.get("continue_from", ["next-aligned_alpha1.5"]):
         name, merged = start.removesuffix("_merged"), start.endswith("_merged")
         jobs.append(Job(f"05 {start}", stage("05_continue_rl.py", "--start", name, *(["--restart", "merged"] if merged else [])), ["04"], more))
     jobs.append(Job("04 oracle", stage("04_extrapolate.py", "--methods", "oracle"), ["04", "01 reference"], 15))
-    jobs.append(Job("06", stage("06_eval.py"), [job.name for job in jobs], 250))
+    jobs.append(Job("06 sweep", stage("06_eval.py", "--policies", "extrapolated/*"), ["04 oracle"], 200))
+    jobs.append(Job("06", stage("06_eval.py"), [job.name for job in jobs], 60))
     known = {job.name for job in jobs}
     for job in jobs:
         job.needs = [name for name in job.needs if name in known]
@@ -92,17 +94,21 @@ class Runner:
         if self.finished:
             print(f"done already: {', '.join(job.name for job in self.jobs if job.name in self.finished)}")
         todo = [job for job in self.jobs if job.name not in self.finished]
-        bar = tqdm(total=round(sum(job.work for job in todo)), desc="whole experiment", bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left", mininterval=1)
+        total, began, lane_seconds = sum(job.work for job in todo), time.monotonic(), 0.0
+        bar = tqdm(total=round(total), desc="whole experiment", bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {postfix}", postfix="")
         try:
             while len(self.finished) < len(self.jobs):
                 self._start_ready(bar)
                 job, line = self.output.get()
+                now = time.monotonic()
+                lane_seconds, began = lane_seconds + (now - began) * len(self.running), now
                 if line is None:
                     self._end(job)
                 else:
                     self._show(job, line, bar)
-                bar.n = round(sum(self.progress[j.name] for j in todo))
-                bar.refresh()
+                done = sum(self.progress[j.name] for j in todo)
+                bar.n = round(done)
+                bar.set_postfix_str(f"about {lane_seconds / max(done, 1) * (total - done) / self.lanes / 60:.0f} min left")
         finally:
             for process in self.running.values():
                 process.send_signal(signal.SIGINT)

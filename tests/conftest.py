@@ -1,0 +1,80 @@
+"""Shared fixtures: the tiny backbone, and one whole chain of stages on it that the stage tests look at."""
+import importlib
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+TINY = str(ROOT / "tests" / "tiny.yaml")
+torch.set_num_threads(1)
+
+from common import config, demo, policy  # noqa: E402
+
+
+def run_stage(script: str, *args: str, env: dict | None = None) -> subprocess.CompletedProcess:
+    """A stage as a user starts it, from the repository root."""
+    return subprocess.run([sys.executable, script, *args], cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, **(env or {})})
+
+
+def call_stage(monkeypatch, capsys, script: str, *args: str) -> tuple[int, str]:
+    """A stage's main in this process (no five seconds of imports): its exit code and the last line it wrote to stderr."""
+    stage = importlib.import_module(script.removesuffix(".py"))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [script, *args])
+    try:
+        config.run_stage(stage.main)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    lines = capsys.readouterr().err.strip().splitlines()
+    return code, lines[-1] if lines else ""
+
+
+def lay_out(folder: pathlib.Path) -> pathlib.Path:
+    """A run directory with the demo's backbone and data, as `python -m common.demo` makes it."""
+    subprocess.run([sys.executable, "-m", "common.demo", "--run-dir", str(folder)], cwd=ROOT, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def backbone_dir() -> pathlib.Path:
+    return demo.SHIPPED
+
+
+@pytest.fixture
+def lora_policy(backbone_dir):
+    """(policy, tokenizer): the demo backbone with a LoRA of rank 4 whose B is not zero any more."""
+    backbone, tokenizer = policy.load_backbone(str(backbone_dir))
+    model = policy.add_lora(backbone, 4, 2.0, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model, tokenizer
+
+
+@pytest.fixture(scope="session")
+def empty_run(tmp_path_factory) -> pathlib.Path:
+    """A run directory in which nothing has been trained yet. Read only."""
+    return lay_out(tmp_path_factory.mktemp("empty") / "run")
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> pathlib.Path:
+    """All six stages on tests/tiny.yaml, each as a subprocess. Read only; copy it to change it."""
+    folder = lay_out(tmp_path_factory.mktemp("finished") / "run")
+    where = ("--config", TINY, "--run-dir", str(folder))
+    for command in (
+        ("01_train_lora_grpo.py", *where), ("02_extract_deltas.py", *where), ("03_train_predictor.py", *where), ("04_extrapolate.py", *where),
+        ("01_train_lora_grpo.py", *where, "--steps", "8"), ("04_extrapolate.py", *where, "--methods", "oracle"),
+        ("05_continue_rl.py", *where), ("05_continue_rl.py", *where, "--restart", "merged"), ("06_eval.py", *where),
+    ):
+        result = run_stage(*command)
+        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+        (folder / f"{command[0]}.out").write_text(result.stdout)
+    return folder

@@ -1,0 +1,147 @@
+"""Log-probabilities and sampling against plain Hugging Face forward passes."""
+import json
+import shutil
+
+import pytest
+import torch
+
+from common import policy, rollout
+from common.run_dir import UserError
+
+PROMPTS = ["<|user|>123+489<|assistant|>", "<|user|>7+12<|assistant|>", "<|user|>1<|assistant|>"]
+
+
+def plain_logprobs(model, prompt, completion, temperature):
+    """One sequence, no padding, no cache: log_softmax of the ordinary forward pass."""
+    logits = model(input_ids=torch.tensor([prompt + completion])).logits[0].float() / temperature
+    return logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+
+def encode(tokenizer, texts):
+    return tokenizer(texts)["input_ids"]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_logprobs_equal_a_plain_forward_pass(lora_policy, temperature, monkeypatch):
+    model, tokenizer = lora_policy
+    monkeypatch.setattr(policy, "HEAD_CHUNK", 5)  # so that chunks cut through sequences
+    prompts, completions = encode(tokenizer, PROMPTS), encode(tokenizer, ["3+9+0=12<|end|>", "\\boxed{19}<|end|>", "8"])
+    logprobs, entropy = policy.token_logprobs(model, prompts, completions, temperature, with_entropy=True)
+    expected = torch.cat([plain_logprobs(model, p, c, temperature) for p, c in zip(prompts, completions, strict=True)])
+    torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
+    assert len(entropy) == sum(map(len, completions))
+    assert entropy.min() > 0
+
+
+def test_gradients_equal_a_plain_forward_pass(lora_policy, monkeypatch):
+    model, tokenizer = lora_policy
+    monkeypatch.setattr(policy, "HEAD_CHUNK", 5)
+    prompts, completions = encode(tokenizer, PROMPTS[:2]), encode(tokenizer, ["3+9+0=12<|end|>", "\\boxed{19}<|end|>"])
+    gradients = []
+    for values in (lambda: policy.token_logprobs(model, prompts, completions, 1.0)[0],
+                   lambda: torch.cat([plain_logprobs(model, p, c, 1.0) for p, c in zip(prompts, completions, strict=True)])):
+        model.zero_grad()
+        values().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    for ours, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, plain, atol=2e-5, rtol=1e-4)
+
+
+def test_the_end_token_gets_a_gradient(lora_policy):
+    model, tokenizer = lora_policy
+    prompt, completion = encode(tokenizer, [PROMPTS[0]]), encode(tokenizer, ["\\boxed{6}<|end|>"])
+    logprobs, _ = policy.token_logprobs(model, prompt, completion, 1.0)
+    assert completion[0][-1] == tokenizer.eos_token_id
+    logprobs[-1].backward()
+    assert any(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+
+
+def sample(model, tokenizer, texts, seeds, **kwargs):
+    return rollout.HFEngine(model, tokenizer, **kwargs).generate(encode(tokenizer, texts), seeds, max_new_tokens=40, temperature=0.9)
+
+
+def test_sampled_logprobs_equal_the_trainers(lora_policy):
+    model, tokenizer = lora_policy
+    texts = PROMPTS[:2] * 8
+    rollouts = sample(model, tokenizer, texts, list(range(16)))
+    trainer, _ = policy.token_logprobs(model, encode(tokenizer, texts), [r.tokens for r in rollouts], 0.9)
+    engine = torch.tensor([x for r in rollouts for x in r.logprobs])
+    assert (trainer - engine).abs().max() < 2e-5
+    assert (trainer - engine).abs().mean() < 2e-6
+    assert {len(r.tokens) for r in rollouts} != {40}  # some ended by themselves
+
+
+def test_what_is_sampled_does_not_depend_on_the_batch(lora_policy):
+    model, tokenizer = lora_policy
+    texts, seeds = PROMPTS * 3, list(range(9))
+    together = sample(model, tokenizer, texts, seeds)
+    in_parts = sample(model, tokenizer, texts, seeds, batch_size=2)
+    backwards = sample(model, tokenizer, texts[::-1], seeds[::-1])[::-1]
+    assert [r.tokens for r in together] == [r.tokens for r in in_parts] == [r.tokens for r in backwards]
+    assert together[0].tokens != together[3].tokens  # same prompt, another seed
+
+
+def test_responses_end_with_the_end_token_or_at_the_limit(lora_policy):
+    model, tokenizer = lora_policy
+    for response in sample(model, tokenizer, PROMPTS[:1] * 32, list(range(32))):
+        assert response.finished == (response.tokens[-1] == tokenizer.eos_token_id)
+        assert response.finished or len(response.tokens) == 40
+        assert tokenizer.eos_token_id not in response.tokens[:-1]
+        assert len(response.logprobs) == len(response.tokens)
+
+
+def test_sampling_follows_the_models_probabilities(lora_policy):
+    model, tokenizer = lora_policy
+    prompt, draws = encode(tokenizer, PROMPTS[:1])[0], 4000
+    first = [r.tokens[0] for r in rollout.HFEngine(model, tokenizer, 1000).generate([prompt] * draws, list(range(draws)), max_new_tokens=1)]
+    expected = model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1)
+    seen = torch.bincount(torch.tensor(first), minlength=len(expected)) / draws
+    assert ((seen - expected).abs() < 5 * (expected * (1 - expected) / draws).sqrt() + 1e-3).all()
+
+
+def test_top_p_keeps_to_the_nucleus(lora_policy):
+    model, tokenizer = lora_policy
+    prompt = encode(tokenizer, PROMPTS[:1])[0]
+    order = model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1).sort(descending=True)
+    nucleus = set(order.indices[: int((order.values.cumsum(0) < 0.5).sum()) + 1].tolist())
+    rollouts = rollout.HFEngine(model, tokenizer).generate([prompt] * 200, list(range(200)), max_new_tokens=1, top_p=0.5)
+    assert {r.tokens[0] for r in rollouts} <= nucleus
+
+
+def test_sampling_defaults_in_the_backbones_folder_are_ignored(tmp_path, backbone_dir):
+    folder = tmp_path / "backbone"
+    shutil.copytree(backbone_dir, folder)
+    model, tokenizer = policy.load_backbone(str(folder))
+    want = [r.tokens for r in sample(model, tokenizer, PROMPTS[:1] * 8, list(range(8)))]
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**config, "repetition_penalty": 1.5, "top_k": 1, "do_sample": True, "temperature": 0.1}))
+    model, tokenizer = policy.load_backbone(str(folder))
+    assert model.generation_config.repetition_penalty == 1.5
+    assert [r.tokens for r in sample(model, tokenizer, PROMPTS[:1] * 8, list(range(8)))] == want
+
+
+def test_a_saved_adapter_loads_equal_and_is_stored_in_fp32(lora_policy, tmp_path, backbone_dir):
+    model, tokenizer = lora_policy
+    ids = torch.tensor(encode(tokenizer, PROMPTS[:1]))
+    policy.save_lora(model, tmp_path / "step_0001", {"step": 1, "backbone": "x", "backbone_fingerprint": policy.fingerprint(model.get_base_model())})
+    backbone, _ = policy.load_backbone(str(backbone_dir))
+    model.save_pretrained(tmp_path / "plain")
+    again = policy.load_lora(backbone, tmp_path / "plain")
+    torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=0)
+    assert {p.dtype for p in again.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_an_adapter_of_another_backbone_is_refused(lora_policy, tmp_path, backbone_dir):
+    model, _ = lora_policy
+    policy.save_lora(model, tmp_path / "step_0001", {"step": 1, "backbone": "x", "backbone_fingerprint": "another"})
+    backbone, _ = policy.load_backbone(str(backbone_dir))
+    with pytest.raises(UserError, match="another backbone"):
+        policy.load_lora(backbone, tmp_path / "step_0001")
+
+
+def test_fingerprint_sees_a_changed_weight(backbone_dir):
+    one, _ = policy.load_backbone(str(backbone_dir))
+    two, _ = policy.load_backbone(str(backbone_dir))
+    assert policy.fingerprint(one) == policy.fingerprint(two)
+    two.get_input_embeddings().weight.data[0, 0] += 1
+    assert policy.fingerprint(one) != policy.fingerprint(two)
