@@ -15,6 +15,7 @@ randomness is a function of (seed, step), so there is no generator state to lose
 
 Left out: value networks, reward models, multi-turn, packing, warm-up and decay (the paper names none of them).
 """
+
 import contextlib
 import dataclasses
 import math
@@ -60,7 +61,9 @@ class TrainConfig(configs.StageConfig):
     lora_alpha: float = option(32.0, "scale alpha / r on B A (paper: 32)")
     clip_low: float = option(0.2, "epsilon of Eq. 1 downwards (open)")
     clip_high: float = option(0.2, "epsilon of Eq. 1 upwards (open)")
-    loss_aggregation: Literal["token", "seq"] = option("token", "mean over tokens, or over tokens and then responses as in Eq. 1 (open: verl's is token)")
+    loss_aggregation: Literal["token", "seq"] = option(
+        "token", "mean over tokens, or over tokens and then responses as in Eq. 1 (open: verl's is token)"
+    )
     kl_coef: float = option(0.0, "beta of Eq. 1, k3 estimator against the backbone; 0 is off (open)")
     importance_cap: float = option(0.0, "truncated importance weight between engine and trainer, e.g. 2; 0 is off (open)")
     max_logprob_gap: float = option(1.0, "stop if the mean |log-prob| gap between engine and trainer exceeds this")
@@ -76,13 +79,34 @@ class TrainConfig(configs.StageConfig):
         if self.prompts_per_step % self.mini_batch:
             raise UserError(f"prompts_per_step ({self.prompts_per_step}) must be a multiple of mini_batch ({self.mini_batch})")
         if self.top_p != 1.0:
-            raise UserError(f"top_p {self.top_p} in training biases the importance ratio by the probability mass it cuts off; set it to 1.0")
-        for name in ("steps", "save_every", "prompts_per_step", "mini_batch", "rollouts", "max_new_tokens", "lora_rank", "resume_every", "log_every", "temperature"):
+            raise UserError(
+                f"top_p {self.top_p} in training biases the importance ratio by the probability mass it cuts off; set it to 1.0"
+            )
+        for name in (
+            "steps",
+            "save_every",
+            "prompts_per_step",
+            "mini_batch",
+            "rollouts",
+            "max_new_tokens",
+            "lora_rank",
+            "resume_every",
+            "log_every",
+            "temperature",
+        ):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be positive, not {getattr(self, name)}")
 
 
-MAY_CHANGE = ("steps", "resume_every", "log_every", "report_to", "micro_tokens", "max_logprob_gap", "verifier_seconds")  # when a run goes on
+MAY_CHANGE = (
+    "steps",
+    "resume_every",
+    "log_every",
+    "report_to",
+    "micro_tokens",
+    "max_logprob_gap",
+    "verifier_seconds",
+)  # when a run goes on
 
 
 class Timer:
@@ -124,8 +148,10 @@ def sample(cfg: TrainConfig, step: int, engine, judge, problems, prompts, tokeni
     expanded = [(index, sample_id) for index in mine for sample_id in range(cfg.rollouts)]
     with timer("rollout"):
         rollouts = engine.generate(
-            [prompts[index] for index, _ in expanded], [rollout.sequence_seed(cfg.seed, step, *pair) for pair in expanded],
-            cfg.max_new_tokens, cfg.temperature,
+            [prompts[index] for index, _ in expanded],
+            [rollout.sequence_seed(cfg.seed, step, *pair) for pair in expanded],
+            cfg.max_new_tokens,
+            cfg.temperature,
         )
     with timer("reward"):
         texts = tokenizer.batch_decode([r.tokens for r in rollouts], skip_special_tokens=True)
@@ -140,8 +166,10 @@ def sample(cfg: TrainConfig, step: int, engine, judge, problems, prompts, tokeni
         rewards=torch.tensor(rewards).view(-1, cfg.rollouts),
         updates=[list(range(start, start + per_update)) for start in range(0, len(expanded), per_update)],
     )
-    shown = [{"step": step, "prompt": problems[index].prompt, "response": text, "answer": problems[index].answer, "reward": reward}
-             for (index, _), text, reward in zip(expanded[:: cfg.rollouts], texts[:: cfg.rollouts], rewards[:: cfg.rollouts], strict=True)][:4]
+    shown = [
+        {"step": step, "prompt": problems[index].prompt, "response": text, "answer": problems[index].answer, "reward": reward}
+        for (index, _), text, reward in zip(expanded[:: cfg.rollouts], texts[:: cfg.rollouts], rewards[:: cfg.rollouts], strict=True)
+    ][:4]
     return batch, shown
 
 
@@ -194,7 +222,9 @@ def update(cfg: TrainConfig, model, optimizer, batch: Batch, advantages: torch.T
     stats = {"loss": 0.0, "clip_share": 0.0}
     for part in micro_batches(batch, sequences, cfg.micro_tokens):
         with accelerator.autocast():
-            logprobs, _ = policy.token_logprobs(model, [batch.prompts[i] for i in part], [batch.completions[i] for i in part], cfg.temperature)
+            logprobs, _ = policy.token_logprobs(
+                model, [batch.prompts[i] for i in part], [batch.completions[i] for i in part], cfg.temperature
+            )
         old = torch.cat([batch.old_logprobs[i] for i in part])
         weight = torch.cat([weights[i] for i in part]).to(old.device)  # [tokens]
         advantage = torch.cat([advantages[i].expand(len(batch.completions[i])) for i in part]).to(old.device)  # [tokens]
@@ -236,8 +266,14 @@ def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: 
     accelerator.print(f"first prompt: {tokenizer.decode(prompts[0])!r}  answer: {problems[0].answer!r}")
     if start > first_step:
         accelerator.print(f"going on after step {start}")
-    bar = tqdm(range(start + 1, cfg.steps + 1), initial=start - first_step, total=cfg.steps - first_step, unit="step",
-               desc=folder.name, disable=None if accelerator.is_main_process else True)
+    bar = tqdm(
+        range(start + 1, cfg.steps + 1),
+        initial=start - first_step,
+        total=cfg.steps - first_step,
+        unit="step",
+        desc=folder.name,
+        disable=None if accelerator.is_main_process else True,
+    )
     for step in bar:
         timer, began = Timer(), time.perf_counter()
         batch, shown = sample(cfg, step, engine, judge, problems, prompts, tokenizer, accelerator, timer)  # rollout, reward
@@ -248,19 +284,26 @@ def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: 
             try:
                 stats = [update(cfg, model, optimizer, batch, advantages, sequences, accelerator) for sequences in batch.updates]
             except FloatingPointError as error:
-                raise UserError(f"step {step} has a non-finite {error}; the last checkpoint in {folder} is good: lower the learning rate") from error
+                raise UserError(
+                    f"step {step} has a non-finite {error}; the last checkpoint in {folder} is good: lower the learning rate"
+                ) from error
         line = {"step": step, **step_metrics(cfg, batch, sums, stats, judge, accelerator)}
         if line["logprob_gap_mean"] > cfg.max_logprob_gap:
-            raise UserError(f"step {step}: engine and trainer disagree by {line['logprob_gap_mean']:.3f} nats a token (limit "
-                            f"{cfg.max_logprob_gap}): stale weights, another temperature, or a head that post-processes its logits")
+            raise UserError(
+                f"step {step}: engine and trainer disagree by {line['logprob_gap_mean']:.3f} nats a token (limit "
+                f"{cfg.max_logprob_gap}): stale weights, another temperature, or a head that post-processes its logits"
+            )
         with timer("save"):
             if step % cfg.save_every == 0 or step == cfg.steps:
                 accelerator.wait_for_everyone()
                 if accelerator.is_main_process:
                     policy.save_lora(model, folder / f"step_{step:04d}", {"step": step, **info})
         seconds = time.perf_counter() - began
-        line |= {"seconds": round(seconds, 4), "tokens_per_second": round(line["tokens"] / seconds, 1),
-                 "seconds_by_phase": {name: round(value, 4) for name, value in timer.seconds.items()}}
+        line |= {
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(line["tokens"] / seconds, 1),
+            "seconds_by_phase": {name: round(value, 4) for name, value in timer.seconds.items()},
+        }
         metrics.append(line)
         for row in shown if step % cfg.save_every == 0 else []:
             samples.append(row)
@@ -277,26 +320,53 @@ def step_metrics(cfg: TrainConfig, batch: Batch, sums: dict, stats: list[dict], 
     """The metrics of one step over all processes; the README's glossary explains each."""
     tokens = sum(map(len, batch.completions))
     spread = batch.rewards.max(1).values - batch.rewards.min(1).values
-    local = [tokens, len(batch.completions), batch.rewards.sum().item(), len(batch.finished) - sum(batch.finished), (spread == 0).sum().item(),
-             len(spread), sums["entropy"], sums["gap"], sums["kl"], judge.timeouts, judge.errors, *[s["loss"] for s in stats], *[s["clip_share"] for s in stats]]
+    local = [
+        tokens,
+        len(batch.completions),
+        batch.rewards.sum().item(),
+        len(batch.finished) - sum(batch.finished),
+        (spread == 0).sum().item(),
+        len(spread),
+        sums["entropy"],
+        sums["gap"],
+        sums["kl"],
+        judge.timeouts,
+        judge.errors,
+        *[s["loss"] for s in stats],
+        *[s["clip_share"] for s in stats],
+    ]
     total = accelerator.reduce(torch.tensor(local, dtype=torch.float32, device=accelerator.device), "sum").tolist()
     tokens, sequences, reward, cut, flat, groups, entropy, gap, kl, timeouts, errors = total[:11]
     gap_max = accelerator.gather(torch.tensor([sums["gap_max"]], device=accelerator.device)).max().item()
     values = {
-        "reward": reward / sequences, "accuracy": reward / sequences, "response_length": tokens / sequences, "truncated_share": cut / sequences,
-        "zero_variance_groups": flat / groups, "loss": sum(total[11 : 11 + len(stats)]) / len(stats),
-        "clip_share": sum(total[11 + len(stats) :]) / len(stats), "kl": kl / tokens if cfg.kl_coef else None, "entropy": entropy / tokens,
-        "logprob_gap_mean": gap / tokens, "logprob_gap_max": gap_max, "grad_norm": sum(s["grad_norm"] for s in stats) / len(stats),
-        "learning_rate": cfg.learning_rate, "tokens": int(tokens), "verifier_timeouts": int(timeouts), "verifier_errors": int(errors),
+        "reward": reward / sequences,
+        "accuracy": reward / sequences,
+        "response_length": tokens / sequences,
+        "truncated_share": cut / sequences,
+        "zero_variance_groups": flat / groups,
+        "loss": sum(total[11 : 11 + len(stats)]) / len(stats),
+        "clip_share": sum(total[11 + len(stats) :]) / len(stats),
+        "kl": kl / tokens if cfg.kl_coef else None,
+        "entropy": entropy / tokens,
+        "logprob_gap_mean": gap / tokens,
+        "logprob_gap_max": gap_max,
+        "grad_norm": sum(s["grad_norm"] for s in stats) / len(stats),
+        "learning_rate": cfg.learning_rate,
+        "tokens": int(tokens),
+        "verifier_timeouts": int(timeouts),
+        "verifier_errors": int(errors),
     }
     return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in values.items() if value is not None}
 
 
 def console_line(line: dict, last: int) -> str:
     phases = " ".join(f"{name} {value:.2f}" for name, value in line["seconds_by_phase"].items())
-    return (f"step {line['step']}/{last}  accuracy {line['accuracy']:.3f}  length {line['response_length']:.1f}  cut {line['truncated_share']:.2f}  "
-            f"flat {line['zero_variance_groups']:.2f}  clip {line['clip_share']:.3f}  entropy {line['entropy']:.2f}  gap {line['logprob_gap_mean']:.0e}  "
-            f"grad {line['grad_norm']:.2f}  {line['seconds']:.2f} s ({phases})")
+    return (
+        f"step {line['step']}/{last}  accuracy {line['accuracy']:.3f}  length {line['response_length']:.1f}  "
+        f"cut {line['truncated_share']:.2f}  flat {line['zero_variance_groups']:.2f}  clip {line['clip_share']:.3f}  "
+        f"entropy {line['entropy']:.2f}  gap {line['logprob_gap_mean']:.0e}  grad {line['grad_norm']:.2f}  "
+        f"{line['seconds']:.2f} s ({phases})"
+    )
 
 
 def start_accelerator(cfg: TrainConfig, folder: pathlib.Path) -> Accelerator:

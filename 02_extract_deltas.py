@@ -11,11 +11,11 @@ Everything comes from the factors B and A in float64, exactly (`common/rank1.py`
 stored as LAPACK leaves them; `Trajectory.aligned` makes them consistent for whoever wants that. Only matrices with an adapter take
 part: on the others every delta is exactly zero (the official code decomposes them all the same).
 """
+
 import collections
 import dataclasses
 import pathlib
 
-import safetensors.torch
 import torch
 from tqdm import tqdm
 
@@ -42,18 +42,31 @@ def read_checkpoints(cfg: ExtractConfig, folder: pathlib.Path) -> dict[int, adap
     run_dir.read_json(folder / "config.json", "01_train_lora_grpo.py")
     paths = {step: path for step, path in adapters.checkpoints(folder).items() if step <= cfg.last_step}
     if len(paths) < cfg.k + 2:
-        raise UserError(f"{folder} has {len(paths)} checkpoints up to step {cfg.last_step}; k = {cfg.k} needs at least {cfg.k + 2}: train on, or lower k")
+        raise UserError(
+            f"{folder} has {len(paths)} checkpoints up to step {cfg.last_step}; k = {cfg.k} needs at least {cfg.k + 2}: "
+            "train on, or lower k"
+        )
     steps = list(paths)
     if steps[-1] != cfg.last_step:
-        raise UserError(f"{folder} ends at step {steps[-1]}, before last_step = {cfg.last_step}: run 01_train_lora_grpo.py on, or lower last_step")
+        raise UserError(
+            f"{folder} ends at step {steps[-1]}, before last_step = {cfg.last_step}: run 01_train_lora_grpo.py on, or lower last_step"
+        )
     if len({b - a for a, b in zip([0, *steps], steps, strict=False)}) > 1:
         raise UserError(f"checkpoints in {folder} are not evenly spaced: {steps}")
     series = {step: adapters.read_adapter(path) for step, path in paths.items()}
-    first, bases = series[steps[0]], {step: run_dir.read_json(path / "checkpoint.json", "01_train_lora_grpo.py").get("backbone_fingerprint") for step, path in paths.items()}
+    first, bases = (
+        series[steps[0]],
+        {
+            step: run_dir.read_json(path / "checkpoint.json", "01_train_lora_grpo.py").get("backbone_fingerprint")
+            for step, path in paths.items()
+        },
+    )
     for step, adapter in series.items():
         if bases[step] != bases[steps[0]]:
             raise UserError(f"{paths[step]} was trained on another backbone than {paths[steps[0]]}")
-        if {k: v[0].shape for k, v in adapter.factors.items()} != {k: v[0].shape for k, v in first.factors.items()} or adapter.scale != first.scale:
+        if {k: v[0].shape for k, v in adapter.factors.items()} != {
+            k: v[0].shape for k, v in first.factors.items()
+        } or adapter.scale != first.scale:
             raise UserError(f"{paths[step]} has other modules, ranks or scale than {paths[steps[0]]}")
     return series
 
@@ -102,8 +115,14 @@ def measure(trajectory: rank1.Trajectory, spectra: dict[str, torch.Tensor], fit:
             vector = roles["global"].sigma[:, None] * getattr(roles["global"], side)
             held_out, in_sample = rank1.linear_fit_r2(steps, vector, fit)
             r2.append({"module": module, "side": side, "held_out": held_out, "in_sample": in_sample})
-    flips = {role: [bool((trajectory.deltas[m][role].u[i] * aligned.deltas[m][role].u[i]).sum() < 0) for m in aligned.deltas for i in range(len(aligned.deltas[m][role].u))]
-             for role in rank1.ROLES}
+    flips = {
+        role: [
+            bool((trajectory.deltas[m][role].u[i] * aligned.deltas[m][role].u[i]).sum() < 0)
+            for m in aligned.deltas
+            for i in range(len(aligned.deltas[m][role].u))
+        ]
+        for role in rank1.ROLES
+    }
     return {
         "steps": trajectory.steps,
         "energy_ratio": all_sigma.nanmean(0).tolist(),
@@ -128,15 +147,22 @@ def main() -> None:
         return
     triples, spectra = extract(series, cfg.k)
     run_dir.save_tensors(folder / "rank1.safetensors", triples)
-    run_dir.write_json(folder / "index.json", {
-        "steps": list(series), "k": cfg.k, "modules": list(spectra), "scale": next(iter(series.values())).scale,
-        "sigma_2_over_sigma_1": {module: (s[:, 1] / s[:, 0]).tolist() if s.shape[1] > 1 else None for module, s in spectra.items()},
-    })
+    run_dir.write_json(
+        folder / "index.json",
+        {
+            "steps": list(series),
+            "k": cfg.k,
+            "modules": list(spectra),
+            "scale": next(iter(series.values())).scale,
+            "sigma_2_over_sigma_1": {module: (s[:, 1] / s[:, 0]).tolist() if s.shape[1] > 1 else None for module, s in spectra.items()},
+        },
+    )
     found = measure(rank1.load_trajectory(folder), spectra, cfg.fit_checkpoints)
     run_dir.write_json(folder / "spectrum.json", found)
     stage.finish(decompositions=sum(len(t) for name, t in triples.items() if name.endswith("sigma")))
     below = sum(row["held_out"] < 0 for row in found["linear_fit"]) / len(found["linear_fit"])
-    print(f"energy ratio E_1: {found['energy_ratio'][0]:.3f} at step {found['steps'][0]}, {found['energy_ratio'][-1]:.3f} at step {found['steps'][-1]}")
+    energy, steps = found["energy_ratio"], found["steps"]
+    print(f"energy ratio E_1: {energy[0]:.3f} at step {steps[0]}, {energy[-1]:.3f} at step {steps[-1]}")
     print(f"linear fit: {below:.0%} of {len(found['linear_fit'])} vectors have a held-out R^2 below 0")
     print(f"done: rank-1 deltas of {len(spectra)} matrices at {len(series)} checkpoints in {folder}")
 

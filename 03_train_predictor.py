@@ -10,6 +10,7 @@ The backtest asks the only question that matters before a jump: standing at an e
 would the prediction have come to the true delta? Beside it stand three controls that learn nothing (copy the global direction, repeat
 the last target, a straight line) and the oracle, the true target's rank 1. A predictor that loses to `repeat-last` adds nothing.
 """
+
 import dataclasses
 import pathlib
 import time
@@ -26,7 +27,9 @@ from common.run_dir import UserError
 class PredictorConfig(configs.StageConfig):
     """Which recipes, and how the backtest is cut."""
 
-    recipes: list[str] = dataclasses.field(default_factory=lambda: ["aligned", "paper"], metadata={"help": "recipes to train: paper, aligned (common/predictor.py)"})
+    recipes: list[str] = dataclasses.field(
+        default_factory=lambda: ["aligned", "paper"], metadata={"help": "recipes to train: paper, aligned (common/predictor.py)"}
+    )
     holdout: int = dataclasses.field(default=0, metadata={"help": "checkpoints the backtest hides; 0 is k, the jump's own situation"})
     seed: int = dataclasses.field(default=0, metadata={"help": "of the predictor's initial weights"})
 
@@ -42,6 +45,7 @@ def train_all(trajectory: rank1.Trajectory, recipe: predictor.Recipe, seed: int,
     models, losses = {}, {}
     with tqdm(total=len(families) * recipe.epochs, desc=title, unit="epoch", disable=None) as bar:
         for name, data in families.items():
+
             def tick(loss, name=name):
                 bar.update(1)
                 bar.set_postfix(family=name, loss=f"{loss:.4f}", refresh=False)
@@ -70,7 +74,10 @@ def controls(trajectory: rank1.Trajectory) -> dict[str, dict]:
 
 
 def score(predicted: dict, now: adapters.Adapter, future: adapters.Adapter) -> dict:
-    """Against the whole true delta D of each matrix, means over matrices: cosine <sigma u v^T, D> / (|sigma| |D|_F), |sigma - sigma_1(D)| / sigma_1(D)."""
+    """Against the whole true delta D of each matrix: cosine <sigma u v^T, D> / (|sigma| |D|_F), sigma error |sigma / sigma_1(D) - 1|.
+
+    Means over matrices.
+    """
     cosines, errors = [], []
     for module, (u, sigma, v) in predicted.items():
         left, right = (x.double() for x in rank1.delta_factors(future.factors[module], now.factors[module], now.scale))
@@ -91,8 +98,12 @@ def backtest(trajectory: rank1.Trajectory, recipe: predictor.Recipe, seed: int, 
     models, _ = train_all(past, recipe, seed, "backtest")
     true = {m: (r["target"].u[count - 1], r["target"].sigma[count - 1], r["target"].v[count - 1]) for m, r in trajectory.deltas.items()}
     candidates = {"predictor": predictor.predict(models, past, recipe), **controls(past), "oracle": true}
-    return {"at_step": step, "predicts_step": future_step, "targets_known": count - trajectory.k,
-            **{name: score(triples, now, future) for name, triples in candidates.items()}}
+    return {
+        "at_step": step,
+        "predicts_step": future_step,
+        "targets_known": count - trajectory.k,
+        **{name: score(triples, now, future) for name, triples in candidates.items()},
+    }
 
 
 def main() -> None:
@@ -103,10 +114,15 @@ def main() -> None:
     holdout = cfg.holdout or trajectory.k
     known = len(trajectory.steps) - holdout - trajectory.k
     if holdout < trajectory.k or known < 1:
-        raise UserError(f"the backtest needs holdout >= k = {trajectory.k} and a target left to train on; with {len(trajectory.steps)} checkpoints and holdout {holdout} there are {known}")
+        raise UserError(
+            f"holdout must leave a target to train on and be at least k: with {len(trajectory.steps)} checkpoints and k = {trajectory.k} "
+            f"it can be {trajectory.k} to {len(trajectory.steps) - trajectory.k - 1}, not {holdout}"
+        )
     for name in cfg.recipes:
         recipe, folder = predictor.RECIPES[name], run / "predictor" / name
-        stage = run_dir.Stage(folder, {**dataclasses.asdict(recipe), "seed": cfg.seed, "holdout": holdout}, inputs=[run / "deltas" / "rank1.safetensors"])
+        stage = run_dir.Stage(
+            folder, {**dataclasses.asdict(recipe), "seed": cfg.seed, "holdout": holdout}, inputs=[run / "deltas" / "rank1.safetensors"]
+        )
         if stage.is_done(cfg.overwrite):
             continue
         tested = backtest(trajectory, recipe, cfg.seed, holdout, run / "train")
@@ -115,11 +131,22 @@ def main() -> None:
         seconds = time.perf_counter() - began
         weights = {f"{group}.{key}": value for group, model in models.items() for key, value in model.state_dict().items()}
         run_dir.save_tensors(folder / "model.safetensors", weights)
-        run_dir.write_json(folder / "report.json", {"recipe": name, "backtest": tested, "training_seconds": round(seconds, 2),
-                                                    "losses": {group: [round(x, 6) for x in values[:: max(1, len(values) // 200)]] for group, values in losses.items()}})
+        run_dir.write_json(
+            folder / "report.json",
+            {
+                "recipe": name,
+                "backtest": tested,
+                "training_seconds": round(seconds, 2),
+                "losses": {group: [round(x, 6) for x in values[:: max(1, len(values) // 200)]] for group, values in losses.items()},
+            },
+        )
         stage.finish(training_seconds=round(seconds, 2))
-        print(f"{name}: backtest at step {tested['at_step']} -> {tested['predicts_step']} ({tested['targets_known']} targets known), cosine with the true delta:")
-        print("   " + "  ".join(f"{row} {tested[row]['cosine']:.3f}" for row in ("predictor", "copy-global", "repeat-last", "linear-fit", "oracle")))
+        print(f"{name}: backtest at step {tested['at_step']} -> {tested['predicts_step']}, {tested['targets_known']} targets known")
+        print("   cosine with the true delta:")
+        print(
+            "   "
+            + "  ".join(f"{row} {tested[row]['cosine']:.3f}" for row in ("predictor", "copy-global", "repeat-last", "linear-fit", "oracle"))
+        )
         if tested["predictor"]["cosine"] <= tested["repeat-last"]["cosine"]:
             print("   this predictor does not beat repeating the last target")
     print(f"done: predictors in {run / 'predictor'}")

@@ -8,6 +8,7 @@ Writes  <run-dir>/extrapolated/<method>_alpha1.5      for each method and alpha:
 
 The adapters go straight into stages 5 and 6, PEFT or vLLM. `next` is made once for each recipe: next-aligned, next-paper.
 """
+
 import dataclasses
 import pathlib
 import time
@@ -23,9 +24,15 @@ from common.run_dir import UserError
 class ExtrapolateConfig(configs.StageConfig):
     """What to jump with, and how far."""
 
-    methods: list[str] = dataclasses.field(default_factory=lambda: ["next"], metadata={"help": f"any of {', '.join(extrapolators.METHODS)}"})
-    recipes: list[str] = dataclasses.field(default_factory=lambda: ["aligned"], metadata={"help": "predictors that `next` uses, of those stage 3 made"})
-    alphas: list[float] = dataclasses.field(default_factory=lambda: [1.5], metadata={"help": "extending coefficients (paper: 1.5; Fig. 6: 0.5 to 4.0)"})
+    methods: list[str] = dataclasses.field(
+        default_factory=lambda: ["next"], metadata={"help": f"any of {', '.join(extrapolators.METHODS)}"}
+    )
+    recipes: list[str] = dataclasses.field(
+        default_factory=lambda: ["aligned"], metadata={"help": "predictors that `next` uses, of those stage 3 made"}
+    )
+    alphas: list[float] = dataclasses.field(
+        default_factory=lambda: [1.5], metadata={"help": "extending coefficients (paper: 1.5; Fig. 6: 0.5 to 4.0)"}
+    )
 
     def __post_init__(self):
         for name in self.methods:
@@ -48,7 +55,7 @@ def load_predictors(folder: pathlib.Path, trajectory: rank1.Trajectory) -> dict[
 
 
 def variants(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Trajectory, step: int) -> dict[str, tuple[str, dict, list]]:
-    """Output name -> (method, what it needs beside the trajectory, the files that come from), for every method and every recipe of `next`."""
+    """Output name -> (method, what it needs beside the trajectory, the files that come from)."""
     found = {}
     for method in cfg.methods:
         if method == "next":

@@ -12,6 +12,7 @@ Writes  <run-dir>/continued/<start>/...       same layout as train/; steps are c
 Either way the optimizer starts afresh. Problems and rollout seeds are those the uninterrupted run meets at the same step, so the runs
 differ in their start and in nothing else.
 """
+
 import dataclasses
 import importlib
 import pathlib
@@ -31,7 +32,9 @@ class ContinueConfig(stage1.TrainConfig):
     """Stage 1's options (from the preset's section `train`), and where to start."""
 
     start: str = stage1.option("next-aligned_alpha1.5", "what to go on from: a folder in <run-dir>/extrapolated")
-    restart: Literal["adapter", "merged"] = stage1.option("adapter", "train the jumped adapter on, or bake it in and start a new one (open)")
+    restart: Literal["adapter", "merged"] = stage1.option(
+        "adapter", "train the jumped adapter on, or bake it in and start a new one (open)"
+    )
     more_steps: int = stage1.option(100, "RL steps after the jump (paper: 100)")
 
 
@@ -49,12 +52,15 @@ def main() -> None:
     run = pathlib.Path(cfg.run_dir)
     start = run / "extrapolated" / cfg.start
     if not start.is_dir():
-        raise UserError(f"{start} not found: run 04_extrapolate.py first (there: {', '.join(sorted(p.name for p in start.parent.glob('*'))) or 'nothing'})")
+        there = sorted(path.name for path in start.parent.glob("*"))
+        raise UserError(f"{start} not found: run 04_extrapolate.py first (there: {', '.join(there) or 'nothing'})")
     first_step = policy.checkpoint_info(start)["step"]
     cfg.steps = first_step + cfg.more_steps
     folder = run / "continued" / (cfg.start + ("_merged" if cfg.restart == "merged" else ""))
     accelerator = stage1.start_accelerator(cfg, folder)
-    stage = run_dir.Stage(folder, configs.as_dict(cfg), [cfg.path(cfg.train_data), start / "adapter_model.safetensors"], stage1.MAY_CHANGE + ("more_steps",))
+    stage = run_dir.Stage(
+        folder, configs.as_dict(cfg), [cfg.path(cfg.train_data), start / "adapter_model.safetensors"], (*stage1.MAY_CHANGE, "more_steps")
+    )
     with accelerator.main_process_first():
         if stage.is_done(cfg.overwrite, at_least=("steps", cfg.steps), writer=accelerator.is_main_process):
             return

@@ -12,6 +12,7 @@ Every problem is answered `runs` times (paper: 8). The standard error is over pr
 so their mean counts as one observation. All policies get the same sampling seeds, so differences between policies are paired and
 their standard error is that of the differences. A policy that was measured already is not measured again.
 """
+
 import dataclasses
 import json
 import pathlib
@@ -30,16 +31,25 @@ from common.run_dir import UserError
 class EvalConfig(configs.StageConfig):
     """What to measure, on what. Defaults are the test half of the paper's Table 2."""
 
-    backbone: str = dataclasses.field(default="Qwen/Qwen2.5-1.5B-Instruct", metadata={"help": "the model that was trained: folder or hub id"})
-    policies: list[str] = dataclasses.field(default_factory=lambda: ["backbone", "train/step_*", "extrapolated/*", "continued/*/step_*"], metadata={"help": "globs below the run directory, and `backbone`"})
-    test_data: list[str] = dataclasses.field(default_factory=lambda: ["data/test.jsonl"], metadata={"help": "test problems, a JSONL file a task"})
+    backbone: str = dataclasses.field(
+        default="Qwen/Qwen2.5-1.5B-Instruct", metadata={"help": "the model that was trained: folder or hub id"}
+    )
+    policies: list[str] = dataclasses.field(
+        default_factory=lambda: ["backbone", "train/step_*", "extrapolated/*", "continued/*/step_*"],
+        metadata={"help": "globs below the run directory, and `backbone`"},
+    )
+    test_data: list[str] = dataclasses.field(
+        default_factory=lambda: ["data/test.jsonl"], metadata={"help": "test problems, a JSONL file a task"}
+    )
     prompt_template: str = dataclasses.field(default="{prompt}", metadata={"help": "the user turn; must be the one of training"})
     system_prompt: str = dataclasses.field(default="", metadata={"help": "the system turn; must be the one of training"})
     runs: int = dataclasses.field(default=8, metadata={"help": "answers to every problem (paper: 8)"})
     temperature: float = dataclasses.field(default=1.0, metadata={"help": "sampling temperature (paper: 1.0)"})
     top_p: float = dataclasses.field(default=1.0, metadata={"help": "nucleus sampling (paper: 1.0)"})
     max_prompt_tokens: int = dataclasses.field(default=1024, metadata={"help": "longest prompt allowed (paper: 1024)"})
-    max_new_tokens: int = dataclasses.field(default=4096, metadata={"help": "longest response; one cut there counts as wrong (paper: 4096)"})
+    max_new_tokens: int = dataclasses.field(
+        default=4096, metadata={"help": "longest response; one cut there counts as wrong (paper: 4096)"}
+    )
     batch_size: int = dataclasses.field(default=512, metadata={"help": "sequences sampled at one time: memory, not results"})
     verifier_seconds: float = dataclasses.field(default=5.0, metadata={"help": "time limit for one answer"})
     seed: int = dataclasses.field(default=1, metadata={"help": "of the sampled responses"})
@@ -53,8 +63,11 @@ def find_policies(cfg: EvalConfig) -> list[str]:
     """The names that the globs stand for, in the order given, each once."""
     run, found = pathlib.Path(cfg.run_dir), []
     for pattern in cfg.policies:
-        names = ["backbone"] if pattern == "backbone" else sorted(
-            str(path.relative_to(run)) for path in run.glob(pattern) if (path / "adapter_config.json").is_file())
+        names = (
+            ["backbone"]
+            if pattern == "backbone"
+            else sorted(str(path.relative_to(run)) for path in run.glob(pattern) if (path / "adapter_config.json").is_file())
+        )
         if not names:
             raise UserError(f"no policy matches {run}/{pattern}: run the stage that makes it, or leave it out of --policies")
         found += [name for name in names if name not in found]
@@ -68,9 +81,19 @@ def evaluate(cfg: EvalConfig, engine, judge, tokenizer, problems: list[data.Prob
     rollouts = engine.generate([prompts[index] for index, _ in asked], seeds, cfg.max_new_tokens, cfg.temperature, cfg.top_p)
     texts = tokenizer.batch_decode([r.tokens for r in rollouts], skip_special_tokens=True)
     scores = judge.score(texts, [problems[index].answer for index, _ in asked], [r.finished for r in rollouts])
-    return [{"problem": index, "run": run, "prompt": problems[index].prompt, "response": text, "answer": problems[index].answer,
-             "tokens": len(r.tokens), "finished": r.finished, "score": score}
-            for (index, run), r, text, score in zip(asked, rollouts, texts, scores, strict=True)]
+    return [
+        {
+            "problem": index,
+            "run": run,
+            "prompt": problems[index].prompt,
+            "response": text,
+            "answer": problems[index].answer,
+            "tokens": len(r.tokens),
+            "finished": r.finished,
+            "score": score,
+        }
+        for (index, run), r, text, score in zip(asked, rollouts, texts, scores, strict=True)
+    ]
 
 
 def summarise(rows: list[dict], problems: int) -> dict:
@@ -79,9 +102,15 @@ def summarise(rows: list[dict], problems: int) -> dict:
     for row in rows:
         by_problem[row["problem"]] += row["score"] * problems / len(rows)
     error = float(by_problem.std() / problems**0.5) if problems > 1 else None
-    return {"accuracy": float(by_problem.mean()), "standard_error": error, "n": len(rows), "problems": problems,
-            "response_length": sum(row["tokens"] for row in rows) / len(rows), "truncated_share": sum(not row["finished"] for row in rows) / len(rows),
-            "by_problem": by_problem.tolist()}
+    return {
+        "accuracy": float(by_problem.mean()),
+        "standard_error": error,
+        "n": len(rows),
+        "problems": problems,
+        "response_length": sum(row["tokens"] for row in rows) / len(rows),
+        "truncated_share": sum(not row["finished"] for row in rows) / len(rows),
+        "by_problem": by_problem.tolist(),
+    }
 
 
 def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None:
@@ -94,7 +123,11 @@ def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None
         folder = run / "eval" / name.replace("/", "__")
         weights = run / name / "adapter_model.safetensors"
         wanted = {"settings": settings, "weights": run_dir.sha256(weights) if weights.is_file() else name, "versions": run_dir.versions()}
-        open_tasks = [task for task, (path, _) in tasks.items() if not _is_measured(folder / f"{task}.json", {**wanted, "data": run_dir.sha256(pathlib.Path(path))})]
+        open_tasks = [
+            task
+            for task, (path, _) in tasks.items()
+            if not _is_measured(folder / f"{task}.json", {**wanted, "data": run_dir.sha256(pathlib.Path(path))})
+        ]
         if not open_tasks:
             continue
         base = cfg.backbone if name == "backbone" else policy.checkpoint_info(run / name).get("backbone", cfg.backbone)
@@ -112,11 +145,15 @@ def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None
             result = {**summarise(rows, len(problems)), "seconds": round(time.perf_counter() - began, 2)}
             run_dir.atomic_write_text(folder / f"{task}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
             run_dir.write_json(folder / f"{task}.json", {"policy": name, **wanted, "data": run_dir.sha256(pathlib.Path(path)), **result})
-            error = "" if result["standard_error"] is None else f" +- {result['standard_error']:.3f}"
-            bar.write(f"{names.index(name) + 1}/{len(names)} {name}  {task}: {result['accuracy']:.3f}{error} (n = {result['n']}), length {result['response_length']:.1f}, {result['seconds']:.1f} s")
+            bar.write(f"{names.index(name) + 1}/{len(names)} {name}  {task}: {console_line(result)}")
         if name != "backbone":
             model.unload()  # takes the adapter's layers out again; the backbone is untouched
     judge.close()
+
+
+def console_line(result: dict) -> str:
+    error = "" if result["standard_error"] is None else f" +- {result['standard_error']:.3f}"
+    return f"{result['accuracy']:.3f}{error} (n = {result['n']}), length {result['response_length']:.1f}, {result['seconds']:.1f} s"
 
 
 def _is_measured(path: pathlib.Path, wanted: dict) -> bool:

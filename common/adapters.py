@@ -1,4 +1,5 @@
 """LoRA adapters as files: read the factors, write new ones. No model is loaded for this, so it works at any model size."""
+
 import contextlib
 import dataclasses
 import json
@@ -38,7 +39,9 @@ def _reading(path: pathlib.Path):
     try:
         yield
     except (OSError, safetensors.SafetensorError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is broken ({str(error).splitlines()[0][:200]}): delete its folder and resume the stage that wrote it") from error
+        raise UserError(
+            f"{path} is broken ({str(error).splitlines()[0][:200]}): delete its folder and resume the stage that wrote it"
+        ) from error
 
 
 def read_config(folder: pathlib.Path) -> dict:

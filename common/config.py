@@ -3,6 +3,7 @@
 A preset is one file for a whole experiment, with a section a stage (`shared` goes to every stage that has the key). Types come from
 the dataclass, through `transformers.HfArgumentParser`; an unknown key or flag is an error that names the nearest known one.
 """
+
 import argparse
 import dataclasses
 import difflib
@@ -116,7 +117,9 @@ def parse(cls: type[StageConfig], section: str | tuple[str, ...], description: s
     for action in parser._actions:  # HfArgumentParser adds --run-dir beside --run_dir; show the first form only
         dashed = [option for option in action.option_strings if "_" not in option]
         action.option_strings = dashed or action.option_strings
-        action.metavar = action.metavar or ("" if action.nargs == 0 or action.choices or not action.dest else action.dest.split("_")[-1].upper())
+        action.metavar = action.metavar or (
+            "" if action.nargs == 0 or action.choices or not action.dest else action.dest.split("_")[-1].upper()
+        )
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
     name = early.parse_known_args(argv)[0].config

@@ -1,4 +1,5 @@
 """Problems and prompts: JSONL in, token ids out, in an order that depends on the seed and the step alone."""
+
 import dataclasses
 import json
 import pathlib
@@ -41,7 +42,7 @@ def _parse_line(line: str, where: str) -> Problem:
         raise UserError(f"{where}: not valid JSON ({error})") from error
     for key in ("prompt", "answer"):
         if not isinstance(row, dict) or not isinstance(row.get(key), str | int | float) or isinstance(row[key], bool):
-            raise UserError(f"{where}: no usable '{key}' (want {{\"prompt\": text, \"answer\": text or number}})")
+            raise UserError(f'{where}: no usable \'{key}\' (want {{"prompt": text, "answer": text or number}})')
     return Problem(str(row["prompt"]), str(row["answer"]))
 
 
@@ -60,7 +61,10 @@ def encode_prompts(problems: list[Problem], tokenizer, template: str, system: st
         raise UserError(f"the backbone's tokenizer has no usable chat template: {error}") from error
     for number, ids in enumerate(encoded, 1):
         if len(ids) > limit:
-            raise UserError(f"{source}, problem {number}: its prompt has {len(ids)} tokens, over the limit of {limit}; raise max_prompt_tokens or remove it")
+            raise UserError(
+                f"{source}, problem {number}: its prompt has {len(ids)} tokens, over the limit of {limit}; "
+                "raise max_prompt_tokens or remove it"
+            )
     return encoded
 
 

@@ -14,6 +14,7 @@ language model before RLVR, at 1/10,000 of the size: reward alone teaches it to 
 The backbone is an ordinary Hugging Face folder (Qwen2ForCausalLM, tokenizer.json, chat template), the problems are ordinary JSONL.
 Nothing in the six stages knows that this module exists.
 """
+
 import argparse
 import json
 import pathlib
@@ -21,9 +22,9 @@ import random
 import shutil
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from common.run_dir import atomic_dir, atomic_write_text
 
@@ -39,24 +40,37 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, except `\\boxed{` and the four special tokens."""
-    specials = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
-    vocab = {token: i for i, token in enumerate([*specials, "\\boxed{", "}", *"0123456789", *"+=,;"])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<|pad|>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|."), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>",
-                                   extra_special_tokens={"user_token": "<|user|>", "assistant_token": "<|assistant|>"})
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+def make_tokenizer() -> Qwen2Tokenizer:
+    """One token a character, except `\\boxed{` and the four special tokens: Qwen2's tokenizer with nothing to merge."""
+    vocab = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "\\boxed{", "}", *"0123456789", *"+=,;"]
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: i for i, token in enumerate(vocab)},
+        merges=[],
+        unk_token=None,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        extra_special_tokens=["<|user|>", "<|assistant|>"],
+    )
+    tokenizer.add_tokens([AddedToken("\\boxed{", special=False, normalized=False)])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 def make_model(vocab_size: int) -> Qwen2ForCausalLM:
     """A 150k-parameter Qwen2. Heads of 32 because vLLM's attention kernels need at least that."""
     config = Qwen2Config(
-        vocab_size=vocab_size, hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=32, max_position_embeddings=128, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
     )
     return Qwen2ForCausalLM(config)
 
@@ -154,7 +168,10 @@ def pretrain(out: pathlib.Path, steps: int = STEPS) -> list[float]:
         total = 0.0
         for ids, labels in groups:
             logits = model(input_ids=ids).logits[:, :-1]
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum") / tokens
+            loss = (
+                torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+                / tokens
+            )
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -184,8 +201,10 @@ def main() -> None:
         with atomic_dir(args.run_dir / "backbone") as folder:
             shutil.copytree(SHIPPED, folder, dirs_exist_ok=True)
     write_data(args.run_dir / "data")
-    print(f"wrote {args.run_dir}/backbone (a {sum(p.numel() for p in make_model(20).parameters()):,}-parameter Qwen2) "
-          f"and {args.run_dir}/data ({TRAIN_PROBLEMS:,} training and {TEST_PROBLEMS} test problems)")
+    print(
+        f"wrote {args.run_dir}/backbone (a {sum(p.numel() for p in make_model(20).parameters()):,}-parameter Qwen2) "
+        f"and {args.run_dir}/data ({TRAIN_PROBLEMS:,} training and {TEST_PROBLEMS} test problems)"
+    )
 
 
 if __name__ == "__main__":

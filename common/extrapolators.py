@@ -7,6 +7,7 @@ An extrapolated policy is an adapter again. W_c + alpha sigma u v^T with W_c = W
 B' = [B, c u], A' = [A; c v^T], c = sqrt(alpha sigma / s), s' = s. A sweep over alpha costs kilobytes, rounds nothing, and
 PEFT, vLLM and the stages here load it unchanged.
 """
+
 import torch
 
 from common.adapters import Adapter, with_rank

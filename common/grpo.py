@@ -2,6 +2,7 @@
 
 Per-token tensors are flat, [tokens]: the completions of a batch one after another, with no padding and so no mask to get wrong.
 """
+
 import torch
 
 

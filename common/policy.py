@@ -1,4 +1,5 @@
 """The policy: a frozen backbone with LoRA on all its linear layers; its checkpoints, and the log-probabilities of given tokens."""
+
 import contextlib
 import hashlib
 import json
@@ -8,6 +9,7 @@ import shutil
 import safetensors.torch
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -74,6 +76,28 @@ def save_lora(policy, folder: pathlib.Path, info: dict) -> None:
     with atomic_dir(folder, overwrite=True) as temporary:
         policy.save_pretrained(temporary, save_embedding_layers=False)
         atomic_write_text(temporary / "checkpoint.json", json.dumps(info))
+
+
+@contextlib.contextmanager
+def merged(policy):
+    """Within the block the policy computes with W + s B A in place of W and the adapter beside it: a third of the matrix products.
+
+    For sampling with an fp32 backbone (any other dtype is left alone: it would round the update away). The frozen weights are not
+    touched: each layer points to a temporary sum and then to its own tensor again, so nothing can drift.
+    """
+    layers = [layer for layer in policy.modules() if isinstance(layer, LoraLayer) and layer.base_layer.weight.dtype == torch.float32]
+    if not isinstance(policy, PeftModel) or not layers:
+        yield
+        return
+    frozen = [layer.base_layer.weight.data for layer in layers]
+    try:
+        for layer, weight in zip(layers, frozen, strict=True):
+            layer.base_layer.weight.data = weight + sum(layer.get_delta_weight(name) for name in layer.active_adapters)
+        with policy.disable_adapter():
+            yield
+    finally:
+        for layer, weight in zip(layers, frozen, strict=True):
+            layer.base_layer.weight.data = weight
 
 
 def token_logprobs(policy, prompts: list[list[int]], completions: list[list[int]], temperature: float, with_entropy: bool = False):

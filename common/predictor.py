@@ -8,6 +8,7 @@ Two recipes train the same network:
 
 The signs matter most. (u, v) and (-u, -v) are the same singular pair, so without alignment the network is asked to predict coin flips.
 """
+
 import collections
 import dataclasses
 from collections.abc import Callable
@@ -121,5 +122,9 @@ def predict(models: dict[str, TrajectoryPredictor], trajectory: Trajectory, reci
             if side == "sigma":
                 inputs = [x / units[module] for x in inputs]
             out[side] = models[family(side, roles["global"])](*inputs)
-        found[module] = (nn.functional.normalize(out["u"], dim=0), out["sigma"][0] * units[module], nn.functional.normalize(out["v"], dim=0))
+        found[module] = (
+            nn.functional.normalize(out["u"], dim=0),
+            out["sigma"][0] * units[module],
+            nn.functional.normalize(out["v"], dim=0),
+        )
     return found

@@ -8,6 +8,7 @@ A LoRA checkpoint never needs its m x n matrix. With s = lora_alpha / r, every d
 
 and the SVD of a product L R of thin factors is exact through two QR decompositions and one small SVD (`svd_of_product`).
 """
+
 import dataclasses
 import pathlib
 
@@ -91,8 +92,10 @@ class Trajectory:
     def until(self, count: int) -> "Trajectory":
         """What was known when only the first `count` checkpoints existed."""
         cut = {"global": count, "local": count, "target": max(count - self.k, 0)}
-        deltas = {module: {role: Triples(t.u[: cut[role]], t.sigma[: cut[role]], t.v[: cut[role]]) for role, t in roles.items()}
-                  for module, roles in self.deltas.items()}
+        deltas = {
+            module: {role: Triples(t.u[: cut[role]], t.sigma[: cut[role]], t.v[: cut[role]]) for role, t in roles.items()}
+            for module, roles in self.deltas.items()
+        }
         return Trajectory(self.steps[:count], self.k, deltas)
 
 
@@ -113,8 +116,10 @@ def load_trajectory(folder: pathlib.Path) -> Trajectory:
         tensors = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} is missing or broken ({error}): run 02_extract_deltas.py --overwrite") from error
-    deltas = {module: {role: Triples(*(tensors[f"{role}.{module}.{part}"] for part in ("u", "sigma", "v"))) for role in ROLES}
-              for module in index["modules"]}
+    deltas = {
+        module: {role: Triples(*(tensors[f"{role}.{module}.{part}"] for part in ("u", "sigma", "v"))) for role in ROLES}
+        for module in index["modules"]
+    }
     return Trajectory(index["steps"], index["k"], deltas)
 
 

@@ -1,4 +1,5 @@
 """The paper's tables and claims, from what the stages left in a run directory. Every number here comes out of a file of the run."""
+
 import dataclasses
 import json
 import math
@@ -11,8 +12,12 @@ from common import plots, run_dir
 
 MAIN_ALPHA = 1.5  # the paper's extending coefficient: the alpha of the tables
 NAMES = {
-    "next-aligned": "NExt, aligned recipe", "next-paper": "NExt, published recipe", "repeat-last": "repeat-last (control)",
-    "rl-extra": "RL-Extra", "none": "restart without a jump (control)", "oracle": "oracle (true next delta, rank 1)",
+    "next-aligned": "NExt, aligned recipe",
+    "next-paper": "NExt, published recipe",
+    "repeat-last": "repeat-last (control)",
+    "rl-extra": "RL-Extra",
+    "none": "restart without a jump (control)",
+    "oracle": "oracle (true next delta, rank 1)",
 }
 
 
@@ -33,7 +38,9 @@ class Result:
 
     @property
     def label(self) -> str:
-        name = {"backbone": "Backbone", "grpo": "GRPO with LoRA"}.get(self.method) or NAMES.get(self.method.removesuffix("_merged"), self.method)
+        name = {"backbone": "Backbone", "grpo": "GRPO with LoRA"}.get(self.method) or NAMES.get(
+            self.method.removesuffix("_merged"), self.method
+        )
         name += ", merged restart" if self.method.endswith("_merged") else ""
         return name + (", right after the jump" if self.policy.startswith("extrapolated/") and self.method != "none" else "")
 
@@ -54,10 +61,14 @@ def load_results(run: pathlib.Path) -> dict[str, Result]:
         else:
             method = "backbone"
         found[policy] = Result(
-            policy, method, steps, alpha,
+            policy,
+            method,
+            steps,
+            alpha,
             accuracy=sum(t["accuracy"] for t in tasks) / len(tasks),
             error=math.sqrt(sum((t["standard_error"] or math.nan) ** 2 for t in tasks)) / len(tasks),
-            n=sum(t["n"] for t in tasks), length=sum(t["response_length"] for t in tasks) / len(tasks),
+            n=sum(t["n"] for t in tasks),
+            length=sum(t["response_length"] for t in tasks) / len(tasks),
             by_problem=[torch.tensor(t["by_problem"], dtype=torch.float64) for t in tasks],
         )
         found[policy].seconds = wall_seconds(run, found[policy])
@@ -118,9 +129,16 @@ def table_rows(results: dict[str, Result]) -> list[Result]:
     """The rows of the main table: backbone, plain GRPO, then every method after the jump and after the RL that follows it."""
     last = max((r.steps for r in results.values() if r.policy.startswith("continued/")), default=0)
     order = {name: i for i, name in enumerate(["backbone", "grpo", *(x for n in NAMES for x in (n, n + "_merged"))])}
-    rows = [r for r in results.values() if r.method in ("backbone", "grpo") or (r.alpha == MAIN_ALPHA and r.policy.startswith("extrapolated/"))
-            or (r.policy.startswith("continued/") and r.steps == last)]
-    return sorted(rows, key=lambda r: (r.policy.startswith("continued/"), r.policy.startswith("extrapolated/"), order.get(r.method, 99), r.steps))
+    rows = [
+        r
+        for r in results.values()
+        if r.method in ("backbone", "grpo")
+        or (r.alpha == MAIN_ALPHA and r.policy.startswith("extrapolated/"))
+        or (r.policy.startswith("continued/") and r.steps == last)
+    ]
+    return sorted(
+        rows, key=lambda r: (r.policy.startswith("continued/"), r.policy.startswith("extrapolated/"), order.get(r.method, 99), r.steps)
+    )
 
 
 def main_table(results: dict[str, Result]) -> str:
@@ -131,72 +149,96 @@ def main_table(results: dict[str, Result]) -> str:
         gain = 100 * (r.accuracy - base.accuracy) if base else math.nan
         icer = f"{r.steps / gain:.1f}" if r.steps and gain > 0 else "–"
         seconds = "–" if r.seconds is None else f"{r.seconds:.0f}"
-        lines.append(f"| {r.label} | {r.steps} | {100 * r.accuracy:.1f} ± {100 * r.error:.1f} | {r.n} | {icer} | {r.length:.1f} | {seconds} |")
+        lines.append(
+            f"| {r.label} | {r.steps} | {100 * r.accuracy:.1f} ± {100 * r.error:.1f} | {r.n} | {icer} | {r.length:.1f} | {seconds} |"
+        )
     return "\n".join(lines)
 
 
-def _verdict(gap: float, error: float) -> str:
-    """More than two standard errors above zero, below, or neither."""
-    return "holds" if gap > 2 * error else "does not hold" if gap < -2 * error else "undecided"
+def verdict(gap: float, error: float, not_worse: bool = False) -> str:
+    """More than two standard errors above zero, below, or neither; `not_worse` is content with no difference seen."""
+    if gap < -2 * error:
+        return "does not hold"
+    return "holds" if gap > 2 * error or not_worse else "undecided"
 
 
-def _compare(results: dict[str, Result], claim: str, a: str, b: str, not_worse: bool = False) -> list[str] | None:
-    """A row of the claims table for "a is better than b" (or, with `not_worse`, "a is not worse than b")."""
+def compare(results: dict[str, Result], a: str, b: str, not_worse: bool = False) -> str:
+    """A cell of the claims table for "policy a is better than policy b" (or, with `not_worse`, "not worse")."""
     if a not in results or b not in results:
-        return None
+        return "–"
     gap, error = difference(results[a], results[b])
-    verdict = _verdict(gap, error)
-    if not_worse and verdict == "undecided":
-        verdict = "holds (no difference seen)"
-    first, second = results[a], results[b]
-    numbers = f"{100 * first.accuracy:.1f} against {100 * second.accuracy:.1f}: {100 * gap:+.1f} ± {100 * error:.1f} points (n = {first.n} each, paired)"
-    return [claim, f"{first.label} at {first.steps}, {second.label} at {second.steps}: {numbers}", verdict]
+    levels = f"{100 * results[a].accuracy:.1f} against {100 * results[b].accuracy:.1f}"
+    return f"**{verdict(gap, error, not_worse)}**: {levels}, {100 * gap:+.1f} ± {100 * error:.1f}"
 
 
-def claims(run: pathlib.Path, results: dict[str, Result]) -> list[list[str]]:
-    """The paper's claims, each with what this run shows and a verdict. Errors are over test problems; there is one training seed."""
-    rows, spectrum = [], run_dir.read_json(run / "deltas" / "spectrum.json", "02_extract_deltas.py")
-    energy, steps = spectrum["energy_ratio"], spectrum["steps"]
-    early = next((i for i, step in enumerate(steps) if step >= 50), len(steps) - 1)
-    rows.append(["Fig. 2: the rank-1 share of the update rises early in training", f"E_1 {energy[0]:.3f} at step {steps[0]}, {energy[early]:.3f} at step {steps[early]}, "
-                 f"{energy[-1]:.3f} at step {steps[-1]} (mean of {len(spectrum['energy_ratio_by_module'])} matrices)", "holds" if energy[early] > energy[0] else "does not hold"])
-    fits = spectrum["linear_fit"]
-    below = sum(row["held_out"] < 0 for row in fits)
-    p = below / len(fits)
-    median = sorted(row["in_sample"] for row in fits)[len(fits) // 2]
-    rows.append(["Fig. 3: a line fails on over half of the vectors (held-out R² < 0)", f"{p:.0%} of {len(fits)} vectors below 0 on held-out checkpoints; median in-sample R² of the same fits {median:.2f}",
-                 _verdict(p - 0.5, math.sqrt(p * (1 - p) / len(fits)))])
-    for recipe in ("aligned", "paper"):
-        name = f"next-{recipe}_alpha{MAIN_ALPHA:g}"
-        after = next((key for key in results if key.startswith(f"continued/{name}/")), "")
-        total = results[after].steps if after else 0
-        same, longest = f"train/step_{total:04d}", max((k for k in results if k.startswith("train/")), default="")
-        kind = "aligned recipe" if recipe == "aligned" else "published recipe"
-        now = f"train/step_{steps[-1]:04d}"
-        rows += [_compare(results, f"Table 5: the jump itself gains ({kind})", f"extrapolated/{name}", now)]
-        rows += [_fig6(results, f"next-{recipe}", kind, now)]
-        rows += [_compare(results, f"Tables 3, 4: NExt beats GRPO at equal steps ({kind})", after, same)]
-        rows += [_compare(results, f"Tables 3, 4: NExt reaches GRPO at {results[longest].steps if longest else '–'} steps ({kind})", after, longest, not_worse=True)]
-        for rival, claim in (("rl-extra", "Tables 3, 4: NExt beats RL-Extra"), ("repeat-last", "(control) the predictor beats repeating the last target"), ("none", "(control) the jump beats a mere restart")):
-            rows += [_compare(results, f"{claim} ({kind})", after, f"continued/{rival}_alpha{MAIN_ALPHA:g}/step_{total:04d}" if rival != "none" else f"continued/none/step_{total:04d}")]
-        if longest and after:
-            extra = overhead(run, recipe)
-            share = sum(extra.values()) / results[after].seconds
-            rows.append([f"Fig. 5: SVD, predictor and extrapolation cost next to nothing ({kind})", f"{sum(extra.values()):.1f} s of {results[after].seconds:.0f} s, {share:.1%} (threshold 5%)", "holds" if share < 0.05 else "does not hold"])
-            saved = 1 - results[after].seconds / results[longest].seconds
-            rows.append([f"Fig. 5: about 37.5% less time than GRPO's {results[longest].steps} steps ({kind})", f"{results[after].seconds:.0f} s against {results[longest].seconds:.0f} s, {saved:.1%} less", "holds" if saved > 0.30 else "does not hold"])
-    return [row for row in rows if row]
-
-
-def _fig6(results: dict[str, Result], method: str, kind: str, now: str) -> list[str] | None:
+def fig6(results: dict[str, Result], method: str, before: str) -> str:
     """Fig. 6's claim: every alpha in [0.5, 2.5] is better than before the jump."""
-    sweep = sorted((r for r in results.values() if r.method == method and r.policy.startswith("extrapolated/") and r.alpha <= 2.5), key=lambda r: r.alpha)
-    if not sweep or now not in results:
-        return None
-    gaps = [(r.alpha, *difference(r, results[now])) for r in sweep]
-    verdicts = {_verdict(gap, error) for _, gap, error in gaps}
-    verdict = "does not hold" if "does not hold" in verdicts else "holds" if verdicts == {"holds"} else "undecided"
-    return [f"Fig. 6: better than before the jump for alpha 0.5 to 2.5 ({kind})", ", ".join(f"{a:g}: {100 * g:+.1f} ± {100 * e:.1f}" for a, g, e in gaps) + " points", verdict]
+    sweep = sorted(
+        (r for r in results.values() if r.method == method and r.policy.startswith("extrapolated/") and r.alpha <= 2.5),
+        key=lambda r: r.alpha,
+    )
+    if not sweep or before not in results:
+        return "–"
+    gaps = [(r.alpha, *difference(r, results[before])) for r in sweep]
+    verdicts = {verdict(gap, error) for _, gap, error in gaps}
+    overall = "does not hold" if "does not hold" in verdicts else "holds" if verdicts == {"holds"} else "undecided"
+    return f"**{overall}**: " + ", ".join(f"{100 * g:+.1f} ± {100 * e:.1f} at {a:g}" for a, g, e in gaps)
+
+
+def claims_section_3(run: pathlib.Path) -> list[str]:
+    """What Sec. 3 says of the trajectory itself, as markdown lines."""
+    found = run_dir.read_json(run / "deltas" / "spectrum.json", "02_extract_deltas.py")
+    energy, steps, fits = found["energy_ratio"], found["steps"], found["linear_fit"]
+    early = next((i for i, step in enumerate(steps) if step >= steps[-1] / 3), len(steps) - 1)
+    rises = "holds" if energy[early] > energy[0] else "does not hold"
+    below = sum(row["held_out"] < 0 for row in fits) / len(fits)
+    error = math.sqrt(below * (1 - below) / len(fits))
+    in_sample = sorted(row["in_sample"] for row in fits)[len(fits) // 2]
+    return [
+        f"* Fig. 2, the rank-1 share of the update rises early in training: **{rises}**. E_1 is {energy[0]:.3f} at step {steps[0]}, "
+        f"{energy[early]:.3f} at step {steps[early]} and {energy[-1]:.3f} at step {steps[-1]} "
+        f"(mean of {len(found['energy_ratio_by_module'])} matrices).",
+        f"* Fig. 3, a straight line fails on over half of the vectors: **{verdict(below - 0.5, error)}**. On checkpoints it was not "
+        f"fitted on, {below:.0%} ± {error:.0%} of {len(fits)} vectors have an R² below 0; on those it was fitted on, the median R² is "
+        f"{in_sample:.2f}.",
+    ]
+
+
+def claims(run: pathlib.Path, results: dict[str, Result]) -> list[tuple[str, ...]]:
+    """What Sec. 5 says of NExt: (claim, cell for each recipe). Errors are over test problems, paired; there is one training seed."""
+    before = f"train/step_{run_dir.read_json(run / 'deltas' / 'index.json', '02_extract_deltas.py')['steps'][-1]:04d}"
+    longest = max((key for key in results if key.startswith("train/")), default="")
+    total = max((r.steps for r in results.values() if r.policy.startswith("continued/")), default=0)
+    rows: dict[str, list[str]] = {}
+    for recipe in ("paper", "aligned"):
+        name = f"next-{recipe}_alpha{MAIN_ALPHA:g}"
+        after = f"continued/{name}/step_{total:04d}"
+        cells = {
+            "Table 5: the jump itself gains": compare(results, f"extrapolated/{name}", before),
+            "Fig. 6: so does every alpha from 0.5 to 2.5": fig6(results, f"next-{recipe}", before),
+            f"Tables 3, 4: at {total} steps better than GRPO": compare(results, after, f"train/step_{total:04d}"),
+            f"Tables 3, 4: at {total} steps not worse than GRPO at {results[longest].steps if longest else '?'}": compare(
+                results, after, longest, not_worse=True
+            ),
+            "Tables 3, 4: better than RL-Extra": compare(results, after, f"continued/rl-extra_alpha{MAIN_ALPHA:g}/step_{total:04d}"),
+            "(control) better than a restart without a jump": compare(results, after, f"continued/none/step_{total:04d}"),
+            "(control) the predictor is better than repeating the last target": compare(
+                results, after, f"continued/repeat-last_alpha{MAIN_ALPHA:g}/step_{total:04d}"
+            ),
+            "Fig. 5: SVD, predictor and jump cost next to nothing (under 5%)": "–",
+            f"Fig. 5: about 37.5% less time than GRPO at {results[longest].steps if longest else '?'}": "–",
+        }
+        if after in results and longest:
+            extra, seconds, reference = sum(overhead(run, recipe).values()), results[after].seconds, results[longest].seconds
+            small, saved = extra / seconds, 1 - seconds / reference
+            *_, cost_key, time_key = cells
+            cells[cost_key] = f"**{'holds' if small < 0.05 else 'does not hold'}**: {extra:.1f} of {seconds:.0f} s, {small:.1%}"
+            cells[time_key] = (
+                f"**{'holds' if saved >= 0.35 else 'does not hold'}**: {seconds:.0f} against {reference:.0f} s, {saved:.1%} less"
+            )
+        for claim, cell in cells.items():
+            rows.setdefault(claim, []).append(cell)
+    return [(claim, *cells) for claim, cells in rows.items()]
 
 
 def backtests(run: pathlib.Path) -> str:
@@ -205,28 +247,54 @@ def backtests(run: pathlib.Path) -> str:
     lines = ["| recipe | " + " | ".join(columns) + " |", "|---|" + "--:|" * len(columns)]
     for path in sorted((run / "predictor").glob("*/report.json")):
         tested = run_dir.read_json(path, "03_train_predictor.py")["backtest"]
-        lines.append(f"| {path.parent.name} ({tested['at_step']} → {tested['predicts_step']}) | " + " | ".join(f"{tested[c]['cosine']:.3f}" for c in columns) + " |")
+        lines.append(
+            f"| {path.parent.name} ({tested['at_step']} → {tested['predicts_step']}) | "
+            + " | ".join(f"{tested[c]['cosine']:.3f}" for c in columns)
+            + " |"
+        )
     return "\n".join(lines)
 
 
 def write(run: pathlib.Path) -> str:
     """Writes results.json, the figures and report.md; returns the table and the paths for the console."""
     results = load_results(run)
-    run_dir.write_json(run / "eval" / "results.json", [{k: v for k, v in dataclasses.asdict(r).items() if k != "by_problem"} | {"label": r.label} for r in table_rows(results)])
+    run_dir.write_json(
+        run / "eval" / "results.json",
+        [{k: v for k, v in dataclasses.asdict(r).items() if k != "by_problem"} | {"label": r.label} for r in table_rows(results)],
+    )
     table = main_table(results)
-    complete = (run / "deltas" / "done.json").is_file() and any((run / "predictor").glob("*/done.json")) and any(k.startswith("extrapolated/") for k in results)
-    if not complete:
+    if not (run / "deltas" / "done.json").is_file():
         run_dir.atomic_write_text(run / "report.md", f"# Results of {run.name}\n\n{table}\n")
-        return f"\n{table}\n\nreport: {run / 'report.md'} (stages 2 to 4 have not run: no figures yet)"
+        return f"\n{table}\n\nreport: {run / 'report.md'} (no figures before stage 2 has run)"
     figures = plots.draw_all(run, results, cost_bars(run, results))
     versions = json.dumps(run_dir.versions()).strip("{}").replace('"', "")
     parts = [
-        f"# Results of {run.name}", "", "Accuracy is over test problems answered repeatedly at temperature 1; its standard error is over problems. All methods share "
-        "the same first RL steps. One training seed: the errors do not cover what another seed would change.", "", table, "",
-        "## The paper's claims, on this run", "", "| the paper says | this run shows | verdict |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in claims(run, results)), "",
-        "A verdict needs a difference of two standard errors.", "",
-        "## Is the predictor worth its place?", "", "Cosine between the predicted rank-1 delta and the whole true one, mean over matrices, at an earlier checkpoint with everything later hidden.", "", backtests(run), "",
-        *(f"## {title}\n\n![{title}](figures/{path.name})\n" for title, path in figures.items()), f"Made with {versions}.", "",
+        f"# Results of {run.name}",
+        "",
+        "Accuracy is over test problems answered repeatedly at temperature 1; its standard error is over problems. All methods share "
+        "the same first RL steps. One training seed: the errors do not cover what another seed would change.",
+        "",
+        table,
+        "",
+        "## The paper's claims, on this run",
+        "",
+        *claims_section_3(run),
+        "",
+        "Accuracy in %, differences in points ± their paired standard error; a verdict needs two of them.",
+        "",
+        "| NExt, says the paper, is ... | published recipe | aligned recipe |",
+        "|---|---|---|",
+        *(f"| {' | '.join(row)} |" for row in claims(run, results)),
+        "",
+        "## Is the predictor worth its place?",
+        "",
+        "Cosine between the predicted rank-1 delta and the whole true one, mean over matrices, with everything later hidden.",
+        "",
+        backtests(run),
+        "",
+        *(f"## {title}\n\n![{title}](figures/{path.name})\n" for title, path in figures.items()),
+        f"Made with {versions}.",
+        "",
     ]
     run_dir.atomic_write_text(run / "report.md", "\n".join(parts))
     return f"\n{table}\n\nreport: {run / 'report.md'}\nfigures: " + " ".join(str(path) for path in figures.values())

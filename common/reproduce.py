@@ -7,6 +7,7 @@ Each line is printed before it runs and can be typed by hand instead. A line sta
 at a time (they share the 150-step prefix, which is trained once). Interrupt it and type it again: finished lines are skipped, an
 interrupted stage goes on where it was.
 """
+
 import argparse
 import dataclasses
 import hashlib
@@ -63,11 +64,13 @@ def plan(preset_name: str, preset: dict, run_dir: str) -> list[Job]:
         Job("03", stage("03_train_predictor.py"), ["02"], 180),
         Job("04", stage("04_extrapolate.py"), ["03"], 15),
     ]
-    for start in wanted.get("continue_from", ["next-aligned_alpha1.5"]):
-        name, merged = start.removesuffix("_merged"), start.endswith("_merged")
-        jobs.append(Job(f"05 {start}", stage("05_continue_rl.py", "--start", name, *(["--restart", "merged"] if merged else [])), ["04"], more))
     jobs.append(Job("04 oracle", stage("04_extrapolate.py", "--methods", "oracle"), ["04", "01 reference"], 15))
     jobs.append(Job("06 sweep", stage("06_eval.py", "--policies", "extrapolated/*"), ["04 oracle"], 200))
+    for start in wanted.get("continue_from", ["next-aligned_alpha1.5"]):
+        name, merged = start.removesuffix("_merged"), start.endswith("_merged")
+        jobs.append(
+            Job(f"05 {start}", stage("05_continue_rl.py", "--start", name, *(["--restart", "merged"] if merged else [])), ["04"], more)
+        )
     jobs.append(Job("06", stage("06_eval.py"), [job.name for job in jobs], 60))
     known = {job.name for job in jobs}
     for job in jobs:
@@ -90,12 +93,16 @@ class Runner:
         """Runs everything. Raises UserError naming the command that failed."""
         before = read_json(self.record, "this command") if self.record.exists() else {}
         done_before = {job.name for job in self.jobs if before.get(job.line) == self.stamp}
-        self.finished = {job.name for job in self.jobs if job.name in done_before and set(job.needs) <= done_before and job is not self.jobs[-1]}
+        self.finished = {
+            job.name for job in self.jobs if job.name in done_before and set(job.needs) <= done_before and job is not self.jobs[-1]
+        }
         if self.finished:
             print(f"done already: {', '.join(job.name for job in self.jobs if job.name in self.finished)}")
         todo = [job for job in self.jobs if job.name not in self.finished]
         total, began, lane_seconds = sum(job.work for job in todo), time.monotonic(), 0.0
-        bar = tqdm(total=round(total), desc="whole experiment", bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {postfix}", postfix="")
+        bar = tqdm(
+            total=round(total), desc="whole experiment", bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} gone{postfix}", postfix=""
+        )
         try:
             while len(self.finished) < len(self.jobs):
                 self._start_ready(bar)
@@ -120,8 +127,21 @@ class Runner:
         for job in self.jobs:
             if len(self.running) < self.lanes and job.name not in self.finished | self.running.keys() and set(job.needs) <= self.finished:
                 bar.write(f"\n$ {job.line}")
-                environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1", "PATH": f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-                process = subprocess.Popen(job.argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment, start_new_session=True)
+                environment = {
+                    "OMP_NUM_THREADS": "1",
+                    **os.environ,
+                    "PYTHONUNBUFFERED": "1",
+                    "PATH": f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+                }
+                process = subprocess.Popen(
+                    job.argv,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    errors="replace",
+                    env=environment,
+                    start_new_session=True,
+                )
                 self.running[job.name] = process
                 threading.Thread(target=self._read, args=(job, process), daemon=True).start()
 

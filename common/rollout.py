@@ -3,11 +3,14 @@
 Every sequence has a seed of its own (`sequence_seed`), so what is sampled does not depend on the batch it is sampled in, on the
 number of processes, or on what was sampled before: a resumed run draws what the uninterrupted one would have.
 """
+
 import dataclasses
 import hashlib
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
+
+from common.policy import merged
 
 
 @dataclasses.dataclass
@@ -51,7 +54,7 @@ class _SeededSampler(LogitsProcessor):
 
 
 class HFEngine:
-    """The embedded engine: `transformers.generate` on the very model that is trained. No second copy of the weights, nothing to sync.
+    """The embedded engine: `transformers.generate` on the very model that is trained, so there is nothing to keep in step.
 
     For small models and for teaching; at paper size vLLM is many times faster.
     """
@@ -65,21 +68,23 @@ class HFEngine:
         # A backbone's folder may ship sampling defaults (Qwen2.5: repetition penalty, top_k 20), which `generate` would mix into ours.
         policy.generation_config = GenerationConfig(eos_token_id=self.ends, pad_token_id=self.pad)
 
-    def generate(self, prompts: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0) -> list[Rollout]:
+    def generate(
+        self, prompts: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0
+    ) -> list[Rollout]:
         """One response for each prompt (token ids) with its seed, in the order given. temperature must be positive."""
         rollouts: list[Rollout | None] = [None] * len(prompts)
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         was_training = self.policy.training
         self.policy.eval()
-        for start in range(0, len(prompts), self.batch_size):
-            rows = by_length[start : start + self.batch_size]
-            chunk = self._generate([prompts[i] for i in rows], [seeds[i] for i in rows], max_new_tokens, temperature, top_p)
-            for i, rollout in zip(rows, chunk, strict=True):
-                rollouts[i] = rollout
+        with torch.no_grad(), merged(self.policy):
+            for start in range(0, len(prompts), self.batch_size):
+                rows = by_length[start : start + self.batch_size]
+                chunk = self._generate([prompts[i] for i in rows], [seeds[i] for i in rows], max_new_tokens, temperature, top_p)
+                for i, rollout in zip(rows, chunk, strict=True):
+                    rollouts[i] = rollout
         self.policy.train(was_training)
         return rollouts
 
-    @torch.no_grad()
     def _generate(self, prompts, seeds, max_new_tokens, temperature, top_p) -> list[Rollout]:
         device = self.policy.device
         width = max(map(len, prompts))
@@ -87,7 +92,11 @@ class HFEngine:
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         sampler = _SeededSampler(seeds, max_new_tokens, temperature, top_p, device)
         output = self.policy.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=LogitsProcessorList([sampler])
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([sampler]),
         )[:, width:]  # [sequences, new tokens]
         is_end = torch.isin(output, torch.tensor(self.ends, device=device))
         finished = is_end.any(1)

@@ -3,6 +3,7 @@
 A stage writes everything to a temporary name and renames it, and writes `done.json` last. So a file or folder with its final
 name is complete, and a stage without `done.json` is unfinished, however it was interrupted.
 """
+
 import contextlib
 import hashlib
 import importlib.metadata
@@ -117,8 +118,10 @@ class Stage:
         for part, name in (("config", "option"), ("inputs", "input")):
             old, new = before.get(part, {}), json.loads(json.dumps(self.record[part]))
             for key in [key for key in {**old, **new} if key not in self.may_change and old.get(key) != new.get(key)]:
-                raise UserError(f"{self.folder} was made with {name} {key} = {old.get(key)!r}, now it is {new.get(key)!r}: "
-                                "use another --run-dir, or --overwrite to make it again")
+                raise UserError(
+                    f"{self.folder} was made with {name} {key} = {old.get(key)!r}, now it is {new.get(key)!r}: "
+                    "use another --run-dir, or --overwrite to make it again"
+                )
 
     def finish(self, **result) -> None:
         """Writes done.json, with `result` in it."""

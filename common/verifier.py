@@ -3,6 +3,7 @@
 Plain numbers are compared here, at once. Everything else goes to math-verify (sympy), in worker processes that are killed at a
 time limit, because a hostile answer such as 9^{9^{9^9}} can hang a parser for ever and take the whole training run with it.
 """
+
 import concurrent.futures
 import fractions
 import json
@@ -127,8 +128,13 @@ def quick_verdict(answer: str, gold: str) -> bool | None:
 def _start_worker() -> subprocess.Popen:
     root = pathlib.Path(__file__).resolve().parents[1]
     worker = subprocess.Popen(
-        [sys.executable, "-m", "common.verifier"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)}, start_new_session=True,  # so that Ctrl-C reaches the training loop alone
+        [sys.executable, "-m", "common.verifier"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        start_new_session=True,  # so that Ctrl-C reaches the training loop alone
     )
     worker.stdout.readline()  # it says "ready" when math-verify is imported; that is not the answer's time
     return worker

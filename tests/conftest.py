@@ -1,4 +1,5 @@
 """Shared fixtures: the tiny backbone, and one whole chain of stages on it that the stage tests look at."""
+
 import importlib
 import os
 import pathlib
@@ -13,12 +14,14 @@ sys.path.insert(0, str(ROOT))
 TINY = str(ROOT / "tests" / "tiny.yaml")
 torch.set_num_threads(1)
 
-from common import config, demo, policy  # noqa: E402
+from common import config, demo, policy
 
 
 def run_stage(script: str, *args: str, env: dict | None = None) -> subprocess.CompletedProcess:
     """A stage as a user starts it, from the repository root."""
-    return subprocess.run([sys.executable, script, *args], cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, **(env or {})})
+    return subprocess.run(
+        [sys.executable, script, *args], cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, **(env or {})}
+    )
 
 
 def call_stage(monkeypatch, capsys, script: str, *args: str) -> tuple[int, str]:
@@ -70,9 +73,15 @@ def finished_run(tmp_path_factory) -> pathlib.Path:
     folder = lay_out(tmp_path_factory.mktemp("finished") / "run")
     where = ("--config", TINY, "--run-dir", str(folder))
     for command in (
-        ("01_train_lora_grpo.py", *where), ("02_extract_deltas.py", *where), ("03_train_predictor.py", *where), ("04_extrapolate.py", *where),
-        ("01_train_lora_grpo.py", *where, "--steps", "8"), ("04_extrapolate.py", *where, "--methods", "oracle"),
-        ("05_continue_rl.py", *where), ("05_continue_rl.py", *where, "--restart", "merged"), ("06_eval.py", *where),
+        ("01_train_lora_grpo.py", *where),
+        ("02_extract_deltas.py", *where),
+        ("03_train_predictor.py", *where),
+        ("04_extrapolate.py", *where),
+        ("01_train_lora_grpo.py", *where, "--steps", "8"),
+        ("04_extrapolate.py", *where, "--methods", "oracle"),
+        ("05_continue_rl.py", *where),
+        ("05_continue_rl.py", *where, "--restart", "merged"),
+        ("06_eval.py", *where),
     ):
         result = run_stage(*command)
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"

@@ -1,4 +1,5 @@
 """Presets and flags, problems and prompts, the run directory."""
+
 import dataclasses
 import json
 from typing import Literal
@@ -34,28 +35,37 @@ def test_shared_keys_that_a_stage_does_not_have_are_for_other_stages(tmp_path):
     assert parse(tmp_path, "shared: {backbone: x}").steps == 5
 
 
-@pytest.mark.parametrize(("preset", "message"), [
-    ("train: {stepz: 7}", "unknown key 'stepz' in section train; did you mean steps?"),
-    ("trian: {steps: 7}", "unknown section 'trian'; did you mean train?"),
-    ("train: {steps: many}", "steps must be int, not 'many'"),
-    ("train: {steps: 1.5}", "steps must be int, not 1.5"),
-    ("train: {steps: true}", "steps must be int, not True"),
-    ("train: {rate: fast}", "rate must be float"),
-    ("train: {kind: c}", "kind must be Literal"),
-    ("train: {names: x}", "names must be list"),
-    ("train: [1, 2]", "mapping of sections"),
-    ("train: {steps: [}", "not valid YAML"),
-    ("", "mapping of sections"),
-])
+@pytest.mark.parametrize(
+    ("preset", "message"),
+    [
+        ("train: {stepz: 7}", "unknown key 'stepz' in section train; did you mean steps?"),
+        ("trian: {steps: 7}", "unknown section 'trian'; did you mean train?"),
+        ("train: {steps: many}", "steps must be int, not 'many'"),
+        ("train: {steps: 1.5}", "steps must be int, not 1.5"),
+        ("train: {steps: true}", "steps must be int, not True"),
+        ("train: {rate: fast}", "rate must be float"),
+        ("train: {kind: c}", "kind must be Literal"),
+        ("train: {names: x}", "names must be list"),
+        ("train: [1, 2]", "mapping of sections"),
+        ("train: {steps: [}", "not valid YAML"),
+        ("", "mapping of sections"),
+    ],
+)
 def test_a_wrong_preset_is_one_clear_error(tmp_path, preset, message):
-    with pytest.raises(UserError, match=".*") as error:
+    with pytest.raises(UserError, match=r"p\.yaml") as error:
         parse(tmp_path, preset)
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--stepz", "3"], "unknown option --stepz; did you mean --steps?"), (["--steps", "x"], "--steps"), (["--kind", "c"], "--kind"), (["--config", "dem"], "did you mean demo?"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--stepz", "3"], "unknown option --stepz; did you mean --steps?"),
+        (["--steps", "x"], "--steps"),
+        (["--kind", "c"], "--kind"),
+        (["--config", "dem"], "did you mean demo?"),
+    ],
+)
 def test_a_wrong_flag_is_one_clear_error(tmp_path, flags, message):
     with pytest.raises(UserError) as error:
         parse(tmp_path, None, *flags)
@@ -69,10 +79,17 @@ def test_help_gives_an_option_a_line_with_the_presets_value(tmp_path, capsys):
     assert any(line.split() == ["--steps", "STEPS", "how", "many", "[7]"] for line in lines)
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    ('{"prompt": "1+1"}', "no usable 'answer'"), ('{"answer": "2"}', "no usable 'prompt'"), ("[1]", "no usable 'prompt'"), ('{"prompt": "1", "answer": null}', "no usable 'answer'"),
-    ("{", "not valid JSON"), ("[" * 100000, "not valid JSON"),
-])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "1+1"}', "no usable 'answer'"),
+        ('{"answer": "2"}', "no usable 'prompt'"),
+        ("[1]", "no usable 'prompt'"),
+        ('{"prompt": "1", "answer": null}', "no usable 'answer'"),
+        ("{", "not valid JSON"),
+        ("[" * 100000, "not valid JSON"),
+    ],
+)
 def test_a_bad_problem_names_file_and_line(tmp_path, line, message):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "1+1", "answer": 2}\n\n' + line + "\n")

@@ -1,4 +1,5 @@
 """The demo's task and backbone."""
+
 import json
 import random
 
@@ -66,6 +67,11 @@ def test_pretraining_never_sees_a_test_problem():
     tokenizer, held_out = demo.make_tokenizer(), {(a, b) for a in range(100, 1000) for b in range(100, 1000) if (a + b) % 2}
     for ids, labels in demo.pretraining_batch(random.Random(1), tokenizer, held_out):
         for row, label in zip(ids, labels, strict=True):
-            a, b = tokenizer.decode(row[: int((label == -100).int().cumprod(0).sum())]).removeprefix("<|user|>").removesuffix("<|assistant|>").split("+")
+            a, b = (
+                tokenizer.decode(row[: int((label == -100).int().cumprod(0).sum())])
+                .removeprefix("<|user|>")
+                .removesuffix("<|assistant|>")
+                .split("+")
+            )
             assert (int(a) + int(b)) % 2 == 0
             assert torch.equal(label[label != -100], row[label != -100])

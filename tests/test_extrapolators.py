@@ -1,4 +1,6 @@
 """Every jump against a direct dense computation, and through PEFT itself."""
+
+import itertools
 import json
 
 import pytest
@@ -23,16 +25,20 @@ def dense(adapter):
 
 def make_trajectory(series, k):
     """Rank-1 triples by dense SVD, independently of stage 2."""
+
     def triples(deltas):
         rows = [torch.linalg.svd(d) for d in deltas]
-        return rank1.Triples(*(torch.stack(x).float() for x in ([u[:, 0] for u, _, _ in rows], [s[0] for _, s, _ in rows], [vh[0] for _, _, vh in rows])))
+        return rank1.Triples(
+            *(torch.stack(x).float() for x in ([u[:, 0] for u, _, _ in rows], [s[0] for _, s, _ in rows], [vh[0] for _, _, vh in rows]))
+        )
 
     weights = [dense(point) for point in series]
     deltas = {}
     for name in series[0].factors:
         w = [point[name] for point in weights]
         deltas[name] = {
-            "global": triples(w), "local": triples([w[0], *(b - a for a, b in zip(w, w[1:], strict=False))]),
+            "global": triples(w),
+            "local": triples([w[0], *(b - a for a, b in itertools.pairwise(w))]),
             "target": triples([b - a for a, b in zip(w, w[k:], strict=False)]),
         }
     return rank1.Trajectory(list(range(10, 10 * len(series) + 10, 10)), k, deltas)
@@ -44,8 +50,14 @@ SERIES = [make_adapter(seed) for seed in range(6)]
 @pytest.mark.parametrize("alpha", [0.5, 1.5, -1.0, 0.0])
 def test_rank_one_added_to_an_adapter_is_exact(alpha):
     last = SERIES[-1]
-    triples = {name: (torch.nn.functional.normalize(torch.randn(m.shape[0]), dim=0), torch.tensor(0.37), torch.nn.functional.normalize(torch.randn(m.shape[1]), dim=0))
-               for name, m in dense(last).items()}
+    triples = {
+        name: (
+            torch.nn.functional.normalize(torch.randn(m.shape[0]), dim=0),
+            torch.tensor(0.37),
+            torch.nn.functional.normalize(torch.randn(m.shape[1]), dim=0),
+        )
+        for name, m in dense(last).items()
+    }
     jumped = extrapolators.add_rank1(last, triples, alpha)
     assert jumped.config["r"] == 5
     assert jumped.scale == pytest.approx(SCALE)
@@ -65,7 +77,9 @@ def test_repeat_last_adds_the_rank_one_part_of_the_last_known_target():
     jumped = extrapolators.repeat_last(SERIES[-1], make_trajectory(SERIES, k=2), 1.5)
     for name in SERIES[0].factors:
         u, s, vh = torch.linalg.svd(dense(SERIES[5])[name] - dense(SERIES[3])[name])
-        torch.testing.assert_close(dense(jumped)[name], dense(SERIES[5])[name] + 1.5 * s[0] * torch.outer(u[:, 0], vh[0]), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            dense(jumped)[name], dense(SERIES[5])[name] + 1.5 * s[0] * torch.outer(u[:, 0], vh[0]), atol=1e-5, rtol=0
+        )
 
 
 def test_oracle_adds_the_rank_one_part_of_the_true_future():
@@ -92,7 +106,10 @@ def test_peft_loads_the_jumped_adapter_as_the_dense_sum(lora_policy, tmp_path, b
     model.save_pretrained(tmp_path / "last")
     last = adapters.read_adapter(tmp_path / "last")
     generator = torch.Generator().manual_seed(5)
-    triples = {name: (torch.randn(b.shape[0], generator=generator) / 8, torch.tensor(0.4), torch.randn(a.shape[1], generator=generator) / 8) for name, (b, a) in last.factors.items()}
+    triples = {
+        name: (torch.randn(b.shape[0], generator=generator) / 8, torch.tensor(0.4), torch.randn(a.shape[1], generator=generator) / 8)
+        for name, (b, a) in last.factors.items()
+    }
     adapters.write_adapter(tmp_path / "jumped", extrapolators.add_rank1(last, triples, 1.5), {"step": 1})
     assert json.loads((tmp_path / "jumped" / "adapter_config.json").read_text())["lora_alpha"] == pytest.approx(2.5)
     ids = torch.tensor(tokenizer(["<|user|>123+489<|assistant|>3+9"])["input_ids"])

@@ -1,4 +1,5 @@
 """grpo.py against numbers worked out by hand."""
+
 import math
 
 import pytest

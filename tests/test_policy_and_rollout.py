@@ -1,4 +1,5 @@
 """Log-probabilities and sampling against plain Hugging Face forward passes."""
+
 import json
 import shutil
 
@@ -38,8 +39,10 @@ def test_gradients_equal_a_plain_forward_pass(lora_policy, monkeypatch):
     monkeypatch.setattr(policy, "HEAD_CHUNK", 5)
     prompts, completions = encode(tokenizer, PROMPTS[:2]), encode(tokenizer, ["3+9+0=12<|end|>", "\\boxed{19}<|end|>"])
     gradients = []
-    for values in (lambda: policy.token_logprobs(model, prompts, completions, 1.0)[0],
-                   lambda: torch.cat([plain_logprobs(model, p, c, 1.0) for p, c in zip(prompts, completions, strict=True)])):
+    for values in (
+        lambda: policy.token_logprobs(model, prompts, completions, 1.0)[0],
+        lambda: torch.cat([plain_logprobs(model, p, c, 1.0) for p, c in zip(prompts, completions, strict=True)]),
+    ):
         model.zero_grad()
         values().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
@@ -114,7 +117,9 @@ def test_sampling_defaults_in_the_backbones_folder_are_ignored(tmp_path, backbon
     model, tokenizer = policy.load_backbone(str(folder))
     want = [r.tokens for r in sample(model, tokenizer, PROMPTS[:1] * 8, list(range(8)))]
     config = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps({**config, "repetition_penalty": 1.5, "top_k": 1, "do_sample": True, "temperature": 0.1}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({**config, "repetition_penalty": 1.5, "top_k": 1, "do_sample": True, "temperature": 0.1})
+    )
     model, tokenizer = policy.load_backbone(str(folder))
     assert model.generation_config.repetition_penalty == 1.5
     assert [r.tokens for r in sample(model, tokenizer, PROMPTS[:1] * 8, list(range(8)))] == want
@@ -123,7 +128,9 @@ def test_sampling_defaults_in_the_backbones_folder_are_ignored(tmp_path, backbon
 def test_a_saved_adapter_loads_equal_and_is_stored_in_fp32(lora_policy, tmp_path, backbone_dir):
     model, tokenizer = lora_policy
     ids = torch.tensor(encode(tokenizer, PROMPTS[:1]))
-    policy.save_lora(model, tmp_path / "step_0001", {"step": 1, "backbone": "x", "backbone_fingerprint": policy.fingerprint(model.get_base_model())})
+    policy.save_lora(
+        model, tmp_path / "step_0001", {"step": 1, "backbone": "x", "backbone_fingerprint": policy.fingerprint(model.get_base_model())}
+    )
     backbone, _ = policy.load_backbone(str(backbone_dir))
     model.save_pretrained(tmp_path / "plain")
     again = policy.load_lora(backbone, tmp_path / "plain")

@@ -1,4 +1,5 @@
 """The predictor against the paper's equations written as loops."""
+
 import pytest
 import torch
 
@@ -10,7 +11,9 @@ def tiny_trajectory(c=6, k=2, modules=3, m=7, n=5, seed=0):
 
     def triples(count):
         u, v = torch.randn(count, m, generator=generator), torch.randn(count, n, generator=generator)
-        return rank1.Triples(torch.nn.functional.normalize(u, dim=1), torch.rand(count, generator=generator) + 0.5, torch.nn.functional.normalize(v, dim=1))
+        return rank1.Triples(
+            torch.nn.functional.normalize(u, dim=1), torch.rand(count, generator=generator) + 0.5, torch.nn.functional.normalize(v, dim=1)
+        )
 
     deltas = {f"m{j}": {"global": triples(c), "local": triples(c), "target": triples(c - k)} for j in range(modules)}
     return rank1.Trajectory(list(range(1, c + 1)), k, deltas)
@@ -21,7 +24,12 @@ def test_the_network_is_the_official_layout():
     shapes = [tuple(layer.weight.shape) for layer in model.decode if hasattr(layer, "weight")]
     assert shapes == [(256, 24), (24, 256), (256, 24), (12, 256)]
     assert sum(isinstance(layer, torch.nn.ReLU) for layer in model.decode) == 1
-    assert [tuple(layer.weight.shape) for layer in model.encode_global if hasattr(layer, "weight")] == [(256, 12), (12, 256), (256, 12), (12, 256)]
+    assert [tuple(layer.weight.shape) for layer in model.encode_global if hasattr(layer, "weight")] == [
+        (256, 12),
+        (12, 256),
+        (256, 12),
+        (12, 256),
+    ]
     assert model(torch.zeros(2, 3, 12), torch.zeros(2, 3, 12)).shape == (2, 3, 12)
 
 
@@ -84,9 +92,17 @@ def test_predictions_have_unit_vectors_and_sigma_in_the_trajectorys_unit():
 
 def test_signs_matter_only_to_the_recipe_that_does_not_align_them():
     trajectory = tiny_trajectory()
-    flipped = rank1.Trajectory(trajectory.steps, trajectory.k, {
-        name: {role: rank1.Triples(-t.u if role == "target" else t.u, t.sigma, -t.v if role == "target" else t.v) for role, t in roles.items()}
-        for name, roles in trajectory.deltas.items()})
+    flipped = rank1.Trajectory(
+        trajectory.steps,
+        trajectory.k,
+        {
+            name: {
+                role: rank1.Triples(-t.u if role == "target" else t.u, t.sigma, -t.v if role == "target" else t.v)
+                for role, t in roles.items()
+            }
+            for name, roles in trajectory.deltas.items()
+        },
+    )
     for recipe, same in ((predictor.RECIPES["aligned"], True), (predictor.RECIPES["paper"], False)):
         one, two = (predictor.stack_families(*predictor.prepare(t, recipe))["u.7"][2] for t in (trajectory, flipped))
         assert torch.equal(one, two) is same

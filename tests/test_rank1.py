@@ -1,4 +1,5 @@
 """rank1.py against a dense float64 SVD and against numbers worked out by hand."""
+
 import math
 
 import pytest
@@ -77,7 +78,10 @@ def test_aligned_trajectory_undoes_random_signs():
     drift = 0.05 * torch.randn(6, 13, generator=generator)
     u, v = base_u + drift[:, :8], base_v + drift[:, 8:]
     signs = torch.tensor([1, -1, -1, 1, -1, 1.0])[:, None]
-    roles = {role: rank1.Triples(u[:n] * s[:n], torch.ones(n), v[:n] * s[:n]) for role, n, s in (("global", 6, signs), ("local", 6, -signs), ("target", 4, signs))}
+    roles = {
+        role: rank1.Triples(u[:n] * s[:n], torch.ones(n), v[:n] * s[:n])
+        for role, n, s in (("global", 6, signs), ("local", 6, -signs), ("target", 4, signs))
+    }
     aligned = rank1.Trajectory([1, 2, 3, 4, 5, 6], 2, {"m": roles}).aligned().deltas["m"]
     torch.testing.assert_close(aligned["global"].u, u)  # the last sign was +1, and all follow it
     torch.testing.assert_close(aligned["local"].v, v)

@@ -1,4 +1,5 @@
 """Answers: what counts, what does not, and what must not hang."""
+
 import time
 
 import pytest
@@ -15,10 +16,22 @@ def judge():
     judge.close()
 
 
-@pytest.mark.parametrize(("text", "want"), [
-    (r"so \boxed{12}", "12"), (r"\boxed{1} then \boxed{2}", "2"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed {7}", "7"),
-    (r"\boxed{7", None), ("7", None), ("", None), (r"\boxed{1} and \boxed{2", "1"), (r"\boxed{\{1,2\}}", r"\{1,2\}"), ("}}{{" * 10, None), (r"\boxed{}", ""),
-])
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        (r"so \boxed{12}", "12"),
+        (r"\boxed{1} then \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed {7}", "7"),
+        (r"\boxed{7", None),
+        ("7", None),
+        ("", None),
+        (r"\boxed{1} and \boxed{2", "1"),
+        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+        ("}}{{" * 10, None),
+        (r"\boxed{}", ""),
+    ],
+)
 def test_the_last_balanced_box_is_taken(text, want):
     assert verifier.extract_boxed(text) == want
 
@@ -30,12 +43,30 @@ def test_walls_of_braces_take_linear_time(text):
     assert time.perf_counter() - began < 10  # a quadratic scan would take hours
 
 
-@pytest.mark.parametrize(("answer", "gold", "want"), [
-    ("612", "612", True), ("0612", "612", True), ("612.0", "612", True), ("1,234", "1234", True), ("$-3$", "-3", True), ("613", "612", False),
-    ("123+489", "612", False), ("600 + 12", "612", False), (r"3 \cdot 204", "612", False), ("1.5e3", "612", False),
-    (r"\frac{1224}{2}", "612", True), (r"\frac{1}{2}", "0.5", True), ("x+1", "1+x", True), ("x+2", "1+x", False), (r"2\sqrt{3}", r"\sqrt{12}", True),
-    (r"\text{no}", "612", False), ("", "612", False), ("\x00", "612", False), ("½", "612", False),
-])
+@pytest.mark.parametrize(
+    ("answer", "gold", "want"),
+    [
+        ("612", "612", True),
+        ("0612", "612", True),
+        ("612.0", "612", True),
+        ("1,234", "1234", True),
+        ("$-3$", "-3", True),
+        ("613", "612", False),
+        ("123+489", "612", False),
+        ("600 + 12", "612", False),
+        (r"3 \cdot 204", "612", False),
+        ("1.5e3", "612", False),
+        (r"\frac{1224}{2}", "612", True),
+        (r"\frac{1}{2}", "0.5", True),
+        ("x+1", "1+x", True),
+        ("x+2", "1+x", False),
+        (r"2\sqrt{3}", r"\sqrt{12}", True),
+        (r"\text{no}", "612", False),
+        ("", "612", False),
+        ("\x00", "612", False),
+        ("½", "612", False),
+    ],
+)
 def test_answers_are_compared_as_mathematics(judge, answer, gold, want):
     assert judge.score([BOXED % answer], [gold], [True]) == [float(want)]
 

@@ -1,0 +1,434 @@
+"""The six stages as a user runs them: the whole chain, resume, and everything that can be wrong with their input."""
+
+import itertools
+import json
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT, TINY, call_stage, run_stage
+from peft import PeftModel
+
+from common import adapters, extrapolators, policy, rank1, report, run_dir
+
+
+def metrics(folder: pathlib.Path) -> list[dict]:
+    """The metrics of a run without what depends on the clock."""
+    return [
+        {k: v for k, v in row.items() if "seconds" not in k and k != "tokens_per_second"}
+        for row in run_dir.read_jsonl(folder / "metrics.jsonl")
+    ]
+
+
+def weights(folder: pathlib.Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("step_*/adapter_model.safetensors"))}
+
+
+@pytest.fixture
+def copy(finished_run, tmp_path):
+    """A run that a test may spoil."""
+    shutil.copytree(finished_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The chain
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_training_leaves_a_checkpoint_and_a_line_of_metrics_a_step(finished_run):
+    assert list(adapters.checkpoints(finished_run / "train")) == list(range(1, 9))
+    rows = metrics(finished_run / "train")
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    for row in rows:
+        assert 0 <= row["accuracy"] <= 1
+        assert 0 < row["response_length"] <= 48
+        assert row["logprob_gap_mean"] < 1e-5
+        assert row["verifier_errors"] == 0
+    assert [p.name for p in (finished_run / "train" / "resume").iterdir()] == ["step_0008"]
+    assert json.loads((finished_run / "train" / "done.json").read_text())["config"]["steps"] == 8
+
+
+def test_training_changes_the_adapter_and_logs_samples(finished_run):
+    one, two = (adapters.read_adapter(finished_run / "train" / f"step_000{i}") for i in (1, 2))
+    assert all(not torch.equal(one.factors[m][0], two.factors[m][0]) for m in one.factors)
+    samples = run_dir.read_jsonl(finished_run / "train" / "samples.jsonl")
+    assert {"step", "prompt", "response", "answer", "reward"} == set(samples[0])
+
+
+def test_extraction_equals_dense_svds_of_the_merged_differences(finished_run):
+    trajectory = rank1.load_trajectory(finished_run / "deltas")
+    assert trajectory.steps == [1, 2, 3, 4, 5, 6]
+    dense = []
+    for step in trajectory.steps:
+        adapter = adapters.read_adapter(finished_run / "train" / f"step_{step:04d}")
+        dense.append({m: adapter.scale * b.double() @ a.double() for m, (b, a) in adapter.factors.items()})
+    assert len(trajectory.deltas) == 21
+    for module, roles in trajectory.deltas.items():
+        zero = torch.zeros_like(dense[0][module])
+        w = [zero, *(point[module] for point in dense)]
+        expected = {
+            "global": [x - zero for x in w[1:]],
+            "local": [b - a for a, b in itertools.pairwise(w)],
+            "target": [b - a for a, b in zip(w[1:], w[3:], strict=False)],
+        }
+        for role, deltas in expected.items():
+            assert len(roles[role].sigma) == len(deltas)
+            for i, delta in enumerate(deltas):
+                sigma = torch.linalg.svdvals(delta)
+                assert roles[role].sigma[i].item() == pytest.approx(sigma[0].item(), rel=1e-5)
+                along = roles[role].u[i].double() @ delta @ roles[role].v[i].double()
+                assert along.item() == pytest.approx(sigma[0].item(), rel=1e-5)
+
+
+def test_spectrum_holds_what_figures_2_and_3_need(finished_run):
+    found = json.loads((finished_run / "deltas" / "spectrum.json").read_text())
+    assert len(found["energy_ratio"]) == 6
+    assert all(1 / 4 <= e <= 1 for e in found["energy_ratio"])  # rank 4
+    assert len(found["linear_fit"]) == 2 * 21
+    assert all(row["in_sample"] >= 0 for row in found["linear_fit"])
+
+
+def test_predictor_reports_its_backtest_beside_controls_and_oracle(finished_run):
+    for recipe in ("aligned", "paper"):
+        tested = json.loads((finished_run / "predictor" / recipe / "report.json").read_text())["backtest"]
+        assert (tested["at_step"], tested["predicts_step"], tested["targets_known"]) == (4, 6, 2)
+        assert tested["oracle"]["sigma_error"] < 1e-4
+        assert 0 < tested["oracle"]["cosine"] <= 1
+        for name in ("predictor", "copy-global", "repeat-last", "linear-fit"):
+            assert abs(tested[name]["cosine"]) <= tested["oracle"]["cosine"] + 1e-6  # no rank-1 delta is nearer than the true one's own
+
+
+def test_extrapolated_adapters_have_one_more_rank_and_load_in_peft(finished_run):
+    names = {path.name for path in (finished_run / "extrapolated").iterdir()}
+    assert names == {f"{m}_alpha{a}" for m in ("next-aligned", "next-paper", "repeat-last", "rl-extra") for a in ("0.5", "1.5")} | {
+        "none",
+        "oracle_alpha0.5",
+        "oracle_alpha1.5",
+    }
+    for name, rank in (("next-aligned_alpha1.5", 5), ("rl-extra_alpha1.5", 4), ("none", 4)):
+        backbone, _ = policy.load_backbone(str(finished_run / "backbone"))
+        model = PeftModel.from_pretrained(backbone, finished_run / "extrapolated" / name)
+        assert model.peft_config["default"].r == rank
+
+
+def test_the_sweep_scales_one_direction(finished_run):
+    last, half, whole = (
+        adapters.read_adapter(finished_run / path)
+        for path in ("train/step_0006", "extrapolated/next-aligned_alpha0.5", "extrapolated/next-aligned_alpha1.5")
+    )
+    for module, (b, a) in last.factors.items():
+        base = last.scale * b @ a
+        small, large = (x.scale * x.factors[module][0] @ x.factors[module][1] - base for x in (half, whole))
+        torch.testing.assert_close(3 * small, large, atol=1e-6, rtol=1e-3)
+        assert torch.linalg.matrix_rank(large, rtol=1e-3) <= 1
+
+
+def test_oracle_looks_at_the_run_that_went_on(finished_run):
+    last, future = (adapters.read_adapter(finished_run / "train" / f"step_000{i}") for i in (6, 8))
+    want = extrapolators.oracle(last, None, 1.5, future=future)
+    got = adapters.read_adapter(finished_run / "extrapolated" / "oracle_alpha1.5")
+    for module in want.factors:
+        torch.testing.assert_close(got.factors[module][0] @ got.factors[module][1], want.factors[module][0] @ want.factors[module][1])
+
+
+def test_continuing_counts_steps_on_and_trains_the_jumped_adapter(finished_run):
+    folder = finished_run / "continued" / "next-aligned_alpha1.5"
+    assert list(adapters.checkpoints(folder)) == [7, 8]
+    start, end = adapters.read_adapter(finished_run / "extrapolated" / "next-aligned_alpha1.5"), adapters.read_adapter(folder / "step_0008")
+    assert end.config["r"] == start.config["r"] == 5
+    assert end.scale == pytest.approx(start.scale)
+    drift = max((end.factors[m][0] - start.factors[m][0]).abs().max().item() for m in start.factors)
+    assert 0 < drift < 0.1
+
+
+def test_a_merged_restart_trains_a_new_adapter_on_the_baked_backbone(finished_run):
+    folder = finished_run / "continued" / "next-aligned_alpha1.5_merged"
+    assert adapters.read_adapter(folder / "step_0008").config["r"] == 4
+    ids = torch.tensor([[2, 7, 8, 9, 3]])
+    backbone, _ = policy.load_backbone(str(finished_run / "backbone"))
+    jumped = policy.load_lora(backbone, finished_run / "extrapolated" / "next-aligned_alpha1.5")
+    baked, _ = policy.load_backbone(str(folder / "backbone"))
+    assert baked.dtype == torch.float32
+    torch.testing.assert_close(baked(input_ids=ids).logits, jumped(input_ids=ids).logits, atol=2e-5, rtol=1e-4)
+
+
+def test_evaluation_agrees_with_its_own_responses(finished_run):
+    results = report.load_results(finished_run)
+    assert len(results) == 3 + 11 + 2
+    for name, result in results.items():
+        rows = run_dir.read_jsonl(finished_run / "eval" / name.replace("/", "__") / "test.jsonl")
+        assert len(rows) == result.n == 256
+        by_problem = [sum(r["score"] for r in rows if r["problem"] == i) for i in range(256)]
+        mean = sum(by_problem) / 256
+        assert result.accuracy == pytest.approx(mean)
+        assert result.error == pytest.approx((sum((x - mean) ** 2 for x in by_problem) / 255 / 256) ** 0.5)
+        assert all(row["score"] == 0 for row in rows if not row["finished"])
+    assert results["extrapolated/none"].accuracy == results["train/step_0006"].accuracy  # the same weights and seeds
+
+
+def test_report_has_the_table_the_claims_and_the_figures(finished_run):
+    text = (finished_run / "report.md").read_text()
+    assert "| Backbone | 0 |" in text
+    assert text.count("![") == 5
+    for name in ("training", "fig2_energy_ratio", "fig3_linear_fit", "fig5_cost", "fig6_alpha"):
+        assert (finished_run / "figures" / f"{name}.png").stat().st_size > 10_000
+    for claim in ("Fig. 2", "Fig. 3", "Fig. 5", "Fig. 6", "Table 5", "repeating the last target"):
+        assert claim in text
+    results = report.load_results(finished_run)
+    base, last = results["backbone"], results["train/step_0008"]
+    row = next(line for line in text.splitlines() if line.startswith("| GRPO with LoRA | 8 |"))
+    assert f"{100 * last.accuracy:.1f} ± {100 * last.error:.1f}" in row
+    if last.accuracy > base.accuracy:
+        assert f"| {8 / (100 * (last.accuracy - base.accuracy)):.1f} |" in row  # ICER
+
+
+def test_the_first_prompt_is_shown(finished_run):
+    assert "first prompt: '<|user|>" in (finished_run / "01_train_lora_grpo.py.out").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Again, resumed, by two processes
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["01_train_lora_grpo.py", "02_extract_deltas.py", "03_train_predictor.py", "04_extrapolate.py", "05_continue_rl.py", "06_eval.py"],
+)
+def test_a_finished_stage_is_not_done_again(finished_run, monkeypatch, capsys, script):
+    before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*.safetensors")}
+    before |= {path: path.stat().st_mtime_ns for path in finished_run.glob("eval/*/*")}
+    assert call_stage(monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(finished_run)) == (0, "")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(finished_run, empty_run, tmp_path, how):
+    folder = tmp_path / "run"
+    shutil.copytree(empty_run, folder)
+    command = ["01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(folder), "--steps", "8", "--resume-every", "2"]
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log = folder / "train" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 3):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130), errors
+    assert not (folder / "train" / "done.json").exists()
+    again = run_stage(*command)
+    assert again.returncode == 0, again.stderr
+    assert "going on after step" in again.stdout
+    assert metrics(folder / "train") == metrics(finished_run / "train")
+    assert weights(folder / "train") == weights(finished_run / "train")
+
+
+def test_a_longer_run_is_the_shorter_one_extended(finished_run, empty_run, tmp_path):
+    """finished_run trained 6 steps and was then extended to 8; here are 8 in one go."""
+    folder = tmp_path / "run"
+    shutil.copytree(empty_run, folder)
+    assert run_stage("01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(folder), "--steps", "8").returncode == 0
+    assert weights(folder / "train") == weights(finished_run / "train")
+
+
+def test_another_seed_gives_another_run(finished_run, empty_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(empty_run, folder)
+    assert run_stage("01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(folder), "--steps", "2", "--seed", "1").returncode == 0
+    assert metrics(folder / "train")[0] != metrics(finished_run / "train")[0]
+
+
+def test_two_processes_train_like_one(finished_run, empty_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(empty_run, folder)
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "2",
+        "--cpu",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    result = subprocess.run(
+        [*launch, "01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(folder), "--steps", "2"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    for ours, one in zip(metrics(folder / "train"), metrics(finished_run / "train"), strict=False):
+        for key in ("accuracy", "response_length", "loss", "entropy", "grad_norm"):
+            assert ours[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5)
+    two, single = (adapters.read_adapter(f / "train" / "step_0001") for f in (folder, finished_run))
+    for module, (b, a) in single.factors.items():
+        torch.testing.assert_close(two.factors[module][0] @ two.factors[module][1], b @ a, atol=1e-4, rtol=1e-2)
+
+
+def test_another_config_does_not_overwrite_a_run(finished_run, monkeypatch, capsys):
+    code, message = call_stage(
+        monkeypatch, capsys, "01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(finished_run), "--learning-rate", "0.5"
+    )
+    assert code == 2
+    assert "was made with option learning_rate = 0.001, now it is 0.5" in message
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Bad input: one line, exit code 2
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("02_extract_deltas.py", "run 01_train_lora_grpo.py first"),
+        ("03_train_predictor.py", "run 02_extract_deltas.py first"),
+        ("04_extrapolate.py", "run 02_extract_deltas.py first"),
+        ("05_continue_rl.py", "run 04_extrapolate.py first"),
+        ("06_eval.py", "no policy matches"),
+    ],
+)
+def test_a_stage_before_its_input_names_the_stage_to_run(empty_run, monkeypatch, capsys, script, message):
+    code, line = call_stage(
+        monkeypatch,
+        capsys,
+        script,
+        "--config",
+        TINY,
+        "--run-dir",
+        str(empty_run),
+        *(["--policies", "train/*"] if script.startswith("06") else []),
+    )
+    assert code == 2
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_an_error_is_one_line_without_a_traceback_and_exit_code_2(tmp_path):
+    result = run_stage("02_extract_deltas.py", "--run-dir", str(tmp_path / "nowhere"))
+    assert result.returncode == 2
+    assert result.stderr.strip().count("\n") == 0
+    assert "Traceback" not in result.stderr + result.stdout
+
+
+def truncate(path: pathlib.Path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def edit_json(path: pathlib.Path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+BAD = {
+    "truncated checkpoint": ("02_extract_deltas.py", lambda run: truncate(run / "train/step_0003/adapter_model.safetensors"), [], "step_0003/adapter_model.safetensors is broken"),
+    "checkpoint without weights": ("02_extract_deltas.py", lambda run: (run / "train/step_0003/adapter_model.safetensors").unlink(), [], "step_0003/adapter_model.safetensors is missing"),
+    "a gap in the series": ("02_extract_deltas.py", lambda run: shutil.rmtree(run / "train/step_0003"), [], "not evenly spaced: [1, 2, 4, 5, 6]"),
+    "half-written config": ("02_extract_deltas.py", lambda run: truncate(run / "train/config.json"), [], "train/config.json is not valid JSON"),
+    "another backbone in the series": ("02_extract_deltas.py", lambda run: edit_json(run / "train/step_0003/checkpoint.json", backbone_fingerprint="0"), [], "trained on another backbone"),
+    "other rank in the series": ("02_extract_deltas.py", lambda run: edit_json(run / "train/step_0003/adapter_config.json", lora_alpha=9), [], "other modules, ranks or scale"),
+    "not a LoRA": ("02_extract_deltas.py", lambda run: edit_json(run / "train/step_0003/adapter_config.json", use_dora=True), [], "not a plain LoRA"),
+    "too few checkpoints for k": ("02_extract_deltas.py", None, ["--k", "5"], "has 6 checkpoints up to step 6; k = 5 needs at least 7"),
+    "last step not reached": ("02_extract_deltas.py", None, ["--last-step", "20"], "ends at step 8, before last_step = 20"),
+    "no room to score the fit": ("02_extract_deltas.py", None, ["--fit-checkpoints", "5"], "fit_checkpoints"),
+    "truncated deltas": ("03_train_predictor.py", lambda run: truncate(run / "deltas/rank1.safetensors"), [], "run 02_extract_deltas.py --overwrite"),
+    "unknown recipe": ("03_train_predictor.py", None, ["--recipes", "papre"], "did you mean paper?"),
+    "impossible holdout": ("03_train_predictor.py", None, ["--holdout", "1"], "it can be 2 to 3, not 1"),
+    "unknown method": ("04_extrapolate.py", None, ["--methods", "nxt"], "did you mean next?"),
+    "predictor not trained": ("04_extrapolate.py", lambda run: shutil.rmtree(run / "predictor/paper"), [], "run 03_train_predictor.py first"),
+    "oracle without a future": ("04_extrapolate.py", lambda run: shutil.rmtree(run / "train/step_0008"), ["--methods", "oracle"], "oracle needs"),
+    "unknown start": ("05_continue_rl.py", None, ["--start", "magic"], "magic not found: run 04_extrapolate.py first (there: "),
+    "another backbone below the adapter": ("05_continue_rl.py", lambda run: edit_json(run / "extrapolated/none/checkpoint.json", backbone_fingerprint="0"), ["--start", "none"], "trained on another backbone"),
+    "truncated jumped adapter": ("05_continue_rl.py", lambda run: truncate(run / "extrapolated/none/adapter_model.safetensors"), ["--start", "none"], "cannot load adapter"),
+    "truncated adapter to evaluate": ("06_eval.py", lambda run: truncate(run / "train/step_0005/adapter_model.safetensors"), ["--policies", "train/step_0005"], "cannot load adapter"),
+    "half-written result": ("06_eval.py", lambda run: truncate(run / "eval/backbone/test.json"), [], "eval/backbone/test.json is not valid JSON"),
+    "missing test data": ("06_eval.py", lambda run: (run / "data/test.jsonl").unlink(), [], "data/test.jsonl not found"),
+    "truncated backbone": ("06_eval.py", lambda run: truncate(run / "backbone/model.safetensors"), ["--seed", "5"], "cannot load backbone"),
+    "truncated resume state": ("01_train_lora_grpo.py", lambda run: truncate(run / "train/resume/step_0008/weights.safetensors"), ["--steps", "9"], "cannot load resume state"),
+    "truncated optimizer": ("01_train_lora_grpo.py", lambda run: truncate(run / "train/resume/step_0008/optimizer.pt"), ["--steps", "9"], "cannot load resume state"),
+    "foreign train folder": ("01_train_lora_grpo.py", lambda run: (run / "train/config.json").unlink(), ["--steps", "9"], "is not this stage's"),
+    "changed training data": ("01_train_lora_grpo.py", lambda run: (run / "data/train.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n'), ["--steps", "9"], "input train.jsonl"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_spoilt_run_is_named_and_left_alone(copy, monkeypatch, capsys, name):
+    script, spoil, flags, message = BAD[name]
+    if spoil:
+        spoil(copy)
+    if script in ("02_extract_deltas.py", "03_train_predictor.py"):
+        shutil.rmtree(copy / ("deltas" if script.startswith("02") else "predictor"))
+    if script.startswith("05"):
+        shutil.rmtree(copy / "continued")
+    kept = weights(copy / "train")
+    code, line = call_stage(monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(copy), *flags)
+    assert (code, line[:7]) == (2, "error: "), line
+    assert message in line
+    assert weights(copy / "train") == kept
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--backbone", "runs/none"], "backbone folder runs/none not found"),
+        (["--max-prompt-tokens", "3"], "over the limit of 3"),
+        (["--top-p", "0.9"], "biases the importance ratio"),
+        (["--mini-batch", "3"], "must be a multiple of mini_batch"),
+        (["--steps", "0"], "steps must be positive"),
+        (["--train-data", "nowhere.jsonl"], "nowhere.jsonl not found"),
+        (["--prompt-template", "hello"], "no {prompt}"),
+    ],
+)
+def test_a_bad_training_option_stops_before_training(empty_run, tmp_path, monkeypatch, capsys, flags, message):
+    shutil.copytree(empty_run, tmp_path / "run")
+    code, line = call_stage(monkeypatch, capsys, "01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(tmp_path / "run"), *flags)
+    assert code == 2
+    assert message in line
+
+
+def test_a_problem_without_an_answer_names_file_and_line(empty_run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(empty_run, tmp_path / "run")
+    path = tmp_path / "run" / "data" / "train.jsonl"
+    path.write_text('{"prompt": "1+1", "answer": "2"}\n{"prompt": "1+2"}\n')
+    code, line = call_stage(monkeypatch, capsys, "01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(tmp_path / "run"))
+    assert (code, f"{path}, line 2: no usable 'answer'" in line) == (2, True)
+
+
+def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(finished_run, copy, monkeypatch, capsys):
+    """Weights of infinity are put into the resume state: the next step cannot be finite."""
+    state = copy / "train" / "resume" / "step_0008" / "weights.safetensors"
+    tensors = safetensors.torch.load_file(state)
+    safetensors.torch.save_file({name: torch.full_like(t, torch.inf) if "lora_B" in name else t for name, t in tensors.items()}, state)
+    code, line = call_stage(monkeypatch, capsys, "01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(copy), "--steps", "10")
+    assert code == 2
+    assert "step 9 has a non-finite loss" in line
+    assert weights(copy / "train") == weights(finished_run / "train")
+
+
+def test_reproduce_prints_commands_that_can_be_typed_by_hand():
+    result = subprocess.run(
+        [sys.executable, "-m", "common.reproduce", "--preset", "demo", "--print"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    lines = result.stdout.splitlines()
+    assert lines[0] == "python -m common.demo --run-dir runs/demo"
+    assert [line.split(".py")[0].split()[-1][:2] for line in lines[1:5]] == ["01", "01", "02", "03"]
+    assert all(line.startswith("accelerate launch ") and "--config demo --run-dir runs/demo" in line for line in lines[1:])
