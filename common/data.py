@@ -74,7 +74,7 @@ def prompt_order(count: int, per_step: int, step: int, seed: int) -> list[int]:
     A pure function of its arguments, so that a resumed run sees what the uninterrupted one would have.
 
     >>> [prompt_order(4, 2, step, seed=0) for step in (1, 2)]  # the first epoch: each problem once
-    [[2, 0], [3, 1]]
+    [[0, 1], [3, 2]]
     """
     order = []
     for position in range((step - 1) * per_step, step * per_step):

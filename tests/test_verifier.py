@@ -79,7 +79,7 @@ def test_a_power_tower_costs_its_limit_and_nothing_else():
     judge = verifier.Verifier(time_limit=1.0, workers=1)
     judge.score([r"\boxed{x^{2}}"], ["x^2"], [True])  # the worker is up
     began = time.perf_counter()
-    scores = judge.score([r"\boxed{9^{9^{9^{9}}}}", r"\boxed{\frac{2}{4}}", r"\boxed{5}"], ["x", r"\frac{1}{2}", "5"], [True] * 3)
+    scores = judge.score([r"\boxed{9^{9^{9^{9}}}}", r"\boxed{\frac{2}{4}}", r"\boxed{5}"], ["612", r"\frac{1}{2}", "5"], [True] * 3)
     judge.close()
     assert scores == [0.0, 1.0, 1.0]
     assert judge.timeouts == 1
