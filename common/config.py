@@ -36,8 +36,8 @@ class StageConfig:
         return value.replace("{run_dir}", self.run_dir)
 
 
-class _Help(argparse.HelpFormatter):
-    """One line an option: name, help, default."""
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """The stage's docstring as it stands, then a line an option: name, help, default."""
 
     def __init__(self, prog):
         super().__init__(prog, max_help_position=34, width=160)
@@ -117,9 +117,7 @@ def parse(cls: type[StageConfig], section: str | tuple[str, ...], description: s
     for action in parser._actions:  # HfArgumentParser adds --run-dir beside --run_dir; show the first form only
         dashed = [option for option in action.option_strings if "_" not in option]
         action.option_strings = dashed or action.option_strings
-        action.metavar = action.metavar or (
-            "" if action.nargs == 0 or action.choices or not action.dest else action.dest.split("_")[-1].upper()
-        )
+        action.metavar = action.metavar or (None if action.nargs == 0 or action.choices else action.dest.split("_")[-1].upper())
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
     name = early.parse_known_args(argv)[0].config

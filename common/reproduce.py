@@ -117,8 +117,8 @@ class Runner:
                 bar.n = round(done)
                 bar.set_postfix_str(f"about {lane_seconds / max(done, 1) * (total - done) / self.lanes / 60:.0f} min left")
         finally:
-            for process in self.running.values():
-                process.send_signal(signal.SIGINT)
+            for process in self.running.values():  # the whole group: the launcher does not pass a signal on to the stage it started
+                os.killpg(process.pid, signal.SIGINT)
             for process in self.running.values():
                 process.wait()
             bar.close()

@@ -3,6 +3,7 @@
 import importlib
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -69,21 +70,18 @@ def empty_run(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory) -> pathlib.Path:
-    """All six stages on tests/tiny.yaml, each as a subprocess. Read only; copy it to change it."""
-    folder = lay_out(tmp_path_factory.mktemp("finished") / "run")
-    where = ("--config", TINY, "--run-dir", str(folder))
-    for command in (
-        ("01_train_lora_grpo.py", *where),
-        ("02_extract_deltas.py", *where),
-        ("03_train_predictor.py", *where),
-        ("04_extrapolate.py", *where),
-        ("01_train_lora_grpo.py", *where, "--steps", "8"),
-        ("04_extrapolate.py", *where, "--methods", "oracle"),
-        ("05_continue_rl.py", *where),
-        ("05_continue_rl.py", *where, "--restart", "merged"),
-        ("06_eval.py", *where),
-    ):
-        result = run_stage(*command)
-        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
-        (folder / f"{command[0]}.out").write_text(result.stdout)
+    """All six stages on tests/tiny.yaml by `reproduce`, interrupted once by Ctrl-C and typed again. Read only; copy it to change it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    command = [sys.executable, "-m", "common.reproduce", "--preset", TINY, "--run-dir", str(folder)]
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    printed = []
+    for line in first.stdout:
+        printed.append(line)
+        if line.startswith("[01] step 3/"):
+            first.send_signal(signal.SIGINT)
+    assert first.wait() == 130, "".join(printed)
+    assert not (folder / "train" / "done.json").exists()
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert again.returncode == 0, again.stdout + again.stderr
+    (folder / "printed.txt").write_text("".join(printed) + again.stdout)
     return folder

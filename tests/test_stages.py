@@ -189,8 +189,22 @@ def test_report_has_the_table_the_claims_and_the_figures(finished_run):
         assert f"| {8 / (100 * (last.accuracy - base.accuracy)):.1f} |" in row  # ICER
 
 
-def test_the_first_prompt_is_shown(finished_run):
-    assert "first prompt: '<|user|>" in (finished_run / "01_train_lora_grpo.py.out").read_text()
+def test_reproduce_goes_on_where_it_was_interrupted_and_skips_what_is_done(finished_run):
+    printed = (finished_run / "printed.txt").read_text()
+    assert "first prompt: '<|user|>" in printed
+    assert "done already: prepare\n" in printed
+    assert "[01] going on after step" in printed
+    assert printed.count("03_train_predictor.py") == 1
+    result = subprocess.run(
+        [sys.executable, "-m", "common.reproduce", "--preset", TINY, "--run-dir", str(finished_run)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0
+    assert result.stdout.count("$ accelerate") == 1  # the evaluation, which finds everything measured
+    assert "| Backbone | 0 |" in result.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
