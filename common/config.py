@@ -60,7 +60,10 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
 
 
 def load_preset(name: str) -> dict:
-    """The preset as a dict of sections. `name` is a file, or the name of one in common/presets."""
+    """The preset as a dict of sections. `name` is a file, or the name of one in common/presets.
+
+    A preset may start with `base: another preset` and then holds only what differs from it.
+    """
     path = pathlib.Path(name)
     if not path.suffix and not path.exists():
         path = PRESETS / f"{name}.yaml"
@@ -70,9 +73,10 @@ def load_preset(name: str) -> dict:
         preset = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    base = load_preset(str(preset.pop("base"))) if isinstance(preset, dict) and preset.get("base") not in (None, name) else {}
     if not isinstance(preset, dict) or not all(isinstance(section, dict) for section in preset.values()):
         raise UserError(f"{path}: a preset is a mapping of sections (train, extract, ...), each a mapping of keys to values")
-    return preset
+    return {section: {**base.get(section, {}), **preset.get(section, {})} for section in {**base, **preset}}
 
 
 def _matches(value: object, kind: object) -> bool:

@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from common import run_dir
+from common.results import NAMES, difference
 
 COLOURS = {
     "grpo": "#000000",
@@ -18,15 +19,6 @@ COLOURS = {
     "rl-extra": "#CC79A7",
     "oracle": "#E69F00",
     "none": "#56B4E9",
-}
-SHORT = {
-    "grpo": "GRPO with LoRA",
-    "next-aligned": "NExt (aligned)",
-    "next-paper": "NExt (published recipe)",
-    "repeat-last": "repeat-last",
-    "rl-extra": "RL-Extra",
-    "oracle": "oracle",
-    "none": "restart only",
 }
 LINES = {"repeat-last": "--", "oracle": "--", "none": ":"}  # the controls
 MARKS = {"next-aligned": "o", "next-paper": "s", "repeat-last": "^", "rl-extra": "D", "oracle": "v", "none": "x"}
@@ -41,47 +33,38 @@ def _save(figure, path: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def _smooth(values: list[float], window: int = 10) -> list[float]:
-    return [sum(values[max(0, i - window + 1) : i + 1]) / len(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
+def _smooth(values: list[float], window: int) -> list[float]:
+    """Means of `window` neighbours; the first has `window` values behind it, so the result is shorter by window - 1."""
+    return [sum(values[i - window : i]) / window for i in range(window, len(values) + 1)]
 
 
 def training_curves(run: pathlib.Path) -> pathlib.Path:
-    """Reward and response length by RL step, the uninterrupted run and every continuation after the jump."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    """Reward (whole, and around the jump) and response length by RL step: the uninterrupted run and every continuation."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.9), layout="constrained")
     runs = {"grpo": run / "train"}
     for path in sorted((run / "continued").glob("*/metrics.jsonl")):
         if not path.parent.name.endswith("_merged"):
             runs[path.parent.name.split("_alpha")[0]] = path.parent
-    jump = min(
-        (run_dir.read_jsonl(folder / "metrics.jsonl")[0]["step"] - 1 for name, folder in runs.items() if name != "grpo"), default=None
-    )
-    for axis, key, title in ((axes[0], "accuracy", "mean reward"), (axes[1], "response_length", "response length (tokens)")):
-        for name, folder in runs.items():
-            rows = run_dir.read_jsonl(folder / "metrics.jsonl")
-            axis.plot(
-                [r["step"] for r in rows],
-                _smooth([r[key] for r in rows]),
-                LINES.get(name, "-"),
-                color=COLOURS.get(name, "gray"),
-                lw=1.6,
-                label=SHORT.get(name, name),
-            )
+    rows = {name: run_dir.read_jsonl(folder / "metrics.jsonl") for name, folder in runs.items()}
+    jump = min((logged[0]["step"] - 1 for name, logged in rows.items() if name != "grpo"), default=None)
+    window = min(10, *(len(logged) for logged in rows.values()))
+    for axis, key, title in zip(
+        axes, ("accuracy", "accuracy", "response_length"), ("reward", "reward", "response length, tokens"), strict=True
+    ):
+        for name in sorted(rows, key=list(NAMES).index):
+            steps, values = [row["step"] for row in rows[name]][window - 1 :], _smooth([row[key] for row in rows[name]], window)
+            axis.plot(steps, values, LINES.get(name, "-"), color=COLOURS[name], lw=1.6, label=NAMES[name])
         if jump is not None:
             axis.axvline(jump, color="gray", lw=1, ls=":")
-            axis.annotate(
-                "jump",
-                (jump, 0.97),
-                xycoords=("data", "axes fraction"),
-                xytext=(-4, 0),
-                textcoords="offset points",
-                color="gray",
-                ha="right",
-                va="top",
-            )
-        axis.set_xlabel("RL step")
-        axis.set_ylabel(title + ", mean of 10 steps")
+        axis.set(xlabel="RL step", ylabel=f"{title} (mean of {window} steps)")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8, loc="lower right")
+    if jump is not None:
+        end = max(logged[-1]["step"] for name, logged in rows.items() if name != "grpo")
+        near = [v for logged in rows.values() for v in _smooth([r["accuracy"] for r in logged if jump < r["step"] <= end], window)]
+        low, high = min(near, default=0.0), max(near, default=1.0)
+        axes[1].set(xlim=(jump, end), ylim=(low - 0.02, high + 0.02), title="after the jump")
+        axes[0].set_title("the whole run (dotted: the jump)")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=10, ncol=3, loc="outside lower center", frameon=False)
     return _save(figure, run / "figures" / "training.png")
 
 
@@ -122,50 +105,49 @@ def linear_fit(run: pathlib.Path) -> pathlib.Path:
 
 def cost(run: pathlib.Path, bars: dict[str, list[float]]) -> pathlib.Path:
     """Fig. 5: wall seconds by what they are spent on; bars[label] = [RLVR, SVD, predictor, extrapolation]."""
-    parts = ("RLVR", "SVD", "predictor", "extrapolation")
-    figure, axis = plt.subplots(figsize=(7.2, 1.1 + 0.5 * len(bars)), layout="constrained")
+    parts = ("RLVR", "SVD", "predictor training", "extrapolation")
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.5 * len(bars)), layout="constrained")
     for y, values in enumerate(reversed(bars.values())):
         left = 0.0
         for part, value, colour in zip(parts, values, ("#56B4E9", "#D55E00", "#E69F00", "#009E73"), strict=True):
             axis.barh(y, value, left=left, color=colour, label=part if y == 0 else None)
             left += value
-        extra = sum(values[1:])
-        axis.text(left, y, f" {left:.0f} s" + (f", {extra:.1f} s of it not RL" if extra else ""), va="center", fontsize=8)
+        rest = ", ".join(f"{part} {value:.1f}" for part, value in list(zip(parts, values, strict=True))[1:] if value)
+        axis.text(left, y, f" {left:.0f} s" + (f" ({rest})" if rest else ""), va="center", fontsize=9)
     axis.set_yticks(range(len(bars)), list(reversed(bars)))
-    axis.set(xlabel="wall seconds", xlim=(0, 1.35 * max(map(sum, bars.values()))))
-    figure.legend(fontsize=8, ncol=4, loc="outside upper center", frameon=False)
+    axis.set(xlabel="wall seconds", xlim=(0, 1.9 * max(map(sum, bars.values()))))
+    figure.legend(fontsize=9, ncol=4, loc="outside upper center", frameon=False)
     return _save(figure, run / "figures" / "fig5_cost.png")
 
 
 def alpha_sweep(run: pathlib.Path, results: dict) -> pathlib.Path:
-    """Fig. 6: accuracy right after the jump by alpha, with the level before the jump."""
-    figure, axis = plt.subplots(figsize=(7.2, 3.8))
-    for name, colour in COLOURS.items():
-        sweep = sorted(
-            (r for r in results.values() if r.method == name and r.alpha is not None and r.policy.startswith("extrapolated/")),
-            key=lambda r: r.alpha,
-        )
-        if sweep:
-            axis.errorbar(
-                [r.alpha for r in sweep],
-                [100 * r.accuracy for r in sweep],
-                [100 * r.error for r in sweep],
-                color=colour,
-                marker=MARKS[name],
-                ms=4.5,
-                ls=LINES.get(name, "-"),
-                capsize=2,
-                lw=1.4,
-                label=SHORT[name],
-            )
+    """Fig. 6: accuracy right after the jump by alpha, with the level before it. Error bars are those of the difference from that level."""
+    figure, axis = plt.subplots(figsize=(8, 4.4), layout="constrained")
     jumped = next(r for r in results.values() if r.policy.startswith("extrapolated/"))
     before = results.get(f"train/step_{jumped.steps:04d}")
+    sweeps = {}
+    for name in COLOURS:
+        points = [r for r in results.values() if r.method == name and r.alpha is not None and r.policy.startswith("extrapolated/")]
+        if points:
+            sweeps[name] = sorted(points, key=lambda r: r.alpha)
+    for i, (name, sweep) in enumerate(sweeps.items()):
+        axis.errorbar(
+            [r.alpha + 0.03 * (i - len(sweeps) / 2) for r in sweep],  # side by side, so that none hides another
+            [100 * r.accuracy for r in sweep],
+            [100 * (difference(r, before)[1] if before else r.error) for r in sweep],
+            color=COLOURS[name],
+            marker=MARKS[name],
+            ms=4.5,
+            ls=LINES.get(name, "-"),
+            capsize=2,
+            lw=1.4,
+            label=NAMES[name],
+        )
     if before:
         axis.axhline(100 * before.accuracy, color="black", lw=1, ls=":", label=f"before the jump (step {before.steps})")
-    axis.axvline(1.5, color="gray", lw=0.6)
-    axis.set(xlabel=r"extending coefficient $\alpha$ (1.5 in the paper)", ylabel="accuracy % after the jump, ± s.e.")
+    axis.set(xlabel=r"extending coefficient $\alpha$ (1.5 in the paper)", ylabel="accuracy % after the jump, ± paired s.e.")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="lower left")
+    axis.legend(fontsize=9, loc="lower left")
     return _save(figure, run / "figures" / "fig6_alpha.png")
 
 

@@ -31,6 +31,12 @@ def test_flags_beat_the_preset_and_the_preset_beats_the_defaults(tmp_path):
     assert (cfg.steps, cfg.rate, cfg.names, cfg.threads, cfg.kind) == (9, 1, ["p", "q"], 3, "a")
 
 
+def test_a_preset_holds_only_what_differs_from_its_base(tmp_path):
+    (tmp_path / "base.yaml").write_text("shared: {threads: 3}\ntrain: {steps: 7, rate: 2.0}")
+    cfg = parse(tmp_path, f"base: {tmp_path / 'base.yaml'}\ntrain: {{rate: 1.0}}")
+    assert (cfg.steps, cfg.rate, cfg.threads) == (7, 1.0, 3)
+
+
 def test_shared_keys_that_a_stage_does_not_have_are_for_other_stages(tmp_path):
     assert parse(tmp_path, "shared: {backbone: x}").steps == 5
 

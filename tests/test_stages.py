@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, TINY, call_stage, run_stage
 from peft import PeftModel
 
-from common import adapters, extrapolators, policy, rank1, report, run_dir
+from common import adapters, extrapolators, policy, rank1, results, run_dir
 
 
 def metrics(folder: pathlib.Path) -> list[dict]:
@@ -160,9 +160,9 @@ def test_a_merged_restart_trains_a_new_adapter_on_the_baked_backbone(finished_ru
 
 
 def test_evaluation_agrees_with_its_own_responses(finished_run):
-    results = report.load_results(finished_run)
-    assert len(results) == 3 + 11 + 2
-    for name, result in results.items():
+    found = results.load_results(finished_run)
+    assert len(found) == 3 + 11 + 2
+    for name, result in found.items():
         rows = run_dir.read_jsonl(finished_run / "eval" / name.replace("/", "__") / "test.jsonl")
         assert len(rows) == result.n == 256
         by_problem = [sum(r["score"] for r in rows if r["problem"] == i) for i in range(256)]
@@ -170,7 +170,7 @@ def test_evaluation_agrees_with_its_own_responses(finished_run):
         assert result.accuracy == pytest.approx(mean)
         assert result.error == pytest.approx((sum((x - mean) ** 2 for x in by_problem) / 255 / 256) ** 0.5)
         assert all(row["score"] == 0 for row in rows if not row["finished"])
-    assert results["extrapolated/none"].accuracy == results["train/step_0006"].accuracy  # the same weights and seeds
+    assert found["extrapolated/none"].accuracy == found["train/step_0006"].accuracy  # the same weights and seeds
 
 
 def test_report_has_the_table_the_claims_and_the_figures(finished_run):
@@ -181,8 +181,8 @@ def test_report_has_the_table_the_claims_and_the_figures(finished_run):
         assert (finished_run / "figures" / f"{name}.png").stat().st_size > 10_000
     for claim in ("Fig. 2", "Fig. 3", "Fig. 5", "Fig. 6", "Table 5", "repeating the last target"):
         assert claim in text
-    results = report.load_results(finished_run)
-    base, last = results["backbone"], results["train/step_0008"]
+    found = results.load_results(finished_run)
+    base, last = found["backbone"], found["train/step_0008"]
     row = next(line for line in text.splitlines() if line.startswith("| GRPO with LoRA | 8 |"))
     assert f"{100 * last.accuracy:.1f} ± {100 * last.error:.1f}" in row
     if last.accuracy > base.accuracy:

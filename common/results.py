@@ -1,0 +1,124 @@
+"""What a run came to: every evaluated policy with its accuracy, its steps and the seconds it took, from the files of the run directory."""
+
+import dataclasses
+import math
+import pathlib
+import re
+
+import torch
+
+from common import run_dir
+
+NAMES = {  # of each method, in tables and figures alike, in the order of the tables
+    "grpo": "GRPO with LoRA",
+    "next-paper": "NExt, published recipe",
+    "next-aligned": "NExt, aligned recipe",
+    "rl-extra": "RL-Extra",
+    "repeat-last": "repeat-last (control)",
+    "none": "restart without a jump (control)",
+    "oracle": "oracle (true next delta)",
+}
+MAIN_ALPHA = 1.5  # the paper's extending coefficient: the alpha of the tables
+
+
+@dataclasses.dataclass
+class Result:
+    """One evaluated policy. accuracy and error in 0..1; by_problem [problems] holds each problem's mean score, all tasks in a row."""
+
+    policy: str  # the path below the run directory
+    method: str  # backbone, grpo, or a key of NAMES, with "_merged" where stage 5 was told so
+    steps: int  # RL steps it took
+    alpha: float | None
+    accuracy: float
+    error: float
+    n: int
+    length: float
+    by_problem: list[torch.Tensor]  # a tensor a task
+    seconds: float | None = None  # RL, SVD, predictor and jump, wall
+
+    @property
+    def label(self) -> str:
+        method = self.method.removesuffix("_merged")
+        name = "Backbone" if method == "backbone" else NAMES.get(method, method)
+        name += ", merged restart" if self.method.endswith("_merged") else ""
+        return name + (", right after the jump" if self.policy.startswith("extrapolated/") and self.method != "none" else "")
+
+
+def load_results(run: pathlib.Path) -> dict[str, Result]:
+    """Every evaluated policy of the run, by its path; the accuracy of several tasks is their plain mean, as in the paper."""
+    found = {}
+    for folder in sorted((run / "eval").glob("*")):
+        tasks = [run_dir.read_json(path, "06_eval.py") for path in sorted(folder.glob("*.json"))]
+        if not tasks:
+            continue
+        policy = tasks[0]["policy"]
+        method, alpha, steps = "grpo", None, 0
+        if policy != "backbone":
+            steps = run_dir.read_json(run / policy / "checkpoint.json", "the stage that wrote this checkpoint")["step"]
+            if match := re.fullmatch(r"(?:extrapolated|continued)/([^/]+?)(?:_alpha([\d.]+))?(_merged)?(?:/step_\d+)?", policy):
+                method, alpha = match[1] + (match[3] or ""), float(match[2]) if match[2] else None
+        else:
+            method = "backbone"
+        found[policy] = Result(
+            policy,
+            method,
+            steps,
+            alpha,
+            accuracy=sum(t["accuracy"] for t in tasks) / len(tasks),
+            error=math.sqrt(sum((t["standard_error"] or math.nan) ** 2 for t in tasks)) / len(tasks),
+            n=sum(t["n"] for t in tasks),
+            length=sum(t["response_length"] for t in tasks) / len(tasks),
+            by_problem=[torch.tensor(t["by_problem"], dtype=torch.float64) for t in tasks],
+        )
+        found[policy].seconds = wall_seconds(run, found[policy])
+    return found
+
+
+def difference(a: Result, b: Result) -> tuple[float, float]:
+    """Accuracy of result a minus that of b and its standard error, paired by problem (both were sampled with the same seeds)."""
+    gaps = [x - y for x, y in zip(a.by_problem, b.by_problem, strict=True)]
+    return sum(float(g.mean()) for g in gaps) / len(gaps), sum(float(g.var()) / len(g) for g in gaps) ** 0.5 / len(gaps)
+
+
+def rl_seconds(folder: pathlib.Path, last_step: int) -> float:
+    """Wall seconds of the RL steps logged in `folder` up to `last_step`."""
+    return sum(row["seconds"] for row in run_dir.read_jsonl(folder / "metrics.jsonl") if row["step"] <= last_step)
+
+
+def overhead(run: pathlib.Path, recipe: str) -> dict[str, float]:
+    """Wall seconds of what NExt adds to RL: the SVDs, the predictor's training (without its backtest), the jump."""
+    jump = run / "extrapolated" / f"next-{recipe}_alpha{MAIN_ALPHA:g}" / "checkpoint.json"
+    return {
+        "SVD": run_dir.read_json(run / "deltas" / "done.json", "02_extract_deltas.py")["seconds"],
+        "predictor": run_dir.read_json(run / "predictor" / recipe / "done.json", "03_train_predictor.py")["training_seconds"],
+        "extrapolation": run_dir.read_json(jump, "04_extrapolate.py")["seconds"],
+    }
+
+
+def cost_bars(run: pathlib.Path, results: dict[str, Result]) -> dict[str, list[float]]:
+    """Fig. 5's bars, label -> wall seconds of [RLVR, SVD, predictor, extrapolation]: NExt by each recipe, and the longest plain GRPO."""
+    bars = {}
+    for recipe in ("aligned", "paper"):
+        for after in [r for r in results.values() if r.policy.startswith(f"continued/next-{recipe}_alpha{MAIN_ALPHA:g}/")][-1:]:
+            extra = list(overhead(run, recipe).values())
+            bars[f"NExt ({recipe}), {after.steps} steps"] = [after.seconds - sum(extra), *extra]
+    plain = max((r for r in results.values() if r.method == "grpo"), key=lambda r: r.steps, default=None)
+    if plain:
+        bars[f"GRPO, {plain.steps} steps"] = [plain.seconds, 0.0, 0.0, 0.0]
+    return bars
+
+
+def wall_seconds(run: pathlib.Path, result: Result) -> float | None:
+    """What it took to get this policy: the shared RL prefix, the method's own computing, the RL after the jump."""
+    if result.method in ("backbone", "grpo"):
+        return rl_seconds(run / "train", result.steps) if result.steps else 0.0
+    jumped = result.policy.split("/")[1].removesuffix("_merged")
+    info = run_dir.read_json(run / "extrapolated" / jumped / "checkpoint.json", "04_extrapolate.py")
+    if info["method"] == "oracle":
+        return None  # it looked into the future: no fair cost
+    seconds = rl_seconds(run / "train", info["step"])
+    if info["method"].startswith("next-"):
+        seconds += sum(overhead(run, info["method"].removeprefix("next-")).values())
+    if result.policy.startswith("continued/"):
+        seconds += rl_seconds(run / "continued" / result.policy.split("/")[1], result.steps)
+    return seconds
