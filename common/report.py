@@ -81,9 +81,9 @@ def claims_section_3(run: pathlib.Path) -> list[str]:
         f"* Fig. 2, the rank-1 share of the update rises early in training: **{rises}**. E_1 is {energy[0]:.3f} at step {steps[0]}, "
         f"{energy[early]:.3f} at step {steps[early]} and {energy[-1]:.3f} at step {steps[-1]} "
         f"(mean of {len(found['energy_ratio_by_module'])} matrices).",
-        f"* Fig. 3, a straight line fails on over half of the vectors: **{'holds' if below > 0.5 else 'does not hold'}**. On checkpoints it "
-        f"was not fitted on, {below:.0%} of {len(fits)} vectors have an R² below 0, which is worse than the mean of those few neighbouring "
-        f"points; on the checkpoints it was fitted on, the median R² is {in_sample:.2f}.",
+        f"* Fig. 3, a straight line fails on over half of the vectors: **{'holds' if below > 0.5 else 'does not hold'}**. On checkpoints "
+        f"it was not fitted on, {below:.0%} of {len(fits)} vectors have an R² below 0, which is worse than the mean of those few "
+        f"neighbouring points; on the checkpoints it was fitted on, the median R² is {in_sample:.2f}.",
     ]
 
 
@@ -103,7 +103,7 @@ def claims(run: pathlib.Path, results: dict[str, Result]) -> list[tuple[str, ...
             f"Tables 3, 4: at {total} steps not worse than GRPO at {results[longest].steps if longest else '?'}": compare(
                 results, after, longest, not_worse=True
             ),
-            "the same, if the jump is merged and a new LoRA started": compare(
+            f"at {total} steps better than GRPO, with a merged restart": compare(
                 results, f"continued/{name}_merged/step_{total:04d}", f"train/step_{total:04d}"
             ),
             "Tables 3, 4: better than RL-Extra": compare(results, after, f"continued/rl-extra_alpha{MAIN_ALPHA:g}/step_{total:04d}"),
