@@ -4,7 +4,7 @@ Letters, plain numbers and equal strings are compared here, at once. Everything 
 that are killed at a time limit, because a hostile answer such as 9^{9^{9^9}} can hang a parser for ever and the training run with it.
 
 The kind of a problem says how its answers are compared: "letter" as letters; "number" as exact numbers, here, so that no parser can be
-fooled or hung; "latex" as mathematics.
+fooled or hung (a gold that is no number is compared as "latex"); "latex" as mathematics.
 """
 
 import concurrent.futures
@@ -41,6 +41,8 @@ def extract_boxed(response: str) -> str | None:
     >>> extract_boxed(r"first \\boxed{1}, no: \\boxed{\\frac{1}{2}}"), extract_boxed(r"\\boxed{4")
     ('\\\\frac{1}{2}', None)
     """
+    if "\\boxed" not in response:
+        return None
     opened, last = [], None
     for match in _BRACES.finditer(response):
         token = match.group()
