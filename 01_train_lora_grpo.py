@@ -3,7 +3,7 @@
     accelerate launch 01_train_lora_grpo.py --config demo --run-dir runs/demo                              # a laptop
     accelerate launch --num_processes 8 01_train_lora_grpo.py --config demo --run-dir runs/demo            # more processes
 
-Reads   the backbone (a Hugging Face folder or hub id) and problems (JSONL, {"prompt", "answer"} a line).
+Reads   the backbone (a Hugging Face folder or hub id) and problems (DAPO-Math-17k, or JSONL, parquet, a hub id: common/data.py).
 Writes  <run-dir>/train/step_0010 ... step_0150   PEFT adapters in fp32
         <run-dir>/train/metrics.jsonl, samples.jsonl, config.json, resume/, done.json
 
@@ -41,9 +41,14 @@ class TrainConfig(configs.StageConfig):
     """Defaults are Table 2 of the paper; what the paper leaves open is marked (open) and follows verl."""
 
     backbone: str = option("Qwen/Qwen2.5-1.5B-Instruct", "the model to train: folder or hub id (paper: Qwen2.5-{1.5B,3B,7B,14B}-Instruct)")
-    train_data: str = option("data/train.jsonl", "problems, a JSONL file (paper: DAPO-Math-17k)")
-    prompt_template: str = option("{prompt}", "the user turn around a problem (open)")
-    system_prompt: str = option("", "the system turn, none if empty (open)")
+    train_data: str = option("dapo-math-17k", "problems: that name, a file, or a hub id (paper: DAPO-Math-17k)")
+    prompt_column: str = option("prompt", "of a file or a hub id: column of the question, a.b for the key b of column a")
+    answer_column: str = option("answer", "of a file or a hub id: column of the answer, e.g. reward_model.ground_truth")
+    data_split: str = option("train", "of a hub id: its split")
+    english_only: bool = option(False, "leave out problems with Chinese characters (open)")
+    prompt_template: str = option(data.PROMPT_TEMPLATE, "the user turn around a problem (open)")
+    system_prompt: str = option(data.SYSTEM_PROMPT, "the system turn, none if empty (open)")
+    answer_format: Literal["boxed", "last_number"] = option("boxed", "where a response has its answer (open)")
     algorithm: Literal["grpo"] = option("grpo", "how advantages are computed (paper: grpo, Eq. 2)")
     steps: int = option(150, "RL steps in all (paper: 150 before the jump, 250 and 400 for reference)")
     save_every: int = option(10, "steps between checkpoints (paper: 10)")
@@ -155,8 +160,8 @@ def sample(cfg: TrainConfig, step: int, engine, judge, problems, prompts, tokeni
         )
     with timer("reward"):
         texts = tokenizer.batch_decode([r.tokens for r in rollouts], skip_special_tokens=True)
-        golds = [problems[index].answer for index, _ in expanded]
-        rewards = judge.score(texts, golds, [r.finished for r in rollouts])
+        asked = [problems[index] for index, _ in expanded]
+        rewards = judge.score(texts, [p.answer for p in asked], [r.finished for r in rollouts], [p.kind for p in asked])
     per_update = len(expanded) * cfg.mini_batch // cfg.prompts_per_step
     batch = Batch(
         prompts=[prompts[index] for index, _ in expanded],
@@ -255,15 +260,23 @@ def update(cfg: TrainConfig, model, optimizer, batch: Batch, advantages: torch.T
 
 def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: pathlib.Path, first_step: int, info: dict) -> None:
     """RL steps first_step + 1 ... cfg.steps on `model` (a PEFT policy), everything under `folder`. Stage 5 calls it too."""
-    problems = data.load_problems(cfg.path(cfg.train_data))
+    problems = data.load_problems(
+        cfg.path(cfg.train_data),
+        prompt_column=cfg.prompt_column,
+        answer_column=cfg.answer_column,
+        split=cfg.data_split,
+        english_only=cfg.english_only,
+    )
+    template_hash = data.template_hash(tokenizer, cfg.prompt_template, cfg.system_prompt)
+    info = {**info, "template_hash": template_hash, "data_hash": data.fingerprint(problems)}
     prompts = data.encode_prompts(problems, tokenizer, cfg.prompt_template, cfg.system_prompt, cfg.max_prompt_tokens, cfg.train_data)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
     start = policy.load_resume(folder, model, optimizer) or first_step
     metrics = run_dir.StepLog(folder / "metrics.jsonl", keep_to=start, active=accelerator.is_main_process)
     samples = run_dir.StepLog(folder / "samples.jsonl", keep_to=start, active=accelerator.is_main_process)
     engine = rollout.HFEngine(model, tokenizer)
-    judge = verifier.Verifier(cfg.verifier_seconds)
-    accelerator.print(f"first prompt: {tokenizer.decode(prompts[0])!r}  answer: {problems[0].answer!r}")
+    judge = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format)
+    accelerator.print(f"{len(problems)} problems; first prompt: {tokenizer.decode(prompts[0])!r}  answer: {problems[0].answer!r}")
     if start > first_step:
         accelerator.print(f"going on after step {start}")
     bar = tqdm(
@@ -386,7 +399,7 @@ def main() -> None:
     cfg = configs.parse(TrainConfig, "train", __doc__)
     folder = pathlib.Path(cfg.run_dir) / "train"
     accelerator = start_accelerator(cfg, folder)
-    stage = run_dir.Stage(folder, configs.as_dict(cfg), inputs=[cfg.path(cfg.train_data)], may_change=MAY_CHANGE)
+    stage = run_dir.Stage(folder, configs.as_dict(cfg), inputs=data.local_files(cfg.path(cfg.train_data)), may_change=MAY_CHANGE)
     with accelerator.main_process_first():
         if stage.is_done(cfg.overwrite, at_least=("steps", cfg.steps), writer=accelerator.is_main_process):
             return

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 
 from common import config as configs
-from common import policy, run_dir
+from common import data, policy, run_dir
 from common.run_dir import UserError, atomic_dir
 
 stage1 = importlib.import_module("01_train_lora_grpo")
@@ -60,7 +60,10 @@ def main() -> None:
     folder = run / "continued" / (cfg.start + ("_merged" if cfg.restart == "merged" else ""))
     accelerator = stage1.start_accelerator(cfg, folder)
     stage = run_dir.Stage(
-        folder, configs.as_dict(cfg), [cfg.path(cfg.train_data), start / "adapter_model.safetensors"], (*stage1.MAY_CHANGE, "more_steps")
+        folder,
+        configs.as_dict(cfg),
+        [*data.local_files(cfg.path(cfg.train_data)), start / "adapter_model.safetensors"],
+        (*stage1.MAY_CHANGE, "more_steps"),
     )
     with accelerator.main_process_first():
         if stage.is_done(cfg.overwrite, at_least=("steps", cfg.steps), writer=accelerator.is_main_process):

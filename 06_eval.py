@@ -17,6 +17,7 @@ import dataclasses
 import json
 import pathlib
 import time
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -39,10 +40,21 @@ class EvalConfig(configs.StageConfig):
         metadata={"help": "globs below the run directory, and `backbone`"},
     )
     test_data: list[str] = dataclasses.field(
-        default_factory=lambda: ["data/test.jsonl"], metadata={"help": "test problems, a JSONL file a task"}
+        default_factory=lambda: ["aime24", "aime25", "amc23", "minerva", "olymmath-en-easy", "gpqa-diamond", "mmlu-pro"],
+        metadata={"help": "test problems: names (mmlu-pro/biology is one category), files, hub ids, name=path (paper: all of these)"},
     )
-    prompt_template: str = dataclasses.field(default="{prompt}", metadata={"help": "the user turn; must be the one of training"})
-    system_prompt: str = dataclasses.field(default="", metadata={"help": "the system turn; must be the one of training"})
+    prompt_column: str = dataclasses.field(default="prompt", metadata={"help": "of a file or a hub id: column of the question"})
+    answer_column: str = dataclasses.field(default="answer", metadata={"help": "of a file or a hub id: column of the answer"})
+    data_split: str = dataclasses.field(default="test", metadata={"help": "of a hub id: its split"})
+    prompt_template: str = dataclasses.field(
+        default=data.PROMPT_TEMPLATE, metadata={"help": "the user turn; must be the one of training (open)"}
+    )
+    system_prompt: str = dataclasses.field(
+        default=data.SYSTEM_PROMPT, metadata={"help": "the system turn, none if empty; must be the one of training (open)"}
+    )
+    answer_format: Literal["boxed", "last_number"] = dataclasses.field(
+        default="boxed", metadata={"help": "where a response has its answer; must be the one of training (open)"}
+    )
     runs: int = dataclasses.field(default=8, metadata={"help": "answers to every problem (paper: 8)"})
     temperature: float = dataclasses.field(default=1.0, metadata={"help": "sampling temperature (paper: 1.0)"})
     top_p: float = dataclasses.field(default=1.0, metadata={"help": "nucleus sampling (paper: 1.0)"})
@@ -80,7 +92,8 @@ def evaluate(cfg: EvalConfig, engine, judge, tokenizer, problems: list[data.Prob
     seeds = [rollout.sequence_seed(cfg.seed, 0, index, run) for index, run in asked]
     rollouts = engine.generate([prompts[index] for index, _ in asked], seeds, cfg.max_new_tokens, cfg.temperature, cfg.top_p)
     texts = tokenizer.batch_decode([r.tokens for r in rollouts], skip_special_tokens=True)
-    scores = judge.score(texts, [problems[index].answer for index, _ in asked], [r.finished for r in rollouts])
+    golds, kinds = ([getattr(problems[index], field) for index, _ in asked] for field in ("answer", "kind"))
+    scores = judge.score(texts, golds, [r.finished for r in rollouts], kinds)
     return [
         {
             "problem": index,
@@ -116,18 +129,17 @@ def summarise(rows: list[dict], problems: int) -> dict:
 def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None:
     """Evaluates every policy on every task, one after another; the policies of a backbone share the loaded model."""
     run = pathlib.Path(cfg.run_dir)
-    settings = {key: value for key, value in configs.as_dict(cfg).items() if key not in ("policies", "test_data", "batch_size", "backbone")}
-    tasks = {pathlib.Path(path).stem: (path, data.load_problems(path)) for path in map(cfg.path, cfg.test_data)}
-    judge, loaded = verifier.Verifier(cfg.verifier_seconds), None
+    columns = {"prompt_column": cfg.prompt_column, "answer_column": cfg.answer_column, "split": cfg.data_split}
+    tasks = data.load_tasks([cfg.path(spec) for spec in cfg.test_data], **columns)
+    hashes = {task: data.fingerprint(problems) for task, problems in tasks.items()}
+    elsewhere = ("policies", "test_data", "prompt_column", "answer_column", "data_split", "batch_size", "backbone")
+    settings = configs.as_dict(cfg, leave_out=elsewhere)
+    judge, loaded, shown = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format), None, set()
     for name in (bar := tqdm(names, desc="evaluating", unit="policy", disable=None)):
         folder = run / "eval" / name.replace("/", "__")
         weights = run / name / "adapter_model.safetensors"
         wanted = {"settings": settings, "weights": run_dir.sha256(weights) if weights.is_file() else name, "versions": run_dir.versions()}
-        open_tasks = [
-            task
-            for task, (path, _) in tasks.items()
-            if not _is_measured(folder / f"{task}.json", {**wanted, "data": run_dir.sha256(pathlib.Path(path))})
-        ]
+        open_tasks = [task for task in tasks if not _is_measured(folder / f"{task}.json", {**wanted, "data": hashes[task]})]
         if not open_tasks:
             continue
         base = cfg.backbone if name == "backbone" else policy.checkpoint_info(run / name).get("backbone", cfg.backbone)
@@ -136,15 +148,26 @@ def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None
         _, backbone, tokenizer = loaded
         model = backbone if name == "backbone" else policy.load_lora(backbone, run / name)
         engine = rollout.HFEngine(model.to(accelerator.device), tokenizer, cfg.batch_size)
+        template_hash = data.template_hash(tokenizer, cfg.prompt_template, cfg.system_prompt)
+        trained_with = {} if name == "backbone" else policy.checkpoint_info(run / name)
+        if trained_with.get("template_hash", template_hash) != template_hash:
+            bar.write(f"warning: {name} was trained with another prompt template ({trained_with['template_hash']}, here {template_hash})")
         for task in open_tasks:
-            path, problems = tasks[task]
-            prompts = data.encode_prompts(problems, tokenizer, cfg.prompt_template, cfg.system_prompt, cfg.max_prompt_tokens, path)
+            problems = tasks[task]
+            prompts = data.encode_prompts(problems, tokenizer, cfg.prompt_template, cfg.system_prompt, cfg.max_prompt_tokens, task)
+            if task not in shown:
+                shown.add(task)
+                bar.write(
+                    f"{task}: {len(problems)} problems; first prompt: {tokenizer.decode(prompts[0])!r}  answer: {problems[0].answer!r}"
+                )
             began = time.perf_counter()
             with accelerator.autocast():
                 rows = evaluate(cfg, engine, judge, tokenizer, problems, prompts)
             result = {**summarise(rows, len(problems)), "seconds": round(time.perf_counter() - began, 2)}
             run_dir.atomic_write_text(folder / f"{task}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-            run_dir.write_json(folder / f"{task}.json", {"policy": name, **wanted, "data": run_dir.sha256(pathlib.Path(path)), **result})
+            run_dir.write_json(
+                folder / f"{task}.json", {"policy": name, **wanted, "data": hashes[task], "template_hash": template_hash, **result}
+            )
             bar.write(f"{names.index(name) + 1}/{len(names)} {name}  {task}: {console_line(result)}")
         if name != "backbone":
             model.unload()  # takes the adapter's layers out again; the backbone is untouched

@@ -1,10 +1,14 @@
 """The verifiable reward: is the answer in the last \\boxed{...} the right one?
 
-Plain numbers are compared here, at once. Everything else goes to math-verify (sympy), in worker processes that are killed at a
-time limit, because a hostile answer such as 9^{9^{9^9}} can hang a parser for ever and take the whole training run with it.
+Letters, plain numbers and equal strings are compared here, at once. Everything else goes to math-verify (sympy), in worker processes
+that are killed at a time limit, because a hostile answer such as 9^{9^{9^9}} can hang a parser for ever and the training run with it.
+
+The kind of a problem says how its answers are compared: "letter" as letters; "number" as exact numbers, here, so that no parser can be
+fooled or hung (a gold that is no number is compared as "latex"); "latex" as mathematics.
 """
 
 import concurrent.futures
+import contextlib
 import fractions
 import json
 import logging
@@ -13,12 +17,22 @@ import pathlib
 import queue
 import re
 import select
+import signal
 import subprocess
 import sys
 
+from common.run_dir import UserError
+
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-_NUMBER = re.compile(r"[+-]?(\d{1,400}\.?\d{0,400}|\.\d{1,400})")
-_UNEVALUATED = re.compile(r"\d\s*\}?\s*(\+|\*|\\cdot|-|\\times(?!\s*10\b))\s*\{?\s*\d")
+_NUMBER = re.compile(r"([+-]?)\s*(\d{1,400}\.?\d{0,400}|\.\d{1,400})(?:[eE]([+-]?\d{1,3}))?")
+_POWER = re.compile(r"\s*\\(?:times|cdot)\s*10\s*\^\s*\{?\s*([+-]?\d{1,3})\s*\}?$")
+_FRACTION = re.compile(r"([+-]?)\s*(?:\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}|([\d.,]+)\s*/\s*([\d.,]+))")
+_E_NOTATION = re.compile(r"(\d\.?)[eE]([+-]?\d+)(?!\d|\.\d)")
+_THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\}|\\[,!]|\s)\s*(?=\d{3}(?!\d))")
+_UNIT = re.compile(r"(?:\\[ ,;!]|~|\s)*(?:\\(?:text|mathrm|mbox)\s*\{[^{}]*\}(?:\^\{?-?\d\}?)?|\^\s*\{?\s*\\circ\s*\}?)$")
+_UNEVALUATED = re.compile(r"\d\s*\}?\s*(\+|\*|\\cdot(?!\s*10\b)|-|\\times(?!\s*10\b))\s*\{?\s*\d")
+_LAST_NUMBER = re.compile(r"(?:(?<![\w)\]}.])-)?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3}\b)?")
+_LETTER = re.compile(r"[\s$({\[]*([A-Za-z])[\s$)}\].]*")
 
 
 def extract_boxed(response: str) -> str | None:
@@ -27,6 +41,8 @@ def extract_boxed(response: str) -> str | None:
     >>> extract_boxed(r"first \\boxed{1}, no: \\boxed{\\frac{1}{2}}"), extract_boxed(r"\\boxed{4")
     ('\\\\frac{1}{2}', None)
     """
+    if "\\boxed" not in response:
+        return None
     opened, last = [], None
     for match in _BRACES.finditer(response):
         token = match.group()
@@ -39,68 +55,131 @@ def extract_boxed(response: str) -> str | None:
     return last
 
 
+def last_number(response: str) -> str | None:
+    """The last number in `response`, None without one: an answer format for small models, which do not learn to box.
+
+    >>> last_number("12 + 30 = 42, so 42 - 50 = -8."), last_number("It is 1,234.50 dollars"), last_number("3-2"), last_number("no")
+    ('-8', '1,234.50', '2', None)
+    """
+    last = None
+    for match in _LAST_NUMBER.finditer(response.replace("\u2212", "-")):
+        last = match.group()
+    return last
+
+
 def plain_number(text: str) -> fractions.Fraction | None:
-    """`text` as an exact number if it is a plain integer or decimal ("073", "12,345", "27.0", "$-3$"), else None."""
-    text = text.strip().strip("$").replace("\\!", "").replace("\\,", "").replace(" ", "").rstrip(".")
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-    return fractions.Fraction(text) if _NUMBER.fullmatch(text) else None
+    """`text` as an exact number if it is a plain one: "073", "12,345", "$-3$", "10\\text{ cm}", "4.5e33", "4.5 \\times 10^{33}"."""
+    if len(text) > 1000:
+        return None
+    text = _UNIT.sub("", text.strip().strip("$").strip()).rstrip(".")
+    power = _POWER.search(text)
+    number = _NUMBER.fullmatch(_THOUSANDS.sub("", text[: power.start()] if power else text).strip())
+    if not number:
+        return None
+    sign, digits, exponent = number.groups()
+    return fractions.Fraction(sign + digits) * fractions.Fraction(10) ** (int(exponent or 0) + int(power.group(1) if power else 0))
+
+
+def _number_answer(answer: str) -> fractions.Fraction | None:
+    """What a problem of kind "number" accepts: a plain number or a fraction of two, with "x =" before it or a percent sign behind it."""
+    answer = re.sub(r"^[\s$]*[A-Za-z]\s*=", "", answer[:1001]).strip().strip("$").strip()
+    answer = answer.removesuffix("%").removesuffix("\\")
+    if fraction := _FRACTION.fullmatch(answer):
+        above, below = (plain_number(part) for part in (fraction[2] or fraction[4], fraction[3] or fraction[5]))
+        return None if above is None or not below else (-above if fraction[1] == "-" else above) / below
+    return plain_number(answer)
+
+
+def letter(text: str) -> str | None:
+    """The letter that `text` consists of ("B", "(b)", "\\text{B}", "B."), None if it is anything else ("AB", "B or C")."""
+    match = _LETTER.fullmatch(re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*(?=\{)", "", text[:100]))
+    return match[1].upper() if match and len(text) <= 100 else None
+
+
+def normalise(text: str) -> str:
+    r"""A gold or an answer as math-verify reads it right: bare (it is boxed again later), e-notation written out.
+
+    >>> normalise(r"$4.5e33$"), normalise(r"\boxed{x}"), normalise(r"I(0)e^{-t}")
+    ('4.5 \\times 10^{33}', 'x', 'I(0)e^{-t}')
+    """
+    text = text.strip()
+    inner = extract_boxed(text)
+    text = inner.strip() if inner is not None and text == f"\\boxed{{{inner}}}" else text
+    if len(text) > 1 and text[0] == text[-1] == "$" and "$" not in text.strip("$"):
+        text = text.strip("$").strip()
+    return _E_NOTATION.sub(r"\1 \\times 10^{\2}", text)
 
 
 class Verifier:
     """Scores answers; `timeouts` and `errors` count the answers that math-verify could not decide (scored 0, never hidden).
 
-    `workers` processes are started when the first answer needs them, and stopped by `close`.
+    `answer_format` says where the answer is: in the last box, or the last number of the response. `workers` processes are started when
+    the first answer needs them, and stopped by `close`.
     """
 
-    def __init__(self, time_limit: float = 5.0, workers: int = 2):
-        self.time_limit, self.workers = time_limit, workers
+    def __init__(self, time_limit: float = 5.0, answer_format: str = "boxed", workers: int = 2):
+        self.time_limit, self.answer_format, self.workers = time_limit, answer_format, workers
         self.timeouts = self.errors = 0
         self._idle: queue.SimpleQueue | None = None
 
-    def score(self, responses: list[str], golds: list[str], finished: list[bool]) -> list[float]:
-        """1.0 for each response whose boxed answer equals its gold, else 0.0; a response cut at the length limit gets 0.0."""
-        scores, undecided = [], []
-        for i, (response, gold, whole) in enumerate(zip(responses, golds, finished, strict=True)):
-            answer = extract_boxed(response) if whole else None
-            verdict = False if answer is None else quick_verdict(answer, gold)
-            if verdict is None:
-                undecided.append((i, answer, gold))
-            scores.append(float(bool(verdict)))
-        if undecided:
-            if self._idle is None:
-                self._idle = queue.SimpleQueue()
-                for _ in range(self.workers):
-                    self._idle.put(None)  # a slot without a process yet
-            with concurrent.futures.ThreadPoolExecutor(self.workers) as threads:
-                verdicts = threads.map(lambda item: self._ask(item[1], item[2]), undecided)
-                for (i, _, _), correct in zip(undecided, verdicts, strict=True):
-                    scores[i] = float(correct)
-        return scores
+    def score(self, responses: list[str], golds: list[str], finished: list[bool], kinds: list[str] | None = None) -> list[float]:
+        """1.0 for each response whose answer equals its gold, else 0.0; a response cut at the length limit gets 0.0.
 
-    def _ask(self, answer: str, gold: str) -> bool:
-        """One question to one worker process; a worker over the time limit is killed, and its slot gets a new one next time."""
+        `kinds` are those of the problems, "latex" without any. Raises UserError where math-verify fails on whatever it is asked.
+        """
+        verdicts, questions = [], []
+        for response, gold, whole, kind in zip(responses, golds, finished, kinds or ["latex"] * len(golds), strict=True):
+            answer = self._extract(response, gold) if whole else None
+            verdicts.append(False if answer is None else quick_verdict(answer, gold, kind))
+            questions.append((answer, gold))
+        asked = list({question: None for question, verdict in zip(questions, verdicts, strict=True) if verdict is None})  # each once
+        replies = dict(zip(asked, self._ask_all(asked), strict=True)) if asked else {}
+        return [float(replies[question] if verdict is None else verdict) for question, verdict in zip(questions, verdicts, strict=True)]
+
+    def _extract(self, response: str, gold: str) -> str | None:
+        if self.answer_format == "boxed":
+            return extract_boxed(response)
+        if plain_number(gold) is None:
+            raise UserError(f"answer_format last_number: the answer {gold[:50]!r} is not a number; use boxed")
+        return last_number(response)
+
+    def _ask_all(self, questions: list[tuple[str, str]]) -> list[bool]:
+        if self._idle is None:
+            self._idle = queue.SimpleQueue()
+            for _ in range(self.workers):
+                self._idle.put(None)  # a slot without a process yet
+        with concurrent.futures.ThreadPoolExecutor(self.workers) as threads:
+            replies = list(threads.map(lambda question: self._ask(*question), questions))
+        errors = [error for _, error in replies if error not in (None, "timeout")]
+        self.errors += len(errors)
+        self.timeouts += sum(error == "timeout" for _, error in replies)
+        if len(errors) == len(questions):  # garbage, or a broken installation that would score everything 0?
+            correct, error = self._ask(r"\frac{1}{2}", "0.5")
+            if not correct and error != "timeout":
+                raise UserError(f"math-verify fails on every answer, even on 1/2 = 0.5 ({error}): pip install -r requirements.txt")
+        return [correct for correct, _ in replies]
+
+    def _ask(self, answer: str, gold: str) -> tuple[bool, str | None]:
+        """(correct, error) from one worker process; one over the time limit is killed, and its slot gets a new one next time."""
         worker = self._idle.get()
+        reply, error = "", "the worker died"
         if worker is None or worker.poll() is not None:
             worker = _start_worker()
-        reply = ""
-        try:
-            worker.stdin.write(json.dumps({"answer": answer, "gold": gold}) + "\n")
+        with contextlib.suppress(BrokenPipeError):  # it died before it read the question: no reply
+            worker.stdin.write(json.dumps({"answer": normalise(answer), "gold": normalise(gold), "limit": self.time_limit}) + "\n")
             worker.stdin.flush()
             if select.select([worker.stdout], [], [], self.time_limit)[0]:
                 reply = worker.stdout.readline()
             else:
-                self.timeouts += 1
-        except BrokenPipeError:
-            self.errors += 1  # the worker died under the question before
+                error = "timeout"
         if not reply:
             worker.kill()
             worker.wait()
             self._idle.put(None)
-            return False
+            return False, error
         self._idle.put(worker)
         verdict = json.loads(reply)
-        self.errors += verdict["error"] is not None
-        return verdict["correct"]
+        return verdict["correct"], verdict["error"]
 
     def close(self) -> None:
         """Ends the worker processes."""
@@ -108,21 +187,34 @@ class Verifier:
             if (worker := self._idle.get()) is not None:
                 worker.kill()
                 worker.wait()
+        self._idle = None
 
 
-def quick_verdict(answer: str, gold: str) -> bool | None:
-    """True or False where that is clear without a parser, None where math-verify has to decide.
+def quick_verdict(answer: str, gold: str, kind: str = "latex") -> bool | None:
+    """True or False where that is clear without a parser, None where math-verify has to decide (kind "latex" alone).
 
     An unevaluated sum is no answer: math-verify would accept \\boxed{123+489} for 612, and RL finds such doors.
     """
-    if answer.strip() == gold.strip():
-        return True
-    number, right = plain_number(answer), plain_number(gold)
+    if kind == "letter":
+        return letter(answer) is not None and letter(answer) == letter(gold)
+    right = _number_answer(gold) if kind == "number" else plain_number(gold)
+    number = _number_answer(answer) if kind == "number" else plain_number(answer)
     if number is not None and right is not None:
-        return abs(number - right) < fractions.Fraction(1, 10**6)
+        return abs(number - right) <= min(1, abs(right)) / 1_000_000
+    if kind == "number" and right is not None:
+        return False
     if not answer.strip() or len(answer) > 10_000 or (right is not None and _UNEVALUATED.search(answer)):
         return False
-    return None
+    return True if _spelling(answer) == _spelling(gold) else None
+
+
+def _spelling(text: str) -> str:
+    """Without what changes the look of a formula and not its meaning; "5 6" is not "56"."""
+    return re.sub(
+        r"\\left(?![a-z])|\\right(?![a-z])|\$|(?<!\d)(\\[,!;]|\s)+|(\\[,!;]|\s)+(?!\d)",
+        "",
+        text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac"),
+    )
 
 
 def _start_worker() -> subprocess.Popen:
@@ -141,7 +233,7 @@ def _start_worker() -> subprocess.Popen:
 
 
 def _worker() -> None:
-    """Answers {"answer", "gold"} lines from stdin with {"correct", "error"} lines, until stdin closes."""
+    """Answers {"answer", "gold", "limit"} lines from stdin with {"correct", "error"} lines, until stdin closes."""
     from math_verify import parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns, every time, that its own time limit is off
@@ -149,12 +241,14 @@ def _worker() -> None:
     for line in sys.stdin:
         question = json.loads(line)
         correct, error = False, None
+        signal.alarm(int(question["limit"]) + 5)  # the end of this process, should the one that would kill it be gone
         try:  # the limit is enforced from outside, by killing this process: math-verify's own works in main threads only
             gold = parse(f"\\boxed{{{question['gold']}}}", parsing_timeout=None)
             answer = parse(f"\\boxed{{{question['answer']}}}", parsing_timeout=None)
             correct = bool(verify(gold, answer, timeout_seconds=None))
         except Exception as failure:  # whatever sympy or its parser raises on garbage: reported, and counted by the caller
             error = f"{type(failure).__name__}: {failure}"[:200]
+        signal.alarm(0)
         print(json.dumps({"correct": correct, "error": error}), flush=True)
 
 

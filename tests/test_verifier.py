@@ -1,10 +1,13 @@
 """Answers: what counts, what does not, and what must not hang."""
 
+import subprocess
+import sys
 import time
 
 import pytest
 
 from common import verifier
+from common.run_dir import UserError
 
 BOXED = r"\boxed{%s}"
 
@@ -44,31 +47,151 @@ def test_walls_of_braces_take_linear_time(text):
 
 
 @pytest.mark.parametrize(
-    ("answer", "gold", "want"),
+    ("kind", "gold", "answer", "want"),
     [
-        ("612", "612", True),
-        ("0612", "612", True),
-        ("612.0", "612", True),
-        ("1,234", "1234", True),
-        ("$-3$", "-3", True),
-        ("613", "612", False),
-        ("123+489", "612", False),
-        ("600 + 12", "612", False),
-        (r"3 \cdot 204", "612", False),
-        ("1.5e3", "612", False),
-        (r"\frac{1224}{2}", "612", True),
-        (r"\frac{1}{2}", "0.5", True),
-        ("x+1", "1+x", True),
-        ("x+2", "1+x", False),
-        (r"2\sqrt{3}", r"\sqrt{12}", True),
-        (r"\text{no}", "612", False),
-        ("", "612", False),
-        ("\x00", "612", False),
-        ("½", "612", False),
+        # plain numbers: leading zeros, 27.0, thousands, dollars, units
+        ("latex", "612", "612", True),
+        ("latex", "612", "0612", True),
+        ("latex", "612", "612.0", True),
+        ("latex", "1234", "1,234", True),
+        ("latex", "1234", "1{,}234", True),
+        ("latex", "12345", r"12\,345", True),
+        ("latex", "-3", "$-3$", True),
+        ("latex", "-3", "- 3", True),
+        ("latex", "612", "613", False),
+        ("latex", "73", "073", True),
+        ("latex", "27.0", "27", True),
+        ("latex", "27", "27.0", True),
+        ("latex", "27.0", "27.5", False),
+        ("latex", "10", r"10\text{ cm}", True),
+        ("latex", "10", r"10\,\mathrm{cm}^2", True),
+        ("latex", "90", r"90^\circ", True),
+        ("latex", "56", "5 6", False),
+        ("latex", "56", r"5 \text{ or } 6", False),
+        ("latex", "1.6", "1.57", False),
+        ("latex", "12345678", "12345679", False),
+        ("latex", "612", r"\text{no}", False),
+        # an unevaluated sum is no answer
+        ("latex", "612", "123+489", False),
+        ("latex", "612", "600 + 12", False),
+        ("latex", "612", r"3 \cdot 204", False),
+        # Minerva's e-notation, on either side
+        ("latex", "4.5e33", r"4.5 \times 10^{33}", True),
+        ("latex", "4.5e33", r"4.5\cdot 10^{33}", True),
+        ("latex", "4.5e33", r"4.5\times10^{33}\text{ erg/s}", True),
+        ("latex", "4.5e33", "4.5e33", True),
+        ("latex", "4.5e33", "4.5E+33", True),
+        ("latex", "4.5e33", r"45 \times 10^{32}", True),
+        ("latex", "4.5e33", r"4.6 \times 10^{33}", False),
+        ("latex", "4.5e33", r"4.5 \times 10^{32}", False),
+        ("latex", "4.5e33", "4.5", False),
+        ("latex", "9.6e-19", r"9.6 \times 10^{-19}", True),
+        ("latex", "9.6e-19", "0", False),
+        ("latex", "3.3e-8", "0.000000033", True),
+        ("latex", "3.3e-8", "0.000000034", False),
+        ("latex", "1e3", "1000", True),
+        ("latex", "2e3x", r"2000x", True),
+        ("latex", "612", "1.5e3", False),
+        # bare LaTeX golds
+        ("latex", r"4\sqrt{15}-14", r"4\sqrt{15}-14", True),
+        ("latex", r"4\sqrt{15}-14", r"-14 + 4\sqrt{15}", True),
+        ("latex", r"4\sqrt{15}-14", "4", False),
+        ("latex", r"$\frac{1}{2}$", "0.5", True),
+        ("latex", r"\boxed{\frac{1}{2}}", "0.5", True),
+        ("latex", "0.5", r"\frac{1}{2}", True),
+        ("latex", "612", r"\frac{1224}{2}", True),
+        ("latex", r"\frac{1}{2}", r"\dfrac{1}{2}", True),
+        ("latex", r"\frac{1}{2}", r"\frac{1}{3}", False),
+        ("latex", r"\sqrt{12}", r"2\sqrt{3}", True),
+        ("latex", "1+x", "x+1", True),
+        ("latex", "1+x", "x+2", False),
+        ("latex", r"I(0)e^{-t}", r"I(0) e^{-t}", True),
+        ("latex", r"\arcsin{1.3}", r"\arcsin(1.3)", True),
+        ("latex", "(1,2)", r"\left(1, 2\right)", True),
+        ("latex", "(1,2)", "(2,1)", False),
+        ("latex", r"\{1,2\}", r"\{2, 1\}", True),
+        # numbers as numbers: the parser is never asked
+        ("number", "073", "73", True),
+        ("number", "27.0", "27", True),
+        ("number", "204", "x = 204", True),
+        ("number", "204", r"204\text{ cm}", True),
+        ("number", "20", r"20\%", True),
+        ("number", "0.5", r"\frac{1}{2}", True),
+        ("number", "-0.5", r"-\frac{1}{2}", True),
+        ("number", "0.5", "1/2", True),
+        ("number", "0.5", r"\frac{1}{0}", False),
+        ("number", "204", r"\sqrt{41616}", False),
+        ("number", "204", "200+4", False),
+        ("number", "204", "100, 204", False),
+        ("number", "204", "", False),
+        # letters as letters
+        ("letter", "B", "B", True),
+        ("letter", "B", "(B)", True),
+        ("letter", "B", r"\text{B}", True),
+        ("letter", "B", r"\text{(B)}", True),
+        ("letter", "B", r"\mathbf{B}.", True),
+        ("letter", "B", "$b$", True),
+        ("letter", "B", "AB", False),
+        ("letter", "B", "B or C", False),
+        ("letter", "B", "C", False),
+        ("letter", "B", "2", False),
+        ("letter", "B", "", False),
+        # garbage
+        ("latex", "612", "", False),
+        ("latex", "612", "\x00", False),
+        ("latex", "612", "½", False),
+        ("latex", "x", "\\" * 99, False),
+        ("latex", "x", "{" * 2000 + "}" * 2000, False),
+        ("latex", "x", r"\frac" * 1000, False),
+        ("latex", "612", "9" * 5000, False),
+        ("number", "612", "1e999999999", False),
     ],
 )
-def test_answers_are_compared_as_mathematics(judge, answer, gold, want):
-    assert judge.score([BOXED % answer], [gold], [True]) == [float(want)]
+def test_answers_are_compared_as_what_they_are(judge, kind, gold, answer, want):
+    assert judge.score([BOXED % answer], [gold], [True], [kind]) == [float(want)]
+
+
+def test_several_boxes_are_not_joined_and_an_integer_answer_needs_a_box(judge):
+    responses = [r"\boxed{100} ... \boxed{204}", "the answer is 204.", "x=204 and then", r"\boxed{204} no, \boxed{100}"]
+    assert judge.score(responses, ["204"] * 4, [True] * 4) == [1.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "response",
+    ["{" * 10_000_000, r"\boxed{" + "{" * 5_000_000 + "}" * 5_000_000 + "}", r"\boxed{" + "9" * 10_000_000 + "}", "\x00" * 10_000_000],
+)
+def test_ten_megabytes_of_rubbish_score_zero_in_seconds(judge, response):
+    began = time.perf_counter()
+    scores = [judge.score([response], ["612"], [True], [kind]) for kind in ("latex", "number", "letter")]
+    assert scores == [[0.0]] * 3
+    assert time.perf_counter() - began < 30
+
+
+@pytest.mark.parametrize(
+    ("response", "gold", "want"),
+    [
+        ("12 + 30 = 42", "42", True),
+        ("12 + 30 = 42.", "42", True),
+        ("the answer is **-8**", "-8", True),
+        ("3-2", "2", True),
+        ("so −8 it is", "-8", True),
+        ("= 1,234", "1234", True),
+        ("it is 42, or perhaps 43", "42", False),
+        ("forty-two", "42", False),
+        ("", "42", False),
+        ("7" * 100_000, "42", False),
+        (r"\boxed{42} (problem 1)", "42", False),
+    ],
+)
+def test_the_last_number_is_the_answer_where_that_is_the_format(response, gold, want):
+    judge = verifier.Verifier(answer_format="last_number")
+    assert judge.score([response], [gold], [True]) == [float(want)]
+    assert judge.score([response], [gold], [False]) == [0.0]  # cut at the limit
+
+
+def test_last_number_refuses_a_gold_that_no_number_can_equal():
+    with pytest.raises(UserError, match="'Saturday' is not a number"):
+        verifier.Verifier(answer_format="last_number").score(["It is Saturday"], ["Saturday"], [True])
 
 
 def test_no_box_or_a_cut_response_scores_zero(judge):
@@ -82,7 +205,7 @@ def test_a_power_tower_costs_its_limit_and_nothing_else():
     scores = judge.score([r"\boxed{9^{9^{9^{9}}}}", r"\boxed{\frac{2}{4}}", r"\boxed{5}"], ["612", r"\frac{1}{2}", "5"], [True] * 3)
     judge.close()
     assert scores == [0.0, 1.0, 1.0]
-    assert judge.timeouts == 1
+    assert (judge.timeouts, judge.errors) == (1, 0)
     assert time.perf_counter() - began < 60
 
 
@@ -95,3 +218,38 @@ def test_a_worker_that_died_is_replaced():
     judge._idle.put(worker)
     assert judge.score([r"\boxed{x^{2}}"], ["x^2"], [True]) == [1.0]
     judge.close()
+
+
+def test_a_worker_that_dies_is_an_error_that_is_counted(monkeypatch):
+    judge = verifier.Verifier(workers=1)
+    dead = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    working = verifier._start_worker
+    starts = iter([lambda: dead, working])
+    monkeypatch.setattr(verifier, "_start_worker", lambda: next(starts)())
+    assert judge.score([r"\boxed{x^{2}}", r"\boxed{y+z}"], ["x^2", "z+y"], [True, True]) == [0.0, 1.0]
+    assert (judge.timeouts, judge.errors) == (0, 1)
+    judge.close()
+
+
+def test_a_verifier_that_fails_on_everything_says_so_instead_of_scoring_zero(monkeypatch):
+    broken = [sys.executable, "-c", "raise ImportError('no math_verify')"]
+    popen = subprocess.Popen
+    monkeypatch.setattr(verifier.subprocess, "Popen", lambda command, **how: popen(broken, **{**how, "stderr": subprocess.DEVNULL}))
+    with pytest.raises(UserError, match="math-verify fails on every answer"):
+        verifier.Verifier().score([r"\boxed{x+1}"], ["1+x"], [True])
+
+
+def test_garbage_alone_in_a_batch_does_not_stop_the_run(monkeypatch):
+    judge = verifier.Verifier(workers=1)
+    ask = judge._ask
+    monkeypatch.setattr(judge, "_ask", lambda answer, gold: (False, "ValueError: garbage") if answer == "garbage" else ask(answer, gold))
+    assert judge.score([r"\boxed{garbage}"], ["x"], [True]) == [0.0]
+    assert judge.errors == 1
+    judge.close()
+
+
+def test_the_same_answer_is_asked_once(monkeypatch):
+    judge, asked = verifier.Verifier(), []
+    monkeypatch.setattr(judge, "_ask", lambda *question: asked.append(question) or (True, None))
+    assert judge.score([r"\boxed{x+1}"] * 8, ["1+x"] * 8, [True] * 7 + [False]) == [1.0] * 7 + [0.0]
+    assert asked == [("x+1", "1+x")]
