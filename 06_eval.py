@@ -17,13 +17,14 @@ import dataclasses
 import json
 import pathlib
 import time
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from common import adapters, data, policy, report, rollout, run_dir, verifier
 from common import config as configs
-from common import data, policy, report, rollout, run_dir, verifier
 from common.run_dir import UserError
 
 
@@ -50,13 +51,18 @@ class EvalConfig(configs.StageConfig):
     max_new_tokens: int = dataclasses.field(
         default=4096, metadata={"help": "longest response; one cut there counts as wrong (paper: 4096)"}
     )
-    batch_size: int = dataclasses.field(default=512, metadata={"help": "sequences sampled at one time: memory, not results"})
+    engine: Literal["auto", "hf", "vllm"] = dataclasses.field(
+        default="auto", metadata={"help": "what samples; auto is vllm where it is installed and a GPU is there, else hf"}
+    )
+    vllm_options: str = dataclasses.field(default="{}", metadata={"help": "options of vLLM's LLM class, a JSON object"})
+    batch_size: int = dataclasses.field(default=512, metadata={"help": "sequences that hf samples at one time: memory, not results"})
     verifier_seconds: float = dataclasses.field(default=5.0, metadata={"help": "time limit for one answer"})
     seed: int = dataclasses.field(default=1, metadata={"help": "of the sampled responses"})
 
     def __post_init__(self):
         if self.runs < 1 or self.temperature <= 0:
             raise UserError("runs must be at least 1 and temperature above 0")
+        rollout.vllm_options(self.vllm_options)  # refuses what is not a JSON object
 
 
 def find_policies(cfg: EvalConfig) -> list[str]:
@@ -116,9 +122,10 @@ def summarise(rows: list[dict], problems: int) -> dict:
 def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None:
     """Evaluates every policy on every task, one after another; the policies of a backbone share the loaded model."""
     run = pathlib.Path(cfg.run_dir)
-    settings = {key: value for key, value in configs.as_dict(cfg).items() if key not in ("policies", "test_data", "batch_size", "backbone")}
+    settings = configs.as_dict(cfg, leave_out=("policies", "test_data", "batch_size", "vllm_options", "backbone"))
+    rank = max((adapters.read_config(run / name)["r"] for name in names if name != "backbone"), default=0)
     tasks = {pathlib.Path(path).stem: (path, data.load_problems(path)) for path in map(cfg.path, cfg.test_data)}
-    judge, loaded = verifier.Verifier(cfg.verifier_seconds), None
+    judge, engine, loaded = verifier.Verifier(cfg.verifier_seconds), None, None
     for name in (bar := tqdm(names, desc="evaluating", unit="policy", disable=None)):
         folder = run / "eval" / name.replace("/", "__")
         weights = run / name / "adapter_model.safetensors"
@@ -131,11 +138,19 @@ def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None
         if not open_tasks:
             continue
         base = cfg.backbone if name == "backbone" else policy.checkpoint_info(run / name).get("backbone", cfg.backbone)
-        if loaded is None or loaded[0] != base:
-            loaded = (base, *policy.load_backbone(cfg.path(base)))
-        _, backbone, tokenizer = loaded
-        model = backbone if name == "backbone" else policy.load_lora(backbone, run / name)
-        engine = rollout.HFEngine(model.to(accelerator.device), tokenizer, cfg.batch_size)
+        if base != loaded:
+            if engine:
+                engine.close()
+            backbone, tokenizer = policy.load_backbone(cfg.path(base))
+            if cfg.engine == "hf":
+                backbone = backbone.to(accelerator.device)
+            longest = cfg.max_prompt_tokens + cfg.max_new_tokens
+            engine = rollout.make_engine(cfg.engine, backbone, tokenizer, cfg.path(base), longest, rank, cfg.vllm_options, cfg.batch_size)
+            loaded, fingerprint = base, policy.fingerprint(backbone)
+            del backbone  # hf holds it, vLLM has its own
+        if name != "backbone":
+            policy.refuse_foreign(run / name, fingerprint)
+        engine.use(None if name == "backbone" else run / name)
         for task in open_tasks:
             path, problems = tasks[task]
             prompts = data.encode_prompts(problems, tokenizer, cfg.prompt_template, cfg.system_prompt, cfg.max_prompt_tokens, path)
@@ -146,8 +161,6 @@ def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None
             run_dir.atomic_write_text(folder / f"{task}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
             run_dir.write_json(folder / f"{task}.json", {"policy": name, **wanted, "data": run_dir.sha256(pathlib.Path(path)), **result})
             bar.write(f"{names.index(name) + 1}/{len(names)} {name}  {task}: {console_line(result)}")
-        if name != "backbone":
-            model.unload()  # takes the adapter's layers out again; the backbone is untouched
     judge.close()
 
 
@@ -167,6 +180,7 @@ def main() -> None:
     cfg = configs.parse(EvalConfig, "eval", __doc__)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    cfg.engine = rollout.choose_engine(cfg.engine)
     if not pathlib.Path(cfg.run_dir).is_dir():
         raise UserError(f"run directory {cfg.run_dir} not found: run 01_train_lora_grpo.py first")
     measure(cfg, find_policies(cfg), accelerator)
