@@ -42,15 +42,17 @@ class PredictorConfig(configs.StageConfig):
 def train_all(trajectory: rank1.Trajectory, recipe: predictor.Recipe, seed: int, title: str) -> tuple[dict, dict]:
     """One predictor for each family of the trajectory. Returns (family -> model, family -> losses)."""
     families = predictor.stack_families(*predictor.prepare(trajectory, recipe))
-    models, losses = {}, {}
+    models, losses, device = {}, {}, "cuda" if torch.cuda.is_available() else "cpu"
     with tqdm(total=len(families) * recipe.epochs, desc=title, unit="epoch", disable=None) as bar:
         for name, data in families.items():
+            data = [part.to(device) for part in data]
 
             def tick(loss, name=name):
                 bar.update(1)
                 bar.set_postfix(family=name, loss=f"{loss:.4f}", refresh=False)
 
-            models[name], losses[name] = predictor.train_family(*data, recipe, seed, tick)
+            model, losses[name] = predictor.train_family(*data, recipe, seed, tick)
+            models[name] = model.cpu()
     return models, losses
 
 
