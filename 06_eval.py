@@ -162,6 +162,8 @@ def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None
             run_dir.write_json(folder / f"{task}.json", {"policy": name, **wanted, "data": run_dir.sha256(pathlib.Path(path)), **result})
             bar.write(f"{names.index(name) + 1}/{len(names)} {name}  {task}: {console_line(result)}")
     judge.close()
+    if engine:
+        engine.close()
 
 
 def console_line(result: dict) -> str:
