@@ -13,6 +13,7 @@ so their mean counts as one observation. All policies get the same sampling seed
 their standard error is that of the differences. A policy that was measured already is not measured again.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -155,7 +156,7 @@ def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None
             path, problems = tasks[task]
             prompts = data.encode_prompts(problems, tokenizer, cfg.prompt_template, cfg.system_prompt, cfg.max_prompt_tokens, path)
             began = time.perf_counter()
-            with accelerator.autocast():
+            with accelerator.autocast() if cfg.engine == "hf" else contextlib.nullcontext():  # vLLM sees to its own precision
                 rows = evaluate(cfg, engine, judge, tokenizer, problems, prompts)
             result = {**summarise(rows, len(problems)), "seconds": round(time.perf_counter() - began, 2)}
             run_dir.atomic_write_text(folder / f"{task}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -48,8 +48,8 @@ def load_weights(llm: vllm.LLM, model: torch.nn.Module) -> None:
 class VLLMEngine:
     """One vLLM a process, tensor parallel 1: N processes are N engines with a share of the prompts each.
 
-    A LoRA policy travels as an adapter folder on a RAM disk, beside the frozen backbone and in fp32, so the update is never rounded
-    into bf16 weights. Any other policy travels whole.
+    A LoRA policy travels as an adapter folder on a RAM disk. vLLM computes it beside the frozen backbone, its factors in the backbone's
+    dtype; their product is never rounded into the weights. Any other policy travels whole.
     """
 
     def __init__(self, model, tokenizer, path: str, max_tokens: int, lora_rank: int, options: dict):
