@@ -1,6 +1,7 @@
 """Which engine samples, and with which options. Nothing here needs vLLM."""
 
 import importlib
+import json
 
 import pytest
 import torch
@@ -60,3 +61,8 @@ def test_a_wrong_option_is_one_line(finished_run, monkeypatch, capsys, script, f
     code, line = call_stage(monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(finished_run), *flags)
     assert (code, line[:7]) == (2, "error: ")
     assert message in line
+
+
+def test_the_engine_that_auto_chose_is_recorded(finished_run):
+    recorded = json.loads((finished_run / "train" / "config.json").read_text())["config"]["engine"]
+    assert recorded == rollout.choose_engine("auto")

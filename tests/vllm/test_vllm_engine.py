@@ -7,6 +7,7 @@ import shutil
 import statistics
 import types
 import typing
+import weakref
 
 import pytest
 import torch
@@ -129,7 +130,7 @@ def test_an_adapter_from_disk_and_the_backbone_without_it(engine, tokenizer, tmp
         engine.use(tmp_path / "step_0001")
 
 
-def test_all_parameters_follow_and_an_engine_can_be_closed(tokenizer):
+def test_all_parameters_follow(tokenizer):
     model, _ = policy.load_backbone(str(demo.SHIPPED))
     made = rollout.make_engine("vllm", model, tokenizer, str(demo.SHIPPED), LIMIT, 0, SMALL)
     before = sample(made, tokenizer)
@@ -143,7 +144,18 @@ def test_all_parameters_follow_and_an_engine_can_be_closed(tokenizer):
         before = sample(made, tokenizer)
         assert gap(model, tokenizer, before) < 1e-4
     made.close()
-    assert not pathlib.Path(made.ram.name).exists()
+
+
+def test_a_closed_engine_leaves_nothing_behind_and_another_can_follow(tokenizer):
+    backbone, _ = policy.load_backbone(str(demo.SHIPPED))
+    for _ in range(2):
+        made = rollout.make_engine("vllm", backbone, tokenizer, str(demo.SHIPPED), LIMIT, 0, SMALL)
+        assert gap(backbone, tokenizer, sample(made, tokenizer)) < 1e-4
+        weights = made.llm.apply_model(weakref.ref)[0]
+        assert weights() is not None
+        made.close()
+        assert weights() is None
+        assert not pathlib.Path(made.ram.name).exists()
 
 
 def test_an_option_that_vllm_does_not_know_is_one_line(tokenizer):
