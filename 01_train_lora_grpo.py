@@ -334,6 +334,7 @@ def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: 
         if accelerator.is_main_process and (step % cfg.log_every == 0 or step == cfg.steps):
             bar.write(console_line(line, cfg.steps))
     judge.close()
+    engine.close()
 
 
 def step_metrics(cfg: TrainConfig, batch: Batch, sums: dict, stats: list[dict], judge, accelerator) -> dict:

@@ -13,6 +13,7 @@ so their mean counts as one observation. All policies get the same sampling seed
 their standard error is that of the differences. A policy that was measured already is not measured again.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -172,7 +173,7 @@ def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None
                 shown.add(task)
                 bar.write(f"{task}: {len(prompts)} problems; first prompt: {tokenizer.decode(prompts[0])!r}")
             began = time.perf_counter()
-            with accelerator.autocast():
+            with accelerator.autocast() if cfg.engine == "hf" else contextlib.nullcontext():  # vLLM sees to its own precision
                 rows = evaluate(cfg, engine, judge, tokenizer, tasks[task], prompts)
             result = {**summarise(rows, len(prompts)), "seconds": round(time.perf_counter() - began, 2)}
             record = {"policy": name, **wanted, "data": hashes[task], "template_hash": template_hash, **result}
@@ -180,6 +181,8 @@ def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None
             run_dir.write_json(folder / f"{task}.json", record)
             bar.write(f"{names.index(name) + 1}/{len(names)} {name}  {task}: {console_line(result)}")
     judge.close()
+    if engine:
+        engine.close()
 
 
 def console_line(result: dict) -> str:

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import json
 import pathlib
+import sys
 
 import torch
 from peft import PeftModel
@@ -16,6 +17,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from common.policy import load_lora, merged
 from common.run_dir import UserError
+
+TRIED_VLLM = ("0.24", "0.32")
 
 
 @dataclasses.dataclass
@@ -49,6 +52,12 @@ def choose_engine(name: str) -> str:
     return name
 
 
+def warn_if_untried(version: str) -> None:
+    """A line on stderr for a vLLM that this code was not run with: its interface changes from version to version."""
+    if ".".join(version.split(".")[:2]) not in TRIED_VLLM:
+        print(f"warning: vLLM {version} was not tried with this code, {' and '.join(TRIED_VLLM)} were", file=sys.stderr)
+
+
 def vllm_options(text: str) -> dict:
     """The engine options in a JSON object: '{"gpu_memory_utilization": 0.4}' -> {"gpu_memory_utilization": 0.4}."""
     try:
@@ -68,9 +77,10 @@ def make_engine(name: str, model, tokenizer, path: str, max_tokens: int, lora_ra
     """
     if name == "hf":
         return HFEngine(model, tokenizer, batch_size)
-    from common.vllm_engine import VLLMEngine  # here, because vLLM is optional and takes seconds to import
+    from common import vllm_engine  # here, because vLLM is optional and takes seconds to import
 
-    return VLLMEngine(model, tokenizer, path, max_tokens, lora_rank, vllm_options(options))
+    warn_if_untried(vllm_engine.vllm.__version__)
+    return vllm_engine.VLLMEngine(model, tokenizer, path, max_tokens, lora_rank, vllm_options(options))
 
 
 class _SeededSampler(LogitsProcessor):

@@ -7,7 +7,6 @@ import gc
 import os
 import pathlib
 import shutil
-import sys
 import tempfile
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine's core in this process: repeatable, and one address space
@@ -22,15 +21,8 @@ from common import adapters
 from common.rollout import Rollout, end_tokens
 from common.run_dir import UserError
 
-TRIED = ("0.24", "0.32")
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM reserves room for one of these; smaller adapters are padded to it
 MEMORY_SHARE = 0.4  # of the device for weights and KV cache; the trainer lives on the same one
-
-
-def warn_if_untried(version: str) -> None:
-    """A line on stderr for a vLLM that this code was not run with: its interface changes from version to version."""
-    if ".".join(version.split(".")[:2]) not in TRIED:
-        print(f"warning: vLLM {version} was not tried with this code, {' and '.join(TRIED)} were", file=sys.stderr)
 
 
 def allowed_rank(rank: int) -> int:
@@ -56,13 +48,12 @@ def load_weights(llm: vllm.LLM, model: torch.nn.Module) -> None:
 class VLLMEngine:
     """One vLLM a process, tensor parallel 1: N processes are N engines with a share of the prompts each.
 
-    A LoRA policy travels as an adapter folder on a RAM disk, beside the frozen backbone and in fp32, so the update is never rounded
-    into bf16 weights. Any other policy travels whole.
+    A LoRA policy travels as an adapter folder on a RAM disk. vLLM computes it beside the frozen backbone, its factors in the backbone's
+    dtype; their product is never rounded into the weights. Any other policy travels whole.
     """
 
     def __init__(self, model, tokenizer, path: str, max_tokens: int, lora_rank: int, options: dict):
         """`model` gives dtype and end tokens and is not kept; for the rest see `rollout.make_engine`."""
-        warn_if_untried(vllm.__version__)
         self.ends = end_tokens(model, tokenizer)
         self.sleeps, self.asleep = options.get("enable_sleep_mode", False), False
         self.lora, self.synced = None, 0
@@ -133,8 +124,10 @@ class VLLMEngine:
         return [_rollout(output.outputs[0]) for output in outputs]
 
     def close(self) -> None:
-        """Gives the device memory back, for another engine in the same process."""
+        """Gives the device memory back, for another engine in the same process. Ends the process group that vLLM shares, too."""
+        self.llm.llm_engine.engine_core.shutdown()  # vLLM has frozen its objects out of the garbage collector's reach; this thaws them
         del self.llm
+        self.ram.cleanup()
         gc.collect()
         torch.cuda.empty_cache()
 

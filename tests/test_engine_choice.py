@@ -1,0 +1,68 @@
+"""Which engine samples, and with which options. Nothing here needs vLLM."""
+
+import importlib
+import json
+
+import pytest
+import torch
+from conftest import TINY, call_stage
+
+from common import rollout
+from common.run_dir import UserError
+
+
+@pytest.mark.parametrize(
+    ("asked", "installed", "gpu", "wanted"),
+    [
+        ("auto", True, True, "vllm"),
+        ("auto", True, False, "hf"),
+        ("auto", False, True, "hf"),
+        ("hf", True, True, "hf"),
+        ("vllm", True, False, "vllm"),
+    ],
+)
+def test_auto_takes_vllm_where_it_is_installed_and_a_gpu_is_there(monkeypatch, asked, installed, gpu, wanted):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert rollout.choose_engine(asked) == wanted
+
+
+def test_a_vllm_that_is_not_installed_is_named_with_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="not installed: pip install vllm=="):
+        rollout.choose_engine("vllm")
+
+
+@pytest.mark.parametrize(("version", "warns"), [("0.24.0", False), ("0.32.1", False), ("0.25.0", True), ("1.0", True), ("0.3.2", True)])
+def test_a_vllm_that_was_not_tried_gets_a_warning(version, warns, capsys):
+    rollout.warn_if_untried(version)
+    line = capsys.readouterr().err
+    assert (line == f"warning: vLLM {version} was not tried with this code, 0.24 and 0.32 were\n") == warns
+    assert bool(line) == warns
+
+
+def test_options_are_a_json_object():
+    assert rollout.vllm_options('{"gpu_memory_utilization": 0.4}') == {"gpu_memory_utilization": 0.4}
+    for text in ("gpu_memory_utilization=0.4", "", "[1]", "0.4"):
+        with pytest.raises(UserError, match="vllm_options"):
+            rollout.vllm_options(text)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--engine", "sglang"], "--engine"),
+        (["--vllm-options", "{gpu}"], "vllm_options '{gpu}' is not JSON"),
+        (["--vllm-options", "[]"], "vllm_options must be a JSON object"),
+    ],
+)
+@pytest.mark.parametrize("script", ["01_train_lora_grpo.py", "06_eval.py"])
+def test_a_wrong_option_is_one_line(finished_run, monkeypatch, capsys, script, flags, message):
+    code, line = call_stage(monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(finished_run), *flags)
+    assert (code, line[:7]) == (2, "error: ")
+    assert message in line
+
+
+def test_the_engine_that_auto_chose_is_recorded(finished_run):
+    recorded = json.loads((finished_run / "train" / "config.json").read_text())["config"]["engine"]
+    assert recorded == rollout.choose_engine("auto")

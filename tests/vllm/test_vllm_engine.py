@@ -1,0 +1,210 @@
+"""Rollouts by vLLM against the trainer's own log-probabilities. Needs vLLM: python -m pytest tests/vllm -c .pytest.ini -o addopts=-q"""
+
+import json
+import math
+import pathlib
+import shutil
+import statistics
+import types
+import typing
+import weakref
+
+import pytest
+import torch
+from conftest import lay_out, run_stage
+from peft import PeftModel
+from vllm.config.lora import MaxLoRARanks
+
+from common import demo, policy, rollout, run_dir, vllm_engine
+from common.run_dir import UserError
+
+# Starts faster, and the prefix cache works on blocks that are shorter than our prompts.
+SMALL = json.dumps({"enforce_eager": True, "kv_cache_memory_bytes": 2**27, "block_size": 32})
+LIMIT, TEMPERATURE = 120, 0.9
+NEW = 24  # tokens sampled
+
+
+def make_lora(rank: int):
+    backbone, _ = policy.load_backbone(str(demo.SHIPPED))
+    return policy.add_lora(backbone, rank, rank / 2, seed=0)
+
+
+def move(model, seed: int) -> None:
+    """A training step that can be seen: noise on every B."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.03 * torch.randn(parameter.shape, generator=generator)
+
+
+def prompts(tokenizer) -> list[list[int]]:
+    """16 prompts in two groups of equals, over two blocks of the prefix cache long."""
+    shown = "".join(f"<|user|>{a}+1<|assistant|>\\boxed{{{a + 1}}}<|end|>" for a in range(111, 117))
+    return tokenizer([f"{shown}<|user|>123+489<|assistant|>"] * 8 + [f"{shown}<|user|>7+12<|assistant|>"] * 8)["input_ids"]
+
+
+def sample(engine, tokenizer, seed: int = 0) -> list[rollout.Rollout]:
+    return engine.generate(prompts(tokenizer), [seed * 100 + i for i in range(16)], NEW, TEMPERATURE)
+
+
+def gap(model, tokenizer, rollouts) -> float:
+    """The largest |log-prob by engine - log-prob by trainer| over all sampled tokens."""
+    if not isinstance(model, PeftModel):  # the two things that `token_logprobs` asks of a policy
+        model = types.SimpleNamespace(get_base_model=lambda whole=model: whole, device=model.device)
+    trainer, _ = policy.token_logprobs(model, prompts(tokenizer), [r.tokens for r in rollouts], TEMPERATURE)
+    return (trainer - torch.tensor([x for r in rollouts for x in r.logprobs])).abs().max().item()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return policy.load_backbone(str(demo.SHIPPED))[1]
+
+
+@pytest.fixture(scope="module")
+def engine(tokenizer):
+    """An engine for adapters up to rank 65, which vLLM only has room for at 128."""
+    backbone, _ = policy.load_backbone(str(demo.SHIPPED))
+    made = rollout.make_engine("vllm", backbone, tokenizer, str(demo.SHIPPED), LIMIT, 65, SMALL)
+    yield made
+    made.close()
+
+
+def test_allowed_ranks_are_those_of_this_vllm():
+    assert typing.get_args(MaxLoRARanks) == vllm_engine.LORA_RANKS
+    with pytest.raises(UserError, match="up to rank 512, not 513"):
+        vllm_engine.allowed_rank(513)
+
+
+@pytest.mark.parametrize("rank", [4, 17, 65])
+def test_logprobs_follow_a_changing_adapter(engine, tokenizer, rank):
+    model, before = make_lora(rank), None
+    for step in range(4):
+        move(model, step)
+        if before:
+            assert gap(model, tokenizer, before) > 0.05  # the check below would see a stale adapter
+        engine.sync(model)
+        before = sample(engine, tokenizer)
+        assert gap(model, tokenizer, before) < 1e-4
+
+
+def test_only_the_last_adapter_is_kept_on_the_ram_disk(engine):
+    model = make_lora(4)
+    for _ in range(3):
+        engine.sync(model)
+    left = list(pathlib.Path(engine.ram.name).iterdir())
+    assert [str(path) for path in left] == [engine.lora.lora_path]
+
+
+def test_the_same_seeds_give_the_same_responses(engine, tokenizer):
+    model = make_lora(4)
+    engine.sync(model)
+    one, two, other = (sample(engine, tokenizer, seed) for seed in (0, 0, 1))
+    assert one == two
+    assert [r.tokens for r in one] != [r.tokens for r in other]
+    assert one[0].tokens != one[1].tokens  # same prompt, another seed
+
+
+def test_responses_end_with_the_end_token_or_at_the_limit(engine, tokenizer):
+    engine.use(None)
+    prompt = tokenizer("<|user|>123+489<|assistant|>")["input_ids"]
+    rollouts = engine.generate([prompt] * 64, list(range(64)), NEW)
+    assert {r.finished for r in rollouts} == {True, False}
+    for response in rollouts:
+        assert response.finished == (response.tokens[-1] == tokenizer.eos_token_id)
+        assert response.finished or len(response.tokens) == NEW
+        assert tokenizer.eos_token_id not in response.tokens[:-1]
+        assert len(response.logprobs) == len(response.tokens)
+
+
+def test_an_adapter_from_disk_and_the_backbone_without_it(engine, tokenizer, tmp_path):
+    model = make_lora(17)
+    move(model, 0)
+    policy.save_lora(model, tmp_path / "step_0001", {"step": 1})
+    engine.use(tmp_path / "step_0001")
+    assert gap(model, tokenizer, sample(engine, tokenizer)) < 1e-4
+    engine.use(None)
+    backbone, _ = policy.load_backbone(str(demo.SHIPPED))
+    assert gap(backbone, tokenizer, sample(engine, tokenizer)) < 1e-4
+    (tmp_path / "step_0001" / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="is broken"):
+        engine.use(tmp_path / "step_0001")
+
+
+def test_all_parameters_follow(tokenizer):
+    model, _ = policy.load_backbone(str(demo.SHIPPED))
+    made = rollout.make_engine("vllm", model, tokenizer, str(demo.SHIPPED), LIMIT, 0, SMALL)
+    before = sample(made, tokenizer)
+    assert gap(model, tokenizer, before) < 1e-4
+    for step in range(2):
+        generator = torch.Generator().manual_seed(step)
+        for parameter in model.parameters():
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+        assert gap(model, tokenizer, before) > 0.05
+        made.sync(model)
+        before = sample(made, tokenizer)
+        assert gap(model, tokenizer, before) < 1e-4
+    made.close()
+
+
+def test_a_closed_engine_leaves_nothing_behind_and_another_can_follow(tokenizer):
+    backbone, _ = policy.load_backbone(str(demo.SHIPPED))
+    for _ in range(2):
+        made = rollout.make_engine("vllm", backbone, tokenizer, str(demo.SHIPPED), LIMIT, 0, SMALL)
+        assert gap(backbone, tokenizer, sample(made, tokenizer)) < 1e-4
+        weights = made.llm.apply_model(weakref.ref)[0]
+        assert weights() is not None
+        made.close()
+        assert weights() is None
+        assert not pathlib.Path(made.ram.name).exists()
+
+
+def test_an_option_that_vllm_does_not_know_is_one_line(tokenizer):
+    backbone, _ = policy.load_backbone(str(demo.SHIPPED))
+    with pytest.raises(UserError, match=r"vLLM does not start: .*gpu_memory_utilisation"):
+        rollout.make_engine("vllm", backbone, tokenizer, str(demo.SHIPPED), LIMIT, 4, '{"gpu_memory_utilisation": 0.4}')
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The stages, as a user runs them
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """50 steps of the demo by each engine, at a rate raised so that they suffice: {engine: run directory}."""
+    runs = {}
+    for name in ("hf", "vllm"):
+        runs[name] = lay_out(tmp_path_factory.mktemp(name) / "run")
+        flags = ("--steps", "50", "--learning-rate", "2e-4", "--engine", name, "--vllm-options", SMALL)
+        result = run_stage("01_train_lora_grpo.py", "--config", "demo", "--run-dir", str(runs[name]), *flags)
+        assert result.returncode == 0, result.stderr
+        assert "Traceback" not in result.stderr
+    return runs
+
+
+def test_training_with_vllm_learns_like_training_with_hf(trained):
+    start, end = {}, {}
+    for name, folder in trained.items():
+        rows = run_dir.read_jsonl(folder / "train" / "metrics.jsonl")
+        assert max(row["logprob_gap_mean"] for row in rows) < 1e-5
+        assert max(row["logprob_gap_max"] for row in rows) < 1e-3
+        assert rows[0]["seconds_by_phase"].keys() == {"sync", "rollout", "reward", "logprob", "update", "save"}
+        start[name], end[name] = (statistics.mean(row["accuracy"] for row in part) for part in (rows[:3], rows[-10:]))
+        assert end[name] > start[name] + 0.3
+    error = math.sqrt(2 * 0.85 * 0.15 / 1280)  # of the difference: 128 responses a step, 10 steps
+    assert abs(end["vllm"] - end["hf"]) < 4 * error
+
+
+def test_evaluation_by_vllm_equals_evaluation_by_hf(trained):
+    folder, results = trained["vllm"], {}
+    for name in ("hf", "vllm"):
+        flags = ("--policies", "backbone", "train/step_0050", "--runs", "4", "--engine", name, "--vllm-options", SMALL)
+        result = run_stage("06_eval.py", "--config", "demo", "--run-dir", str(folder), *flags)
+        assert result.returncode == 0, result.stderr
+        results[name] = {p: run_dir.read_json(folder / "eval" / p / "test.json", "06") for p in ("backbone", "train__step_0050")}
+        shutil.rmtree(folder / "eval")
+    for wanted, found in zip(results["hf"].values(), results["vllm"].values(), strict=True):
+        error = math.hypot(wanted["standard_error"], found["standard_error"])
+        assert abs(wanted["accuracy"] - found["accuracy"]) < 3 * error
+        assert abs(wanted["response_length"] / found["response_length"] - 1) < 0.1
+    assert results["vllm"]["train__step_0050"]["accuracy"] > results["vllm"]["backbone"]["accuracy"] + 0.2
