@@ -1,5 +1,6 @@
 """The six stages as a user runs them: the whole chain, resume, and everything that can be wrong with their input."""
 
+import importlib
 import itertools
 import json
 import pathlib
@@ -171,6 +172,24 @@ def test_evaluation_agrees_with_its_own_responses(finished_run):
         assert result.error == pytest.approx((sum((x - mean) ** 2 for x in by_problem) / 255 / 256) ** 0.5)
         assert all(row["score"] == 0 for row in rows if not row["finished"])
     assert found["extrapolated/none"].accuracy == found["train/step_0006"].accuracy  # the same weights and seeds
+
+
+def test_every_checkpoint_and_result_carries_the_hash_of_one_template(finished_run):
+    records = [*finished_run.glob("*/**/checkpoint.json"), *(finished_run / "eval").glob("*/test.json")]
+    assert len(records) > 30
+    assert len({json.loads(path.read_text())["template_hash"] for path in records}) == 1
+    shown = (finished_run / "06_eval.py.out").read_text()
+    assert shown.count("test: 256 problems; first prompt: ") == 1
+    assert "another prompt template" not in shown
+
+
+def test_evaluation_with_another_template_than_trainings_warns(copy, monkeypatch, capsys):
+    script = importlib.import_module("06_eval")
+    monkeypatch.chdir(ROOT)
+    flags = ["--policies", "train/step_0006", "--prompt-template", "{prompt}{prompt}", "--max-prompt-tokens", "32"]
+    monkeypatch.setattr(sys, "argv", ["06_eval.py", "--config", TINY, "--run-dir", str(copy), *flags])
+    script.main()
+    assert "train/step_0006 was trained with another prompt template" in capsys.readouterr().out
 
 
 def test_report_has_the_table_the_claims_and_the_figures(finished_run):
