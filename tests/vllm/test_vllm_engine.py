@@ -101,7 +101,7 @@ def test_the_same_seeds_give_the_same_responses(engine, tokenizer):
     one, two, other = (sample(engine, tokenizer, seed) for seed in (0, 0, 1))
     assert one == two
     assert [r.tokens for r in one] != [r.tokens for r in other]
-    assert one[0].tokens != one[1].tokens  # same prompt, another seed
+    assert len({tuple(r.tokens) for r in one[:8]}) > 1  # one prompt, eight seeds
 
 
 def test_responses_end_with_the_end_token_or_at_the_limit(engine, tokenizer):
