@@ -65,7 +65,7 @@ def load_preset(name: str) -> dict:
     A preset may start with `base: another preset` and then holds only what differs from it.
     """
     path = pathlib.Path(name)
-    if not path.suffix and not path.exists():
+    if not path.is_file():
         path = PRESETS / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"preset {name} not found; {nearest(name, (p.stem for p in PRESETS.glob('*.yaml')))}")

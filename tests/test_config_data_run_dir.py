@@ -1,12 +1,13 @@
 """Presets and flags, problems and prompts, the run directory."""
 
 import dataclasses
+import importlib
 import json
 from typing import Literal
 
 import pytest
 
-from common import config, data, run_dir
+from common import config, data, reproduce, run_dir
 from common.run_dir import UserError
 
 
@@ -29,6 +30,30 @@ def parse(tmp_path, preset: str | None, *flags: str) -> Example:
 def test_flags_beat_the_preset_and_the_preset_beats_the_defaults(tmp_path):
     cfg = parse(tmp_path, "shared: {threads: 3}\ntrain: {steps: 7, rate: 1, names: [p, q]}", "--steps", "9")
     assert (cfg.steps, cfg.rate, cfg.names, cfg.threads, cfg.kind) == (9, 1, ["p", "q"], 3, "a")
+
+
+@pytest.mark.parametrize("name", [path.stem for path in config.PRESETS.glob("*.yaml")])
+def test_every_preset_suits_every_stage(name):
+    stages = {
+        "01_train_lora_grpo": "Train",
+        "02_extract_deltas": "Extract",
+        "03_train_predictor": "Predictor",
+        "04_extrapolate": "Extrapolate",
+        "06_eval": "Eval",
+    }
+    sections = ("train", "extract", "predict", "extrapolate", "eval")
+    for (stage, kind), section in zip(stages.items(), sections, strict=True):
+        cls = getattr(importlib.import_module(stage), f"{kind}Config")
+        assert config.parse(cls, section, "", ["--config", name]).config == name
+    cls = importlib.import_module("05_continue_rl").ContinueConfig
+    assert config.parse(cls, ("train", "continue"), "", ["--config", name]).more_steps == 100
+    assert reproduce.plan(name, config.load_preset(name), "runs/x")[-1].name == "06"
+
+
+def test_the_papers_presets_are_table_2_with_a_model_each():
+    models = {config.load_preset(f"paper_qwen2.5_{size}")["shared"]["backbone"] for size in ("1.5b", "3b", "7b", "14b")}
+    assert models == {f"Qwen/Qwen2.5-{size}-Instruct" for size in ("1.5B", "3B", "7B", "14B")}
+    assert config.load_preset("paper_qwen2.5_7b")["train"]["prompts_per_step"] == 128
 
 
 def test_a_preset_holds_only_what_differs_from_its_base(tmp_path):

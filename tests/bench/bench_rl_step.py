@@ -34,7 +34,7 @@ with tempfile.TemporaryDirectory() as scratch:
     # a higher rate, so that responses reach the length of a trained policy within the bench
     peak = {"01": run("01_train_lora_grpo.py", *where, "--steps", str(steps), "--learning-rate", "1e-4")}
     rows = run_dir.read_jsonl(pathlib.Path(scratch) / "train" / "metrics.jsonl")[10:]
-    for phase in ("rollout", "reward", "logprob", "update", "save"):
+    for phase in ("sync", "rollout", "reward", "logprob", "update", "save"):
         print(f"{phase:8} {statistics.median(row['seconds_by_phase'][phase] for row in rows):.3f} s")
     print(f"step     {statistics.median(row['seconds'] for row in rows):.3f} s (median of {len(rows)})")
     speed = [row["tokens"] / row["seconds_by_phase"]["rollout"] for row in rows]
