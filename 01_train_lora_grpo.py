@@ -90,7 +90,7 @@ class TrainConfig(configs.StageConfig):
                 f"top_p {self.top_p} in training biases the importance ratio by the probability mass it cuts off; set it to 1.0"
             )
         rollout.vllm_options(self.vllm_options)  # refuses what is not a JSON object
-        for name in (
+        counts = (
             "steps",
             "save_every",
             "prompts_per_step",
@@ -100,22 +100,14 @@ class TrainConfig(configs.StageConfig):
             "lora_rank",
             "resume_every",
             "log_every",
-            "temperature",
-        ):
+        )
+        for name in (*counts, "temperature"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be positive, not {getattr(self, name)}")
 
 
-MAY_CHANGE = (
-    "steps",
-    "resume_every",
-    "log_every",
-    "report_to",
-    "micro_tokens",
-    "max_logprob_gap",
-    "vllm_options",
-    "verifier_seconds",
-)  # when a run goes on
+# what may differ when a run goes on
+MAY_CHANGE = ("steps", "resume_every", "log_every", "report_to", "micro_tokens", "max_logprob_gap", "vllm_options", "verifier_seconds")
 
 
 class Timer:
@@ -148,6 +140,11 @@ class Batch:
     updates: list[list[int]]  # for each optimizer update, the sequences it trains on
     old_logprobs: list[torch.Tensor] | None = None  # like engine_logprobs, by the trainer
     reference_logprobs: list[torch.Tensor] | None = None
+
+    def micro_batches(self, sequences: list[int], budget: int) -> list[list[int]]:
+        """`sequences` in parts of at most `budget` padded tokens."""
+        lengths = {i: len(self.prompts[i]) + len(self.completions[i]) for i in sequences}
+        return grpo.micro_batches(lengths, budget)
 
 
 def sample(cfg: TrainConfig, step: int, model, engine, judge, problems, prompts, tokenizer, accelerator, timer) -> tuple[Batch, list[dict]]:
@@ -184,18 +181,6 @@ def sample(cfg: TrainConfig, step: int, model, engine, judge, problems, prompts,
     return batch, shown
 
 
-def micro_batches(batch: Batch, sequences: list[int], budget: int) -> list[list[int]]:
-    """`sequences` sorted by length and cut so that no part has over `budget` padded tokens (but at least one sequence each)."""
-    length = {i: len(batch.prompts[i]) + len(batch.completions[i]) for i in sequences}
-    parts = []
-    for i in sorted(sequences, key=length.__getitem__):
-        if parts and length[i] * (len(parts[-1]) + 1) <= budget:
-            parts[-1].append(i)
-        else:
-            parts.append([i])
-    return parts
-
-
 @torch.no_grad()
 def score_rollouts(cfg: TrainConfig, model, batch: Batch, accelerator) -> dict:
     """Fills in the old log-probabilities (and the backbone's, if there is a KL term); returns sums for the metrics."""
@@ -203,7 +188,7 @@ def score_rollouts(cfg: TrainConfig, model, batch: Batch, accelerator) -> dict:
     batch.old_logprobs = [None] * len(sequences)
     batch.reference_logprobs = [None] * len(sequences) if cfg.kl_coef else None
     sums = {"entropy": 0.0, "gap": 0.0, "gap_max": 0.0, "kl": 0.0}
-    for part in micro_batches(batch, sequences, cfg.micro_tokens):
+    for part in batch.micro_batches(sequences, cfg.micro_tokens):
         prompts, completions = [batch.prompts[i] for i in part], [batch.completions[i] for i in part]
         with accelerator.autocast():
             logprobs, entropy = policy.token_logprobs(model, prompts, completions, cfg.temperature, with_entropy=True)
@@ -224,14 +209,16 @@ def score_rollouts(cfg: TrainConfig, model, batch: Batch, accelerator) -> dict:
     return sums
 
 
-def update(cfg: TrainConfig, model, optimizer, batch: Batch, advantages: torch.Tensor, sequences: list[int], accelerator) -> dict:
+def update(
+    cfg: TrainConfig, step: int, model, optimizer, batch: Batch, advantages: torch.Tensor, sequences: list[int], accelerator
+) -> dict:
     """One optimizer update on the given sequences of this process and the same share of every other process."""
     lengths = torch.tensor([len(batch.completions[i]) for i in sequences])
     everywhere = accelerator.reduce(torch.tensor([float(lengths.sum()), float(len(lengths))], device=accelerator.device), "sum")
     share = lengths.sum() / everywhere[0].cpu() if cfg.loss_aggregation == "token" else len(lengths) / everywhere[1].cpu()
     weights = dict(zip(sequences, (grpo.token_weights(lengths, cfg.loss_aggregation) * share).split(lengths.tolist()), strict=True))
     stats = {"loss": 0.0, "clip_share": 0.0}
-    for part in micro_batches(batch, sequences, cfg.micro_tokens):
+    for part in batch.micro_batches(sequences, cfg.micro_tokens):
         with accelerator.autocast():
             logprobs, _ = policy.token_logprobs(
                 model, [batch.prompts[i] for i in part], [batch.completions[i] for i in part], cfg.temperature
@@ -253,7 +240,10 @@ def update(cfg: TrainConfig, model, optimizer, batch: Batch, advantages: torch.T
             parameter.grad = accelerator.reduce(parameter.grad, "sum")
     stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, cfg.max_grad_norm).item()
     if not (math.isfinite(stats["loss"]) and math.isfinite(stats["grad_norm"])):
-        raise FloatingPointError(f"loss {stats['loss']}, gradient norm {stats['grad_norm']}")
+        raise UserError(
+            f"non-finite loss ({stats['loss']}) or gradient (norm {stats['grad_norm']}) in step {step}; the last checkpoint is good: "
+            "lower the learning rate"
+        )
     optimizer.step()
     optimizer.zero_grad()
     return stats
@@ -264,18 +254,18 @@ def update(cfg: TrainConfig, model, optimizer, batch: Batch, advantages: torch.T
 # ---------------------------------------------------------------------------------------------------------------------------
 
 
+def load_prompts(cfg: TrainConfig, tokenizer) -> tuple[list[data.Problem], list[list[int]], dict]:
+    """The problems, the token ids of their prompts, and the hashes of both that go into every checkpoint."""
+    columns = {"prompt_column": cfg.prompt_column, "answer_column": cfg.answer_column, "split": cfg.data_split}
+    problems = data.load_problems(cfg.path(cfg.train_data), english_only=cfg.english_only, **columns)
+    prompts = data.encode_prompts(problems, tokenizer, cfg.prompt_template, cfg.system_prompt, cfg.max_prompt_tokens, cfg.train_data)
+    template_hash = data.template_hash(tokenizer, cfg.prompt_template, cfg.system_prompt)
+    return problems, prompts, {"template_hash": template_hash, "data_hash": data.fingerprint(problems)}
+
+
 def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: pathlib.Path, first_step: int, info: dict) -> None:
     """RL steps first_step + 1 ... cfg.steps on `model` (a PEFT policy), everything under `folder`. Stage 5 calls it too."""
-    problems = data.load_problems(
-        cfg.path(cfg.train_data),
-        prompt_column=cfg.prompt_column,
-        answer_column=cfg.answer_column,
-        split=cfg.data_split,
-        english_only=cfg.english_only,
-    )
-    template_hash = data.template_hash(tokenizer, cfg.prompt_template, cfg.system_prompt)
-    info = {**info, "template_hash": template_hash, "data_hash": data.fingerprint(problems)}
-    prompts = data.encode_prompts(problems, tokenizer, cfg.prompt_template, cfg.system_prompt, cfg.max_prompt_tokens, cfg.train_data)
+    problems, prompts, hashes = load_prompts(cfg, tokenizer)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
     start = policy.load_resume(folder, model, optimizer) or first_step
     metrics = run_dir.StepLog(folder / "metrics.jsonl", keep_to=start, active=accelerator.is_main_process)
@@ -301,12 +291,7 @@ def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: 
         with timer("logprob"):
             sums = score_rollouts(cfg, model, batch, accelerator)
         with timer("update"):
-            try:
-                stats = [update(cfg, model, optimizer, batch, advantages, sequences, accelerator) for sequences in batch.updates]
-            except FloatingPointError as error:
-                raise UserError(
-                    f"step {step} has a non-finite {error}; the last checkpoint in {folder} is good: lower the learning rate"
-                ) from error
+            stats = [update(cfg, step, model, optimizer, batch, advantages, sequences, accelerator) for sequences in batch.updates]
         line = {"step": step, **step_metrics(cfg, batch, sums, stats, judge, accelerator)}
         if line["logprob_gap_mean"] > cfg.max_logprob_gap:
             raise UserError(
@@ -317,7 +302,7 @@ def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: 
             if step % cfg.save_every == 0 or step == cfg.steps:
                 accelerator.wait_for_everyone()
                 if accelerator.is_main_process:
-                    policy.save_lora(model, folder / f"step_{step:04d}", {"step": step, **info})
+                    policy.save_lora(model, folder / f"step_{step:04d}", {"step": step, **info, **hashes})
         seconds = time.perf_counter() - began
         line |= {
             "seconds": round(seconds, 4),
@@ -325,8 +310,8 @@ def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: 
             "seconds_by_phase": {name: round(value, 4) for name, value in timer.seconds.items()},
         }
         metrics.append(line)
-        for row in shown if step % cfg.save_every == 0 else []:
-            samples.append(row)
+        if step % cfg.save_every == 0:
+            samples.append(*shown)
         if (step % cfg.resume_every == 0 or step == cfg.steps) and accelerator.is_main_process:
             policy.save_resume(folder, step, model, optimizer)
         accelerator.log({key: value for key, value in line.items() if isinstance(value, int | float)}, step=step)

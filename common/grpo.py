@@ -66,3 +66,18 @@ def rollout_correction(old_logprobs, engine_logprobs, cap: float):
     Follows truncated importance sampling (TIS) of Yao et al. 2025, on tokens.
     """
     return torch.exp(old_logprobs - engine_logprobs).clamp_max(cap)
+
+
+def micro_batches(lengths: dict[int, int], budget: int) -> list[list[int]]:
+    """Sequences (id -> tokens) sorted by length and cut so that no part has over `budget` padded tokens, but at least one sequence each.
+
+    >>> micro_batches({0: 5, 1: 2, 2: 3, 3: 9}, budget=8)  # 2 x 3 padded tokens fit, 3 x 5 do not
+    [[1, 2], [0], [3]]
+    """
+    parts: list[list[int]] = []
+    for i in sorted(lengths, key=lengths.__getitem__):
+        if parts and lengths[i] * (len(parts[-1]) + 1) <= budget:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    return parts

@@ -141,10 +141,10 @@ class StepLog:
             kept = [json.dumps(row) + "\n" for row in read_jsonl(path) if row["step"] <= keep_to] if path.exists() else []
             atomic_write_text(path, "".join(kept))
 
-    def append(self, row: dict) -> None:
+    def append(self, *rows: dict) -> None:
         if self.active:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_jsonl(path: pathlib.Path) -> list[dict]:
