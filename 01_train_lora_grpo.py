@@ -66,15 +66,14 @@ class TrainConfig(configs.StageConfig):
     lora_alpha: float = option(32.0, "scale alpha / r on B A (paper: 32)")
     clip_low: float = option(0.2, "epsilon of Eq. 1 downwards (open)")
     clip_high: float = option(0.2, "epsilon of Eq. 1 upwards (open)")
-    loss_aggregation: Literal["token", "seq"] = option(
-        "token", "mean over tokens, or over tokens and then responses as in Eq. 1 (open: verl's is token)"
-    )
+    loss_aggregation: Literal["token", "seq"] = option("token", "mean over tokens, or as in Eq. 1 (open: verl's is token)")
     kl_coef: float = option(0.0, "beta of Eq. 1, k3 estimator against the backbone; 0 is off (open)")
     engine: Literal["auto", "hf", "vllm"] = option("auto", "what samples; auto is vllm where it is installed and a GPU is there, else hf")
     vllm_options: str = option("{}", "options of vLLM's LLM class, a JSON object: '{\"gpu_memory_utilization\": 0.4}'")
     importance_cap: float = option(0.0, "truncated importance weight between engine and trainer, e.g. 2; 0 is off (open)")
     max_logprob_gap: float = option(1.0, "stop if the mean |log-prob| gap between engine and trainer exceeds this")
     micro_tokens: int = option(16384, "padded tokens in one forward pass: memory, not results")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
     verifier_seconds: float = option(5.0, "time limit for one answer")
     mixed_precision: Literal["auto", "no", "bf16"] = option("auto", "autocast; auto is bf16 on a GPU and none on a CPU")
     resume_every: int = option(10, "steps between states that an interrupted run goes on from")
@@ -107,7 +106,17 @@ class TrainConfig(configs.StageConfig):
 
 
 # what may differ when a run goes on
-MAY_CHANGE = ("steps", "resume_every", "log_every", "report_to", "micro_tokens", "max_logprob_gap", "vllm_options", "verifier_seconds")
+MAY_CHANGE = (
+    "steps",
+    "resume_every",
+    "log_every",
+    "report_to",
+    "micro_tokens",
+    "max_logprob_gap",
+    "vllm_options",
+    "verifier_seconds",
+    "gradient_checkpointing",
+)
 
 
 class Timer:
@@ -266,6 +275,8 @@ def load_prompts(cfg: TrainConfig, tokenizer) -> tuple[list[data.Problem], list[
 def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: pathlib.Path, first_step: int, info: dict) -> None:
     """RL steps first_step + 1 ... cfg.steps on `model` (a PEFT policy), everything under `folder`. Stage 5 calls it too."""
     problems, prompts, hashes = load_prompts(cfg, tokenizer)
+    if cfg.gradient_checkpointing:
+        policy.checkpoint_gradients(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
     start = policy.load_resume(folder, model, optimizer) or first_step
     metrics = run_dir.StepLog(folder / "metrics.jsonl", keep_to=start, active=accelerator.is_main_process)

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import os
 import pathlib
+import signal
 import sys
 import types
 import typing
@@ -143,6 +144,7 @@ def as_dict(config: StageConfig, leave_out: typing.Iterable[str] = ()) -> dict:
 def run_stage(main: typing.Callable[[], None]) -> None:
     """Calls a stage's `main`; a UserError becomes one line on stderr and exit code 2, Ctrl-C a hint and exit code 130."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts us in the background has it ignored
     try:
         main()
     except UserError as error:

@@ -53,6 +53,12 @@ def add_lora(backbone, rank: int, alpha: float, seed: int):
     return get_peft_model(backbone, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
+def checkpoint_gradients(policy) -> None:
+    """Each layer keeps its input alone and is run again in the backward pass. (Layers do so in training mode only; there is no dropout.)"""
+    policy.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy.train()
+
+
 def load_lora(backbone, folder: str | pathlib.Path):
     """The adapter in `folder` on the backbone, trainable. Refuses one that was trained on another backbone."""
     folder = pathlib.Path(folder)

@@ -9,6 +9,7 @@ interrupted stage goes on where it was.
 """
 
 import argparse
+import ast
 import dataclasses
 import hashlib
 import json
@@ -43,6 +44,13 @@ class Job:
     @property
     def line(self) -> str:
         return shlex.join(self.argv)
+
+    @property
+    def heading(self) -> str:
+        """What the stage says of itself: the first line of its docstring, up to the paper's sections."""
+        scripts = [word for word in self.argv if word.endswith(".py")]
+        docstring = ast.get_docstring(ast.parse(pathlib.Path(scripts[0]).read_text(encoding="utf-8"))) if scripts else None
+        return docstring.splitlines()[0].split("  ")[0] if docstring else "Preparation"
 
 
 def plan(preset_name: str, preset: dict, run_dir: str) -> list[Job]:
@@ -126,7 +134,7 @@ class Runner:
     def _start_ready(self, bar) -> None:
         for job in self.jobs:
             if len(self.running) < self.lanes and job.name not in self.finished | self.running.keys() and set(job.needs) <= self.finished:
-                bar.write(f"\n$ {job.line}")
+                bar.write(f"\n{job.heading}\n$ {job.line}")
                 environment = {
                     "OMP_NUM_THREADS": "1",
                     **os.environ,

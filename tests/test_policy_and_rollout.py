@@ -50,6 +50,21 @@ def test_gradients_equal_a_plain_forward_pass(lora_policy, monkeypatch):
         torch.testing.assert_close(ours, plain, atol=2e-5, rtol=1e-4)
 
 
+def test_gradient_checkpointing_runs_layers_twice_and_changes_nothing(lora_policy):
+    model, tokenizer = lora_policy
+    prompts, completions = encode(tokenizer, PROMPTS[:2]), encode(tokenizer, ["3+9+0=12<|end|>", "\\boxed{19}<|end|>"])
+    runs, gradients = [], []
+    model.get_base_model().get_decoder().layers[1].register_forward_pre_hook(lambda *_: runs.append(1))
+    for _ in range(2):
+        model.zero_grad()
+        policy.token_logprobs(model, prompts, completions, 1.0)[0].sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+        policy.checkpoint_gradients(model)
+    assert len(runs) == 1 + 2
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
 def test_the_end_token_gets_a_gradient(lora_policy):
     model, tokenizer = lora_policy
     prompt, completion = encode(tokenizer, [PROMPTS[0]]), encode(tokenizer, ["\\boxed{6}<|end|>"])
