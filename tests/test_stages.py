@@ -177,8 +177,8 @@ def test_every_checkpoint_and_result_carries_the_hash_of_one_template(finished_r
     records = [*finished_run.glob("*/**/checkpoint.json"), *(finished_run / "eval").glob("*/test.json")]
     assert len(records) > 30
     assert len({json.loads(path.read_text())["template_hash"] for path in records}) == 1
-    shown = (finished_run / "06_eval.py.out").read_text()
-    assert shown.count("test: 256 problems; first prompt: ") == 1
+    shown = (finished_run / "printed.txt").read_text()
+    assert shown.count("[06] test: 256 problems; first prompt: ") == 1
     assert "another prompt template" not in shown
 
 
@@ -197,7 +197,7 @@ def test_report_has_the_table_the_claims_and_the_figures(finished_run):
     assert text.count("![") == 5
     for name in ("training", "fig2_energy_ratio", "fig3_linear_fit", "fig5_cost", "fig6_alpha"):
         assert (finished_run / "figures" / f"{name}.png").stat().st_size > 10_000
-    for claim in ("Fig. 2", "Fig. 3", "Fig. 5", "Fig. 6", "Table 5", "repeating the last target"):
+    for claim in ("Fig. 2", "Fig. 3", "Fig. 5", "Fig. 6", "Table 5", "not worse than GRPO"):
         assert claim in text
     found = results.load_results(finished_run)
     base, last = found["backbone"], found["train/step_0008"]
