@@ -6,7 +6,7 @@ Two recipes train the same network:
     paper     what the official code does: signs as LAPACK left them, sigma in its raw unit, AdamW 2e-5
     aligned   signs made consistent, sigma divided by the matrix's last global sigma, and a learning rate that fits in 1000 steps
 
-The signs matter most. (u, v) and (-u, -v) are the same singular pair, so without alignment the network is asked to predict coin flips.
+(u, v) and (-u, -v) are the same singular pair, so without alignment part of what the network is asked to predict is a coin flip.
 """
 
 import collections
