@@ -16,7 +16,6 @@ randomness is a function of (seed, step), so there is no generator state to lose
 Left out: value networks, reward models, multi-turn, packing, warm-up and decay (the paper names none of them).
 """
 
-import contextlib
 import dataclasses
 import math
 import pathlib
@@ -117,19 +116,6 @@ MAY_CHANGE = (
     "verifier_seconds",
     "gradient_checkpointing",
 )
-
-
-class Timer:
-    """Seconds by phase of one step."""
-
-    def __init__(self):
-        self.seconds = {}
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str):
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -296,7 +282,7 @@ def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: 
         disable=None if accelerator.is_main_process else True,
     )
     for step in bar:
-        timer, began = Timer(), time.perf_counter()
+        timer, began = run_dir.Timer(), time.perf_counter()
         batch, shown = sample(cfg, step, model, engine, judge, problems, prompts, tokenizer, accelerator, timer)  # sync, rollout, reward
         advantages = grpo.ADVANTAGES[cfg.algorithm](batch.rewards).flatten()  # [sequences]
         with timer("logprob"):

@@ -106,8 +106,8 @@ class Runner:
         }
         if self.finished:
             print(f"done already: {', '.join(job.name for job in self.jobs if job.name in self.finished)}")
-        todo = [job for job in self.jobs if job.name not in self.finished]
-        total, began, lane_seconds = sum(job.work for job in todo), time.monotonic(), 0.0
+        remaining = [job for job in self.jobs if job.name not in self.finished]
+        total, began, lane_seconds = sum(job.work for job in remaining), time.monotonic(), 0.0
         bar = tqdm(
             total=round(total), desc="whole experiment", bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} gone{postfix}", postfix=""
         )
@@ -121,7 +121,7 @@ class Runner:
                     self._end(job)
                 else:
                     self._show(job, line, bar)
-                done = sum(self.progress[j.name] for j in todo)
+                done = sum(self.progress[j.name] for j in remaining)
                 bar.n = round(done)
                 bar.set_postfix_str(f"about {lane_seconds / max(done, 1) * (total - done) / self.lanes / 60:.0f} min left")
         finally:

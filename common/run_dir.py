@@ -132,6 +132,19 @@ class Stage:
         write_json(self.folder / "done.json", {**self.record, "versions": versions(), "seconds": seconds, **result})
 
 
+class Timer:
+    """Seconds by phase of one step."""
+
+    def __init__(self):
+        self.seconds = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str):
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
 class StepLog:
     """A JSONL file of rows with a "step": one process appends; rows after `keep_to`, from before an interruption, are dropped."""
 
