@@ -115,7 +115,7 @@ def cost(run: pathlib.Path, bars: dict[str, list[float]]) -> pathlib.Path:
         rest = ", ".join(f"{part} {value:.1f}" for part, value in list(zip(parts, values, strict=True))[1:] if value)
         axis.text(left, y, f" {left:.0f} s" + (f" ({rest})" if rest else ""), va="center", fontsize=9)
     axis.set_yticks(range(len(bars)), list(reversed(bars)))
-    axis.set(xlabel="wall seconds", xlim=(0, 1.9 * max(map(sum, bars.values()))))
+    axis.set(xlabel="wall seconds", xlim=(0, 2.3 * max(map(sum, bars.values()))))
     figure.legend(fontsize=9, ncol=4, loc="outside upper center", frameon=False)
     return _save(figure, run / "figures" / "fig5_cost.png")
 
