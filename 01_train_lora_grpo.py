@@ -88,18 +88,8 @@ class TrainConfig(configs.StageConfig):
                 f"top_p {self.top_p} in training biases the importance ratio by the probability mass it cuts off; set it to 1.0"
             )
         rollout.vllm_options(self.vllm_options)  # refuses what is not a JSON object
-        counts = (
-            "steps",
-            "save_every",
-            "prompts_per_step",
-            "mini_batch",
-            "rollouts",
-            "max_new_tokens",
-            "lora_rank",
-            "resume_every",
-            "log_every",
-        )
-        for name in (*counts, "temperature"):
+        counts = "steps save_every prompts_per_step mini_batch rollouts max_new_tokens lora_rank resume_every log_every"
+        for name in (*counts.split(), "temperature"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be positive, not {getattr(self, name)}")
 
@@ -136,10 +126,14 @@ class Batch:
     old_logprobs: list[torch.Tensor] | None = None  # like engine_logprobs, by the trainer
     reference_logprobs: list[torch.Tensor] | None = None
 
-    def micro_batches(self, sequences: list[int], budget: int) -> list[list[int]]:
-        """`sequences` in parts of at most `budget` padded tokens."""
+    def micro_batches(self, sequences: list[int], budget: int, model, accelerator) -> list[list[int]]:
+        """`sequences` in parts of at most `budget` padded tokens; of a sharded model as many parts on every process."""
         lengths = {i: len(self.prompts[i]) + len(self.completions[i]) for i in sequences}
-        return grpo.micro_batches(lengths, budget)
+        parts = grpo.micro_batches(lengths, budget)
+        if not policy.is_sharded(model):
+            return parts
+        most = accelerator.gather(torch.tensor([len(parts)], device=accelerator.device)).max().item()
+        return grpo.micro_batches(lengths, budget, at_least=most)
 
 
 def sample(cfg: TrainConfig, step: int, model, engine, judge, problems, prompts, tokenizer, accelerator, timer) -> tuple[Batch, list[dict]]:
@@ -183,7 +177,7 @@ def score_rollouts(cfg: TrainConfig, model, batch: Batch, accelerator) -> dict:
     batch.old_logprobs = [None] * len(sequences)
     batch.reference_logprobs = [None] * len(sequences) if cfg.kl_coef else None
     sums = {"entropy": 0.0, "gap": 0.0, "gap_max": 0.0, "kl": 0.0}
-    for part in batch.micro_batches(sequences, cfg.micro_tokens):
+    for part in batch.micro_batches(sequences, cfg.micro_tokens, model, accelerator):
         prompts, completions = [batch.prompts[i] for i in part], [batch.completions[i] for i in part]
         with accelerator.autocast():
             logprobs, entropy = policy.token_logprobs(model, prompts, completions, cfg.temperature, with_entropy=True)
@@ -213,7 +207,7 @@ def update(
     share = lengths.sum() / everywhere[0].cpu() if cfg.loss_aggregation == "token" else len(lengths) / everywhere[1].cpu()
     weights = dict(zip(sequences, (grpo.token_weights(lengths, cfg.loss_aggregation) * share).split(lengths.tolist()), strict=True))
     stats = {"loss": 0.0, "clip_share": 0.0}
-    for part in batch.micro_batches(sequences, cfg.micro_tokens):
+    for part in batch.micro_batches(sequences, cfg.micro_tokens, model, accelerator):
         with accelerator.autocast():
             logprobs, _ = policy.token_logprobs(
                 model, [batch.prompts[i] for i in part], [batch.completions[i] for i in part], cfg.temperature
@@ -270,6 +264,7 @@ def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: 
     longest, rank = cfg.max_prompt_tokens + cfg.max_new_tokens, model.peft_config["default"].r
     engine = rollout.make_engine(cfg.engine, model, tokenizer, cfg.path(info["backbone"]), longest, rank, cfg.vllm_options)
     judge = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format)
+    accelerator.print(f"{accelerator.num_processes} process(es) on {accelerator.device.type}, rollouts by {cfg.engine}")
     accelerator.print(f"{len(problems)} problems; first prompt: {tokenizer.decode(prompts[0])!r}  answer: {problems[0].answer!r}")
     if start > first_step:
         accelerator.print(f"going on after step {start}")
@@ -378,7 +373,8 @@ def start_accelerator(cfg: TrainConfig, folder: pathlib.Path) -> Accelerator:
         torch.set_num_threads(cfg.threads)
     cfg.engine = rollout.choose_engine(cfg.engine)  # before config.json is written: a run goes on with the engine it began with
     precision = ("bf16" if torch.cuda.is_available() else "no") if cfg.mixed_precision == "auto" else cfg.mixed_precision
-    accelerator = Accelerator(mixed_precision=precision, log_with=cfg.report_to or None, project_dir=folder)
+    on_cpu = not torch.accelerator.is_available()  # without it accelerate takes launched CPU processes for strangers to each other
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, log_with=cfg.report_to or None, project_dir=folder)
     if cfg.mini_batch % accelerator.num_processes:
         raise UserError(f"mini_batch ({cfg.mini_batch}) must be a multiple of the number of processes ({accelerator.num_processes})")
     if cfg.report_to:
@@ -396,7 +392,7 @@ def main() -> None:
             return
     backbone, tokenizer = policy.load_backbone(cfg.path(cfg.backbone))
     info = {"backbone": cfg.backbone, "backbone_fingerprint": policy.fingerprint(backbone)}
-    model = policy.add_lora(backbone, cfg.lora_rank, cfg.lora_alpha, cfg.seed).to(accelerator.device)
+    model = policy.place(policy.add_lora(backbone, cfg.lora_rank, cfg.lora_alpha, cfg.seed), accelerator.device)
     train(cfg, model, tokenizer, accelerator, folder, first_step=0, info=info)
     if accelerator.is_main_process:
         stage.finish()

@@ -77,7 +77,7 @@ def main() -> None:
         model = policy.add_lora(backbone, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     else:
         model = policy.load_lora(backbone, start)
-    stage1.train(cfg, model.to(accelerator.device), tokenizer, accelerator, folder, first_step, info)
+    stage1.train(cfg, policy.place(model, accelerator.device), tokenizer, accelerator, folder, first_step, info)
     if accelerator.is_main_process:
         stage.finish()
         print(f"done: steps {first_step + 1} to {cfg.steps}, checkpoints in {folder}")

@@ -68,11 +68,15 @@ def rollout_correction(old_logprobs, engine_logprobs, cap: float):
     return torch.exp(old_logprobs - engine_logprobs).clamp_max(cap)
 
 
-def micro_batches(lengths: dict[int, int], budget: int) -> list[list[int]]:
+def micro_batches(lengths: dict[int, int], budget: int, at_least: int = 1) -> list[list[int]]:
     """Sequences (id -> tokens) sorted by length and cut so that no part has over `budget` padded tokens, but at least one sequence each.
+
+    Then the fullest parts are halved until there are `at_least` of them (or one for every sequence).
 
     >>> micro_batches({0: 5, 1: 2, 2: 3, 3: 9}, budget=8)  # 2 x 3 padded tokens fit, 3 x 5 do not
     [[1, 2], [0], [3]]
+    >>> micro_batches({0: 5, 1: 2, 2: 3, 3: 9}, budget=99, at_least=3)
+    [[1], [2], [0, 3]]
     """
     parts: list[list[int]] = []
     for i in sorted(lengths, key=lengths.__getitem__):
@@ -80,4 +84,8 @@ def micro_batches(lengths: dict[int, int], budget: int) -> list[list[int]]:
             parts[-1].append(i)
         else:
             parts.append([i])
+    while len(parts) < min(at_least, len(lengths)):
+        fullest = max(range(len(parts)), key=lambda j: len(parts[j]))
+        half = len(parts[fullest]) // 2
+        parts[fullest : fullest + 1] = [parts[fullest][:half], parts[fullest][half:]]
     return parts

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 
@@ -10,6 +11,7 @@ import safetensors.torch
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -59,6 +61,29 @@ def checkpoint_gradients(policy) -> None:
     policy.train()
 
 
+def place(policy, device: torch.device):
+    """The policy on `device`; under an accelerate config with FSDP2 (common/accelerate/fsdp2.yaml) its frozen layers sharded.
+
+    Of every decoder layer each process then keeps 1/N, and borrows the rest while the layer computes. LoRA factors, embeddings and head
+    stay whole: the factors are a hundredth of the weights, and so gradients, optimizer and checkpoints are what they are without
+    sharding. (Fully_shard also averages gradients and would cast them to the compute dtype; what it does not own it leaves alone.)
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        if os.environ.get("FSDP_VERSION") != "2" or os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") != "false":
+            raise UserError("the accelerate config must have fsdp_version: 2 and fsdp_cpu_ram_efficient_loading: false")
+        decoder = policy.get_base_model().get_decoder()
+        whole = {parameter for parameter in policy.parameters() if parameter.requires_grad}
+        for layer in decoder.layers:
+            fully_shard(layer, ignored_params=whole)
+        fully_shard(decoder, ignored_params=set(policy.parameters()))  # owns nothing, runs its layers' gathers ahead
+    return policy.to(device)
+
+
+def is_sharded(policy) -> bool:
+    """Whether all processes must run the policy's layers in step."""
+    return isinstance(policy, PeftModel) and isinstance(policy.get_base_model().get_decoder(), FSDPModule)
+
+
 def load_lora(backbone, folder: str | pathlib.Path):
     """The adapter in `folder` on the backbone, trainable. Refuses one that was trained on another backbone."""
     folder = pathlib.Path(folder)
@@ -93,11 +118,11 @@ def save_lora(policy, folder: pathlib.Path, info: dict) -> None:
 def merged(policy):
     """Within the block the policy computes with W + s B A in place of W and the adapter beside it: a third of the matrix products.
 
-    For sampling with an fp32 backbone (any other dtype is left alone: it would round the update away). The frozen weights are not
-    touched: each layer points to a temporary sum and then to its own tensor again, so nothing can drift.
+    For sampling with an fp32 backbone (any other dtype is left alone: it would round the update away; so is a sharded one). The frozen
+    weights are not touched: each layer points to a temporary sum and then to its own tensor again, so nothing can drift.
     """
     layers = [layer for layer in policy.modules() if isinstance(layer, LoraLayer) and layer.base_layer.weight.dtype == torch.float32]
-    if not isinstance(policy, PeftModel) or not layers:
+    if not isinstance(policy, PeftModel) or not layers or is_sharded(policy):
         yield
         return
     frozen = [layer.base_layer.weight.data for layer in layers]

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
-from common.policy import load_lora, merged
+from common.policy import is_sharded, load_lora, merged
 from common.run_dir import UserError
 
 TRIED_VLLM = ("0.24", "0.32")
@@ -163,6 +163,7 @@ class HFEngine:
             max_new_tokens=max_new_tokens,
             do_sample=False,
             logits_processor=LogitsProcessorList([sampler]),
+            synced_gpus=is_sharded(self.policy),  # a process whose sequences have ended goes on computing for the others
         )[:, width:]  # [sequences, new tokens]
         is_end = torch.isin(output, torch.tensor(self.ends, device=device))
         finished = is_end.any(1)

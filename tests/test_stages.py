@@ -1,8 +1,10 @@
 """The six stages as a user runs them: the whole chain, resume, and everything that can be wrong with their input."""
 
+import contextlib
 import importlib
 import itertools
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -278,37 +280,80 @@ def test_another_seed_gives_another_run(finished_run, empty_run, tmp_path):
     assert metrics(folder / "train")[0] != metrics(finished_run / "train")[0]
 
 
-def test_two_processes_train_like_one(finished_run, empty_run, tmp_path):
+def start_two(script: str, folder: pathlib.Path, accelerate_config: str, *args: str) -> subprocess.Popen:
+    """A stage on two processes, as `accelerate launch` starts them."""
+    launch = ["--config_file", f"common/accelerate/{accelerate_config}.yaml", "--num_processes", "2"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "accelerate.commands.launch", *launch, script, "--config", TINY, "--run-dir", str(folder), *args],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.parametrize("accelerate_config", ["cpu_processes", "fsdp2"])
+def test_two_processes_train_like_one(finished_run, empty_run, tmp_path, accelerate_config):
     folder = tmp_path / "run"
     shutil.copytree(empty_run, folder)
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--num_processes",
-        "2",
-        "--cpu",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
-    result = subprocess.run(
-        [*launch, "01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(folder), "--steps", "2"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
+    # micro_tokens 200: several micro-batches an update, and not the same number on both processes
+    run = start_two(
+        "01_train_lora_grpo.py", folder, accelerate_config, "--steps", "2", "--micro-tokens", "200", "--gradient-checkpointing", "true"
     )
-    assert result.returncode == 0, result.stderr
+    output, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, output
+    assert output.count("2 process(es) on cpu") == 1
     for ours, one in zip(metrics(folder / "train"), metrics(finished_run / "train"), strict=False):
         for key in ("accuracy", "response_length", "loss", "entropy", "grad_norm"):
             assert ours[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5)
     two, single = (adapters.read_adapter(f / "train" / "step_0001") for f in (folder, finished_run))
+    assert two.factors.keys() == single.factors.keys()
     for module, (b, a) in single.factors.items():
         torch.testing.assert_close(two.factors[module][0] @ two.factors[module][1], b @ a, atol=1e-4, rtol=1e-2)
+
+
+def test_a_failing_process_brings_all_down_with_its_own_error(empty_run, tmp_path):
+    """The second of two processes finds its verifier gone in step 2, while the first waits for it in a reduction."""
+    folder, script = tmp_path / "run", tmp_path / "spoilt.py"
+    shutil.copytree(empty_run, folder)
+    script.write_text(
+        f"""import importlib, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from common import config, run_dir, verifier
+score = verifier.Verifier.score
+def spoilt(self, *args):
+    self.calls = getattr(self, "calls", 0) + 1
+    if self.calls == 2 and os.environ["RANK"] == "1":
+        raise run_dir.UserError("the verifier of process 1 is gone")
+    return score(self, *args)
+verifier.Verifier.score = spoilt
+config.run_stage(importlib.import_module("01_train_lora_grpo").main)
+"""
+    )
+    run = start_two(str(script), folder, "cpu_processes")
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert "error: the verifier of process 1 is gone" in output
+    assert [line["step"] for line in metrics(folder / "train")] == [1]
+
+
+def test_a_killed_process_brings_all_down(empty_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(empty_run, folder)
+    run = start_two("01_train_lora_grpo.py", folder, "cpu_processes", "--steps", "1000")
+    for line in run.stdout:
+        if line.startswith("step 2/"):
+            break
+    for entry in pathlib.Path("/proc").iterdir():
+        if entry.name.isdigit() and (entry / "environ").exists():
+            with contextlib.suppress(OSError):  # other users' processes, and those that have just ended
+                ours = str(folder) in (entry / "cmdline").read_text()
+                if ours and "RANK=1" in (entry / "environ").read_text().split("\0"):
+                    os.kill(int(entry.name), signal.SIGKILL)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert "SIGKILL" in output or "exitcode: -9" in output.replace(" ", "")
 
 
 def test_another_config_does_not_overwrite_a_run(finished_run, monkeypatch, capsys):
