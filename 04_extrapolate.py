@@ -104,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    configs.run_stage(main)
+    configs.run_stage(main, one_process=True)

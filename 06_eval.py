@@ -22,6 +22,7 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from common import adapters, data, policy, report, rollout, run_dir, verifier
@@ -92,15 +93,16 @@ def find_policies(cfg: EvalConfig) -> list[str]:
     return found
 
 
-def evaluate(cfg: EvalConfig, engine, judge, tokenizer, problems: list[data.Problem], prompts: list[list[int]]) -> list[dict]:
-    """`runs` answers to each problem: rows of problem, run, response, tokens, finished, score."""
+def evaluate(cfg: EvalConfig, engine, judge, tokenizer, problems: list[data.Problem], prompts: list[list[int]], accelerator) -> list[dict]:
+    """`runs` answers to each problem: rows of problem, run, response, tokens, finished, score. Each process samples its share of them."""
     asked = [(index, run) for run in range(cfg.runs) for index in range(len(problems))]
+    asked = asked[accelerator.process_index :: accelerator.num_processes]
     seeds = [rollout.sequence_seed(cfg.seed, 0, index, run) for index, run in asked]
     rollouts = engine.generate([prompts[index] for index, _ in asked], seeds, cfg.max_new_tokens, cfg.temperature, cfg.top_p)
     texts = tokenizer.batch_decode([r.tokens for r in rollouts], skip_special_tokens=True)
     golds, kinds = ([getattr(problems[index], field) for index, _ in asked] for field in ("answer", "kind"))
     scores = judge.score(texts, golds, [r.finished for r in rollouts], kinds)
-    return [
+    rows = [
         {
             "problem": index,
             "run": run,
@@ -113,6 +115,7 @@ def evaluate(cfg: EvalConfig, engine, judge, tokenizer, problems: list[data.Prob
         }
         for (index, run), r, text, score in zip(asked, rollouts, texts, scores, strict=True)
     ]
+    return sorted(gather_object(rows), key=lambda row: (row["run"], row["problem"]))
 
 
 def summarise(rows: list[dict], problems: int) -> dict:
@@ -142,7 +145,7 @@ def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None
     settings = configs.as_dict(cfg, leave_out=elsewhere)
     rank = max((adapters.read_config(run / name)["r"] for name in names if name != "backbone"), default=0)
     judge, engine, loaded, shown = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format), None, None, set()
-    for name in (bar := tqdm(names, desc="evaluating", unit="policy", disable=None)):
+    for name in (bar := tqdm(names, desc="evaluating", unit="policy", disable=None if accelerator.is_main_process else True)):
         folder = run / "eval" / name.replace("/", "__")
         weights = run / name / "adapter_model.safetensors"
         wanted = {"settings": settings, "weights": run_dir.sha256(weights) if weights.is_file() else name, "versions": run_dir.versions()}
@@ -174,7 +177,9 @@ def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None
                 bar.write(f"{task}: {len(prompts)} problems; first prompt: {tokenizer.decode(prompts[0])!r}")
             began = time.perf_counter()
             with accelerator.autocast() if cfg.engine == "hf" else contextlib.nullcontext():  # vLLM sees to its own precision
-                rows = evaluate(cfg, engine, judge, tokenizer, tasks[task], prompts)
+                rows = evaluate(cfg, engine, judge, tokenizer, tasks[task], prompts, accelerator)
+            if not accelerator.is_main_process:
+                continue
             result = {**summarise(rows, len(prompts)), "seconds": round(time.perf_counter() - began, 2)}
             record = {"policy": name, **wanted, "data": hashes[task], "template_hash": template_hash, **result}
             run_dir.atomic_write_text(folder / f"{task}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -200,12 +205,14 @@ def _is_measured(path: pathlib.Path, wanted: dict) -> bool:
 def main() -> None:
     cfg = configs.parse(EvalConfig, "eval", __doc__)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="bf16" if torch.cuda.is_available() else "no")
     cfg.engine = rollout.choose_engine(cfg.engine)
     if not pathlib.Path(cfg.run_dir).is_dir():
         raise UserError(f"run directory {cfg.run_dir} not found: run 01_train_lora_grpo.py first")
     measure(cfg, find_policies(cfg), accelerator)
-    print(report.write(pathlib.Path(cfg.run_dir)))
+    if accelerator.is_main_process:
+        print(report.write(pathlib.Path(cfg.run_dir)))
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -141,8 +141,13 @@ def as_dict(config: StageConfig, leave_out: typing.Iterable[str] = ()) -> dict:
     return {key: value for key, value in dataclasses.asdict(config).items() if key not in skip}
 
 
-def run_stage(main: typing.Callable[[], None]) -> None:
-    """Calls a stage's `main`; a UserError becomes one line on stderr and exit code 2, Ctrl-C a hint and exit code 130."""
+def run_stage(main: typing.Callable[[], None], one_process: bool = False) -> None:
+    """Calls a stage's `main`; a UserError becomes one line on stderr and exit code 2, Ctrl-C a hint and exit code 130.
+
+    one_process: of the processes that `accelerate launch` started, only the first works; for stages whose work is seconds long.
+    """
+    if one_process and os.environ.get("RANK", "0") != "0":
+        return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts us in the background has it ignored
     try:

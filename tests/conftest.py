@@ -25,6 +25,19 @@ def run_stage(script: str, *args: str, env: dict | None = None) -> subprocess.Co
     )
 
 
+def start_two(script: str, folder: pathlib.Path, accelerate_config: str, *args: str) -> subprocess.Popen:
+    """A stage on two processes, as `accelerate launch` starts them."""
+    launch = ["--config_file", f"common/accelerate/{accelerate_config}.yaml", "--num_processes", "2"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "accelerate.commands.launch", *launch, script, "--config", TINY, "--run-dir", str(folder), *args],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
 def call_stage(monkeypatch, capsys, script: str, *args: str) -> tuple[int, str]:
     """A stage's main in this process (no five seconds of imports): its exit code and the last line it wrote to stderr."""
     stage = importlib.import_module(script.removesuffix(".py"))

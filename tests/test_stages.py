@@ -14,7 +14,7 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, TINY, call_stage, run_stage
+from conftest import ROOT, TINY, call_stage, run_stage, start_two
 from peft import PeftModel
 
 from common import adapters, extrapolators, policy, rank1, results, run_dir
@@ -280,19 +280,6 @@ def test_another_seed_gives_another_run(finished_run, empty_run, tmp_path):
     assert metrics(folder / "train")[0] != metrics(finished_run / "train")[0]
 
 
-def start_two(script: str, folder: pathlib.Path, accelerate_config: str, *args: str) -> subprocess.Popen:
-    """A stage on two processes, as `accelerate launch` starts them."""
-    launch = ["--config_file", f"common/accelerate/{accelerate_config}.yaml", "--num_processes", "2"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "accelerate.commands.launch", *launch, script, "--config", TINY, "--run-dir", str(folder), *args],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
 @pytest.mark.parametrize("accelerate_config", ["cpu_processes", "fsdp2"])
 def test_two_processes_train_like_one(finished_run, empty_run, tmp_path, accelerate_config):
     folder = tmp_path / "run"
@@ -311,6 +298,21 @@ def test_two_processes_train_like_one(finished_run, empty_run, tmp_path, acceler
     assert two.factors.keys() == single.factors.keys()
     for module, (b, a) in single.factors.items():
         torch.testing.assert_close(two.factors[module][0] @ two.factors[module][1], b @ a, atol=1e-4, rtol=1e-2)
+
+
+def test_two_processes_evaluate_like_one(finished_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run, folder)
+    shutil.rmtree(folder / "eval")
+    run = start_two("06_eval.py", folder, "cpu_processes", "--policies", "backbone", "train/step_0006")
+    output, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, output
+    for policy_name in ("backbone", "train__step_0006"):
+        two, one = (run_dir.read_json(f / "eval" / policy_name / "test.json", "06") for f in (folder, finished_run))
+        assert {**two, "seconds": None} == {**one, "seconds": None}
+        assert (folder / "eval" / policy_name / "test.jsonl").read_text() == (
+            finished_run / "eval" / policy_name / "test.jsonl"
+        ).read_text()
 
 
 def test_a_failing_process_brings_all_down_with_its_own_error(empty_run, tmp_path):

@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import lay_out, run_stage
+from conftest import TINY, lay_out, run_stage, start_two
 from peft import PeftModel
 from vllm.config.lora import MaxLoRARanks
 
@@ -208,3 +208,18 @@ def test_evaluation_by_vllm_equals_evaluation_by_hf(trained):
         assert abs(wanted["accuracy"] - found["accuracy"]) < 3 * error
         assert abs(wanted["response_length"] / found["response_length"] - 1) < 0.1
     assert results["vllm"]["train__step_0050"]["accuracy"] > results["vllm"]["backbone"]["accuracy"] + 0.2
+
+
+@pytest.mark.parametrize("accelerate_config", ["cpu_processes", "fsdp2"])
+def test_two_processes_with_an_engine_each_train_like_one(tmp_path, accelerate_config):
+    folders = {name: lay_out(tmp_path / name) for name in ("one", "two")}
+    flags = ("--steps", "2", "--engine", "vllm", "--vllm-options", SMALL)
+    result = run_stage("01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(folders["one"]), *flags)
+    assert result.returncode == 0, result.stderr
+    output, _ = (run := start_two("01_train_lora_grpo.py", folders["two"], accelerate_config, *flags)).communicate(timeout=300)
+    assert run.returncode == 0, output
+    one, two = (run_dir.read_jsonl(folder / "train" / "metrics.jsonl") for folder in folders.values())
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours["logprob_gap_max"] < 1e-4
+        for key in ("accuracy", "response_length", "loss", "entropy", "grad_norm"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-5)
