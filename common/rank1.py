@@ -9,8 +9,10 @@ A LoRA checkpoint never needs its m x n matrix. With s = lora_alpha / r, every d
 and the SVD of a product L R of thin factors is exact through two QR decompositions and one small SVD (`svd_of_product`).
 """
 
+import collections
 import dataclasses
 import pathlib
+from collections.abc import Iterable
 
 import safetensors.torch
 import torch
@@ -121,6 +123,102 @@ def load_trajectory(folder: pathlib.Path) -> Trajectory:
         for module in index["modules"]
     }
     return Trajectory(index["steps"], index["k"], deltas)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# All deltas of one matrix, at little more than the cost of reading its factors
+# ---------------------------------------------------------------------------------------------------------------------------
+
+PROMISE = 1e-9  # relative error of sigma_1; where the fast way cannot promise it, `svd_of_product` is taken
+
+
+def leading_from_grams(left_gram: torch.Tensor, right_gram: torch.Tensor):
+    """The leading singular pair of L R, from G = L^T L and H = R R^T alone (both [q, q], float64).
+
+    Returns (x [q], sigma [q] descending, y [q], bound): u = L x and v = R^T y, and a bound on sigma_1's relative error.
+
+    With H = C C^T (Cholesky), R = C Q for a Q with orthonormal rows, so L R has the singular values of L C, and their squares are the
+    eigenvalues of (L C)^T (L C) = C^T G C. For its leading eigenvector w: x = C w / sigma_1, y = G x / sigma_1. Before that, column j of
+    L and row j of R are given one norm, which leaves the product as it is. Rounding in C^T G C is of the order of eps tr(G) tr(H), hence
+    bound = q eps tr(G) tr(H) / sigma_1^2: tiny unless the terms of L R cancel each other. A zero product gives exact zeros.
+    """
+    norms_l, norms_r = left_gram.diagonal(), right_gram.diagonal()  # squared
+    balance = torch.where(norms_l * norms_r > 0, (norms_r / norms_l) ** 0.25, 0.0)  # a term with a zero half is left out
+    inverse = torch.where(balance > 0, 1 / balance, 0.0)
+    gram, other = balance[:, None] * left_gram * balance, inverse[:, None] * right_gram * inverse
+    size = gram.trace() * other.trace()
+    if size == 0:
+        return torch.zeros_like(norms_l), torch.zeros_like(norms_l), torch.zeros_like(norms_l), 0.0
+    root, failed = torch.linalg.cholesky_ex(other)
+    if failed:  # rows of R that depend on each other
+        values, vectors = torch.linalg.eigh(other)
+        root = vectors * values.clamp_min(0).sqrt()
+    values, vectors = torch.linalg.eigh(root.mT @ gram @ root)
+    sigma = values.clamp_min(0).sqrt().flip(0)
+    x = root @ vectors[:, -1] / sigma[0]
+    bound = float(len(sigma) * torch.finfo(sigma.dtype).eps * size / sigma[0] ** 2)
+    return balance * x, sigma, inverse * (gram @ x) / sigma[0], bound
+
+
+@dataclasses.dataclass
+class _Point:
+    """One checkpoint's factors in float64 with their Gram matrices, which enter three deltas."""
+
+    b: torch.Tensor  # [m, r]
+    a: torch.Tensor  # [r, n]
+    gram_b: torch.Tensor  # [r, r]
+    gram_a: torch.Tensor  # [r, r]
+
+
+def _delta(now: _Point, before: _Point | None):
+    """W_now - W_before = (B_now - B_before) A_now + B_before (A_now - A_before), for s = 1, as (left, right, left Gram, right Gram).
+
+    Differences first: where little has moved, [B_now, -B_before] [A_now; A_before] would subtract two large products from each other.
+    """
+    if before is None:
+        return now.b, now.a, now.gram_b, now.gram_a
+    d_b, d_a = now.b - before.b, now.a - before.a
+    cross_b, cross_a = d_b.mT @ before.b, now.a @ d_a.mT
+    left_gram = torch.cat([torch.cat([d_b.mT @ d_b, cross_b], 1), torch.cat([cross_b.mT, before.gram_b], 1)])
+    right_gram = torch.cat([torch.cat([now.gram_a, cross_a], 1), torch.cat([cross_a.mT, d_a @ d_a.mT], 1)])
+    return torch.cat([d_b, before.b], 1), torch.cat([now.a, d_a]), left_gram, right_gram
+
+
+def leading_triple(now: _Point, before: _Point | None):
+    """(u [m], sigma [q], v [n], whether the exact way was needed) of W_now - W_before for s = 1."""
+    left, right, left_gram, right_gram = _delta(now, before)
+    x, sigma, y, bound = leading_from_grams(left_gram, right_gram)
+    if bound > PROMISE:
+        return *svd_of_product(left, right), True
+    return left @ x, sigma, right.mT @ y, False
+
+
+def rank1_trajectory(checkpoints: Iterable[tuple[torch.Tensor, torch.Tensor]], k: int, scale: float):
+    """Every delta of one matrix (Eq. 6, 7). `checkpoints` yields (B [m, r], A [r, n]) in order; k + 1 of them are held at a time.
+
+    Returns (role -> Triples in fp32, singular values of the global deltas [checkpoints, r], role -> sigma_2 / sigma_1 [checkpoints],
+    how many deltas needed the exact way). Costs about 9 products of [r, m + n] with [m + n, r] a checkpoint and three eigenvalue
+    problems of size 2r at most; the first local delta is the first global one, the target of checkpoint i comes with i + k.
+    """
+    window, rows, exact = collections.deque(maxlen=k), {role: [] for role in ROLES}, 0
+    for b, a in checkpoints:
+        b, a = b.double(), a.double()
+        now = _Point(b, a, b.mT @ b, a @ a.mT)
+        wanted = {"global": None, "local": window[-1] if window else None}
+        if len(window) == k:
+            wanted["target"] = window[0]
+        for role, before in wanted.items():
+            u, sigma, v, slow = leading_triple(now, before)
+            rows[role].append((u.float(), sigma * scale, v.float()))
+            exact += slow
+        window.append(now)
+    triples, gaps = {}, {}
+    for role, found in rows.items():
+        triples[role] = Triples(*(torch.stack([row[j] if j != 1 else row[1][0].float() for row in found]) for j in range(3)))
+        gaps[role] = torch.stack(
+            [row[1][1] / row[1][0] if len(row[1]) > 1 and row[1][0] > 0 else torch.zeros(()).double() for row in found]
+        )
+    return triples, torch.stack([row[1] for row in rows["global"]]), gaps, exact
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

@@ -112,3 +112,109 @@ def test_r2_is_one_on_a_line_and_negative_where_the_line_misleads():
     held_out, in_sample = rank1.linear_fit_r2(steps, bent, 4)
     assert held_out == pytest.approx(1 - 3.25 / 0.125)
     assert in_sample == pytest.approx(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The fast way: a whole trajectory from Gram matrices
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+def lora_series(m, n, r, count=7, step=0.02, seed=0, common=0.7):
+    """Checkpoints of a LoRA that drifts as RL's do: B from zero, A from Kaiming's, a common direction and noise in each step. fp32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    b, a = torch.zeros(m, r), noise(r, n) / n**0.5
+    drift = noise(m, 1) @ noise(1, r) / r**0.5
+    found = []
+    for _ in range(count):
+        b = b + step * (common * drift + noise(m, r)) / m**0.5
+        a = a + 0.01 * step * noise(r, n) / n**0.5
+        found.append((b.clone(), a.clone()))
+    return found
+
+
+def dense_delta(series, role, i, k, scale):
+    now, before = {"global": (i, None), "local": (i, i - 1 if i else None), "target": (i + k, i)}[role]
+    whole = [scale * b.double() @ a.double() for b, a in series]
+    return whole[now] - (0 if before is None else whole[before])
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "r"), [(64, 64, 4), (64, 64, 128), (192, 64, 16), (256, 1536, 64), (1536, 256, 64), (512, 640, 128), (48, 300, 8)]
+)
+def test_a_trajectory_of_factors_equals_dense_svds(m, n, r):
+    series, k, scale = lora_series(m, n, r), 3, 0.5
+    triples, spectra, gaps, _ = rank1.rank1_trajectory(series, k, scale)
+    assert [len(triples[role].sigma) for role in rank1.ROLES] == [7, 7, 4]
+    for role in rank1.ROLES:
+        for i in range(len(triples[role].sigma)):
+            u, sigma, vh = torch.linalg.svd(dense_delta(series, role, i, k, scale), full_matrices=False)
+            assert triples[role].sigma[i].item() == pytest.approx(sigma[0].item(), rel=1e-6)
+            assert gaps[role][i].item() == pytest.approx((sigma[1] / sigma[0]).item(), rel=1e-5)
+            if sigma[0] / sigma[1] > 1.01:
+                assert abs(triples[role].u[i].double() @ u[:, 0]) > 1 - 1e-6
+                assert abs(triples[role].v[i].double() @ vh[0]) > 1 - 1e-6
+            assert (triples[role].u[i].double() @ u[:, 0]) * (triples[role].v[i].double() @ vh[0]) > 0  # one sign for both
+            if role == "global":
+                torch.testing.assert_close(spectra[i][: len(sigma)], sigma[: spectra.shape[1]], rtol=1e-6, atol=1e-6 * sigma[0].item())
+
+
+def test_a_large_matrix_equals_its_dense_svd():
+    series = lora_series(8960, 1536, 64, count=2)
+    triples, _, _, _ = rank1.rank1_trajectory(series, 1, 0.5)
+    delta = dense_delta(series, "target", 0, 1, 0.5).float()
+    u, sigma, v = torch.svd_lowrank(delta, q=160, niter=0)  # of rank 128: exact up to fp32
+    assert triples["target"].sigma[0].item() == pytest.approx(sigma[0].item(), rel=1e-5)
+    assert abs(triples["target"].u[0] @ u[:, 0]) > 1 - 1e-5
+    assert abs(triples["target"].v[0] @ v[:, 0]) > 1 - 1e-5
+
+
+def test_a_checkpoint_that_did_not_move_has_a_local_delta_of_exactly_zero():
+    (b, a), (b2, a2) = lora_series(40, 30, 4, count=2)
+    triples, _, gaps, exact = rank1.rank1_trajectory([(b, a), (b, a), (b2, a2)], 1, 0.5)
+    assert triples["local"].sigma[1] == 0
+    assert triples["local"].u[1].abs().max() == 0
+    assert gaps["local"][1] == 0
+    assert exact == 0
+
+
+def test_an_adapter_that_was_never_trained_has_no_direction():
+    b, a = torch.zeros(40, 4), torch.randn(4, 30)
+    triples, spectra, _, _ = rank1.rank1_trajectory([(b, a)] * 3, 1, 0.5)
+    assert all(triples[role].sigma.abs().max() == 0 for role in rank1.ROLES)
+    assert spectra.abs().max() == 0
+
+
+def test_a_rank_1_delta_is_found_and_the_rest_of_its_spectrum_is_zero():
+    u, v = torch.randn(40, 1), torch.randn(1, 30)
+    a = torch.randn(4, 30)
+    a[0] = v
+    b = torch.zeros(40, 4)
+    b[:, :1] = u
+    triples, spectra, _, _ = rank1.rank1_trajectory([(b, a), (2 * b, a)], 1, 1.0)
+    assert triples["target"].sigma[0].item() == pytest.approx((u.norm() * v.norm()).item(), rel=1e-6)
+    assert (spectra[:, 1:] / spectra[:, :1]).max() < 1e-7
+
+
+def test_terms_that_cancel_go_the_exact_way():
+    """B A with two columns of B nearly opposite and the rows of A nearly equal: what is left is 1e-6 of the terms."""
+    generator = torch.Generator().manual_seed(0)
+    column, row = torch.randn(50, 1, generator=generator).double(), torch.randn(1, 40, generator=generator).double()
+    small = 1e-6 * torch.randn(50, 1, generator=generator).double()
+    b, a = torch.cat([column, small - column], 1), torch.cat([row, row])
+    triples, _, _, exact = rank1.rank1_trajectory([(b, a), (2 * b, a)], 1, 1.0)
+    assert exact == 5
+    wanted = torch.linalg.svd(b @ a)
+    assert triples["global"].sigma[0].item() == pytest.approx(wanted.S[0].item(), rel=1e-6)
+    assert abs(triples["global"].u[0].double() @ wanted.U[:, 0]) > 1 - 1e-6
+
+
+def test_rows_of_a_that_depend_on_each_other_are_no_obstacle():
+    (b, a), (b2, a2) = lora_series(40, 30, 4, count=2)
+    a[3], a2[3] = a[2], a2[2]
+    triples, _, _, _ = rank1.rank1_trajectory([(b, a), (b2, a2)], 1, 1.0)
+    sigma = torch.linalg.svdvals(b2.double() @ a2.double() - b.double() @ a.double())
+    assert triples["target"].sigma[0].item() == pytest.approx(sigma[0].item(), rel=1e-6)
