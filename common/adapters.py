@@ -48,6 +48,11 @@ def module_rank(config: dict, module: str) -> int:
     return _by_pattern(config.get("rank_pattern"), module, config["r"])
 
 
+def highest_rank(config: dict) -> int:
+    """The highest rank that any module may have."""
+    return max(config["r"], *(config.get("rank_pattern") or {}).values())
+
+
 def module_scale(config: dict, module: str) -> float:
     """s = lora_alpha / r of `module`; with rsLoRA lora_alpha / sqrt(r)."""
     rank, alpha = module_rank(config, module), _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
