@@ -1,10 +1,11 @@
 """Stage 2: the trajectory as rank-1 deltas.                                       Paper: Sec. 3.2, 3.3, 4.1; Eq. 3, 5, 6, 7
 
     accelerate launch 02_extract_deltas.py --config demo --run-dir runs/demo
+    accelerate launch 02_extract_deltas.py --run-dir runs/mine --checkpoints 'outputs/checkpoint-*'      # TRL's; any PEFT LoRA adapters
 
-Reads   <run-dir>/train/step_0010 ... step_0150    (LoRA adapters)
+Reads   <run-dir>/train/step_0010 ... step_0150    (LoRA adapters), or those that --checkpoints names
 Writes  <run-dir>/deltas/rank1.safetensors         u, sigma, v of the global, local and target delta of every matrix and checkpoint
-        <run-dir>/deltas/index.json                steps, k, modules, and the gap sigma_2 / sigma_1 of each global delta
+        <run-dir>/deltas/index.json                steps and their checkpoints, k, modules, the gap sigma_2 / sigma_1 of each global delta
         <run-dir>/deltas/spectrum.json             energy ratios by step (Fig. 2), R^2 of linear fits (Fig. 3)
 
 Everything comes from the factors B and A in float64, exactly (`common/rank1.py`): no merged model, no m x n matrix, no bf16. Signs are
@@ -15,6 +16,7 @@ part: on the others every delta is exactly zero (the official code decomposes th
 import collections
 import dataclasses
 import pathlib
+import sys
 
 import torch
 from tqdm import tqdm
@@ -23,13 +25,21 @@ from common import adapters, rank1, run_dir
 from common import config as configs
 from common.run_dir import UserError
 
+ROUNDED = {"BF16": torch.bfloat16, "F16": torch.float16}  # dtypes in which a step of RL is near the rounding, by safetensors' names
+
 
 @dataclasses.dataclass
 class ExtractConfig(configs.StageConfig):
     """Which checkpoints, and how far ahead the target is."""
 
+    checkpoints: list[str] = dataclasses.field(
+        default_factory=lambda: ["{run_dir}/train/step_*"],
+        metadata={"help": "folders of PEFT LoRA adapters, as a quoted pattern; the last number in a name is its step"},
+    )
     k: int = dataclasses.field(default=5, metadata={"help": "checkpoints between a step and its target (paper: 5, that is 50 steps)"})
-    last_step: int = dataclasses.field(default=150, metadata={"help": "last checkpoint to take; later ones are left alone (paper: 150)"})
+    last_step: int = dataclasses.field(
+        default=0, metadata={"help": "last step to take; later ones are left alone; 0 is the last there (paper: 150)"}
+    )
     fit_checkpoints: int = dataclasses.field(default=10, metadata={"help": "checkpoints the linear fit of Fig. 3 sees (paper: 10)"})
 
     def __post_init__(self):
@@ -37,52 +47,56 @@ class ExtractConfig(configs.StageConfig):
             raise UserError(f"k must be at least 1, not {self.k}")
 
 
-def read_checkpoints(cfg: ExtractConfig, folder: pathlib.Path) -> dict[int, adapters.Adapter]:
-    """The adapters up to `last_step`, checked to be one evenly spaced series on one backbone."""
-    run_dir.read_json(folder / "config.json", "01_train_lora_grpo.py")
-    paths = {step: path for step, path in adapters.checkpoints(folder).items() if step <= cfg.last_step}
+def select(cfg: ExtractConfig, run: pathlib.Path) -> dict[int, pathlib.Path]:
+    """The checkpoints to take, by step: all that are there, or those up to `last_step`."""
+    where, found = ", ".join(cfg.path(pattern) for pattern in cfg.checkpoints), adapters.find_checkpoints(cfg.checkpoints, run)
+    if not found:
+        raise UserError(f"no folder matches {where}: run 01_train_lora_grpo.py first, or name other checkpoints with --checkpoints")
+    last = cfg.last_step or max(found)
+    paths = {step: path for step, path in found.items() if step <= last}
+    if last not in paths:
+        ends = max(paths, default=0)
+        raise UserError(f"{where} ends at step {ends}, before last_step = {last}: train on (01_train_lora_grpo.py), or lower last_step")
     if len(paths) < cfg.k + 2:
         raise UserError(
-            f"{folder} has {len(paths)} checkpoints up to step {cfg.last_step}; k = {cfg.k} needs at least {cfg.k + 2}: "
-            "train on, or lower k"
+            f"{where} has {len(paths)} checkpoints up to step {last}; k = {cfg.k} needs at least {cfg.k + 2}: train on, or lower k"
         )
-    steps = list(paths)
-    if steps[-1] != cfg.last_step:
-        raise UserError(
-            f"{folder} ends at step {steps[-1]}, before last_step = {cfg.last_step}: run 01_train_lora_grpo.py on, or lower last_step"
-        )
-    if len({b - a for a, b in zip([0, *steps], steps, strict=False)}) > 1:
-        raise UserError(f"checkpoints in {folder} are not evenly spaced: {steps}")
-    series = {step: adapters.read_adapter(path) for step, path in paths.items()}
-    first, bases = (
-        series[steps[0]],
-        {
-            step: run_dir.read_json(path / "checkpoint.json", "01_train_lora_grpo.py").get("backbone_fingerprint")
-            for step, path in paths.items()
-        },
-    )
-    for step, adapter in series.items():
-        if bases[step] != bases[steps[0]]:
-            raise UserError(f"{paths[step]} was trained on another backbone than {paths[steps[0]]}")
-        if {k: v[0].shape for k, v in adapter.factors.items()} != {
-            k: v[0].shape for k, v in first.factors.items()
-        } or adapter.scale != first.scale:
-            raise UserError(f"{paths[step]} has other modules, ranks or scale than {paths[steps[0]]}")
-    return series
+    return paths
 
 
-def extract(series: dict[int, adapters.Adapter], k: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def warn(series: adapters.Series, k: int) -> None:
+    """Says on stderr what of the checkpoints takes no part, and what it costs that their factors are rounded."""
+    if series.others:
+        more = f" and {len(series.others) - 1} more" if len(series.others) > 1 else ""
+        print(
+            f"note: {series.others[0]}{more} take no part in the jump: modules_to_save, biases, embeddings stay as they last were",
+            file=sys.stderr,
+        )
+    for name in sorted(series.dtypes & ROUNDED.keys()):
+        last, shares = series.steps[-1], []
+        for before in (series.steps[-2], series.steps[-1 - k]):
+            pairs = [(series.factors(module, last), series.factors(module, before)) for module in series.shapes]
+            shares.append(torch.tensor([rank1.rounding_share(now, then, ROUNDED[name]) for now, then in pairs]).median())
+        print(
+            f"warning: factors in {name}. If they were rounded on saving, that is {shares[0]:.1%} of the norm of the last local delta "
+            f"and {shares[1]:.1%} of the last target (median of {len(series.shapes)} matrices): save them in fp32",
+            file=sys.stderr,
+        )
+
+
+def extract(series: adapters.Series, k: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Returns (triples, spectra): tensors "role.module.u|sigma|v" [checkpoints, ...], and module -> singular values [checkpoints, r] of the
-    global delta. Matrices of one shape go through QR and SVD as one batch.
+    global delta. Matrices of one shape and rank go through QR and SVD as one batch.
     """
-    points = list(series.values())
     by_shape = collections.defaultdict(list)
-    for module, (b, a) in points[0].factors.items():
-        by_shape[(b.shape[0], a.shape[1])].append(module)
+    for module, shape in series.shapes.items():
+        by_shape[shape].append(module)
     triples, spectra = {}, {}
-    bar = tqdm(total=sum(map(len, by_shape.values())) * (3 * len(points) - k), desc="rank-1 SVDs", disable=None)
+    bar = tqdm(total=len(series.shapes) * (3 * len(series.steps) - k), desc="rank-1 SVDs", disable=None)
     for modules in by_shape.values():
-        factors = [tuple(torch.stack([point.factors[m][half] for m in modules]).double() for half in (0, 1)) for point in points]
+        scale = torch.tensor([series.scales[module] for module in modules], dtype=torch.float64)[:, None, None]
+        read = [[series.factors(module, step) for module in modules] for step in series.steps]
+        factors = [tuple(torch.stack(half).double() for half in zip(*pairs, strict=True)) for pairs in read]
         pairs = {
             "global": [(now, None) for now in factors],
             "local": list(zip(factors, [None, *factors], strict=False)),
@@ -91,7 +105,7 @@ def extract(series: dict[int, adapters.Adapter], k: int) -> tuple[dict[str, torc
         for role in rank1.ROLES:
             rows = []
             for now, before in pairs[role]:
-                rows.append(rank1.svd_of_product(*rank1.delta_factors(now, before, points[0].scale)))  # u [modules, m], ...
+                rows.append(rank1.svd_of_product(*rank1.delta_factors(now, before, scale)))  # u [modules, m], ...
                 bar.update(len(modules))
             for j, module in enumerate(modules):
                 for part, index in (("u", 0), ("v", 2)):
@@ -136,24 +150,26 @@ def measure(trajectory: rank1.Trajectory, spectra: dict[str, torch.Tensor], fit:
 def main() -> None:
     cfg = configs.parse(ExtractConfig, "extract", __doc__)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    train, folder = pathlib.Path(cfg.run_dir) / "train", pathlib.Path(cfg.run_dir) / "deltas"
-    series = read_checkpoints(cfg, train)
-    if not 2 <= cfg.fit_checkpoints <= len(series) - 2:
-        raise UserError(f"fit_checkpoints must leave at least 2 of the {len(series)} checkpoints to score on, not {cfg.fit_checkpoints}")
-    paths = adapters.checkpoints(train)
+    run = pathlib.Path(cfg.run_dir)
+    folder = run / "deltas"
+    series = adapters.open_series(select(cfg, run))
+    count = len(series.steps)
+    if not 2 <= cfg.fit_checkpoints <= count - 2:
+        raise UserError(f"fit_checkpoints must leave at least 2 of the {count} checkpoints to score on, not {cfg.fit_checkpoints}")
     stage = run_dir.Stage(folder, configs.as_dict(cfg), inputs=[])
-    stage.record["inputs"] = {f"step_{step:04d}": run_dir.sha256(paths[step] / "adapter_model.safetensors") for step in series}
+    stage.record["inputs"] = {f"step_{step:04d}": run_dir.sha256(path / "adapter_model.safetensors") for step, path in series.paths.items()}
     if stage.is_done(cfg.overwrite):
         return
+    warn(series, cfg.k)
     triples, spectra = extract(series, cfg.k)
     run_dir.save_tensors(folder / "rank1.safetensors", triples)
     run_dir.write_json(
         folder / "index.json",
         {
-            "steps": list(series),
+            "steps": series.steps,
+            "checkpoints": {step: run_dir.within(path, run) for step, path in series.paths.items()},
             "k": cfg.k,
             "modules": list(spectra),
-            "scale": next(iter(series.values())).scale,
             "sigma_2_over_sigma_1": {module: (s[:, 1] / s[:, 0]).tolist() if s.shape[1] > 1 else None for module, s in spectra.items()},
         },
     )
@@ -164,7 +180,7 @@ def main() -> None:
     energy, steps = found["energy_ratio"], found["steps"]
     print(f"energy ratio E_1: {energy[0]:.3f} at step {steps[0]}, {energy[-1]:.3f} at step {steps[-1]}")
     print(f"linear fit: {below:.0%} of {len(found['linear_fit'])} vectors have a held-out R^2 below 0")
-    print(f"done: rank-1 deltas of {len(spectra)} matrices at {len(series)} checkpoints in {folder}")
+    print(f"done: rank-1 deltas of {len(spectra)} matrices at {count} checkpoints in {folder}")
 
 
 if __name__ == "__main__":

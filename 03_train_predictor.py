@@ -2,7 +2,7 @@
 
     accelerate launch 03_train_predictor.py --config demo --run-dir runs/demo
 
-Reads   <run-dir>/deltas, and the factors in <run-dir>/train for the backtest
+Reads   <run-dir>/deltas, and the checkpoints these were made from for the backtest
 Writes  <run-dir>/predictor/<recipe>/model.safetensors    one encoder-decoder for each vector length (common/predictor.py)
         <run-dir>/predictor/<recipe>/report.json          losses, and what the predictor is worth on targets it has not seen
 
@@ -82,7 +82,7 @@ def score(predicted: dict, now: adapters.Adapter, future: adapters.Adapter) -> d
     """
     cosines, errors = [], []
     for module, (u, sigma, v) in predicted.items():
-        left, right = (x.double() for x in rank1.delta_factors(future.factors[module], now.factors[module], now.scale))
+        left, right = (x.double() for x in rank1.delta_factors(future.factors[module], now.factors[module], now.scale(module)))
         true_sigma = rank1.svd_of_product(left, right)[1]
         along = (u.double() @ left) @ (right @ v.double())  # u^T D v
         cosines.append(float(torch.sign(sigma) * along / true_sigma.norm()))
@@ -90,12 +90,14 @@ def score(predicted: dict, now: adapters.Adapter, future: adapters.Adapter) -> d
     return {"cosine": sum(cosines) / len(cosines), "sigma_error": sum(errors) / len(errors), "matrices": len(cosines)}
 
 
-def backtest(trajectory: rank1.Trajectory, recipe: predictor.Recipe, seed: int, holdout: int, train: pathlib.Path) -> dict:
-    """Stand at checkpoint c - holdout, train on what was known there, predict k checkpoints ahead, score beside controls and oracle."""
+def backtest(trajectory: rank1.Trajectory, recipe: predictor.Recipe, seed: int, holdout: int, paths: dict) -> dict:
+    """Stand at checkpoint c - holdout, train on what was known there, predict k checkpoints ahead, score beside controls and oracle.
+
+    `paths` are the folders of the checkpoints by step.
+    """
     count = len(trajectory.steps) - holdout
     past = trajectory.until(count)
     step, future_step = trajectory.steps[count - 1], trajectory.steps[count - 1 + trajectory.k]
-    paths = adapters.checkpoints(train)
     now, future = adapters.read_adapter(paths[step]), adapters.read_adapter(paths[future_step])
     models, _ = train_all(past, recipe, seed, "backtest")
     true = {m: (r["target"].u[count - 1], r["target"].sigma[count - 1], r["target"].v[count - 1]) for m, r in trajectory.deltas.items()}
@@ -113,6 +115,7 @@ def main() -> None:
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     run = pathlib.Path(cfg.run_dir)
     trajectory = rank1.load_trajectory(run / "deltas")
+    paths = rank1.checkpoint_paths(run)
     holdout = cfg.holdout or trajectory.k
     known = len(trajectory.steps) - holdout - trajectory.k
     if holdout < trajectory.k or known < 1:
@@ -127,7 +130,7 @@ def main() -> None:
         )
         if stage.is_done(cfg.overwrite):
             continue
-        tested = backtest(trajectory, recipe, cfg.seed, holdout, run / "train")
+        tested = backtest(trajectory, recipe, cfg.seed, holdout, paths)
         began = time.perf_counter()
         models, losses = train_all(trajectory, recipe, cfg.seed, f"predictor {name}")
         seconds = time.perf_counter() - began

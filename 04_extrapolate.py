@@ -3,10 +3,11 @@
     accelerate launch 04_extrapolate.py --config demo --run-dir runs/demo
     accelerate launch 04_extrapolate.py --config demo --run-dir runs/demo --methods repeat-last --alphas 1.5
 
-Reads   <run-dir>/train/step_0150, <run-dir>/deltas, <run-dir>/predictor/<recipe>
+Reads   <run-dir>/deltas, the last checkpoint these were made from (train/step_0150), <run-dir>/predictor/<recipe>
 Writes  <run-dir>/extrapolated/<method>_alpha1.5      for each method and alpha: an adapter of rank r + 1 (rl-extra: r), exact in fp32
 
-The adapters go straight into stages 5 and 6, PEFT or vLLM. `next` is made once for each recipe: next-aligned, next-paper.
+The adapters go straight into stages 5 and 6, PEFT or vLLM, and back to the trainer that made the checkpoints. `next` is made once for
+each recipe: next-aligned, next-paper.
 """
 
 import dataclasses
@@ -66,9 +67,11 @@ def variants(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Trajec
                 predicted = predictor.predict(load_predictors(folder, trajectory), trajectory, predictor.RECIPES[recipe])
                 found[f"next-{recipe}"] = (method, {"predicted": predicted}, [folder / "model.safetensors"])
         elif method == "oracle":
-            future = run / "train" / f"step_{step + trajectory.k * (trajectory.steps[-1] - trajectory.steps[-2]):04d}"
-            if not future.is_dir():
-                raise UserError(f"oracle needs {future}: run 01_train_lora_grpo.py on with a larger --steps")
+            ahead = step + trajectory.k * (trajectory.steps[-1] - trajectory.steps[-2])
+            patterns = run_dir.read_json(run / "deltas" / "done.json", "02_extract_deltas.py")["config"]["checkpoints"]
+            future = adapters.find_checkpoints(patterns, run).get(ahead)
+            if future is None:
+                raise UserError(f"oracle needs the checkpoint of step {ahead}: train on (01_train_lora_grpo.py with a larger --steps)")
             found[method] = (method, {"future": adapters.read_adapter(future)}, [future / "adapter_model.safetensors"])
         else:
             found[method] = (method, {}, [])
@@ -81,14 +84,14 @@ def main() -> None:
     run_dir.read_json(run / "deltas" / "done.json", "02_extract_deltas.py")
     trajectory = rank1.load_trajectory(run / "deltas")
     step = trajectory.steps[-1]
-    checkpoint = run / "train" / f"step_{step:04d}"
+    checkpoint = rank1.checkpoint_paths(run)[step]
     last = adapters.read_adapter(checkpoint)
-    base = run_dir.read_json(checkpoint / "checkpoint.json", "01_train_lora_grpo.py")
+    base = {"step": step, **adapters.read_info(checkpoint)}
     aligned = trajectory.aligned()
     sources = [checkpoint / "adapter_model.safetensors", run / "deltas" / "rank1.safetensors"]
     began, made, kept = time.perf_counter(), 0, 0
     for name, (method, needs, own_sources) in variants(cfg, run, trajectory, step).items():
-        inputs = {str(path.relative_to(run)): run_dir.sha256(path) for path in [*sources, *own_sources]}
+        inputs = {run_dir.within(path, run): run_dir.sha256(path) for path in [*sources, *own_sources]}
         for alpha in cfg.alphas if method != "none" else [0.0]:
             folder = run / "extrapolated" / (name if method == "none" else f"{name}_alpha{alpha:g}")
             info = {**base, "method": name, "alpha": alpha, "inputs": inputs}

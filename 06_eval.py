@@ -143,7 +143,7 @@ def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None
     hashes = {task: data.fingerprint(problems) for task, problems in tasks.items()}
     elsewhere = ("policies", "test_data", "prompt_column", "answer_column", "data_split", "batch_size", "vllm_options", "backbone")
     settings = configs.as_dict(cfg, leave_out=elsewhere)
-    rank = max((adapters.read_config(run / name)["r"] for name in names if name != "backbone"), default=0)
+    rank = max((adapters.highest_rank(adapters.read_config(run / name)) for name in names if name != "backbone"), default=0)
     judge, engine, loaded, shown = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format), None, None, set()
     for name in (bar := tqdm(names, desc="evaluating", unit="policy", disable=None if accelerator.is_main_process else True)):
         folder = run / "eval" / name.replace("/", "__")

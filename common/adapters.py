@@ -1,8 +1,15 @@
-"""LoRA adapters as files: read the factors, write new ones. No model is loaded for this, so it works at any model size."""
+"""LoRA adapters as files: read the factors, write new ones. No model is loaded for this, so it works at any model size.
+
+Ours, TRL's and verl's checkpoints are all what PEFT writes: adapter_config.json beside adapter_model.safetensors. In general each module
+has a rank and a scale of its own (rank_pattern, alpha_pattern, rsLoRA); a `Series` is a whole run of them, left on the disk.
+"""
 
 import contextlib
 import dataclasses
+import glob
 import json
+import math
+import os
 import pathlib
 import re
 
@@ -12,26 +19,80 @@ import torch
 
 from common.run_dir import UserError, atomic_dir, atomic_write_text, read_json
 
+TRAINING = "the training that writes it (here: 01_train_lora_grpo.py)"
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
+_EMBEDDING = re.compile(r"base_model\.model\.(.+)\.lora_embedding_A")
+_OTHER_FORMULAS = (  # options of PEFT's LoRA with which a module is not W + s B A with one B and one A
+    "use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
+    "target_parameters",
+)  # fmt: skip
+_OTHER_BACKBONES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change the backbone's own weights
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Rank and scale of a module
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _by_pattern(pattern: dict | None, module: str, default: float) -> float:
+    """What `pattern` (a regular expression for the end of a module's name -> value) says of `module`; the first that matches wins."""
+    if not pattern:
+        return default
+    from peft.utils.other import get_pattern_key  # PEFT's own rule; two seconds to import, for those who need it
+
+    return pattern.get(get_pattern_key(pattern, module), default)
+
+
+def module_rank(config: dict, module: str) -> int:
+    """The rank that adapter_config.json gives to `module`."""
+    return _by_pattern(config.get("rank_pattern"), module, config["r"])
+
+
+def highest_rank(config: dict) -> int:
+    """The highest rank that any module may have."""
+    return max(config["r"], *(config.get("rank_pattern") or {}).values())
+
+
+def module_scale(config: dict, module: str) -> float:
+    """s = lora_alpha / r of `module`; with rsLoRA lora_alpha / sqrt(r)."""
+    rank, alpha = module_rank(config, module), _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def one_more_rank(config: dict, modules: list[str], kept: list[str] = ()) -> dict:
+    """`config` with rank r + 1 for each of `modules`, whatever its r, and the old rank for those `kept`; all at the same scales.
+
+    Without patterns r and lora_alpha say it all; else the new patterns name every module that differs from these two. The
+    initialisation is reset: the file's tensors replace it anyway, and not every kind of it works at every rank.
+    """
+    divisor = math.sqrt if config.get("use_rslora") else float
+    new = {**config, "r": config["r"] + 1, "lora_alpha": config["lora_alpha"] / divisor(config["r"]) * divisor(config["r"] + 1)}
+    ranks = {module: module_rank(config, module) + 1 for module in modules} | {module: module_rank(config, module) for module in kept}
+    alphas = {module: module_scale(config, module) * divisor(rank) for module, rank in ranks.items()}
+    names = {module: f"^{re.escape(module)}" for module in ranks}  # the whole name; without ^ PEFT is content with its end
+    patterns = {
+        "rank_pattern": {names[module]: rank for module, rank in ranks.items() if rank != new["r"]},
+        "alpha_pattern": {names[module]: alpha for module, alpha in alphas.items() if not math.isclose(alpha, new["lora_alpha"])},
+    }
+    return {**new, "init_lora_weights": True} | {key: pattern for key, pattern in patterns.items() if pattern or config.get(key)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# One adapter
+# ---------------------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class Adapter:
-    """A LoRA: factors[module] = (B [m, r], A [r, n]) in fp32; the update of a module's weight is scale * B A."""
+    """A LoRA: factors[module] = (B [m, r], A [r, n]) in fp32; the update of a module's weight is scale(module) * B A."""
 
     config: dict  # adapter_config.json
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    others: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # what else the file holds (modules_to_save ...), by key
 
-    @property
-    def scale(self) -> float:
-        """s = lora_alpha / r."""
-        return self.config["lora_alpha"] / self.config["r"]
-
-
-def checkpoints(folder: pathlib.Path) -> dict[int, pathlib.Path]:
-    """The step_NNNN folders in `folder` by step, in order."""
-    found = {int(path.name.removeprefix("step_")): path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdigit()}
-    return dict(sorted(found.items()))
+    def scale(self, module: str) -> float:
+        """s of `module`, see `module_scale`."""
+        return module_scale(self.config, module)
 
 
 @contextlib.contextmanager
@@ -45,38 +106,87 @@ def _reading(path: pathlib.Path):
 
 
 def read_config(folder: pathlib.Path) -> dict:
-    """adapter_config.json of the checkpoint in `folder`, refused if it is not a plain LoRA."""
-    config = read_json(folder / "adapter_config.json", "01_train_lora_grpo.py")
-    if config.get("peft_type") != "LORA" or config.get("use_dora"):
-        raise UserError(f"{folder} is not a plain LoRA (peft_type {config.get('peft_type')}, use_dora {config.get('use_dora')})")
+    """adapter_config.json of the checkpoint in `folder`, refused if it is not a plain LoRA on the backbone as it is."""
+    config = read_json(folder / "adapter_config.json", TRAINING)
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{folder} is not a plain LoRA (peft_type {config.get('peft_type')})")
+    for option in _OTHER_FORMULAS:
+        if config.get(option):
+            raise UserError(f"{folder} is not a plain LoRA ({option}): its weights are not W + s B A, which the jump adds to")
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(_OTHER_BACKBONES):
+        raise UserError(f"{folder} was initialised by {start}, which changes the backbone: convert it to a plain LoRA first (PEFT's docs)")
     if not isinstance(config.get("r"), int) or config["r"] < 1 or not isinstance(config.get("lora_alpha"), int | float):
         raise UserError(f"{folder}/adapter_config.json has no usable r and lora_alpha")
     return config
 
 
-def read_adapter(folder: pathlib.Path) -> Adapter:
-    """The adapter in `folder`, factors in fp32 on the CPU."""
-    config = read_config(folder)
-    path = folder / "adapter_model.safetensors"
+def read_info(folder: pathlib.Path) -> dict:
+    """What is known of the checkpoint in `folder` beside its weights: checkpoint.json, which ours have; else what PEFT notes."""
+    if (folder / "checkpoint.json").is_file():
+        return read_json(folder / "checkpoint.json", TRAINING)
+    backbone = read_config(folder).get("base_model_name_or_path")
+    return {"backbone": backbone} if backbone else {}
+
+
+@dataclasses.dataclass
+class Header:
+    """What can be said of an adapter without reading a tensor."""
+
+    config: dict
+    shapes: dict[str, tuple[int, int, int]]  # module -> (m, r, n)
+    dtypes: set[str]  # of the factors, as safetensors names them: F32, BF16 ...
+    others: list[str]  # keys of the tensors that are no factors
+
+
+def read_header(folder: pathlib.Path) -> Header:
+    """The header of the adapter in `folder`. Raises UserError where it is broken, or its ranks are not those of its config."""
+    config, path = read_config(folder), folder / "adapter_model.safetensors"
     if not path.is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise UserError(f"{folder} has its weights in adapter_model.bin, a pickle, which can run code: train with save_safetensors")
         raise UserError(f"{path} is missing: delete {folder} and resume the stage that wrote it")
-    with _reading(path):
-        tensors = safetensors.torch.load_file(path)
+    with _reading(path), safetensors.safe_open(path, "pt") as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (a safe_open is no dict)
+        sizes = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
     halves = {"A": {}, "B": {}}
-    for key, tensor in tensors.items():
+    for key in sizes:
         if match := _KEY.fullmatch(key):
-            halves[match[2]][match[1]] = tensor.float()
+            halves[match[2]][match[1]] = key
     if not halves["A"] or halves["A"].keys() != halves["B"].keys():
         raise UserError(f"{path} does not hold matching lora_A and lora_B tensors")
-    return Adapter(config, {module: (halves["B"][module], halves["A"][module]) for module in sorted(halves["A"])})
+    factors = {*halves["A"].values(), *halves["B"].values()}
+    shapes = {}
+    for module in sorted(halves["A"]):
+        (b, _), (a, _), r = sizes[halves["B"][module]], sizes[halves["A"][module]], module_rank(config, module)
+        if len(a) != 2 or len(b) != 2:
+            raise UserError(f"{path}: {module} is no matrix (B {b}, A {a}); only LoRA on linear layers can jump")
+        if (b[1], a[0]) != (r, r):
+            raise UserError(f"{path}: {module} has factors of rank {b[1]} and {a[0]}, its config says {r}")
+        shapes[module] = (b[0], r, a[1])
+    return Header(config, shapes, {sizes[key][1] for key in factors}, sorted(sizes.keys() - factors))
+
+
+def _factors(file, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B [m, r], A [r, n]) of `module` in fp32, from an open safetensors file."""
+    return tuple(file.get_tensor(f"base_model.model.{module}.lora_{half}.weight").float() for half in "BA")
+
+
+def read_adapter(folder: pathlib.Path) -> Adapter:
+    """The adapter in `folder`, factors in fp32 on the CPU, its other tensors as they are."""
+    header, path = read_header(folder), folder / "adapter_model.safetensors"
+    with _reading(path), safetensors.safe_open(path, "pt") as file:
+        factors = {module: _factors(file, module) for module in header.shapes}
+        return Adapter(header.config, factors, {key: file.get_tensor(key) for key in header.others})
 
 
 def write_adapter(folder: pathlib.Path, adapter: Adapter, info: dict) -> None:
-    """Writes `adapter` to `folder` as PEFT lays it out (all ranks must equal config["r"]), with `info` in checkpoint.json."""
-    tensors = {}
+    """Writes `adapter` to `folder` as PEFT lays it out (ranks must be those its config says), with `info` in checkpoint.json."""
+    tensors = dict(adapter.others)
     for module, (b, a) in adapter.factors.items():
-        if b.shape[1] != adapter.config["r"] or a.shape[0] != adapter.config["r"]:
-            raise ValueError(f"{module}: factors of rank {b.shape[1]} in an adapter of rank {adapter.config['r']}")
+        rank = module_rank(adapter.config, module)
+        if b.shape[1] != rank or a.shape[0] != rank:
+            raise ValueError(f"{module}: factors of rank {b.shape[1]} where the config says {rank}")
         tensors[f"base_model.model.{module}.lora_A.weight"] = a.float().contiguous()
         tensors[f"base_model.model.{module}.lora_B.weight"] = b.float().contiguous()
     with atomic_dir(folder, overwrite=True) as temporary:
@@ -85,6 +195,89 @@ def write_adapter(folder: pathlib.Path, adapter: Adapter, info: dict) -> None:
         atomic_write_text(temporary / "checkpoint.json", json.dumps(info))
 
 
-def with_rank(config: dict, rank: int) -> dict:
-    """`config` for another rank at the same scale: s = lora_alpha / r stays, so lora_alpha becomes s * rank."""
-    return {**config, "r": rank, "lora_alpha": config["lora_alpha"] / config["r"] * rank}
+def extended(last: Adapter, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Adapter:
+    """`last` with factors of one more rank at the same scales. A LoRA on an embedding is among `others` and keeps its rank."""
+    kept = [match[1] for key in last.others if (match := _EMBEDDING.fullmatch(key))]
+    return Adapter(one_more_rank(last.config, list(factors), kept), factors, last.others)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# A series of adapters
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+def step_of(path: pathlib.Path) -> int | None:
+    """The last number in the last component of `path` that has one: checkpoint-20, step_0020, global_step_20/actor/lora_adapter."""
+    for part in reversed(path.parts):
+        if numbers := re.findall(r"\d+", part):
+            return int(numbers[-1])
+    return None
+
+
+def find_checkpoints(patterns: list[str], run: pathlib.Path) -> dict[int, pathlib.Path]:
+    """The folders that match any of `patterns` (with * and ~; {run_dir} is `run`) by step, in order. Each must hold an adapter."""
+    found = {}
+    for pattern in patterns:
+        names = glob.glob(os.path.expanduser(pattern.replace("{run_dir}", glob.escape(str(run)))))
+        for path in (path for path in map(pathlib.Path, sorted(names)) if path.is_dir() and path not in found.values()):
+            if not (path / "adapter_config.json").is_file():
+                raise UserError(f"{path} has no adapter_config.json: name the adapters alone (verl's are global_step_*/actor/lora_adapter)")
+            step = step_of(path)
+            if step is None:
+                raise UserError(f"no step in the name {path}: want checkpoint-20, step_20, global_step_20/actor/lora_adapter")
+            if step in found:
+                raise UserError(f"{found[step]} and {path} are both of step {step}: name one series alone")
+            found[step] = path
+    return dict(sorted(found.items()))
+
+
+@dataclasses.dataclass
+class Series:
+    """A run's adapters by step, checked to be one trajectory. The tensors stay on the disk."""
+
+    paths: dict[int, pathlib.Path]
+    config: dict
+    shapes: dict[str, tuple[int, int, int]]  # module -> (m, r, n)
+    scales: dict[str, float]  # module -> s
+    dtypes: set[str]  # of the factors: F32, BF16 ...
+    others: list[str]  # keys of the tensors that are no factors and take no part
+
+    @property
+    def steps(self) -> list[int]:
+        return list(self.paths)
+
+    def factors(self, module: str, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B [m, r], A [r, n]) of `module` at `step` in fp32. Reads these two tensors and nothing else."""
+        path = self.paths[step] / "adapter_model.safetensors"
+        with _reading(path), safetensors.safe_open(path, "pt") as file:
+            return _factors(file, module)
+
+
+def open_series(paths: dict[int, pathlib.Path]) -> Series:
+    """The adapters in `paths`, step -> folder in order, as one series. Reads configs and headers, no tensor.
+
+    Raises UserError where they are not evenly spaced from step 0 on (the backbone), or not all of one training.
+    """
+    steps = list(paths)
+    if len({b - a for a, b in zip([0, *steps], steps, strict=False)}) > 1:
+        raise UserError(f"checkpoints are not evenly spaced: {steps}, counted from step 0, the backbone; leave out what is in between")
+    first, dtypes = None, set()
+    for path in paths.values():
+        header, info = read_header(path), read_info(path)
+        scales = {module: module_scale(header.config, module) for module in header.shapes}
+        facts = {
+            "use_rslora": bool(header.config.get("use_rslora")),
+            "modules": set(header.shapes),
+            "shapes or ranks": header.shapes,
+            "scales": scales,
+            "tensors beside the LoRA": header.others,
+        }
+        backbone = info.get("backbone_fingerprint") or header.config.get("base_model_name_or_path")  # a name may change with the folder
+        first = first or (facts, backbone)
+        if backbone != first[1]:
+            raise UserError(f"{path} was trained on another backbone ({backbone}) than {paths[steps[0]]} ({first[1]})")
+        for what, value in facts.items():
+            if value != first[0][what]:
+                raise UserError(f"{path} has other {what} than {paths[steps[0]]}: a series is one adapter, trained on")
+        dtypes |= header.dtypes
+    return Series(paths, header.config, header.shapes, scales, dtypes, header.others)

@@ -4,29 +4,29 @@ Every method is a function (last, trajectory, alpha, **what it needs) -> Adapter
 targets (k checkpoints each) to move ahead. All methods move W_c by the same nominal distance at the same alpha.
 
 An extrapolated policy is an adapter again. W_c + alpha sigma u v^T with W_c = W_0 + s B A is exactly one LoRA of rank r + 1:
-B' = [B, c u], A' = [A; c v^T], c = sqrt(alpha sigma / s), s' = s. A sweep over alpha costs kilobytes, rounds nothing, and
-PEFT, vLLM and the stages here load it unchanged.
+B' = [B, c u], A' = [A; c v^T], c = sqrt(alpha sigma / s), s' = s, each module with its own r and s. A sweep over alpha costs
+kilobytes, rounds nothing, and PEFT, vLLM and the stages here load it unchanged.
 """
 
 import torch
 
-from common.adapters import Adapter, with_rank
+from common.adapters import Adapter, extended
 from common.rank1 import Trajectory, delta_factors, svd_of_product
 
 
 def add_rank1(last: Adapter, triples: dict[str, tuple], alpha: float) -> Adapter:
     """W_c + alpha sigma u v^T (Eq. 10) as an adapter of rank r + 1. triples[module] = (u [m], sigma, v [n]).
 
-    A negative alpha * sigma puts the sign on u. Modules without a triple get a zero column, so that all ranks stay equal.
+    A negative alpha * sigma puts the sign on u. Modules without a triple get a zero column, so that the rank grows everywhere.
     """
     factors = {}
     for module, (b, a) in last.factors.items():
         u, sigma, v = triples.get(module, (torch.zeros(b.shape[0]), torch.zeros(()), torch.zeros(a.shape[1])))
-        amount = alpha * float(sigma) / last.scale
+        amount = alpha * float(sigma) / last.scale(module)
         c = abs(amount) ** 0.5
         column = torch.sign(torch.tensor(amount)) * c * u.to(b.dtype)
         factors[module] = (torch.cat([b, column[:, None]], 1), torch.cat([a, c * v.to(a.dtype)[None]], 0))
-    return Adapter(with_rank(last.config, last.config["r"] + 1), factors)
+    return extended(last, factors)
 
 
 def next_(last: Adapter, trajectory: Trajectory, alpha: float, predicted: dict[str, tuple]) -> Adapter:
@@ -43,7 +43,7 @@ def oracle(last: Adapter, trajectory: Trajectory, alpha: float, future: Adapter)
     """Not a method but the ceiling for all of them: rank 1 of the true W_(c+k) - W_c, from a run that was really continued."""
     triples = {}
     for module, now in last.factors.items():
-        u, sigma, v = svd_of_product(*(x.double() for x in delta_factors(future.factors[module], now, last.scale)))
+        u, sigma, v = svd_of_product(*(x.double() for x in delta_factors(future.factors[module], now, last.scale(module))))
         triples[module] = (u, sigma[0], v)
     return add_rank1(last, triples, alpha)
 
@@ -56,7 +56,7 @@ def rl_extra(last: Adapter, trajectory: Trajectory, alpha: float) -> Adapter:
     """
     c = len(trajectory.steps)
     factor = (c + alpha * trajectory.k) / c
-    return Adapter(last.config, {module: (b * factor, a) for module, (b, a) in last.factors.items()})
+    return Adapter(last.config, {module: (b * factor, a) for module, (b, a) in last.factors.items()}, last.others)
 
 
 def none(last: Adapter, trajectory: Trajectory, alpha: float) -> Adapter:

@@ -1,6 +1,6 @@
 """Rank-1 trajectories: the deltas of Eq. 6, their leading singular triples (Eq. 3, 7), and what Sec. 3 measures on them.
 
-A LoRA checkpoint never needs its m x n matrix. With s = lora_alpha / r, every delta is a product of two thin factors:
+A LoRA checkpoint never needs its m x n matrix. With the module's scale s = lora_alpha / r, every delta is a product of two thin factors:
 
     global   W_i - W_0      =  s  B_i                A_i               rank r
     local    W_i - W_(i-1)  =  s [B_i, -B_(i-1)]    [A_i; A_(i-1)]     rank 2r
@@ -43,11 +43,30 @@ def svd_of_product(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tenso
     return (q1 @ u[..., :1])[..., 0] * some, sigma, (q2 @ vh[..., :1, :].mT)[..., 0] * some
 
 
-def delta_factors(now: tuple, before: tuple | None, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """W(now) - W(before) as (left, right). Each argument is (B [..., m, r], A [..., r, n]); `before` None is the backbone."""
+def delta_factors(now: tuple, before: tuple | None, scale: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """W(now) - W(before) as (left, right). Each argument is (B [..., m, r], A [..., r, n]); `before` None is the backbone.
+
+    `scale` is a number, or [..., 1, 1].
+    """
     if before is None:
         return scale * now[0], now[1]
     return scale * torch.cat([now[0], -before[0]], -1), torch.cat([now[1], before[1]], -2)
+
+
+def rounding_share(now: tuple, before: tuple, dtype: torch.dtype) -> float:
+    """How much of the norm of W(now) - W(before) is rounding, if the four factors were rounded to nearest in `dtype`.
+
+    The errors are taken as independent and uniform over the spacing of `dtype` around each entry, so this is the root of their expected
+    squared Frobenius norm, to first order, over the delta's norm. Each argument is (B [m, r], A [r, n]); inf where nothing moved.
+    """
+    left, right = delta_factors(tuple(x.double() for x in now), tuple(x.double() for x in before), 1.0)
+
+    def variance(x: torch.Tensor) -> torch.Tensor:
+        spacing = torch.finfo(dtype).eps * torch.exp2(torch.frexp(x).exponent.double() - 1)
+        return torch.where(x == 0, 0.0, spacing.square() / 12)
+
+    noise = variance(left).sum(0) @ right.square().sum(1) + left.square().sum(0) @ variance(right).sum(1)
+    return float((noise / ((left.mT @ left) * (right @ right.mT)).sum().clamp(min=0)).sqrt())  # |L R|^2 = tr(L'L RR')
 
 
 def align_signs(u, v, reference_u, reference_v):
@@ -123,6 +142,14 @@ def load_trajectory(folder: pathlib.Path) -> Trajectory:
         for module in index["modules"]
     }
     return Trajectory(index["steps"], index["k"], deltas)
+
+
+def checkpoint_paths(run: pathlib.Path) -> dict[int, pathlib.Path]:
+    """The checkpoints that the deltas of the run directory `run` were made from, by step, in order."""
+    index = read_json(run / "deltas" / "index.json", "02_extract_deltas.py")
+    if "checkpoints" not in index:
+        raise UserError(f"{run}/deltas/index.json does not say where its checkpoints are: run 02_extract_deltas.py --overwrite")
+    return {int(step): run / path for step, path in index["checkpoints"].items()}  # those elsewhere are absolute
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

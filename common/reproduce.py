@@ -62,13 +62,15 @@ def plan(preset_name: str, preset: dict, run_dir: str) -> list[Job]:
     def stage(script: str, *flags: str) -> list[str]:
         return ["accelerate", "launch", *wanted.get("launch", "").split(), script, *where, *flags]
 
+    # Without it stage 2 takes all that is there, and the reference run beside it goes on making checkpoints.
+    last = [] if "last_step" in preset.get("extract", {}) else ["--last-step", str(prefix)]
     jobs = []
     if wanted.get("prepare"):
         jobs.append(Job("prepare", [*wanted["prepare"].split(), "--run-dir", run_dir], [], 5))
     jobs += [
         Job("01", stage("01_train_lora_grpo.py"), ["prepare"], prefix),
         Job("01 reference", stage("01_train_lora_grpo.py", "--steps", str(reference)), ["01"], reference - prefix),
-        Job("02", stage("02_extract_deltas.py"), ["01"], 15),
+        Job("02", stage("02_extract_deltas.py", *last), ["01"], 15),
         Job("03", stage("03_train_predictor.py"), ["02"], 180),
         Job("04", stage("04_extrapolate.py"), ["03"], 15),
     ]

@@ -84,6 +84,12 @@ def versions() -> dict[str, str]:
     return {"python": sys.version.split()[0], **packages}
 
 
+def within(path: pathlib.Path, run: pathlib.Path) -> str:
+    """`path` as the run directory's files name it: relative to `run` where it is inside, so that `run` may be moved; else absolute."""
+    path, run = (pathlib.Path(os.path.abspath(p)) for p in (path, run))
+    return str(path.relative_to(run) if path.is_relative_to(run) else path)
+
+
 class Stage:
     """A stage's folder: `config.json` first (what is being made, from what), `done.json` last (it is all there)."""
 

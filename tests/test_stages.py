@@ -45,7 +45,7 @@ def copy(finished_run, tmp_path):
 
 
 def test_training_leaves_a_checkpoint_and_a_line_of_metrics_a_step(finished_run):
-    assert list(adapters.checkpoints(finished_run / "train")) == list(range(1, 9))
+    assert list(adapters.find_checkpoints(["{run_dir}/train/step_*"], finished_run)) == list(range(1, 9))
     rows = metrics(finished_run / "train")
     assert [row["step"] for row in rows] == list(range(1, 9))
     for row in rows:
@@ -70,7 +70,7 @@ def test_extraction_equals_dense_svds_of_the_merged_differences(finished_run):
     dense = []
     for step in trajectory.steps:
         adapter = adapters.read_adapter(finished_run / "train" / f"step_{step:04d}")
-        dense.append({m: adapter.scale * b.double() @ a.double() for m, (b, a) in adapter.factors.items()})
+        dense.append({m: adapter.scale(m) * b.double() @ a.double() for m, (b, a) in adapter.factors.items()})
     assert len(trajectory.deltas) == 21
     for module, roles in trajectory.deltas.items():
         zero = torch.zeros_like(dense[0][module])
@@ -126,8 +126,8 @@ def test_the_sweep_scales_one_direction(finished_run):
         for path in ("train/step_0006", "extrapolated/next-aligned_alpha0.5", "extrapolated/next-aligned_alpha1.5")
     )
     for module, (b, a) in last.factors.items():
-        base = last.scale * b @ a
-        small, large = (x.scale * x.factors[module][0] @ x.factors[module][1] - base for x in (half, whole))
+        base = last.scale(module) * b @ a
+        small, large = (x.scale(module) * x.factors[module][0] @ x.factors[module][1] - base for x in (half, whole))
         torch.testing.assert_close(3 * small, large, atol=1e-6, rtol=1e-3)
         assert torch.linalg.matrix_rank(large, rtol=1e-3) <= 1
 
@@ -142,10 +142,10 @@ def test_oracle_looks_at_the_run_that_went_on(finished_run):
 
 def test_continuing_counts_steps_on_and_trains_the_jumped_adapter(finished_run):
     folder = finished_run / "continued" / "next-aligned_alpha1.5"
-    assert list(adapters.checkpoints(folder)) == [7, 8]
+    assert list(adapters.find_checkpoints(["{run_dir}/step_*"], folder)) == [7, 8]
     start, end = adapters.read_adapter(finished_run / "extrapolated" / "next-aligned_alpha1.5"), adapters.read_adapter(folder / "step_0008")
     assert end.config["r"] == start.config["r"] == 5
-    assert end.scale == pytest.approx(start.scale)
+    assert all(end.scale(m) == pytest.approx(start.scale(m)) for m in start.factors)
     drift = max((end.factors[m][0] - start.factors[m][0]).abs().max().item() for m in start.factors)
     assert 0 < drift < 0.1
 
@@ -416,10 +416,18 @@ BAD = {
     "truncated checkpoint": ("02_extract_deltas.py", lambda run: truncate(run / "train/step_0003/adapter_model.safetensors"), [], "step_0003/adapter_model.safetensors is broken"),
     "checkpoint without weights": ("02_extract_deltas.py", lambda run: (run / "train/step_0003/adapter_model.safetensors").unlink(), [], "step_0003/adapter_model.safetensors is missing"),
     "a gap in the series": ("02_extract_deltas.py", lambda run: shutil.rmtree(run / "train/step_0003"), [], "not evenly spaced: [1, 2, 4, 5, 6]"),
-    "half-written config": ("02_extract_deltas.py", lambda run: truncate(run / "train/config.json"), [], "train/config.json is not valid JSON"),
+    "half-written config": ("02_extract_deltas.py", lambda run: truncate(run / "train/step_0003/adapter_config.json"), [], "step_0003/adapter_config.json is not valid JSON"),
     "another backbone in the series": ("02_extract_deltas.py", lambda run: edit_json(run / "train/step_0003/checkpoint.json", backbone_fingerprint="0"), [], "trained on another backbone"),
-    "other rank in the series": ("02_extract_deltas.py", lambda run: edit_json(run / "train/step_0003/adapter_config.json", lora_alpha=9), [], "other modules, ranks or scale"),
-    "not a LoRA": ("02_extract_deltas.py", lambda run: edit_json(run / "train/step_0003/adapter_config.json", use_dora=True), [], "not a plain LoRA"),
+    "other scale in the series": ("02_extract_deltas.py", lambda run: edit_json(run / "train/step_0003/adapter_config.json", lora_alpha=9), [], "step_0003 has other scales than"),
+    "other formula for the scale": ("02_extract_deltas.py", lambda run: edit_json(run / "train/step_0003/adapter_config.json", use_rslora=True), [], "step_0003 has other use_rslora than"),
+    "ranks that are not the config's": ("02_extract_deltas.py", lambda run: edit_json(run / "train/step_0003/adapter_config.json", r=9), [], "factors of rank 4 and 4, its config says 9"),
+    "not a LoRA": ("02_extract_deltas.py", lambda run: edit_json(run / "train/step_0003/adapter_config.json", use_dora=True), [], "not a plain LoRA (use_dora)"),
+    "not a LoRA of any kind": ("02_extract_deltas.py", lambda run: edit_json(run / "train/step_0003/adapter_config.json", peft_type="LOHA"), [], "not a plain LoRA (peft_type LOHA)"),
+    "a backbone changed at the start": ("02_extract_deltas.py", lambda run: edit_json(run / "train/step_0003/adapter_config.json", init_lora_weights="pissa_niter_4"), [], "pissa_niter_4, which changes the backbone"),
+    "a folder that is no adapter": ("02_extract_deltas.py", lambda run: (run / "train/step_0003/adapter_config.json").unlink(), [], "step_0003 has no adapter_config.json"),
+    "two checkpoints of one step": ("02_extract_deltas.py", lambda run: shutil.copytree(run / "train/step_0003", run / "train/step_3"), [], "are both of step 3"),
+    "nothing where it looks": ("02_extract_deltas.py", None, ["--checkpoints", "nowhere/checkpoint-*"], "no folder matches nowhere/checkpoint-*"),
+    "pickled weights": ("02_extract_deltas.py", lambda run: (run / "train/step_0003/adapter_model.safetensors").rename(run / "train/step_0003/adapter_model.bin"), [], "a pickle"),
     "too few checkpoints for k": ("02_extract_deltas.py", None, ["--k", "5"], "has 6 checkpoints up to step 6; k = 5 needs at least 7"),
     "last step not reached": ("02_extract_deltas.py", None, ["--last-step", "20"], "ends at step 8, before last_step = 20"),
     "no room to score the fit": ("02_extract_deltas.py", None, ["--fit-checkpoints", "5"], "fit_checkpoints"),

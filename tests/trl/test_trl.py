@@ -1,0 +1,118 @@
+"""NExt on a run of TRL's own GRPOTrainer. Needs TRL: python -m pytest tests/trl -c .pytest.ini -o addopts=-q"""
+
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, lay_out, run_stage
+from datasets import load_dataset
+from peft import LoraConfig, PeftModel
+
+sys.path.remove(str(ROOT / "tests"))  # where TRL would take the folder tests/vllm for the package vllm
+from trl import GRPOConfig, GRPOTrainer
+
+from common import adapters, policy, predictor, rank1, run_dir
+
+STEPS = 9
+JUMPED = "extrapolated/next-aligned_alpha1.5"
+
+
+def solved(completions, answer, **_):
+    return [float(f"\\boxed{{{right}}}" in text[0]["content"]) for text, right in zip(completions, answer, strict=True)]
+
+
+def train(model, run, name, steps, **options):
+    """Some steps of GRPO by TRL on the demo's sums, a checkpoint each in run/name. Returns the trainer."""
+    config = GRPOConfig(
+        output_dir=str(run / name),
+        max_steps=steps,
+        save_steps=1,
+        per_device_train_batch_size=16,
+        num_generations=8,
+        max_completion_length=56,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        disable_tqdm=True,
+        seed=0,
+    )
+    problems = load_dataset("json", data_files=str(run / "data" / "train.jsonl"), split="train", cache_dir=str(run / "cache"))
+    problems = problems.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
+    trainer = GRPOTrainer(model=model, reward_funcs=solved, args=config, train_dataset=problems, **options)
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """TRL's run, then stages 2, 3 and 4 on its checkpoints."""
+    folder = lay_out(tmp_path_factory.mktemp("trl") / "run")
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", rank_pattern={"down_proj": 6}, use_rslora=True)
+    train(str(folder / "backbone"), folder, "outputs", STEPS, peft_config=lora)
+    common = ["--run-dir", str(folder), "--threads", "1"]
+    for script, flags in (
+        ("02_extract_deltas.py", ["--checkpoints", str(folder / "outputs" / "checkpoint-*"), "--k", "2", "--fit-checkpoints", "6"]),
+        ("03_train_predictor.py", ["--recipes", "aligned"]),
+        ("04_extrapolate.py", ["--methods", "next", "repeat-last"]),
+    ):
+        done = run_stage(script, *common, *flags)
+        assert done.returncode == 0, done.stderr
+        print(done.stdout)
+    return folder
+
+
+def load(run, dtype=torch.float64):
+    return policy.load_backbone(str(run / "backbone"), dtype=dtype)[0]
+
+
+def test_trl_trained_and_every_checkpoint_was_read(run):
+    assert rank1.load_trajectory(run / "deltas").steps == list(range(1, STEPS + 1))
+    series = adapters.open_series(rank1.checkpoint_paths(run))
+    moved = [module for module in series.shapes if not torch.equal(series.factors(module, 1)[0], series.factors(module, STEPS)[0])]
+    assert len(moved) == len(series.shapes) == 21
+    assert {shape[1] for shape in series.shapes.values()} == {4, 6}
+    tested = json.loads((run / "predictor" / "aligned" / "report.json").read_text())["backtest"]
+    assert (tested["at_step"], tested["predicts_step"]) == (7, 9)
+
+
+def predicted(run):
+    """Module -> (u, sigma, v) of the trained predictor, straight from its file."""
+    trajectory = rank1.load_trajectory(run / "deltas")
+    models = importlib.import_module("04_extrapolate").load_predictors(run / "predictor" / "aligned", trajectory)
+    return predictor.predict(models, trajectory, predictor.RECIPES["aligned"])
+
+
+def last_known(run):
+    """Module -> (u, sigma, v) of the last target."""
+    targets = {module: roles["target"] for module, roles in rank1.load_trajectory(run / "deltas").deltas.items()}
+    return {module: (t.u[-1], t.sigma[-1], t.v[-1]) for module, t in targets.items()}
+
+
+@pytest.mark.parametrize(("name", "triples"), [(JUMPED, predicted), ("extrapolated/repeat-last_alpha1.5", last_known)])
+def test_peft_loads_the_jump_as_trls_last_checkpoint_plus_alpha_sigma_u_v(run, name, triples):
+    ids = torch.tensor([[2, 7, 8, 9, 3, 5]])
+    last = PeftModel.from_pretrained(load(run), run / "outputs" / f"checkpoint-{STEPS}", autocast_adapter_dtype=False).merge_and_unload()
+    before = last(input_ids=ids).logits
+    for module, (u, sigma, v) in triples(run).items():
+        last.get_submodule(module).weight.data += 1.5 * sigma.double() * torch.outer(u.double(), v.double())
+    by_hand = last(input_ids=ids).logits
+    jumped = PeftModel.from_pretrained(load(run), run / name, autocast_adapter_dtype=False)(input_ids=ids).logits
+    assert (by_hand - before).abs().max() > 1e-2
+    torch.testing.assert_close(jumped, by_hand, atol=1e-5, rtol=1e-5)
+
+
+def test_trl_trains_the_jumped_adapter_on(run):
+    model = PeftModel.from_pretrained(load(run, torch.float32), run / JUMPED, is_trainable=True)
+    trainer = train(model, run, "continued_by_trl", 1)
+    assert trainer.state.global_step == 1
+    start, end = (adapters.read_adapter(path) for path in (run / JUMPED, run / "continued_by_trl" / "checkpoint-1"))
+    assert adapters.read_header(run / "continued_by_trl" / "checkpoint-1").shapes == adapters.read_header(run / JUMPED).shapes
+    drift = max((end.factors[m][0] - start.factors[m][0]).abs().max().item() for m in start.factors)
+    assert 0 < drift < 0.01
+    assert all(end.scale(m) == pytest.approx(start.scale(m)) for m in start.factors)
+    assert run_dir.read_json(run / JUMPED / "checkpoint.json", "04")["step"] == STEPS
