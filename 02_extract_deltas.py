@@ -8,23 +8,29 @@ Writes  <run-dir>/deltas/rank1.safetensors         u, sigma, v of the global, lo
         <run-dir>/deltas/index.json                steps and their checkpoints, k, modules, the gap sigma_2 / sigma_1 of each global delta
         <run-dir>/deltas/spectrum.json             energy ratios by step (Fig. 2), R^2 of linear fits (Fig. 3)
 
-Everything comes from the factors B and A in float64, exactly (`common/rank1.py`): no merged model, no m x n matrix, no bf16. Signs are
-stored as LAPACK leaves them; `Trajectory.aligned` makes them consistent for whoever wants that. Only matrices with an adapter take
-part: on the others every delta is exactly zero (the official code decomposes them all the same).
+Everything comes from the factors B and A in float64 (`common/rank1.py`): no merged model, no m x n matrix, no bf16. k + 1 checkpoints of
+one matrix a thread are in memory at a time. The same command again goes on at the group of matrices it was at. Signs are stored as LAPACK
+leaves them; `Trajectory.aligned` makes them consistent for whoever wants that. Only matrices with an adapter take part: on the others
+every delta is exactly zero (the official code decomposes them all the same).
 """
 
-import collections
+import concurrent.futures
 import dataclasses
+import os
 import pathlib
+import shutil
 import sys
 
+import safetensors.torch
 import torch
+from accelerate import PartialState
 from tqdm import tqdm
 
 from common import adapters, rank1, run_dir
 from common import config as configs
 from common.run_dir import UserError
 
+GROUP = 8  # matrices a file that a killed run need not do again
 ROUNDED = {"BF16": torch.bfloat16, "F16": torch.float16}  # dtypes in which a step of RL is near the rounding, by safetensors' names
 
 
@@ -84,37 +90,59 @@ def warn(series: adapters.Series, k: int) -> None:
         )
 
 
-def extract(series: adapters.Series, k: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Returns (triples, spectra): tensors "role.module.u|sigma|v" [checkpoints, ...], and module -> singular values [checkpoints, r] of the
-    global delta. Matrices of one shape and rank go through QR and SVD as one batch.
+def extract_group(series: adapters.Series, modules: list[str], k: int, pool: concurrent.futures.Executor) -> dict[str, torch.Tensor]:
+    """All deltas of some matrices: "role.module.u|sigma|v" and "role.module.gap" (sigma_2 / sigma_1) [checkpoints, ...], "spectrum.module"
+    [checkpoints, r] (of the global deltas), "exact.module" [1] (how many needed the slow way). Each is read checkpoint by checkpoint.
     """
-    by_shape = collections.defaultdict(list)
-    for module, shape in series.shapes.items():
-        by_shape[shape].append(module)
-    triples, spectra = {}, {}
-    bar = tqdm(total=len(series.shapes) * (3 * len(series.steps) - k), desc="rank-1 SVDs", disable=None)
-    for modules in by_shape.values():
-        scale = torch.tensor([series.scales[module] for module in modules], dtype=torch.float64)[:, None, None]
-        read = [[series.factors(module, step) for module in modules] for step in series.steps]
-        factors = [tuple(torch.stack(half).double() for half in zip(*pairs, strict=True)) for pairs in read]
-        pairs = {
-            "global": [(now, None) for now in factors],
-            "local": list(zip(factors, [None, *factors], strict=False)),
-            "target": list(zip(factors[k:], factors, strict=False)),
-        }
-        for role in rank1.ROLES:
-            rows = []
-            for now, before in pairs[role]:
-                rows.append(rank1.svd_of_product(*rank1.delta_factors(now, before, scale)))  # u [modules, m], ...
-                bar.update(len(modules))
-            for j, module in enumerate(modules):
-                for part, index in (("u", 0), ("v", 2)):
-                    triples[f"{role}.{module}.{part}"] = torch.stack([row[index][j] for row in rows])
-                triples[f"{role}.{module}.sigma"] = torch.stack([row[1][j, 0] for row in rows])
-                if role == "global":
-                    spectra[module] = torch.stack([row[1][j] for row in rows])
-    bar.close()
-    return triples, spectra
+
+    def one(module: str) -> dict[str, torch.Tensor]:
+        checkpoints = (series.factors(module, step) for step in series.steps)
+        triples, spectrum, gaps, exact = rank1.rank1_trajectory(checkpoints, k, series.scales[module])
+        found = {f"spectrum.{module}": spectrum, f"exact.{module}": torch.tensor([exact])}
+        for role, t in triples.items():
+            parts = {"u": t.u, "sigma": t.sigma, "v": t.v, "gap": gaps[role]}
+            found |= {f"{role}.{module}.{part}": tensor for part, tensor in parts.items()}
+        return found
+
+    return {name: tensor for found in pool.map(one, modules) for name, tensor in found.items()}
+
+
+def extract(series: adapters.Series, k: int, parts: pathlib.Path, pool: concurrent.futures.Executor, state: PartialState) -> None:
+    """Leaves a file in `parts` for every group of matrices, those of this process. What an interrupted run left there is kept."""
+    modules, per_module = list(series.shapes), 3 * len(series.steps) - k
+    groups = [modules[start : start + GROUP] for start in range(0, len(modules), GROUP)]
+    mine = range(state.process_index, len(groups), state.num_processes)
+    shown = None if state.is_main_process else True
+    with tqdm(total=sum(len(groups[i]) for i in mine) * per_module, desc="rank-1 SVDs", disable=shown) as bar:
+        for i in mine:
+            path = parts / f"group_{i:04d}.safetensors"
+            if not path.is_file():
+                run_dir.save_tensors(path, extract_group(series, groups[i], k, pool))
+            bar.update(len(groups[i]) * per_module)
+
+
+def collect(series: adapters.Series, k: int, folder: pathlib.Path, run: pathlib.Path) -> dict[str, torch.Tensor]:
+    """Joins the groups into rank1.safetensors and index.json. Returns module -> singular values of its global deltas [checkpoints, r]."""
+    tensors, modules = {}, list(series.shapes)
+    for path in sorted((folder / "parts").glob("group_*.safetensors")):
+        tensors |= safetensors.torch.load_file(path)
+    triples = [f"{role}.{module}.{part}" for module in modules for role in rank1.ROLES for part in ("u", "sigma", "v")]
+    run_dir.save_tensors(folder / "rank1.safetensors", {name: tensors[name] for name in triples})
+    gaps = {role: {module: tensors[f"{role}.{module}.gap"].tolist() for module in modules} for role in rank1.ROLES}
+    near_ties = sum(gap > 1 / 1.01 for by_module in gaps.values() for values in by_module.values() for gap in values)
+    run_dir.write_json(
+        folder / "index.json",
+        {
+            "steps": series.steps,
+            "checkpoints": {step: run_dir.within(path, run) for step, path in series.paths.items()},
+            "k": k,
+            "modules": modules,
+            "sigma_2_over_sigma_1": gaps,
+            "near_ties": near_ties,  # sigma_1 / sigma_2 < 1.01: which of the two directions comes first is a matter of noise
+            "exact_way_taken": int(sum(tensors[f"exact.{module}"].item() for module in modules)),
+        },
+    )
+    return {module: tensors[f"spectrum.{module}"] for module in modules}
 
 
 def measure(trajectory: rank1.Trajectory, spectra: dict[str, torch.Tensor], fit: int) -> dict:
@@ -149,38 +177,38 @@ def measure(trajectory: rank1.Trajectory, spectra: dict[str, torch.Tensor], fit:
 
 def main() -> None:
     cfg = configs.parse(ExtractConfig, "extract", __doc__)
-    torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    state = PartialState(cpu=not torch.accelerator.is_available())
     run = pathlib.Path(cfg.run_dir)
     folder = run / "deltas"
     series = adapters.open_series(select(cfg, run))
     count = len(series.steps)
     if not 2 <= cfg.fit_checkpoints <= count - 2:
         raise UserError(f"fit_checkpoints must leave at least 2 of the {count} checkpoints to score on, not {cfg.fit_checkpoints}")
-    stage = run_dir.Stage(folder, configs.as_dict(cfg), inputs=[])
-    stage.record["inputs"] = {f"step_{step:04d}": run_dir.sha256(path / "adapter_model.safetensors") for step, path in series.paths.items()}
-    if stage.is_done(cfg.overwrite):
-        return
-    warn(series, cfg.k)
-    triples, spectra = extract(series, cfg.k)
-    run_dir.save_tensors(folder / "rank1.safetensors", triples)
-    run_dir.write_json(
-        folder / "index.json",
-        {
-            "steps": series.steps,
-            "checkpoints": {step: run_dir.within(path, run) for step, path in series.paths.items()},
-            "k": cfg.k,
-            "modules": list(spectra),
-            "sigma_2_over_sigma_1": {module: (s[:, 1] / s[:, 0]).tolist() if s.shape[1] > 1 else None for module, s in spectra.items()},
-        },
-    )
-    found = measure(rank1.load_trajectory(folder), spectra, cfg.fit_checkpoints)
-    run_dir.write_json(folder / "spectrum.json", found)
-    stage.finish(decompositions=sum(len(t) for name, t in triples.items() if name.endswith("sigma")))
-    below = sum(row["held_out"] < 0 for row in found["linear_fit"]) / len(found["linear_fit"])
-    energy, steps = found["energy_ratio"], found["steps"]
-    print(f"energy ratio E_1: {energy[0]:.3f} at step {steps[0]}, {energy[-1]:.3f} at step {steps[-1]}")
-    print(f"linear fit: {below:.0%} of {len(found['linear_fit'])} vectors have a held-out R^2 below 0")
-    print(f"done: rank-1 deltas of {len(spectra)} matrices at {count} checkpoints in {folder}")
+    # Matrices this small are fastest one to a thread; in torch's own threads LAPACK is several times slower than in one.
+    torch.set_num_threads(1)
+    workers = cfg.threads or max(1, os.cpu_count() // state.num_processes)
+    with concurrent.futures.ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        stage = run_dir.Stage(folder, configs.as_dict(cfg), inputs=[])
+        hashes = pool.map(run_dir.sha256, [path / "adapter_model.safetensors" for path in series.paths.values()])
+        stage.record["inputs"] = {f"step_{step:04d}": digest for step, digest in zip(series.steps, hashes, strict=True)}
+        with state.main_process_first():
+            if stage.is_done(cfg.overwrite, writer=state.is_main_process):
+                return
+        if state.is_main_process:
+            warn(series, cfg.k)
+        extract(series, cfg.k, folder / "parts", pool, state)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        spectra = collect(series, cfg.k, folder, run)
+        found = measure(rank1.load_trajectory(folder), spectra, cfg.fit_checkpoints)
+        run_dir.write_json(folder / "spectrum.json", found)
+        stage.finish(decompositions=len(spectra) * (3 * count - cfg.k))
+        shutil.rmtree(folder / "parts")
+        below = sum(row["held_out"] < 0 for row in found["linear_fit"]) / len(found["linear_fit"])
+        energy, steps = found["energy_ratio"], found["steps"]
+        print(f"energy ratio E_1: {energy[0]:.3f} at step {steps[0]}, {energy[-1]:.3f} at step {steps[-1]}")
+        print(f"linear fit: {below:.0%} of {len(found['linear_fit'])} vectors have a held-out R^2 below 0")
+        print(f"done: rank-1 deltas of {len(spectra)} matrices at {count} checkpoints in {folder}")
 
 
 if __name__ == "__main__":
