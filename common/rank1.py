@@ -198,26 +198,29 @@ class _Point:
 
 
 def _delta(now: _Point, before: _Point | None):
-    """W_now - W_before = (B_now - B_before) A_now + B_before (A_now - A_before), for s = 1, as (left, right, left Gram, right Gram).
+    """W_now - W_before for s = 1 as a sum of products: (its left halves, its right halves, Gram matrix of the left ones, of the right ones).
 
-    Differences first: where little has moved, [B_now, -B_before] [A_now; A_before] would subtract two large products from each other.
+    (B_now - B_before) A_now + B_before (A_now - A_before): differences first. Where little has moved, [B_now, -B_before]
+    [A_now; A_before] would subtract two large products from each other.
     """
     if before is None:
-        return now.b, now.a, now.gram_b, now.gram_a
+        return [now.b], [now.a], now.gram_b, now.gram_a
     d_b, d_a = now.b - before.b, now.a - before.a
     cross_b, cross_a = d_b.mT @ before.b, now.a @ d_a.mT
     left_gram = torch.cat([torch.cat([d_b.mT @ d_b, cross_b], 1), torch.cat([cross_b.mT, before.gram_b], 1)])
     right_gram = torch.cat([torch.cat([now.gram_a, cross_a], 1), torch.cat([cross_a.mT, d_a @ d_a.mT], 1)])
-    return torch.cat([d_b, before.b], 1), torch.cat([now.a, d_a]), left_gram, right_gram
+    return [d_b, before.b], [now.a, d_a], left_gram, right_gram
 
 
 def leading_triple(now: _Point, before: _Point | None):
     """(u [m], sigma [q], v [n], whether the exact way was needed) of W_now - W_before for s = 1."""
-    left, right, left_gram, right_gram = _delta(now, before)
+    lefts, rights, left_gram, right_gram = _delta(now, before)
     x, sigma, y, bound = leading_from_grams(left_gram, right_gram)
     if bound > PROMISE:
-        return *svd_of_product(left, right), True
-    return left @ x, sigma, right.mT @ y, False
+        return *svd_of_product(torch.cat(lefts, 1), torch.cat(rights)), True
+    u = sum(left @ part for left, part in zip(lefts, x.chunk(len(lefts)), strict=True))
+    v = sum(part @ right for right, part in zip(rights, y.chunk(len(rights)), strict=True))
+    return u, sigma, v, False
 
 
 def rank1_trajectory(checkpoints: Iterable[tuple[torch.Tensor, torch.Tensor]], k: int, scale: float):
