@@ -50,7 +50,7 @@ def module_rank(config: dict, module: str) -> int:
 
 def highest_rank(config: dict) -> int:
     """The highest rank that any module may have."""
-    return max(config["r"], *(config.get("rank_pattern") or {}).values())
+    return max([config["r"], *(config.get("rank_pattern") or {}).values()])
 
 
 def module_scale(config: dict, module: str) -> float:

@@ -146,9 +146,9 @@ def write(run: pathlib.Path) -> str:
         [{k: v for k, v in dataclasses.asdict(r).items() if k != "by_problem"} | {"label": r.label} for r in table_rows(results)],
     )
     table = main_table(results)
-    if not (run / "deltas" / "done.json").is_file():
+    if not all((run / name).is_file() for name in ("deltas/done.json", "train/metrics.jsonl")):
         run_dir.atomic_write_text(run / "report.md", f"# Results of {run.name}\n\n{table}\n")
-        return f"\n{table}\n\nreport: {run / 'report.md'} (no figures before stage 2 has run)"
+        return f"\n{table}\n\nreport: {run / 'report.md'} (no figures without stages 1 and 2)"
     figures = plots.draw_all(run, results, cost_bars(run, results))
     versions = json.dumps(run_dir.versions()).strip("{}").replace('"', "")
     parts = [

@@ -109,7 +109,12 @@ def cost_bars(run: pathlib.Path, results: dict[str, Result]) -> dict[str, list[f
 
 
 def wall_seconds(run: pathlib.Path, result: Result) -> float | None:
-    """What it took to get this policy: the shared RL prefix, the method's own computing, the RL after the jump."""
+    """What it took to get this policy: the shared RL prefix, the method's own computing, the RL after the jump.
+
+    None where that is not known (the run was another trainer's) or no fair cost (the oracle).
+    """
+    if not (run / "train" / "metrics.jsonl").is_file():
+        return None
     if result.method in ("backbone", "grpo"):
         return rl_seconds(run / "train", result.steps) if result.steps else 0.0
     jumped = result.policy.split("/")[1].removesuffix("_merged")

@@ -1,7 +1,7 @@
-"""Rank-1 extraction against its alternatives on one matrix, and stage 2 on a whole model's checkpoints against the floor. Run by hand, alone.
+"""Rank-1 extraction against its alternatives on one matrix, and stage 2 on a whole model against the floor. Run by hand, alone.
 
-python tests/bench/bench_extract.py                     # one matrix of Qwen2.5-1.5B, 8960 x 1536
-python tests/bench/bench_extract.py --model 1.5b        # 15 checkpoints of the whole model (4.4 GB in the temporary folder), stage 2 on them
+python tests/bench/bench_extract.py                     # one matrix of Qwen2.5-1.5B
+python tests/bench/bench_extract.py --model 1.5b        # stage 2 on 15 checkpoints of the whole model (4.4 GB)
 
 The factors are random ones that drift as a LoRA in RL does: B from zero, A from Kaiming's, a common direction and noise.
 """
@@ -109,7 +109,7 @@ def read_all(folder: pathlib.Path, cold: bool) -> float:
 
 
 def product_seconds(name: str, workers: int) -> float:
-    """The factor products stage 2 cannot do without, at this machine's speed for them: 9 products [r, m] x [m, r] a checkpoint and half."""
+    """Seconds of the factor products ([r, m] by [m, r]) that stage 2 cannot do without, at this machine's speed for them."""
     hidden, middle, kv, layers = MODELS[name]
     x, repeats = torch.randn(RANK, hidden, dtype=torch.float64), 200
     torch.set_num_threads(1)

@@ -58,7 +58,7 @@ def run(tmp_path_factory):
     for script, flags in (
         ("02_extract_deltas.py", ["--checkpoints", str(folder / "outputs" / "checkpoint-*"), "--k", "2", "--fit-checkpoints", "6"]),
         ("03_train_predictor.py", ["--recipes", "aligned"]),
-        ("04_extrapolate.py", ["--methods", "next", "repeat-last"]),
+        ("04_extrapolate.py", ["--methods", "next", "repeat-last", "none"]),
     ):
         done = run_stage(script, *common, *flags)
         assert done.returncode == 0, done.stderr
@@ -104,6 +104,18 @@ def test_peft_loads_the_jump_as_trls_last_checkpoint_plus_alpha_sigma_u_v(run, n
     jumped = PeftModel.from_pretrained(load(run), run / name, autocast_adapter_dtype=False)(input_ids=ids).logits
     assert (by_hand - before).abs().max() > 1e-2
     torch.testing.assert_close(jumped, by_hand, atol=1e-5, rtol=1e-5)
+
+
+def test_stage_6_measures_the_jump_against_the_last_checkpoint(run):
+    options = {"prompt-template": "{prompt}", "system-prompt": "", "max-prompt-tokens": 16, "max-new-tokens": 56, "runs": 1, "threads": 1}
+    flags = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    where = ["--run-dir", str(run), "--backbone", str(run / "backbone"), "--test-data", str(run / "data" / "test.jsonl")]
+    done = run_stage("06_eval.py", *where, *flags, "--policies", "backbone", "extrapolated/*")
+    assert done.returncode == 0, done.stderr
+    assert "extrapolated/none  test: " in done.stdout
+    rows = [line for line in (run / "report.md").read_text().splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + 3
+    assert all(row.endswith("| – |") for row in rows[2:])  # nobody knows the seconds of TRL's steps
 
 
 def test_trl_trains_the_jumped_adapter_on(run):
