@@ -198,7 +198,7 @@ class _Point:
 
 
 def _delta(now: _Point, before: _Point | None):
-    """W_now - W_before for s = 1 as a sum of products: (its left halves, its right halves, Gram matrix of the left ones, of the right ones).
+    """W_now - W_before for s = 1 as a sum of products: (left halves, right halves, Gram matrix of the left ones, of the right ones).
 
     (B_now - B_before) A_now + B_before (A_now - A_before): differences first. Where little has moved, [B_now, -B_before]
     [A_now; A_before] would subtract two large products from each other.
