@@ -2,9 +2,11 @@
 
     accelerate launch 04_extrapolate.py --config demo --run-dir runs/demo
     accelerate launch 04_extrapolate.py --config demo --run-dir runs/demo --methods repeat-last --alphas 1.5
+    accelerate launch 04_extrapolate.py --config demo --run-dir runs/demo --alphas 1.5 --merge fp32
 
 Reads   <run-dir>/deltas, the last checkpoint these were made from (train/step_0150), <run-dir>/predictor/<recipe>
 Writes  <run-dir>/extrapolated/<method>_alpha1.5      for each method and alpha: an adapter of rank r + 1 (rl-extra: r), exact in fp32
+        <run-dir>/merged/<method>_alpha1.5            with --merge: the backbone and that adapter in one, a Hugging Face folder
 
 The adapters go straight into stages 5 and 6, PEFT or vLLM, and back to the trainer that made the checkpoints. `next` is made once for
 each recipe: next-aligned, next-paper.
@@ -12,11 +14,13 @@ each recipe: next-aligned, next-paper.
 
 import dataclasses
 import pathlib
+import sys
 import time
+from typing import Literal
 
 import safetensors.torch
 
-from common import adapters, extrapolators, predictor, rank1, run_dir
+from common import adapters, extrapolators, merge, predictor, rank1, run_dir, weights
 from common import config as configs
 from common.run_dir import UserError
 
@@ -33,6 +37,9 @@ class ExtrapolateConfig(configs.StageConfig):
     )
     alphas: list[float] = dataclasses.field(
         default_factory=lambda: [1.5], metadata={"help": "extending coefficients (paper: 1.5; Fig. 6: 0.5 to 4.0)"}
+    )
+    merge: Literal["fp32", "backbone"] | None = dataclasses.field(
+        default=None, metadata={"help": "write merged models too, in fp32 or rounded to the backbone's dtype; without it, adapters alone"}
     )
 
     def __post_init__(self):
@@ -78,6 +85,27 @@ def variants(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Trajec
     return found
 
 
+def write_merged(cfg: ExtrapolateConfig, run: pathlib.Path, name: str) -> None:
+    """Merges <run-dir>/extrapolated/<name> into its backbone in <run-dir>/merged/<name>, unless just that is there."""
+    source, out = run / "extrapolated" / name, run / "merged" / name
+    backbone = adapters.read_info(source).get("backbone")
+    if not backbone:
+        raise UserError(f"{source} does not say what its backbone is: set base_model_name_or_path in its adapter_config.json")
+    record = {"backbone": backbone, "dtype": cfg.merge, "adapter": run_dir.sha256(source / "adapter_model.safetensors")}
+    there = (out / "merge.json").is_file() and not cfg.overwrite
+    if there and record.items() <= run_dir.read_json(out / "merge.json", "04_extrapolate.py --overwrite").items():
+        return
+    base = weights.find_model(cfg.path(backbone))
+    lost = merge.merge(out, adapters.read_adapter(source), base, cfg.merge == "fp32", record)
+    rounded = sorted({*weights.open_model(out).dtypes.values()} & {"BF16", "F16"})
+    if rounded:
+        print(
+            f"warning: {out} is in {', '.join(rounded)}: rounding leaves {lost['entries_lost']:.1%} of the entries that the adapter "
+            f"changes as they were, and loses {lost['norm_lost']:.1%} of the norm of its update; --merge fp32 loses nothing",
+            file=sys.stderr,
+        )
+
+
 def main() -> None:
     cfg = configs.parse(ExtrapolateConfig, "extrapolate", __doc__)
     run = pathlib.Path(cfg.run_dir)
@@ -95,14 +123,18 @@ def main() -> None:
         for alpha in cfg.alphas if method != "none" else [0.0]:
             folder = run / "extrapolated" / (name if method == "none" else f"{name}_alpha{alpha:g}")
             info = {**base, "method": name, "alpha": alpha, "inputs": inputs}
+            before = {}
             if (folder / "checkpoint.json").is_file() and not cfg.overwrite:
                 before = run_dir.read_json(folder / "checkpoint.json", "04_extrapolate.py --overwrite")
-                if {**before, "seconds": None} == {**info, "seconds": None}:
-                    kept += 1
-                    continue
-            adapter = extrapolators.METHODS[method](last, aligned, alpha, **needs)
-            adapters.write_adapter(folder, adapter, {**info, "seconds": round(time.perf_counter() - began, 3)})
-            made, began = made + 1, time.perf_counter()
+            if {**before, "seconds": None} == {**info, "seconds": None}:
+                kept += 1
+            else:
+                adapter = extrapolators.METHODS[method](last, aligned, alpha, **needs)
+                adapters.write_adapter(folder, adapter, {**info, "seconds": round(time.perf_counter() - began, 3)})
+                made += 1
+            if cfg.merge:
+                write_merged(cfg, run, folder.name)
+            began = time.perf_counter()
     print(f"done: {made} adapters made from step {step}, {kept} were there already, in {run / 'extrapolated'}")
 
 

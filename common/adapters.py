@@ -4,7 +4,6 @@ Ours, TRL's and verl's checkpoints are all what PEFT writes: adapter_config.json
 has a rank and a scale of its own (rank_pattern, alpha_pattern, rsLoRA); a `Series` is a whole run of them, left on the disk.
 """
 
-import contextlib
 import dataclasses
 import glob
 import json
@@ -17,7 +16,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from common.run_dir import UserError, atomic_dir, atomic_write_text, read_json
+from common.run_dir import UserError, atomic_dir, atomic_write_text, read_json, reading
 
 TRAINING = "the training that writes it (here: 01_train_lora_grpo.py)"
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
@@ -95,14 +94,8 @@ class Adapter:
         return module_scale(self.config, module)
 
 
-@contextlib.contextmanager
 def _reading(path: pathlib.Path):
-    try:
-        yield
-    except (OSError, safetensors.SafetensorError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"{path} is broken ({str(error).splitlines()[0][:200]}): delete its folder and resume the stage that wrote it"
-        ) from error
+    return reading(path, "delete its folder and resume the stage that wrote it")
 
 
 def read_config(folder: pathlib.Path) -> dict:

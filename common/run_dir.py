@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 
+import safetensors
 import safetensors.torch
 import torch
 
@@ -45,6 +46,15 @@ def read_json(path: pathlib.Path, made_by: str) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): delete it and run {made_by} again") from error
+
+
+@contextlib.contextmanager
+def reading(path: pathlib.Path, advice: str):
+    """Turns what safetensors raises on the broken file `path` into one line that names it and ends in `advice`."""
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path} is broken ({str(error).splitlines()[0][:200]}): {advice}") from error
 
 
 def save_tensors(path: pathlib.Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:

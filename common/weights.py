@@ -1,0 +1,69 @@
+"""The tensors of a Hugging Face model folder, one at a time: no model is loaded, so it works at any model size."""
+
+import dataclasses
+import pathlib
+
+import safetensors
+import torch
+
+from common.run_dir import UserError, read_json, reading
+
+WANTED = "a Hugging Face folder with safetensors weights"
+
+
+@dataclasses.dataclass
+class ModelFolder:
+    """What config.json and the headers of the safetensors files say; the tensors stay on the disk."""
+
+    path: pathlib.Path
+    config: dict  # config.json
+    files: dict[str, pathlib.Path]  # tensor -> the file that holds it
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]  # as safetensors names them: F32, BF16 ...
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor `name` as it is stored. Reads nothing else."""
+        with _reading(self.files[name]), safetensors.safe_open(self.files[name], "pt") as file:
+            return file.get_tensor(name)
+
+
+def _reading(path: pathlib.Path):
+    return reading(path, f"want {WANTED}, complete")
+
+
+def open_model(folder: pathlib.Path) -> ModelFolder:
+    """The model in `folder`: model.safetensors, or the shards that model.safetensors.index.json names. Reads headers, no tensor.
+
+    Raises UserError where a file is missing or broken, or a shard does not hold what the index says.
+    """
+    config = read_json(folder / "config.json", f"whatever writes {WANTED}")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        wanted = {name: folder / file for name, file in read_json(index, f"whatever writes {WANTED}")["weight_map"].items()}
+    elif (folder / "model.safetensors").is_file():
+        wanted = None
+    else:
+        raise UserError(f"{folder} has no model.safetensors and no {index.name}: want {WANTED}")
+    files, shapes, dtypes = {}, {}, {}
+    for path in sorted({*wanted.values()}) if wanted else [folder / "model.safetensors"]:
+        with _reading(path), safetensors.safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  (a safe_open is no dict)
+                part = file.get_slice(name)
+                files[name], shapes[name], dtypes[name] = path, tuple(part.get_shape()), part.get_dtype()
+    for name, path in (wanted or {}).items():
+        if files.get(name) != path:
+            raise UserError(f"{path} does not hold {name}, as {index} says: want {WANTED}, complete")
+    return ModelFolder(folder, config, files, shapes, dtypes)
+
+
+def find_model(name: str) -> pathlib.Path:
+    """The folder of the model `name`, which is a folder or a hub id whose files are in the hub's cache on this machine."""
+    if pathlib.Path(name).is_dir():
+        return pathlib.Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return pathlib.Path(snapshot_download(name, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        raise UserError(f"backbone {name} is no folder, and no hub id in this machine's cache: want {WANTED}") from error
