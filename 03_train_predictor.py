@@ -3,7 +3,7 @@
     accelerate launch 03_train_predictor.py --config demo --run-dir runs/demo
 
 Reads   <run-dir>/deltas, and the factors in <run-dir>/train for the backtest
-Writes  <run-dir>/predictor/<recipe>/model.safetensors    one encoder-decoder for each vector length (common/predictor.py)
+Writes  <run-dir>/predictor/<recipe>/model.safetensors    one encoder-decoder for each vector length; for `weighted` three numbers
         <run-dir>/predictor/<recipe>/report.json          losses, and what the predictor is worth on targets it has not seen
 
 The backtest asks the only question that matters before a jump: standing at an earlier checkpoint, with no later one known, how near
@@ -28,7 +28,8 @@ class PredictorConfig(configs.StageConfig):
     """Which recipes, and how the backtest is cut."""
 
     recipes: list[str] = dataclasses.field(
-        default_factory=lambda: ["aligned", "paper"], metadata={"help": "recipes to train: paper, aligned (common/predictor.py)"}
+        default_factory=lambda: ["aligned", "paper"],
+        metadata={"help": f"recipes to train: {', '.join(predictor.RECIPES)} (common/predictor.py)"},
     )
     holdout: int = dataclasses.field(default=0, metadata={"help": "checkpoints the backtest hides; 0 is k, the jump's own situation"})
     seed: int = dataclasses.field(default=0, metadata={"help": "of the predictor's initial weights"})
@@ -39,8 +40,10 @@ class PredictorConfig(configs.StageConfig):
                 raise UserError(f"unknown recipe '{name}'; {configs.nearest(name, predictor.RECIPES)}")
 
 
-def train_all(trajectory: rank1.Trajectory, recipe: predictor.Recipe, seed: int, title: str) -> tuple[dict, dict]:
-    """One predictor for each family of the trajectory. Returns (family -> model, family -> losses)."""
+def train_all(trajectory: rank1.Trajectory, recipe: predictor.AnyRecipe, seed: int, title: str) -> tuple[dict, dict]:
+    """One predictor for each family of the trajectory, or one sum for all. Returns (family -> model, family -> losses)."""
+    if isinstance(recipe, predictor.SumRecipe):
+        return {"sum": predictor.fit_weights(trajectory, recipe)}, {}
     families = predictor.stack_families(*predictor.prepare(trajectory, recipe))
     models, losses, device = {}, {}, "cuda" if torch.cuda.is_available() else "cpu"
     with tqdm(total=len(families) * recipe.epochs, desc=title, unit="epoch", disable=None) as bar:
@@ -90,7 +93,7 @@ def score(predicted: dict, now: adapters.Adapter, future: adapters.Adapter) -> d
     return {"cosine": sum(cosines) / len(cosines), "sigma_error": sum(errors) / len(errors), "matrices": len(cosines)}
 
 
-def backtest(trajectory: rank1.Trajectory, recipe: predictor.Recipe, seed: int, holdout: int, train: pathlib.Path) -> dict:
+def backtest(trajectory: rank1.Trajectory, recipe: predictor.AnyRecipe, seed: int, holdout: int, train: pathlib.Path) -> dict:
     """Stand at checkpoint c - holdout, train on what was known there, predict k checkpoints ahead, score beside controls and oracle."""
     count = len(trajectory.steps) - holdout
     past = trajectory.until(count)
