@@ -7,7 +7,7 @@ Reads   <run-dir>/deltas, the last checkpoint these were made from (train/step_0
 Writes  <run-dir>/extrapolated/<method>_alpha1.5      for each method and alpha: an adapter of rank r + 1 (rl-extra: r), exact in fp32
 
 The adapters go straight into stages 5 and 6, PEFT or vLLM, and back to the trainer that made the checkpoints. `next` is made once for
-each recipe: next-aligned, next-paper.
+each recipe: next-aligned, next-paper, next-weighted.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import pathlib
 import time
 
 import safetensors.torch
+import torch
 
 from common import adapters, extrapolators, predictor, rank1, run_dir
 from common import config as configs
@@ -41,10 +42,12 @@ class ExtrapolateConfig(configs.StageConfig):
                 raise UserError(f"unknown method '{name}'; {configs.nearest(name, extrapolators.METHODS)}")
 
 
-def load_predictors(folder: pathlib.Path, trajectory: rank1.Trajectory) -> dict[str, predictor.TrajectoryPredictor]:
+def load_predictors(folder: pathlib.Path, trajectory: rank1.Trajectory) -> dict[str, torch.nn.Module]:
     """The predictors that stage 3 left in `folder`, by family."""
     run_dir.read_json(folder / "done.json", "03_train_predictor.py")
     weights = safetensors.torch.load_file(folder / "model.safetensors")
+    if "sum.weights" in weights:
+        return {"sum": predictor.WeightedSum(weights["sum.weights"])}
     models = {}
     for roles in trajectory.deltas.values():
         for side in ("u", "v", "sigma"):

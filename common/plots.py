@@ -15,13 +15,14 @@ COLOURS = {
     "grpo": "#000000",
     "next-aligned": "#0072B2",
     "next-paper": "#D55E00",
+    "next-weighted": "#F0E442",
     "repeat-last": "#009E73",
     "rl-extra": "#CC79A7",
     "oracle": "#E69F00",
     "none": "#56B4E9",
 }
 LINES = {"repeat-last": "--", "oracle": "--", "none": ":"}  # the controls
-MARKS = {"next-aligned": "o", "next-paper": "s", "repeat-last": "^", "rl-extra": "D", "oracle": "v", "none": "x"}
+MARKS = {"next-aligned": "o", "next-paper": "s", "next-weighted": "P", "repeat-last": "^", "rl-extra": "D", "oracle": "v", "none": "x"}
 
 
 def _save(figure, path: pathlib.Path) -> pathlib.Path:
