@@ -126,6 +126,8 @@ def collect(series: adapters.Series, k: int, folder: pathlib.Path, run: pathlib.
     tensors, modules = {}, list(series.shapes)
     for path in sorted((folder / "parts").glob("group_*.safetensors")):
         tensors |= safetensors.torch.load_file(path)
+    if not any(tensors[f"global.{module}.sigma"][-1] > 0 for module in modules):
+        raise UserError(f"no matrix has moved up to step {series.steps[-1]}: every reward was the same, or the learning rate is 0")
     triples = [f"{role}.{module}.{part}" for module in modules for role in rank1.ROLES for part in ("u", "sigma", "v")]
     run_dir.save_tensors(folder / "rank1.safetensors", {name: tensors[name] for name in triples})
     gaps = {role: {module: tensors[f"{role}.{module}.gap"].tolist() for module in modules} for role in rank1.ROLES}

@@ -3,7 +3,7 @@
     accelerate launch 03_train_predictor.py --config demo --run-dir runs/demo
 
 Reads   <run-dir>/deltas, and the checkpoints these were made from for the backtest
-Writes  <run-dir>/predictor/<recipe>/model.safetensors    one encoder-decoder for each vector length (common/predictor.py)
+Writes  <run-dir>/predictor/<recipe>/model.safetensors    one encoder-decoder for each vector length; for `weighted` three numbers
         <run-dir>/predictor/<recipe>/report.json          losses, and what the predictor is worth on targets it has not seen
 
 The backtest asks the only question that matters before a jump: standing at an earlier checkpoint, with no later one known, how near
@@ -22,13 +22,16 @@ from common import adapters, predictor, rank1, run_dir
 from common import config as configs
 from common.run_dir import UserError
 
+LOSS_STRIDE = 5  # epochs between the losses that report.json keeps
+
 
 @dataclasses.dataclass
 class PredictorConfig(configs.StageConfig):
     """Which recipes, and how the backtest is cut."""
 
     recipes: list[str] = dataclasses.field(
-        default_factory=lambda: ["aligned", "paper"], metadata={"help": "recipes to train: paper, aligned (common/predictor.py)"}
+        default_factory=lambda: ["aligned", "paper"],
+        metadata={"help": f"recipes to train: {', '.join(predictor.RECIPES)} (common/predictor.py)"},
     )
     holdout: int = dataclasses.field(default=0, metadata={"help": "checkpoints the backtest hides; 0 is k, the jump's own situation"})
     seed: int = dataclasses.field(default=0, metadata={"help": "of the predictor's initial weights"})
@@ -39,8 +42,13 @@ class PredictorConfig(configs.StageConfig):
                 raise UserError(f"unknown recipe '{name}'; {configs.nearest(name, predictor.RECIPES)}")
 
 
-def train_all(trajectory: rank1.Trajectory, recipe: predictor.Recipe, seed: int, title: str) -> tuple[dict, dict]:
-    """One predictor for each family of the trajectory. Returns (family -> model, family -> losses)."""
+def train_all(trajectory: rank1.Trajectory, recipe: predictor.AnyRecipe, seed: int, title: str) -> tuple[dict, dict, dict]:
+    """One predictor for each family of the trajectory, or one sum for all.
+
+    Returns (family -> model, family -> loss of each epoch, family -> the loss of predicting zeros).
+    """
+    if isinstance(recipe, predictor.SumRecipe):
+        return {"sum": predictor.fit_weights(trajectory, recipe)}, {}, {}
     families = predictor.stack_families(*predictor.prepare(trajectory, recipe))
     models, losses, device = {}, {}, "cuda" if torch.cuda.is_available() else "cpu"
     with tqdm(total=len(families) * recipe.epochs, desc=title, unit="epoch", disable=None) as bar:
@@ -53,7 +61,7 @@ def train_all(trajectory: rank1.Trajectory, recipe: predictor.Recipe, seed: int,
 
             model, losses[name] = predictor.train_family(*data, recipe, seed, tick)
             models[name] = model.cpu()
-    return models, losses
+    return models, losses, {name: float(target.abs().sum() / len(target)) for name, (_, _, target) in families.items()}
 
 
 def controls(trajectory: rank1.Trajectory) -> dict[str, dict]:
@@ -90,7 +98,7 @@ def score(predicted: dict, now: adapters.Adapter, future: adapters.Adapter) -> d
     return {"cosine": sum(cosines) / len(cosines), "sigma_error": sum(errors) / len(errors), "matrices": len(cosines)}
 
 
-def backtest(trajectory: rank1.Trajectory, recipe: predictor.Recipe, seed: int, holdout: int, paths: dict) -> dict:
+def backtest(trajectory: rank1.Trajectory, recipe: predictor.AnyRecipe, seed: int, holdout: int, paths: dict) -> dict:
     """Stand at checkpoint c - holdout, train on what was known there, predict k checkpoints ahead, score beside controls and oracle.
 
     `paths` are the folders of the checkpoints by step.
@@ -99,7 +107,7 @@ def backtest(trajectory: rank1.Trajectory, recipe: predictor.Recipe, seed: int, 
     past = trajectory.until(count)
     step, future_step = trajectory.steps[count - 1], trajectory.steps[count - 1 + trajectory.k]
     now, future = adapters.read_adapter(paths[step]), adapters.read_adapter(paths[future_step])
-    models, _ = train_all(past, recipe, seed, "backtest")
+    models, _, _ = train_all(past, recipe, seed, "backtest")
     true = {m: (r["target"].u[count - 1], r["target"].sigma[count - 1], r["target"].v[count - 1]) for m, r in trajectory.deltas.items()}
     candidates = {"predictor": predictor.predict(models, past, recipe), **controls(past), "oracle": true}
     return {
@@ -132,7 +140,7 @@ def main() -> None:
             continue
         tested = backtest(trajectory, recipe, cfg.seed, holdout, paths)
         began = time.perf_counter()
-        models, losses = train_all(trajectory, recipe, cfg.seed, f"predictor {name}")
+        models, losses, loss_of_zeros = train_all(trajectory, recipe, cfg.seed, f"predictor {name}")
         seconds = time.perf_counter() - began
         weights = {f"{group}.{key}": value for group, model in models.items() for key, value in model.state_dict().items()}
         run_dir.save_tensors(folder / "model.safetensors", weights)
@@ -142,7 +150,9 @@ def main() -> None:
                 "recipe": name,
                 "backtest": tested,
                 "training_seconds": round(seconds, 2),
-                "losses": {group: [round(x, 6) for x in values[:: max(1, len(values) // 200)]] for group, values in losses.items()},
+                "losses": {group: [float(f"{x:.6g}") for x in values[::LOSS_STRIDE]] for group, values in losses.items()},
+                "loss_stride": LOSS_STRIDE,
+                "loss_of_zeros": loss_of_zeros,
             },
         )
         stage.finish(training_seconds=round(seconds, 2))

@@ -9,7 +9,7 @@ Writes  <run-dir>/extrapolated/<method>_alpha1.5      for each method and alpha:
         <run-dir>/merged/<method>_alpha1.5            with --merge: the backbone and that adapter in one, a Hugging Face folder
 
 The adapters go straight into stages 5 and 6, PEFT or vLLM, and back to the trainer that made the checkpoints. `next` is made once for
-each recipe: next-aligned, next-paper.
+each recipe: next-aligned, next-paper, next-weighted.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ import time
 from typing import Literal
 
 import safetensors.torch
+import torch
 
 from common import adapters, extrapolators, merge, predictor, rank1, run_dir, weights
 from common import config as configs
@@ -48,10 +49,12 @@ class ExtrapolateConfig(configs.StageConfig):
                 raise UserError(f"unknown method '{name}'; {configs.nearest(name, extrapolators.METHODS)}")
 
 
-def load_predictors(folder: pathlib.Path, trajectory: rank1.Trajectory) -> dict[str, predictor.TrajectoryPredictor]:
+def load_predictors(folder: pathlib.Path, trajectory: rank1.Trajectory) -> dict[str, torch.nn.Module]:
     """The predictors that stage 3 left in `folder`, by family."""
     run_dir.read_json(folder / "done.json", "03_train_predictor.py")
     weights = safetensors.torch.load_file(folder / "model.safetensors")
+    if "sum.weights" in weights:
+        return {"sum": predictor.WeightedSum(weights["sum.weights"])}
     models = {}
     for roles in trajectory.deltas.values():
         for side in ("u", "v", "sigma"):

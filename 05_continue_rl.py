@@ -36,7 +36,7 @@ class ContinueConfig(stage1.TrainConfig):
         "adapter", "train the jumped adapter on, or bake it in and start a new one (open)"
     )
     more_steps: int = stage1.option(100, "RL steps after the jump (paper: 100)")
-    steps: int = stage1.option(0, "not an option here: the last step is that of the start plus more_steps")
+    steps: int = stage1.option(1, "not an option here: the last step is that of the start plus more_steps")
 
 
 def bake(cfg: ContinueConfig, start: pathlib.Path, out: pathlib.Path) -> None:

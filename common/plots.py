@@ -15,13 +15,14 @@ COLOURS = {
     "grpo": "#000000",
     "next-aligned": "#0072B2",
     "next-paper": "#D55E00",
+    "next-weighted": "#F0E442",
     "repeat-last": "#009E73",
     "rl-extra": "#CC79A7",
     "oracle": "#E69F00",
     "none": "#56B4E9",
 }
 LINES = {"repeat-last": "--", "oracle": "--", "none": ":"}  # the controls
-MARKS = {"next-aligned": "o", "next-paper": "s", "repeat-last": "^", "rl-extra": "D", "oracle": "v", "none": "x"}
+MARKS = {"next-aligned": "o", "next-paper": "s", "next-weighted": "P", "repeat-last": "^", "rl-extra": "D", "oracle": "v", "none": "x"}
 
 
 def _save(figure, path: pathlib.Path) -> pathlib.Path:
@@ -103,6 +104,24 @@ def linear_fit(run: pathlib.Path) -> pathlib.Path:
     return _save(figure, run / "figures" / "fig3_linear_fit.png")
 
 
+def predictor_loss(run: pathlib.Path, reports: list[pathlib.Path]) -> pathlib.Path:
+    """Eq. 9's loss by epoch, a panel a recipe and a line a family of vectors, as a share of predicting zeros (the norm of the targets)."""
+    figure, axes = plt.subplots(1, len(reports), figsize=(4.6 * len(reports), 3.4), layout="constrained", sharey=True, squeeze=False)
+    colours = plt.cm.viridis
+    for axis, path in zip(axes[0], reports, strict=True):
+        found = run_dir.read_json(path, "03_train_predictor.py")
+        for i, (family, losses) in enumerate(found["losses"].items()):
+            epochs = [j * found["loss_stride"] for j in range(len(losses))]
+            shares = [loss / found["loss_of_zeros"][family] for loss in losses]
+            axis.plot(epochs, shares, color=colours(i / max(1, len(found["losses"]) - 1)), lw=1.4, label=family)
+        axis.axhline(1, color="gray", lw=1, ls=":")
+        axis.set(title=path.parent.name, xlabel="epoch", yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("L1 loss / that of predicting zeros")
+    axes[0, -1].legend(fontsize=8, title="family")
+    return _save(figure, run / "figures" / "predictor_loss.png")
+
+
 def cost(run: pathlib.Path, bars: dict[str, list[float]]) -> pathlib.Path:
     """Fig. 5: wall seconds by what they are spent on; bars[label] = [RLVR, SVD, predictor, extrapolation]."""
     parts = ("RLVR", "SVD", "predictor training", "extrapolation")
@@ -158,6 +177,9 @@ def draw_all(run: pathlib.Path, results: dict, bars: dict[str, list[float]]) -> 
         "Fig. 2: how much of the update is rank 1": energy(run),
         "Fig. 3: a straight line through the trajectory": linear_fit(run),
     }
+    reports = [path for path in sorted((run / "predictor").glob("*/report.json")) if run_dir.read_json(path, "03")["losses"]]
+    if reports:
+        figures["The predictors' training loss (Eq. 9)"] = predictor_loss(run, reports)
     if bars:
         figures["Fig. 5: where the time goes"] = cost(run, bars)
     if any(r.policy.startswith("extrapolated/") for r in results.values()):

@@ -1,12 +1,14 @@
 """The trajectory predictor of Sec. 4.2: an encoder-decoder that maps (global, local) rank-1 vectors to the next target's (Eq. 8, 9, 11).
 
 One predictor for each (side, length): u's of one length, v's of one length, and all sigmas, shared by the matrices that have them.
-Two recipes train the same network:
+Two recipes train the same network, a third has none:
 
-    paper     what the official code does: signs as LAPACK left them, sigma in its raw unit, AdamW 2e-5
-    aligned   signs made consistent, sigma divided by the matrix's last global sigma, and a learning rate that fits in 1000 steps
+    paper      what the official code does: signs as LAPACK left them, sigma in its raw unit, AdamW 2e-5
+    aligned    signs made consistent, sigma divided by the matrix's last global sigma, and a learning rate that fits in 1000 steps
+    weighted   rank 1 of a weighted sum of the known deltas, three weights for the whole model, by ridge regression
 
 (u, v) and (-u, -v) are the same singular pair, so without alignment part of what the network is asked to predict is a coin flip.
+`weighted` never sees u and v apart, only products sigma u v^T, which have no sign to choose.
 """
 
 import collections
@@ -16,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from common.rank1 import Trajectory, Triples
+from common.rank1 import Trajectory, Triples, svd_of_product
 
 HIDDEN = 256  # as in the official code
 
@@ -31,9 +33,21 @@ class Recipe:
     epochs: int = 1000  # full-batch steps of AdamW (torch's defaults), cosine to a tenth
 
 
+@dataclasses.dataclass(frozen=True)
+class SumRecipe:
+    """The recipe without a network. Its numbers were chosen on five demo runs of seeds 10 to 14, by the cosine of `03`'s backtest."""
+
+    window: int = 3  # local deltas in the mean that is the second term
+    decay: float = 0.5  # a regression pair counts this much less than the one a checkpoint later
+    ridge: float = 0.01  # pull of the weights towards `prior`; the squared length of the first term is 1
+    prior: tuple[float, float, float] = (0.5, 0.5, 0.0)
+
+
+AnyRecipe = Recipe | SumRecipe
 RECIPES = {
     "paper": Recipe(align=False, scale_sigma=False, learning_rate=2e-5),
     "aligned": Recipe(align=True, scale_sigma=True, learning_rate=3e-4),
+    "weighted": SumRecipe(),
 }
 
 
@@ -107,12 +121,89 @@ def train_family(s_global, s_local, s_target, recipe: Recipe, seed: int, tick: C
     return model, losses
 
 
+# ---------------------------------------------------------------------------------------------------------------------------
+# The recipe without a network
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class WeightedSum(nn.Module):
+    """What the recipe `weighted` learns: the three weights of `terms`, one for all matrices. A module, to be saved like the others."""
+
+    def __init__(self, weights: torch.Tensor | None = None):
+        super().__init__()
+        self.register_buffer("weights", torch.zeros(3, dtype=torch.float64) if weights is None else weights)
+
+
+def terms(count: int, window: int) -> torch.Tensor:
+    """[count, 3, 2 count]: at each checkpoint i, three deltas as sums over the rank-1 ones (columns: locals L_1 .., then globals G_1 ..):
+
+        L_i,    the mean of the last `window` locals (of all there are before that),    G_i / i
+
+    All three are what one checkpoint moved, by a shorter and a longer memory: the newest direction is the least stale and the noisiest.
+    """
+    mix = torch.zeros(count, 3, 2 * count, dtype=torch.float64)
+    for i in range(count):
+        first = max(0, i + 1 - window)
+        mix[i, 0, i] = 1
+        mix[i, 1, first : i + 1] = 1 / (i + 1 - first)
+        mix[i, 2, count + i] = 1 / (i + 1)
+    return mix
+
+
+def known_deltas(roles: dict[str, Triples]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One matrix's locals, then globals, in float64: u [2 c, m], sigma [2 c], v [2 c, n]."""
+    return tuple(torch.cat([getattr(roles[role], part) for role in ("local", "global")]).double() for part in ("u", "sigma", "v"))
+
+
+def fit_weights(trajectory: Trajectory, recipe: SumRecipe) -> WeightedSum:
+    """The weights w that would have predicted the next local delta best, with T_i1, T_i2, T_i3 the terms at checkpoint i of a matrix:
+
+        min over w of   mean of |sum_j w_j T_ij - L_(i+1)|^2 / |L_i|^2   +   ridge |w - prior|^2
+
+    The mean is over matrices and over i = 2 .. c - 1, which count decay^(c - 1 - i). Next locals and not targets, because the last of them
+    ends at c, while the last known target begins at c - k. No matrix is formed: <s u v^T, s' u' v'^T> = s s' (u . u') (v . v').
+    """
+    count = len(trajectory.steps)
+    mix, pairs = terms(count, recipe.window), range(1, count - 1)
+    left, right = torch.zeros(3, 3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    for roles in trajectory.deltas.values():
+        u, sigma, v = known_deltas(roles)
+        products = torch.outer(sigma, sigma) * (u @ u.T) * (v @ v.T)
+        for i in pairs:
+            if sigma[i] > 0:
+                share = recipe.decay ** (count - 2 - i) / sigma[i] ** 2
+                left += share * mix[i] @ products @ mix[i].T
+                right += share * mix[i] @ products[:, i + 1]
+    total = len(trajectory.deltas) * sum(recipe.decay ** (count - 2 - i) for i in pairs) or 1.0  # with two checkpoints the prior is all
+    prior = torch.tensor(recipe.prior, dtype=torch.float64)
+    return WeightedSum(torch.linalg.solve(left / total + recipe.ridge * torch.eye(3), right / total + recipe.ridge * prior))
+
+
+def predict_sum(model: WeightedSum, trajectory: Trajectory, recipe: SumRecipe, at: int = -1) -> dict[str, tuple]:
+    """Rank 1 of k times the weighted sum at checkpoint `at`: module -> (u [m], sigma, v [n]); a sum of rank-1 terms has an exact SVD."""
+    weights = trajectory.k * model.weights.double() @ terms(len(trajectory.steps), recipe.window)[at]  # [2 c]
+    used = weights.nonzero()[:, 0]
+    found = {}
+    for module, roles in trajectory.deltas.items():
+        u, sigma, v = known_deltas(roles)
+        u, sigma, v = svd_of_product(((weights * sigma)[:, None] * u)[used].T, v[used])
+        found[module] = (u.float(), sigma[0].float(), v.float())
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Any recipe
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
-def predict(models: dict[str, TrajectoryPredictor], trajectory: Trajectory, recipe: Recipe, at: int = -1) -> dict[str, tuple]:
+def predict(models: dict[str, nn.Module], trajectory: Trajectory, recipe: AnyRecipe, at: int = -1) -> dict[str, tuple]:
     """The predicted target of every matrix from checkpoint `at`: module -> (u [m], sigma, v [n]), u and v of length 1 (Eq. 11).
 
     sigma is the network's own number, in the unit of the trajectory; it may come out negative, and is then kept so.
     """
+    if isinstance(recipe, SumRecipe):
+        return predict_sum(models["sum"], trajectory, recipe, at)
     prepared, units = prepare(trajectory, recipe)
     found = {}
     for module, roles in prepared.deltas.items():

@@ -6,6 +6,7 @@ import math
 import pathlib
 
 from common import plots, run_dir
+from common.predictor import RECIPES
 from common.results import MAIN_ALPHA, NAMES, Result, cost_bars, difference, load_results, overhead
 
 
@@ -87,13 +88,18 @@ def claims_section_3(run: pathlib.Path) -> list[str]:
     ]
 
 
+def recipes(run: pathlib.Path) -> list[str]:
+    """The predictors that stage 3 made in this run."""
+    return [name for name in RECIPES if (run / "predictor" / name / "report.json").is_file()]
+
+
 def claims(run: pathlib.Path, results: dict[str, Result]) -> list[tuple[str, ...]]:
     """What Sec. 5 says of NExt: (claim, cell for each recipe). Errors are over test problems, paired; there is one training seed."""
     before = f"train/step_{run_dir.read_json(run / 'deltas' / 'index.json', '02_extract_deltas.py')['steps'][-1]:04d}"
     longest = max((key for key in results if key.startswith("train/")), default="")
     total = max((r.steps for r in results.values() if r.policy.startswith("continued/")), default=0)
     rows: dict[str, list[str]] = {}
-    for recipe in ("paper", "aligned"):
+    for recipe in recipes(run):
         name = f"next-{recipe}_alpha{MAIN_ALPHA:g}"
         after = f"continued/{name}/step_{total:04d}"
         cells = {
@@ -165,8 +171,8 @@ def write(run: pathlib.Path) -> str:
         "",
         "Accuracy in %, differences in points ± their paired standard error, both before rounding; a verdict needs two standard errors.",
         "",
-        "| NExt, says the paper, is ... | published recipe | aligned recipe |",
-        "|---|---|---|",
+        f"| NExt, says the paper, is ... | {' | '.join(NAMES[f'next-{name}'].removeprefix('NExt, ') for name in recipes(run))} |",
+        "|---|" + "---|" * len(recipes(run)),
         *(f"| {' | '.join(row)} |" for row in claims(run, results)),
         "",
         "## Is the predictor worth its place?",

@@ -13,6 +13,7 @@ NAMES = {  # of each method, in tables and figures alike, in the order of the ta
     "grpo": "GRPO with LoRA",
     "next-paper": "NExt, published recipe",
     "next-aligned": "NExt, aligned recipe",
+    "next-weighted": "NExt, weighted recipe",
     "rl-extra": "RL-Extra",
     "repeat-last": "repeat-last (control)",
     "none": "restart without a jump (control)",

@@ -106,3 +106,82 @@ def test_signs_matter_only_to_the_recipe_that_does_not_align_them():
     for recipe, same in ((predictor.RECIPES["aligned"], True), (predictor.RECIPES["paper"], False)):
         one, two = (predictor.stack_families(*predictor.prepare(t, recipe))["u.7"][2] for t in (trajectory, flipped))
         assert torch.equal(one, two) is same
+
+
+def dense(triples, i):
+    return triples.sigma[i].double() * torch.outer(triples.u[i].double(), triples.v[i].double())
+
+
+def dense_terms(roles, i, window):
+    """The three terms of the recipe `weighted` at checkpoint i (from 0) as whole matrices."""
+    recent = [dense(roles["local"], j) for j in range(max(0, i - window + 1), i + 1)]
+    return [recent[-1], sum(recent) / len(recent), dense(roles["global"], i) / (i + 1)]
+
+
+def test_weights_equal_a_dense_least_squares_fit():
+    trajectory, recipe = tiny_trajectory(c=7), predictor.SumRecipe(window=3, decay=0.7, ridge=0.05, prior=(0.6, 0.3, 0.1))
+    rows, answers, total = [], [], 0.0
+    for roles in trajectory.deltas.values():
+        for i in range(1, 6):  # checkpoints 2 to 6 have two or more locals behind them and one ahead
+            share = 0.7 ** (5 - i)
+            scale = share**0.5 / roles["local"].sigma[i].double()
+            rows.append(torch.stack([scale * term.flatten() for term in dense_terms(roles, i, 3)], 1))
+            answers.append(scale * dense(roles["local"], i + 1).flatten())
+            total += share
+    rows.append((0.05 * total) ** 0.5 * torch.eye(3, dtype=torch.float64))
+    answers.append((0.05 * total) ** 0.5 * torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64))
+    want = torch.linalg.lstsq(torch.cat(rows), torch.cat(answers)).solution
+    torch.testing.assert_close(predictor.fit_weights(trajectory, recipe).weights, want)
+
+
+def test_the_weighted_prediction_is_rank_1_of_the_dense_sum():
+    trajectory, recipe = tiny_trajectory(), predictor.RECIPES["weighted"]
+    model = predictor.fit_weights(trajectory, recipe)
+    for module, (u, sigma, v) in predictor.predict({"sum": model}, trajectory, recipe).items():
+        whole = sum(w * term for w, term in zip(model.weights, dense_terms(trajectory.deltas[module], 5, 3), strict=True))
+        du, ds, dv = torch.linalg.svd(trajectory.k * whole)
+        assert sigma.item() == pytest.approx(ds[0].item(), rel=1e-5)
+        torch.testing.assert_close(torch.outer(u, v), torch.outer(du[:, 0], dv[0]).float(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_steady_run_is_predicted_to_go_on():
+    trajectory = tiny_trajectory(c=6, k=2)
+    for roles in trajectory.deltas.values():  # every local delta is the same, so W_i - W_0 is i of them and the target k
+        for role in ("global", "local"):
+            roles[role].u[:], roles[role].v[:] = roles["local"].u[0].clone(), roles["local"].v[0].clone()
+        roles["local"].sigma.fill_(0.3)
+        roles["global"].sigma[:] = 0.3 * torch.arange(1, 7)
+    recipe = predictor.RECIPES["weighted"]
+    for module, (u, sigma, v) in predictor.predict({"sum": predictor.fit_weights(trajectory, recipe)}, trajectory, recipe).items():
+        assert sigma.item() == pytest.approx(0.6, rel=1e-5)
+        local = trajectory.deltas[module]["local"]
+        torch.testing.assert_close(torch.outer(u, v), torch.outer(local.u[0], local.v[0]))
+
+
+def test_the_weighted_recipe_sees_neither_signs_nor_targets():
+    trajectory, recipe = tiny_trajectory(), predictor.RECIPES["weighted"]
+    other = tiny_trajectory()
+    for roles in other.deltas.values():
+        for role in ("global", "local"):
+            roles[role].u[::2] *= -1
+            roles[role].v[::2] *= -1
+        roles["target"].sigma.fill_(9)
+    one, two = (predictor.predict({"sum": predictor.fit_weights(t, recipe)}, t, recipe) for t in (trajectory, other))
+    for module, (u, sigma, v) in one.items():
+        torch.testing.assert_close(sigma, two[module][1])
+        torch.testing.assert_close(torch.outer(u, v), torch.outer(two[module][0], two[module][2]))
+
+
+def test_two_checkpoints_leave_the_prior():
+    weights = predictor.fit_weights(tiny_trajectory(c=2, k=1), predictor.SumRecipe(prior=(0.7, 0.2, 0.1))).weights
+    torch.testing.assert_close(weights, torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64))
+
+
+def test_a_matrix_that_does_not_move_is_left_alone():
+    trajectory, recipe = tiny_trajectory(), predictor.RECIPES["weighted"]
+    for triples in trajectory.deltas["m1"].values():
+        for part in (triples.u, triples.sigma, triples.v):
+            part.zero_()
+    found = predictor.predict({"sum": predictor.fit_weights(trajectory, recipe)}, trajectory, recipe)
+    assert found["m1"][1].item() == 0
+    assert all(part.isfinite().all() for triple in found.values() for part in triple)

@@ -98,7 +98,7 @@ def test_spectrum_holds_what_figures_2_and_3_need(finished_run):
 
 
 def test_predictor_reports_its_backtest_beside_controls_and_oracle(finished_run):
-    for recipe in ("aligned", "paper"):
+    for recipe in ("aligned", "paper", "weighted"):
         tested = json.loads((finished_run / "predictor" / recipe / "report.json").read_text())["backtest"]
         assert (tested["at_step"], tested["predicts_step"], tested["targets_known"]) == (4, 6, 2)
         assert tested["oracle"]["sigma_error"] < 1e-4
@@ -109,12 +109,14 @@ def test_predictor_reports_its_backtest_beside_controls_and_oracle(finished_run)
 
 def test_extrapolated_adapters_have_one_more_rank_and_load_in_peft(finished_run):
     names = {path.name for path in (finished_run / "extrapolated").iterdir()}
-    assert names == {f"{m}_alpha{a}" for m in ("next-aligned", "next-paper", "repeat-last", "rl-extra") for a in ("0.5", "1.5")} | {
+    assert names == {
+        f"{m}_alpha{a}" for m in ("next-aligned", "next-paper", "next-weighted", "repeat-last", "rl-extra") for a in ("0.5", "1.5")
+    } | {
         "none",
         "oracle_alpha0.5",
         "oracle_alpha1.5",
     }
-    for name, rank in (("next-aligned_alpha1.5", 5), ("rl-extra_alpha1.5", 4), ("none", 4)):
+    for name, rank in (("next-aligned_alpha1.5", 5), ("next-weighted_alpha1.5", 5), ("rl-extra_alpha1.5", 4), ("none", 4)):
         backbone, _ = policy.load_backbone(str(finished_run / "backbone"))
         model = PeftModel.from_pretrained(backbone, finished_run / "extrapolated" / name)
         assert model.peft_config["default"].r == rank

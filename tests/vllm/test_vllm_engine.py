@@ -210,16 +210,23 @@ def test_evaluation_by_vllm_equals_evaluation_by_hf(trained):
     assert results["vllm"]["train__step_0050"]["accuracy"] > results["vllm"]["backbone"]["accuracy"] + 0.2
 
 
-@pytest.mark.parametrize("accelerate_config", ["cpu_processes", "fsdp2"])
-def test_two_processes_with_an_engine_each_train_like_one(tmp_path, accelerate_config):
-    folders = {name: lay_out(tmp_path / name) for name in ("one", "two")}
-    flags = ("--steps", "2", "--engine", "vllm", "--vllm-options", SMALL)
-    result = run_stage("01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(folders["one"]), *flags)
+TWO_STEPS = ("--steps", "2", "--engine", "vllm", "--vllm-options", SMALL)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    folder = lay_out(tmp_path_factory.mktemp("one") / "run")
+    result = run_stage("01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(folder), *TWO_STEPS)
     assert result.returncode == 0, result.stderr
-    output, _ = (run := start_two("01_train_lora_grpo.py", folders["two"], accelerate_config, *flags)).communicate(timeout=300)
+    return run_dir.read_jsonl(folder / "train" / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("accelerate_config", ["cpu_processes", "fsdp2"])
+def test_two_processes_with_an_engine_each_train_like_one(one_process, tmp_path, accelerate_config):
+    folder = lay_out(tmp_path / "run")
+    output, _ = (run := start_two("01_train_lora_grpo.py", folder, accelerate_config, *TWO_STEPS)).communicate(timeout=300)
     assert run.returncode == 0, output
-    one, two = (run_dir.read_jsonl(folder / "train" / "metrics.jsonl") for folder in folders.values())
-    for ours, theirs in zip(two, one, strict=True):
-        assert ours["logprob_gap_max"] < 1e-4
+    for two, one in zip(run_dir.read_jsonl(folder / "train" / "metrics.jsonl"), one_process, strict=True):
+        assert two["logprob_gap_max"] < 1e-4
         for key in ("accuracy", "response_length", "loss", "entropy", "grad_norm"):
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-5)
+            assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5)
