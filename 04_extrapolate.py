@@ -21,7 +21,7 @@ from typing import Literal
 import safetensors.torch
 import torch
 
-from common import adapters, extrapolators, merge, predictor, rank1, run_dir, weights
+from common import adapters, extrapolators, merge, model_files, predictor, rank1, run_dir
 from common import config as configs
 from common.run_dir import UserError
 
@@ -98,9 +98,9 @@ def write_merged(cfg: ExtrapolateConfig, run: pathlib.Path, name: str) -> None:
     there = (out / "merge.json").is_file() and not cfg.overwrite
     if there and record.items() <= run_dir.read_json(out / "merge.json", "04_extrapolate.py --overwrite").items():
         return
-    base = weights.find_model(cfg.path(backbone))
+    base = model_files.find_model(cfg.path(backbone))
     lost = merge.merge(out, adapters.read_adapter(source), base, cfg.merge == "fp32", record)
-    rounded = sorted({*weights.open_model(out).dtypes.values()} & {"BF16", "F16"})
+    rounded = sorted({*model_files.open_model(out).dtypes.values()} & {"BF16", "F16"})
     if rounded:
         print(
             f"warning: {out} is in {', '.join(rounded)}: rounding leaves {lost['entries_lost']:.1%} of the entries that the adapter "

@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 
 from common.adapters import Adapter
+from common.model_files import ModelFolder, open_model
 from common.run_dir import UserError, atomic_dir, atomic_write_text
-from common.weights import ModelFolder, open_model
 
 SHARD_BYTES = 10**9
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # of an entry, in the dtypes that can be merged into
@@ -61,8 +61,8 @@ class Rounding:
         """Counts one matrix: W [m, n] as stored, U in fp32, and what W + U became."""
         self.changed += int((update != 0).sum())
         self.lost += int(((update != 0) & (rounded == weight)).sum())
-        self.size += float(update.double().square().sum())
-        self.error += float((rounded.double() - weight.double() - update.double()).square().sum())
+        self.size += float(update.square().sum(dtype=torch.float64))
+        self.error += float((rounded.float() - weight.float() - update).square().sum(dtype=torch.float64))
 
     def shares(self) -> dict[str, float]:
         """entries_lost: of the entries with an update, those that stay as they were. norm_lost: |what became of U - U|_F / |U|_F."""
@@ -72,8 +72,8 @@ class Rounding:
 def merge(out: pathlib.Path, adapter: Adapter, base: pathlib.Path, fp32: bool, record: dict, limit: int = SHARD_BYTES) -> dict:
     """Writes the model in the folder `base` with `adapter` added to `out`, all or nothing, with `record` in merge.json.
 
-    Weights in fp32, or rounded to the dtype each has in `base`. Returns `Rounding.shares`, which merge.json holds too. `limit` is in
-    bytes a file. Raises UserError where the adapter does not fit, see `check`.
+    Weights in fp32, or rounded to the dtype each has in `base`. Returns `Rounding.shares` of the matrices that are not in fp32, which
+    merge.json holds too. `limit` is in bytes a file. Raises UserError where the adapter does not fit, see `check`.
     """
     model = open_model(base)
     check(adapter, model)
@@ -96,7 +96,8 @@ def merge(out: pathlib.Path, adapter: Adapter, base: pathlib.Path, fp32: bool, r
                     b, a = adapter.factors[module]
                     update = adapter.scale(module) * (b @ a)
                     tensors[name] = (weight.float() + update).to(dtype)
-                    rounding.add(weight, update, tensors[name])
+                    if dtype != torch.float32:
+                        rounding.add(weight, update, tensors[name])
                 else:
                     tensors[name] = weight.to(dtype)
                 weight_map[name], total = file, total + tensors[name].nbytes
@@ -107,5 +108,5 @@ def merge(out: pathlib.Path, adapter: Adapter, base: pathlib.Path, fp32: bool, r
         keys = [key for key in ("dtype", "torch_dtype") if key in model.config] or ["torch_dtype"]
         config = {**model.config, **{key: "float32" for key in keys if fp32}}
         atomic_write_text(folder / "config.json", json.dumps(config, indent=2))
-        atomic_write_text(folder / "merge.json", json.dumps({**record, **rounding.shares()}))
+        atomic_write_text(folder / "merge.json", json.dumps(record | rounding.shares()))
     return rounding.shares()

@@ -8,7 +8,7 @@ import torch
 from conftest import call_stage
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from common import adapters, merge, policy, run_dir, weights
+from common import adapters, merge, model_files, policy, run_dir
 from common.run_dir import UserError
 
 IDS = torch.tensor([[2, 7, 8, 9, 3, 5]])
@@ -63,7 +63,11 @@ def test_the_backbones_dtype_is_kept_and_the_warning_counts_what_that_loses(back
     flags = ["--run-dir", str(run), "--methods", "none", "--merge"]
     code, line = call_stage(monkeypatch, capsys, "04_extrapolate.py", *flags, "backbone")
     assert code == 0
-    adapter, before, after = adapters.read_adapter(adapter_dir), weights.open_model(base), weights.open_model(run / "merged" / "none")
+    adapter, before, after = (
+        adapters.read_adapter(adapter_dir),
+        model_files.open_model(base),
+        model_files.open_model(run / "merged" / "none"),
+    )
     changed = kept = size = error = 0
     for name in before.shapes:
         old, new, module = before.tensor(name), after.tensor(name), name.removesuffix(".weight")
@@ -83,7 +87,7 @@ def test_the_backbones_dtype_is_kept_and_the_warning_counts_what_that_loses(back
 
     code, line = call_stage(monkeypatch, capsys, "04_extrapolate.py", *flags, "fp32")  # the adapter is there, the model is made anew
     assert (code, line) == (0, "")
-    after = weights.open_model(run / "merged" / "none")
+    after = model_files.open_model(run / "merged" / "none")
     assert {*after.dtypes.values()} == {"F32"}
     assert after.config["dtype"] == "float32"
     for module, (b, a) in adapter.factors.items():
@@ -170,7 +174,7 @@ def test_a_broken_backbone_is_named(backbone_dir, tmp_path, spoil, message):
     base = sharded(backbone_dir, tmp_path / "base", torch.float32)
     spoil(base)
     with pytest.raises(UserError, match=message):
-        weights.open_model(base)
+        model_files.open_model(base)
 
 
 def test_a_hub_id_is_found_in_the_cache(backbone_dir, tmp_path, monkeypatch):
@@ -181,4 +185,4 @@ def test_a_hub_id_is_found_in_the_cache(backbone_dir, tmp_path, monkeypatch):
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text("0" * 40)
     shutil.copytree(backbone_dir, repo / "snapshots" / ("0" * 40))
-    assert weights.open_model(weights.find_model("some/model")).shapes == weights.open_model(backbone_dir).shapes
+    assert model_files.open_model(model_files.find_model("some/model")).shapes == model_files.open_model(backbone_dir).shapes
