@@ -2,16 +2,21 @@
 
     accelerate launch 02_extract_deltas.py --config demo --run-dir runs/demo
     accelerate launch 02_extract_deltas.py --run-dir runs/mine --checkpoints 'outputs/checkpoint-*'      # TRL's; any PEFT LoRA adapters
+    accelerate launch 02_extract_deltas.py --run-dir runs/full --checkpoints 'outputs/checkpoint-*' --backbone Qwen/Qwen2.5-0.5B
 
-Reads   <run-dir>/train/step_0010 ... step_0150    (LoRA adapters), or those that --checkpoints names
+Reads   <run-dir>/train/step_0010 ... step_0150    (LoRA adapters), or those that --checkpoints names: adapters or whole models
 Writes  <run-dir>/deltas/rank1.safetensors         u, sigma, v of the global, local and target delta of every matrix and checkpoint
-        <run-dir>/deltas/index.json                steps and their checkpoints, k, modules, the gap sigma_2 / sigma_1 of each global delta
+        <run-dir>/deltas/index.json                kind (lora, full), steps and their checkpoints, k, modules, gaps sigma_2 / sigma_1
         <run-dir>/deltas/spectrum.json             energy ratios by step (Fig. 2), R^2 of linear fits (Fig. 3)
 
-Everything comes from the factors B and A in float64 (`common/rank1.py`): no merged model, no m x n matrix, no bf16. k + 1 checkpoints of
-one matrix a thread are in memory at a time. The same command again goes on at the group of matrices it was at. Signs are stored as LAPACK
-leaves them; `Trajectory.aligned` makes them consistent for whoever wants that. Only matrices with an adapter take part: on the others
-every delta is exactly zero (the official code decomposes them all the same).
+With LoRA everything comes from the factors B and A in float64 (`common/rank1.py`): no merged model, no m x n matrix, no bf16. k + 1
+checkpoints of one matrix a thread are in memory at a time. The same command again goes on at the group of matrices it was at. Signs are
+stored as LAPACK leaves them; `Trajectory.aligned` makes them consistent for whoever wants that. Only matrices with an adapter take part:
+on the others every delta is exactly zero (the official code decomposes them all the same).
+
+Of whole models (the paper's "w/o LoRA", `common/dense.py`) the linear layers but the head take part. A delta is an fp32 difference, its
+leading pair comes from subspace iteration, and energy ratios are over the first 64 singular values. In memory are k + 2 whole matrices a
+thread: fewer --threads need less.
 """
 
 import concurrent.futures
@@ -26,12 +31,12 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from common import adapters, rank1, run_dir
+from common import adapters, dense, rank1, run_dir
 from common import config as configs
 from common.run_dir import UserError
 
+Series = adapters.Series | dense.DenseSeries
 GROUP = 8  # matrices a file that a killed run need not do again
-ROUNDED = {"BF16": torch.bfloat16, "F16": torch.float16}  # dtypes in which a step of RL is near the rounding, by safetensors' names
 
 
 @dataclasses.dataclass
@@ -40,8 +45,9 @@ class ExtractConfig(configs.StageConfig):
 
     checkpoints: list[str] = dataclasses.field(
         default_factory=lambda: ["{run_dir}/train/step_*"],
-        metadata={"help": "folders of PEFT LoRA adapters, as a quoted pattern; the last number in a name is its step"},
+        metadata={"help": "folders of PEFT LoRA adapters or whole models, as a quoted pattern; the last number in a name is its step"},
     )
+    backbone: str = dataclasses.field(default="", metadata={"help": "for whole models: folder or hub id of the one training started from"})
     k: int = dataclasses.field(default=5, metadata={"help": "checkpoints between a step and its target (paper: 5, that is 50 steps)"})
     last_step: int = dataclasses.field(
         default=0, metadata={"help": "last step to take; later ones are left alone; 0 is the last there (paper: 150)"}
@@ -70,35 +76,34 @@ def select(cfg: ExtractConfig, run: pathlib.Path) -> dict[int, pathlib.Path]:
     return paths
 
 
-def warn(series: adapters.Series, k: int) -> None:
-    """Says on stderr what of the checkpoints takes no part, and what it costs that their factors are rounded."""
+def open_series(cfg: ExtractConfig, paths: dict[int, pathlib.Path]) -> Series:
+    """The checkpoints in `paths` as a series of adapters, or of whole models on `cfg.backbone`."""
+    wholes = [path for path in paths.values() if not adapters.is_adapter(path)]
+    if not wholes:
+        return adapters.open_series(paths)
+    if len(wholes) < len(paths):
+        raise UserError(f"{wholes[0]} is a whole model, others are adapters: name one series alone")
+    return dense.open_series(paths, cfg.path(cfg.backbone))
+
+
+def warn(series: Series, k: int) -> None:
+    """Says on stderr what of the checkpoints takes no part, and what it costs that they are rounded."""
     if series.others:
         more = f" and {len(series.others) - 1} more" if len(series.others) > 1 else ""
-        print(
-            f"note: {series.others[0]}{more} take no part in the jump: modules_to_save, biases, embeddings stay as they last were",
-            file=sys.stderr,
-        )
-    for name in sorted(series.dtypes & ROUNDED.keys()):
-        last, shares = series.steps[-1], []
-        for before in (series.steps[-2], series.steps[-1 - k]):
-            pairs = [(series.factors(module, last), series.factors(module, before)) for module in series.shapes]
-            shares.append(torch.tensor([rank1.rounding_share(now, then, ROUNDED[name]) for now, then in pairs]).median())
-        print(
-            f"warning: factors in {name}. If they were rounded on saving, that is {shares[0]:.1%} of the norm of the last local delta "
-            f"and {shares[1]:.1%} of the last target (median of {len(series.shapes)} matrices): save them in fp32",
-            file=sys.stderr,
-        )
+        what = "norms, biases, embeddings, head" if series.kind == "full" else "modules_to_save, biases, embeddings"
+        print(f"note: {series.others[0]}{more} take no part in the jump: {what} stay as they last were", file=sys.stderr)
+    series.warn_of_rounding(k)
 
 
-def extract_group(series: adapters.Series, modules: list[str], k: int, pool: concurrent.futures.Executor) -> dict[str, torch.Tensor]:
+def extract_group(series: Series, modules: list[str], k: int, pool: concurrent.futures.Executor) -> dict[str, torch.Tensor]:
     """All deltas of some matrices: "role.module.u|sigma|v" and "role.module.gap" (sigma_2 / sigma_1) [checkpoints, ...], "spectrum.module"
-    [checkpoints, r] (of the global deltas), "exact.module" [1] (how many needed the slow way). Each is read checkpoint by checkpoint.
+    [checkpoints, r] (of the global deltas), "hard.module" [1] (how many needed the exact way; of a whole model's, how many did not
+    converge). Each is read checkpoint by checkpoint.
     """
 
     def one(module: str) -> dict[str, torch.Tensor]:
-        checkpoints = (series.factors(module, step) for step in series.steps)
-        triples, spectrum, gaps, exact = rank1.rank1_trajectory(checkpoints, k, series.scales[module])
-        found = {f"spectrum.{module}": spectrum, f"exact.{module}": torch.tensor([exact])}
+        triples, spectrum, gaps, hard = series.trajectory(module, k)
+        found = {f"spectrum.{module}": spectrum, f"hard.{module}": torch.tensor([hard])}
         for role, t in triples.items():
             parts = {"u": t.u, "sigma": t.sigma, "v": t.v, "gap": gaps[role]}
             found |= {f"{role}.{module}.{part}": tensor for part, tensor in parts.items()}
@@ -107,7 +112,7 @@ def extract_group(series: adapters.Series, modules: list[str], k: int, pool: con
     return {name: tensor for found in pool.map(one, modules) for name, tensor in found.items()}
 
 
-def extract(series: adapters.Series, k: int, parts: pathlib.Path, pool: concurrent.futures.Executor, state: PartialState) -> None:
+def extract(series: Series, k: int, parts: pathlib.Path, pool: concurrent.futures.Executor, state: PartialState) -> None:
     """Leaves a file in `parts` for every group of matrices, those of this process. What an interrupted run left there is kept."""
     modules, per_module = list(series.shapes), 3 * len(series.steps) - k
     groups = [modules[start : start + GROUP] for start in range(0, len(modules), GROUP)]
@@ -121,7 +126,7 @@ def extract(series: adapters.Series, k: int, parts: pathlib.Path, pool: concurre
             bar.update(len(groups[i]) * per_module)
 
 
-def collect(series: adapters.Series, k: int, folder: pathlib.Path, run: pathlib.Path) -> dict[str, torch.Tensor]:
+def collect(series: Series, k: int, folder: pathlib.Path, run: pathlib.Path) -> dict[str, torch.Tensor]:
     """Joins the groups into rank1.safetensors and index.json. Returns module -> singular values of its global deltas [checkpoints, r]."""
     tensors, modules = {}, list(series.shapes)
     for path in sorted((folder / "parts").glob("group_*.safetensors")):
@@ -135,13 +140,14 @@ def collect(series: adapters.Series, k: int, folder: pathlib.Path, run: pathlib.
     run_dir.write_json(
         folder / "index.json",
         {
+            "kind": series.kind,
             "steps": series.steps,
             "checkpoints": {step: run_dir.within(path, run) for step, path in series.paths.items()},
             "k": k,
             "modules": modules,
             "sigma_2_over_sigma_1": gaps,
             "near_ties": near_ties,  # sigma_1 / sigma_2 < 1.01: which of the two directions comes first is a matter of noise
-            "exact_way_taken": int(sum(tensors[f"exact.{module}"].item() for module in modules)),
+            {"lora": "exact_way_taken", "full": "not_converged"}[series.kind]: int(sum(tensors[f"hard.{m}"].item() for m in modules)),
         },
     )
     return {module: tensors[f"spectrum.{module}"] for module in modules}
@@ -182,7 +188,7 @@ def main() -> None:
     state = PartialState(cpu=not torch.accelerator.is_available())
     run = pathlib.Path(cfg.run_dir)
     folder = run / "deltas"
-    series = adapters.open_series(select(cfg, run))
+    series = open_series(cfg, select(cfg, run))
     count = len(series.steps)
     if not 2 <= cfg.fit_checkpoints <= count - 2:
         raise UserError(f"fit_checkpoints must leave at least 2 of the {count} checkpoints to score on, not {cfg.fit_checkpoints}")
@@ -190,9 +196,9 @@ def main() -> None:
     torch.set_num_threads(1)
     workers = cfg.threads or max(1, os.cpu_count() // state.num_processes)
     with concurrent.futures.ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        stage = run_dir.Stage(folder, configs.as_dict(cfg), inputs=[])
-        hashes = pool.map(run_dir.sha256, [path / "adapter_model.safetensors" for path in series.paths.values()])
-        stage.record["inputs"] = {f"step_{step:04d}": digest for step, digest in zip(series.steps, hashes, strict=True)}
+        stage = run_dir.Stage(folder, configs.as_dict(cfg, leave_out=("backbone",) if series.kind == "lora" else ()), inputs=[])
+        files = series.files()
+        stage.record["inputs"] = dict(zip(files, pool.map(run_dir.sha256, files.values()), strict=True))
         with state.main_process_first():
             if stage.is_done(cfg.overwrite, writer=state.is_main_process):
                 return

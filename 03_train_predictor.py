@@ -18,8 +18,9 @@ import time
 import torch
 from tqdm import tqdm
 
-from common import adapters, predictor, rank1, run_dir
+from common import adapters, dense, model_files, predictor, rank1, run_dir
 from common import config as configs
+from common.model_files import ModelFolder
 from common.run_dir import UserError
 
 LOSS_STRIDE = 5  # epochs between the losses that report.json keeps
@@ -83,30 +84,39 @@ def controls(trajectory: rank1.Trajectory) -> dict[str, dict]:
     return found
 
 
-def score(predicted: dict, now: adapters.Adapter, future: adapters.Adapter) -> dict:
+def true_delta(now, future, module: str, u: torch.Tensor, v: torch.Tensor) -> tuple[float, float, float]:
+    """(u^T D v, |D|_F, sigma_1(D)) of D = W(future) - W(now), from two adapters or two whole models."""
+    if isinstance(now, ModelFolder):
+        delta = dense.difference(future, now, module)
+        return float(u @ (delta @ v)), float(torch.linalg.vector_norm(delta)), float(dense.leading_of_dense(delta, keep=1)[1][0])
+    left, right = (x.double() for x in rank1.delta_factors(future.factors[module], now.factors[module], now.scale(module)))
+    sigma = rank1.svd_of_product(left, right)[1]
+    return float((u.double() @ left) @ (right @ v.double())), float(sigma.norm()), float(sigma[0])
+
+
+def score(predicted: dict, now: adapters.Adapter | ModelFolder, future: adapters.Adapter | ModelFolder) -> dict:
     """Against the whole true delta D of each matrix: cosine <sigma u v^T, D> / (|sigma| |D|_F), sigma error |sigma / sigma_1(D) - 1|.
 
     Means over matrices.
     """
     cosines, errors = [], []
     for module, (u, sigma, v) in predicted.items():
-        left, right = (x.double() for x in rank1.delta_factors(future.factors[module], now.factors[module], now.scale(module)))
-        true_sigma = rank1.svd_of_product(left, right)[1]
-        along = (u.double() @ left) @ (right @ v.double())  # u^T D v
-        cosines.append(float(torch.sign(sigma) * along / true_sigma.norm()))
-        errors.append(float((sigma - true_sigma[0]).abs() / true_sigma[0]))
+        along, size, true_sigma = true_delta(now, future, module, u, v)
+        cosines.append(float(torch.sign(sigma)) * along / size)
+        errors.append(abs(float(sigma) - true_sigma) / true_sigma)
     return {"cosine": sum(cosines) / len(cosines), "sigma_error": sum(errors) / len(errors), "matrices": len(cosines)}
 
 
-def backtest(trajectory: rank1.Trajectory, recipe: predictor.AnyRecipe, seed: int, holdout: int, paths: dict) -> dict:
+def backtest(trajectory: rank1.Trajectory, recipe: predictor.AnyRecipe, seed: int, holdout: int, paths: dict, kind: str) -> dict:
     """Stand at checkpoint c - holdout, train on what was known there, predict k checkpoints ahead, score beside controls and oracle.
 
-    `paths` are the folders of the checkpoints by step.
+    `paths` are the folders of the checkpoints by step, adapters or (kind "full") whole models.
     """
     count = len(trajectory.steps) - holdout
     past = trajectory.until(count)
     step, future_step = trajectory.steps[count - 1], trajectory.steps[count - 1 + trajectory.k]
-    now, future = adapters.read_adapter(paths[step]), adapters.read_adapter(paths[future_step])
+    read = model_files.open_model if kind == "full" else adapters.read_adapter
+    now, future = read(paths[step]), read(paths[future_step])
     models, _, _ = train_all(past, recipe, seed, "backtest")
     true = {m: (r["target"].u[count - 1], r["target"].sigma[count - 1], r["target"].v[count - 1]) for m, r in trajectory.deltas.items()}
     candidates = {"predictor": predictor.predict(models, past, recipe), **controls(past), "oracle": true}
@@ -138,7 +148,7 @@ def main() -> None:
         )
         if stage.is_done(cfg.overwrite):
             continue
-        tested = backtest(trajectory, recipe, cfg.seed, holdout, paths)
+        tested = backtest(trajectory, recipe, cfg.seed, holdout, paths, rank1.kind_of(run))
         began = time.perf_counter()
         models, losses, loss_of_zeros = train_all(trajectory, recipe, cfg.seed, f"predictor {name}")
         seconds = time.perf_counter() - began

@@ -9,7 +9,8 @@ Writes  <run-dir>/extrapolated/<method>_alpha1.5      for each method and alpha:
         <run-dir>/merged/<method>_alpha1.5            with --merge: the backbone and that adapter in one, a Hugging Face folder
 
 The adapters go straight into stages 5 and 6, PEFT or vLLM, and back to the trainer that made the checkpoints. `next` is made once for
-each recipe: next-aligned, next-paper, next-weighted.
+each recipe: next-aligned, next-paper, next-weighted. From whole models the adapter has rank 1 and belongs on the last of them, which is its
+base_model_name_or_path (stage 5: --backbone).
 """
 
 import dataclasses
@@ -21,9 +22,11 @@ from typing import Literal
 import safetensors.torch
 import torch
 
-from common import adapters, extrapolators, merge, model_files, predictor, rank1, run_dir
+from common import adapters, dense, extrapolators, merge, model_files, predictor, rank1, run_dir
 from common import config as configs
 from common.run_dir import UserError
+
+NO_RANK_1 = {"rl-extra": "moves by the update itself, all ranks of it", "none": "is the last checkpoint itself"}
 
 
 @dataclasses.dataclass
@@ -67,7 +70,7 @@ def load_predictors(folder: pathlib.Path, trajectory: rank1.Trajectory) -> dict[
 
 def variants(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Trajectory, step: int) -> dict[str, tuple[str, dict, list]]:
     """Output name -> (method, what it needs beside the trajectory, the files that come from)."""
-    found = {}
+    found, full = {}, rank1.kind_of(run) == "full"
     for method in cfg.methods:
         if method == "next":
             for recipe in cfg.recipes:
@@ -76,13 +79,21 @@ def variants(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Trajec
                     raise UserError(f"unknown recipe '{recipe}'; {configs.nearest(recipe, predictor.RECIPES)}")
                 predicted = predictor.predict(load_predictors(folder, trajectory), trajectory, predictor.RECIPES[recipe])
                 found[f"next-{recipe}"] = (method, {"predicted": predicted}, [folder / "model.safetensors"])
+        elif full and method in NO_RANK_1:
+            raise UserError(f"{method} {NO_RANK_1[method]}: on whole models it is no adapter of rank 1; leave it out of --methods")
         elif method == "oracle":
             ahead = step + trajectory.k * (trajectory.steps[-1] - trajectory.steps[-2])
             patterns = run_dir.read_json(run / "deltas" / "done.json", "02_extract_deltas.py")["config"]["checkpoints"]
             future = adapters.find_checkpoints(patterns, run).get(ahead)
             if future is None:
                 raise UserError(f"oracle needs the checkpoint of step {ahead}: train on (01_train_lora_grpo.py with a larger --steps)")
-            found[method] = (method, {"future": adapters.read_adapter(future)}, [future / "adapter_model.safetensors"])
+            if full:
+                now, future = model_files.open_model(rank1.checkpoint_paths(run)[step]), model_files.open_model(future)
+                true = {module: dense.leading_of_dense(dense.difference(future, now, module)) for module in trajectory.deltas}
+                triples = {module: (u, sigma[0], v) for module, (u, sigma, v, _) in true.items()}
+                found[method] = ("next", {"predicted": triples}, sorted({*future.files.values()}))
+            else:
+                found[method] = (method, {"future": adapters.read_adapter(future)}, [future / "adapter_model.safetensors"])
         else:
             found[method] = (method, {}, [])
     return found
@@ -116,10 +127,14 @@ def main() -> None:
     trajectory = rank1.load_trajectory(run / "deltas")
     step = trajectory.steps[-1]
     checkpoint = rank1.checkpoint_paths(run)[step]
-    last = adapters.read_adapter(checkpoint)
-    base = {"step": step, **adapters.read_info(checkpoint)}
-    aligned = trajectory.aligned()
-    sources = [checkpoint / "adapter_model.safetensors", run / "deltas" / "rank1.safetensors"]
+    aligned, sources = trajectory.aligned(), [run / "deltas" / "rank1.safetensors"]
+    if rank1.kind_of(run) == "full":
+        last = dense.empty_adapter(checkpoint, list(trajectory.deltas))
+        base = {"step": step, "backbone": run_dir.within(checkpoint, run, "{run_dir}")}
+    else:
+        last = adapters.read_adapter(checkpoint)
+        base = {"step": step, **adapters.read_info(checkpoint)}
+        sources.append(checkpoint / "adapter_model.safetensors")
     began, made, kept = time.perf_counter(), 0, 0
     for name, (method, needs, own_sources) in variants(cfg, run, trajectory, step).items():
         inputs = {run_dir.within(path, run): run_dir.sha256(path) for path in [*sources, *own_sources]}

@@ -11,13 +11,16 @@ import math
 import os
 import pathlib
 import re
+import sys
 
 import safetensors
 import safetensors.torch
 import torch
 
+from common import rank1
 from common.run_dir import UserError, atomic_dir, atomic_write_text, read_json, reading
 
+ROUNDED = {"BF16": torch.bfloat16, "F16": torch.float16}  # dtypes in which a step of RL is near the rounding, by safetensors' names
 TRAINING = "the training that writes it (here: 01_train_lora_grpo.py)"
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
 _EMBEDDING = re.compile(r"base_model\.model\.(.+)\.lora_embedding_A")
@@ -53,9 +56,9 @@ def highest_rank(config: dict) -> int:
 
 
 def module_scale(config: dict, module: str) -> float:
-    """s = lora_alpha / r of `module`; with rsLoRA lora_alpha / sqrt(r)."""
+    """s = lora_alpha / r of `module`; with rsLoRA lora_alpha / sqrt(r); 1 where r is 0."""
     rank, alpha = module_rank(config, module), _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if rank else 1.0
 
 
 def one_more_rank(config: dict, modules: list[str], kept: list[str] = ()) -> dict:
@@ -65,7 +68,8 @@ def one_more_rank(config: dict, modules: list[str], kept: list[str] = ()) -> dic
     initialisation is reset: the file's tensors replace it anyway, and not every kind of it works at every rank.
     """
     divisor = math.sqrt if config.get("use_rslora") else float
-    new = {**config, "r": config["r"] + 1, "lora_alpha": config["lora_alpha"] / divisor(config["r"]) * divisor(config["r"] + 1)}
+    scale = config["lora_alpha"] / divisor(config["r"]) if config["r"] else 1.0
+    new = {**config, "r": config["r"] + 1, "lora_alpha": scale * divisor(config["r"] + 1)}
     ranks = {module: module_rank(config, module) + 1 for module in modules} | {module: module_rank(config, module) for module in kept}
     alphas = {module: module_scale(config, module) * divisor(rank) for module, rank in ranks.items()}
     names = {module: f"^{re.escape(module)}" for module in ranks}  # the whole name; without ^ PEFT is content with its end
@@ -207,13 +211,26 @@ def step_of(path: pathlib.Path) -> int | None:
     return None
 
 
+def is_adapter(folder: pathlib.Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def is_model(folder: pathlib.Path) -> bool:
+    """Whether `folder` has a whole model's config and weights."""
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in weights)
+
+
 def find_checkpoints(patterns: list[str], run: pathlib.Path) -> dict[int, pathlib.Path]:
-    """The folders that match any of `patterns` (with * and ~; {run_dir} is `run`) by step, in order. Each must hold an adapter."""
+    """The folders that match any of `patterns` (with * and ~; {run_dir} is `run`) by step, in order.
+
+    Each must hold an adapter, or else a whole model (config.json and safetensors).
+    """
     found = {}
     for pattern in patterns:
         names = glob.glob(os.path.expanduser(pattern.replace("{run_dir}", glob.escape(str(run)))))
         for path in (path for path in map(pathlib.Path, sorted(names)) if path.is_dir() and path not in found.values()):
-            if not (path / "adapter_config.json").is_file():
+            if not is_adapter(path) and not is_model(path):
                 raise UserError(f"{path} has no adapter_config.json: name the adapters alone (verl's are global_step_*/actor/lora_adapter)")
             step = step_of(path)
             if step is None:
@@ -235,6 +252,8 @@ class Series:
     dtypes: set[str]  # of the factors: F32, BF16 ...
     others: list[str]  # keys of the tensors that are no factors and take no part
 
+    kind = "lora"
+
     @property
     def steps(self) -> list[int]:
         return list(self.paths)
@@ -245,16 +264,41 @@ class Series:
         with _reading(path), safetensors.safe_open(path, "pt") as file:
             return _factors(file, module)
 
+    def trajectory(self, module: str, k: int):
+        """All deltas of `module`, see `rank1.rank1_trajectory`."""
+        return rank1.rank1_trajectory((self.factors(module, step) for step in self.steps), k, self.scales[module])
+
+    def files(self) -> dict[str, pathlib.Path]:
+        """What the deltas are made from, by a name that does not depend on where it is."""
+        return {f"step_{step:04d}": path / "adapter_model.safetensors" for step, path in self.paths.items()}
+
+    def warn_of_rounding(self, k: int) -> None:
+        """Says on stderr what part of the deltas is rounding, if factors are stored with 16 bits."""
+        for name in sorted(self.dtypes & ROUNDED.keys()):
+            last, shares = self.steps[-1], []
+            for before in (self.steps[-2], self.steps[-1 - k]):
+                pairs = [(self.factors(module, last), self.factors(module, before)) for module in self.shapes]
+                shares.append(torch.tensor([rank1.rounding_share(now, then, ROUNDED[name]) for now, then in pairs]).median())
+            print(
+                f"warning: factors in {name}. If they were rounded on saving, that is {shares[0]:.1%} of the norm of the last local delta "
+                f"and {shares[1]:.1%} of the last target (median of {len(self.shapes)} matrices): save them in fp32",
+                file=sys.stderr,
+            )
+
+
+def check_spacing(steps: list[int]) -> None:
+    """Raises UserError where `steps` are not evenly spaced from step 0 on (the backbone)."""
+    if len({b - a for a, b in zip([0, *steps], steps, strict=False)}) > 1:
+        raise UserError(f"checkpoints are not evenly spaced: {steps}, counted from step 0, the backbone; leave out what is in between")
+
 
 def open_series(paths: dict[int, pathlib.Path]) -> Series:
     """The adapters in `paths`, step -> folder in order, as one series. Reads configs and headers, no tensor.
 
     Raises UserError where they are not evenly spaced from step 0 on (the backbone), or not all of one training.
     """
-    steps = list(paths)
-    if len({b - a for a, b in zip([0, *steps], steps, strict=False)}) > 1:
-        raise UserError(f"checkpoints are not evenly spaced: {steps}, counted from step 0, the backbone; leave out what is in between")
-    first, dtypes = None, set()
+    steps, first, dtypes = list(paths), None, set()
+    check_spacing(steps)
     for path in paths.values():
         header, info = read_header(path), read_info(path)
         scales = {module: module_scale(header.config, module) for module in header.shapes}

@@ -12,7 +12,7 @@ and the SVD of a product L R of thin factors is exact through two QR decompositi
 import collections
 import dataclasses
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import safetensors.torch
 import torch
@@ -152,6 +152,11 @@ def checkpoint_paths(run: pathlib.Path) -> dict[int, pathlib.Path]:
     return {int(step): run / path for step, path in index["checkpoints"].items()}  # those elsewhere are absolute
 
 
+def kind_of(run: pathlib.Path) -> str:
+    """What the deltas of the run directory `run` were made from: "lora" or "full"."""
+    return read_json(run / "deltas" / "index.json", "02_extract_deltas.py").get("kind", "lora")
+
+
 # ---------------------------------------------------------------------------------------------------------------------------
 # All deltas of one matrix, at little more than the cost of reading its factors
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -223,24 +228,22 @@ def leading_triple(now: _Point, before: _Point | None):
     return u, sigma, v, False
 
 
-def rank1_trajectory(checkpoints: Iterable[tuple[torch.Tensor, torch.Tensor]], k: int, scale: float):
-    """Every delta of one matrix (Eq. 6, 7). `checkpoints` yields (B [m, r], A [r, n]) in order; k + 1 of them are held at a time.
+def each_delta(points: Iterable, k: int, leading: Callable):
+    """Every delta of one matrix (Eq. 6, 7), of checkpoints in whatever form `points` has them; k + 1 are held at a time.
 
-    Returns (role -> Triples in fp32, singular values of the global deltas [checkpoints, r], role -> sigma_2 / sigma_1 [checkpoints],
-    how many deltas needed the exact way). Costs about 9 products of [r, m + n] with [m + n, r] a checkpoint and three eigenvalue
-    problems of size 2r at most; the first local delta is the first global one, the target of checkpoint i comes with i + k.
+    leading(now, before) gives (u [m], sigma [q], v [n], whether it was hard) of W(now) - W(before); `before` None is the backbone.
+    Returns (role -> Triples in fp32, sigma of the global deltas [checkpoints, q], role -> sigma_2 / sigma_1 [checkpoints], how many were
+    hard). The first local delta is the first global one, the target of checkpoint i comes with i + k.
     """
-    window, rows, exact = collections.deque(maxlen=k), {role: [] for role in ROLES}, 0
-    for b, a in checkpoints:
-        b, a = b.double(), a.double()
-        now = _Point(b, a, b.mT @ b, a @ a.mT)
+    window, rows, hard = collections.deque(maxlen=k), {role: [] for role in ROLES}, 0
+    for now in points:
         wanted = {"global": None, "local": window[-1] if window else None}
         if len(window) == k:
             wanted["target"] = window[0]
         for role, before in wanted.items():
-            u, sigma, v, slow = leading_triple(now, before)
-            rows[role].append((u.float(), sigma * scale, v.float()))
-            exact += slow
+            u, sigma, v, was_hard = leading(now, before)
+            rows[role].append((u.float(), sigma, v.float()))
+            hard += was_hard
         window.append(now)
     triples, gaps = {}, {}
     for role, found in rows.items():
@@ -248,7 +251,23 @@ def rank1_trajectory(checkpoints: Iterable[tuple[torch.Tensor, torch.Tensor]], k
         gaps[role] = torch.stack(
             [row[1][1] / row[1][0] if len(row[1]) > 1 and row[1][0] > 0 else torch.zeros(()).double() for row in found]
         )
-    return triples, torch.stack([row[1] for row in rows["global"]]), gaps, exact
+    return triples, torch.stack([row[1] for row in rows["global"]]), gaps, hard
+
+
+def rank1_trajectory(checkpoints: Iterable[tuple[torch.Tensor, torch.Tensor]], k: int, scale: float):
+    """`each_delta` of a LoRA. `checkpoints` yields (B [m, r], A [r, n]) in order; hard is what needed the exact way.
+
+    Costs about 9 products of [r, m + n] with [m + n, r] a checkpoint and three eigenvalue problems of size 2r at most.
+    """
+
+    def point(b: torch.Tensor, a: torch.Tensor) -> _Point:
+        return _Point(b, a, b.mT @ b, a @ a.mT)
+
+    def leading(now: _Point, before: _Point | None):
+        u, sigma, v, slow = leading_triple(now, before)
+        return u, sigma * scale, v, slow
+
+    return each_delta((point(b.double(), a.double()) for b, a in checkpoints), k, leading)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

@@ -94,10 +94,13 @@ def versions() -> dict[str, str]:
     return {"python": sys.version.split()[0], **packages}
 
 
-def within(path: pathlib.Path, run: pathlib.Path) -> str:
-    """`path` as the run directory's files name it: relative to `run` where it is inside, so that `run` may be moved; else absolute."""
+def within(path: pathlib.Path, run: pathlib.Path, name: str = "") -> str:
+    """`path` as the run directory's files name it: relative to `run` where it is inside, so that `run` may be moved; else absolute.
+
+    `name` stands for `run` in what is relative.
+    """
     path, run = (pathlib.Path(os.path.abspath(p)) for p in (path, run))
-    return str(path.relative_to(run) if path.is_relative_to(run) else path)
+    return str(name / path.relative_to(run) if path.is_relative_to(run) else path)
 
 
 class Stage:
