@@ -165,7 +165,7 @@ def test_a_merged_restart_trains_a_new_adapter_on_the_baked_backbone(finished_ru
 
 def test_evaluation_agrees_with_its_own_responses(finished_run):
     found = results.load_results(finished_run)
-    assert len(found) == 3 + 11 + 2
+    assert len(found) == 3 + 13 + 2
     for name, result in found.items():
         rows = run_dir.read_jsonl(finished_run / "eval" / name.replace("/", "__") / "test.jsonl")
         assert len(rows) == result.n == 256
