@@ -37,7 +37,7 @@ class ExtrapolateConfig(configs.StageConfig):
         default_factory=lambda: ["next"], metadata={"help": f"any of {', '.join(extrapolators.METHODS)}"}
     )
     recipes: list[str] = dataclasses.field(
-        default_factory=lambda: ["aligned"], metadata={"help": "predictors that `next` uses, of those stage 3 made"}
+        default_factory=lambda: ["weighted"], metadata={"help": "predictors that `next` uses, of those stage 3 made"}
     )
     alphas: list[float] = dataclasses.field(
         default_factory=lambda: [1.5], metadata={"help": "extending coefficients (paper: 1.5; Fig. 6: 0.5 to 4.0)"}

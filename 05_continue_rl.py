@@ -1,7 +1,7 @@
 """Stage 5: the remaining RL steps, from the extrapolated policy.                            Paper: Alg. 1, Sec. 5.1 (100 more steps)
 
-    accelerate launch 05_continue_rl.py --config demo --run-dir runs/demo --start next-aligned_alpha1.5
-    accelerate launch 05_continue_rl.py --config demo --run-dir runs/demo --start next-aligned_alpha1.5 --restart merged
+    accelerate launch 05_continue_rl.py --config demo --run-dir runs/demo --start next-weighted_alpha1.5
+    accelerate launch 05_continue_rl.py --config demo --run-dir runs/demo --start next-weighted_alpha1.5 --restart merged
 
 Reads   <run-dir>/extrapolated/<start>, the backbone, and the section `train` of the preset (it is the same loop: stage 1's)
 Writes  <run-dir>/continued/<start>/...       same layout as train/; steps are counted on, 151 ... 250
@@ -31,7 +31,7 @@ stage1 = importlib.import_module("01_train_lora_grpo")
 class ContinueConfig(stage1.TrainConfig):
     """Stage 1's options (from the preset's section `train`), and where to start."""
 
-    start: str = stage1.option("next-aligned_alpha1.5", "what to go on from: a folder in <run-dir>/extrapolated")
+    start: str = stage1.option("next-weighted_alpha1.5", "what to go on from: a folder in <run-dir>/extrapolated")
     restart: Literal["adapter", "merged"] = stage1.option(
         "adapter", "train the jumped adapter on, or bake it in and start a new one (open)"
     )

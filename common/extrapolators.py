@@ -11,7 +11,7 @@ kilobytes, rounds nothing, and PEFT, vLLM and the stages here load it unchanged.
 import torch
 
 from common.adapters import Adapter, extended
-from common.rank1 import Trajectory, delta_factors, svd_of_product
+from common.rank1 import Trajectory, Triples, delta_factors, rank1_of_sum, svd_of_product
 
 
 def add_rank1(last: Adapter, triples: dict[str, tuple], alpha: float) -> Adapter:
@@ -39,6 +39,20 @@ def repeat_last(last: Adapter, trajectory: Trajectory, alpha: float) -> Adapter:
     return add_rank1(last, {m: (r["target"].u[-1], r["target"].sigma[-1], r["target"].v[-1]) for m, r in trajectory.deltas.items()}, alpha)
 
 
+def recent_locals(last: Adapter, trajectory: Trajectory, alpha: float) -> Adapter:
+    """Control: like repeat-last, but only what moved in the last two checkpoints: rank 1 of k times the mean of the last two locals.
+
+    Nothing is learned. It asks whether a predictor gains by learning, or by looking at newer deltas than the last target's.
+    """
+    return add_rank1(last, {m: recent_triple(r, trajectory.k) for m, r in trajectory.deltas.items()}, alpha)
+
+
+def recent_triple(roles: dict[str, Triples], k: int) -> tuple:
+    """(u [m], sigma, v [n]) of k times the mean of one matrix's last two local deltas."""
+    newest = roles["local"]
+    return rank1_of_sum(newest.u[-2:], newest.sigma[-2:], newest.v[-2:], torch.full((2,), k / 2))
+
+
 def oracle(last: Adapter, trajectory: Trajectory, alpha: float, future: Adapter) -> Adapter:
     """Not a method but the ceiling for all of them: rank 1 of the true W_(c+k) - W_c, from a run that was really continued."""
     triples = {}
@@ -64,4 +78,4 @@ def none(last: Adapter, trajectory: Trajectory, alpha: float) -> Adapter:
     return last
 
 
-METHODS = {"next": next_, "repeat-last": repeat_last, "rl-extra": rl_extra, "oracle": oracle, "none": none}
+METHODS = {"next": next_, "repeat-last": repeat_last, "recent-locals": recent_locals, "rl-extra": rl_extra, "oracle": oracle, "none": none}

@@ -1,4 +1,4 @@
-"""The figures, each from the files of a run directory. Colours are Okabe and Ito's, which colour-blind readers can tell apart."""
+"""The figures, each from the files of a run directory. Okabe and Ito's colours, which colour-blind readers can tell apart, and two more."""
 
 import itertools
 import pathlib
@@ -15,14 +15,24 @@ COLOURS = {
     "grpo": "#000000",
     "next-aligned": "#0072B2",
     "next-paper": "#D55E00",
-    "next-weighted": "#F0E442",
+    "next-weighted": "#5D3A9B",
     "repeat-last": "#009E73",
+    "recent-locals": "#8A8A00",
     "rl-extra": "#CC79A7",
     "oracle": "#E69F00",
     "none": "#56B4E9",
 }
-LINES = {"repeat-last": "--", "oracle": "--", "none": ":"}  # the controls
-MARKS = {"next-aligned": "o", "next-paper": "s", "next-weighted": "P", "repeat-last": "^", "rl-extra": "D", "oracle": "v", "none": "x"}
+LINES = {"repeat-last": "--", "recent-locals": "--", "oracle": "--", "none": ":"}  # the controls
+MARKS = {
+    "next-aligned": "o",
+    "next-paper": "s",
+    "next-weighted": "P",
+    "repeat-last": "^",
+    "recent-locals": "<",
+    "rl-extra": "D",
+    "oracle": "v",
+    "none": "x",
+}
 
 
 def _save(figure, path: pathlib.Path) -> pathlib.Path:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from common.rank1 import Trajectory, Triples, svd_of_product
+from common.rank1 import Trajectory, Triples, rank1_of_sum
 
 HIDDEN = 256  # as in the official code
 
@@ -182,13 +182,7 @@ def fit_weights(trajectory: Trajectory, recipe: SumRecipe) -> WeightedSum:
 def predict_sum(model: WeightedSum, trajectory: Trajectory, recipe: SumRecipe, at: int = -1) -> dict[str, tuple]:
     """Rank 1 of k times the weighted sum at checkpoint `at`: module -> (u [m], sigma, v [n]); a sum of rank-1 terms has an exact SVD."""
     weights = trajectory.k * model.weights.double() @ terms(len(trajectory.steps), recipe.window)[at]  # [2 c]
-    used = weights.nonzero()[:, 0]
-    found = {}
-    for module, roles in trajectory.deltas.items():
-        u, sigma, v = known_deltas(roles)
-        u, sigma, v = svd_of_product(((weights * sigma)[:, None] * u)[used].T, v[used])
-        found[module] = (u.float(), sigma[0].float(), v.float())
-    return found
+    return {module: tuple(x.float() for x in rank1_of_sum(*known_deltas(roles), weights)) for module, roles in trajectory.deltas.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

@@ -43,6 +43,16 @@ def svd_of_product(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tenso
     return (q1 @ u[..., :1])[..., 0] * some, sigma, (q2 @ vh[..., :1, :].mT)[..., 0] * some
 
 
+def rank1_of_sum(u: torch.Tensor, sigma: torch.Tensor, v: torch.Tensor, weights: torch.Tensor):
+    """Leading triple of sum_j weights_j sigma_j u_j v_j^T for u [j, m], sigma [j], v [j, n], weights [j]: (u [m], sigma, v [n]), exact.
+
+    Products sigma u v^T have no sign to choose, so nothing needs to be aligned.
+    """
+    used = weights.nonzero()[:, 0]
+    left, sigmas, right = svd_of_product(((weights * sigma)[:, None] * u)[used].T, v[used])
+    return left, sigmas[0], right
+
+
 def delta_factors(now: tuple, before: tuple | None, scale: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """W(now) - W(before) as (left, right). Each argument is (B [..., m, r], A [..., r, n]); `before` None is the backbone.
 

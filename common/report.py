@@ -132,7 +132,7 @@ def claims(run: pathlib.Path, results: dict[str, Result]) -> list[tuple[str, ...
 
 def backtests(run: pathlib.Path) -> str:
     """Markdown: what each recipe's predictor is worth on a target it has not seen, beside the controls."""
-    columns = ("predictor", "copy-global", "repeat-last", "linear-fit", "oracle")
+    columns = ("predictor", "copy-global", "repeat-last", "recent-locals", "linear-fit", "oracle")
     lines = ["| recipe | " + " | ".join(columns) + " |", "|---|" + "--:|" * len(columns)]
     for path in sorted((run / "predictor").glob("*/report.json")):
         tested = run_dir.read_json(path, "03_train_predictor.py")["backtest"]

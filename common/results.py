@@ -16,6 +16,7 @@ NAMES = {  # of each method, in tables and figures alike, in the order of the ta
     "next-weighted": "NExt, weighted recipe",
     "rl-extra": "RL-Extra",
     "repeat-last": "repeat-last (control)",
+    "recent-locals": "recent-locals (control)",
     "none": "restart without a jump (control)",
     "oracle": "oracle (true next delta)",
 }

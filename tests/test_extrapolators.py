@@ -82,6 +82,19 @@ def test_repeat_last_adds_the_rank_one_part_of_the_last_known_target():
         )
 
 
+def test_recent_locals_adds_the_rank_one_part_of_the_last_two_local_ones_scaled_to_k():
+    jumped = extrapolators.recent_locals(SERIES[-1], make_trajectory(SERIES, k=4), 1.5)
+    for name in SERIES[0].factors:
+        total = 0
+        for now, before in ((5, 4), (4, 3)):
+            u, s, vh = torch.linalg.svd(dense(SERIES[now])[name] - dense(SERIES[before])[name])
+            total = total + s[0] * torch.outer(u[:, 0], vh[0])
+        u, s, vh = torch.linalg.svd(4 * total / 2)
+        torch.testing.assert_close(
+            dense(jumped)[name], dense(SERIES[5])[name] + 1.5 * s[0] * torch.outer(u[:, 0], vh[0]), atol=1e-5, rtol=0
+        )
+
+
 def test_oracle_adds_the_rank_one_part_of_the_true_future():
     future = make_adapter(99)
     jumped = extrapolators.oracle(SERIES[-1], make_trajectory(SERIES, k=2), 2.0, future=future)

@@ -23,3 +23,11 @@ def test_files_pictures_and_functions_that_the_readme_names_exist():
     names = [name for name in re.findall(r"`([A-Za-z_0-9]+)`", mapped)]
     assert len(names) > 15
     assert [name for name in names if not re.search(rf"(def|class) {name}\b", code)] == []
+
+
+def test_the_table_of_predictors_is_what_the_bench_printed():
+    printed = (ROOT / ".github" / "results" / "predictor_demo.md").read_text(encoding="utf-8").splitlines()
+    shown = README.split("## Is there a better predictor?")[1].split("## ")[0].splitlines()
+    rows = [line for line in shown if line.startswith("|")]
+    assert len(rows) > 15
+    assert [row for row in rows if row not in printed] == []

@@ -165,7 +165,7 @@ def test_a_merged_restart_trains_a_new_adapter_on_the_baked_backbone(finished_ru
 
 def test_evaluation_agrees_with_its_own_responses(finished_run):
     found = results.load_results(finished_run)
-    assert len(found) == 3 + 11 + 2
+    assert len(found) == 3 + 13 + 2
     for name, result in found.items():
         rows = run_dir.read_jsonl(finished_run / "eval" / name.replace("/", "__") / "test.jsonl")
         assert len(rows) == result.n == 256
@@ -315,6 +315,39 @@ def test_two_processes_evaluate_like_one(finished_run, tmp_path):
         assert (folder / "eval" / policy_name / "test.jsonl").read_text() == (
             finished_run / "eval" / policy_name / "test.jsonl"
         ).read_text()
+
+
+def test_two_processes_extract_what_one_does(finished_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run, folder)
+    shutil.rmtree(folder / "deltas")
+    output, _ = (run := start_two("02_extract_deltas.py", folder, "cpu_processes")).communicate(timeout=300)
+    assert run.returncode == 0, output
+    for name in ("rank1.safetensors", "index.json", "spectrum.json"):
+        assert (folder / "deltas" / name).read_bytes() == (finished_run / "deltas" / name).read_bytes()
+    assert not (folder / "deltas" / "parts").exists()
+
+
+def test_an_interrupted_extraction_goes_on_at_the_group_of_matrices_it_was_at(finished_run, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run, folder)
+    shutil.rmtree(folder / "deltas")
+    done, real = [], rank1.rank1_trajectory
+
+    def counted(*args):
+        done.append(args)
+        if len(done) == 12:  # in the second group of 8 matrices
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(rank1, "rank1_trajectory", counted)
+    assert call_stage(monkeypatch, capsys, "02_extract_deltas.py", "--config", TINY, "--run-dir", str(folder))[0] == 130
+    assert [path.name for path in (folder / "deltas" / "parts").glob("group*")] == ["group_0000.safetensors"]
+    done.clear()
+    monkeypatch.setattr(rank1, "rank1_trajectory", lambda *args: done.append(args) or real(*args))
+    assert call_stage(monkeypatch, capsys, "02_extract_deltas.py", "--config", TINY, "--run-dir", str(folder))[0] == 0
+    assert len(done) == 21 - 8
+    assert (folder / "deltas" / "rank1.safetensors").read_bytes() == (finished_run / "deltas" / "rank1.safetensors").read_bytes()
 
 
 def test_a_failing_process_brings_all_down_with_its_own_error(empty_run, tmp_path):

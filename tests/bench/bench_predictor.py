@@ -46,12 +46,6 @@ def stage(script: str, run: pathlib.Path, *options: str) -> None:
         sys.exit(f"{' '.join([*where, *options])} failed:\n{done.stdout}{done.stderr}")
 
 
-def learning_free(trajectory: rank1.Trajectory) -> dict[str, dict]:
-    """Stage 3's controls, and the mean of the last two locals, which is the recipe `weighted` with weights that nobody fitted."""
-    recent = predictor.WeightedSum(torch.tensor([0.0, 1.0, 0.0]))
-    return {**stage3.controls(trajectory), "recent-locals": predictor.predict_sum(recent, trajectory, predictor.SumRecipe(window=2))}
-
-
 def complete(run: pathlib.Path, seed: int, alphas: list[str]) -> None:
     """Everything the tables need in one run directory; what is there stays."""
     if not (run / "train" / f"step_{AT + K:04d}").is_dir():
@@ -62,7 +56,7 @@ def complete(run: pathlib.Path, seed: int, alphas: list[str]) -> None:
     stage("04_extrapolate.py", run, "--recipes", *RECIPES, "--methods", "next", "repeat-last", "rl-extra", "oracle", "--alphas", *alphas)
     trajectory, last = rank1.load_trajectory(run / "deltas"), run / "train" / f"step_{AT:04d}"
     info = run_dir.read_json(last / "checkpoint.json", "01_train_lora_grpo.py")
-    for name, triples in learning_free(trajectory).items():
+    for name, triples in stage3.controls(trajectory).items():
         for alpha in alphas:
             folder = run / "extrapolated" / f"{name}_alpha{float(alpha):g}"
             if name in ROWS and not folder.is_dir():
@@ -76,7 +70,7 @@ def backtest(run: pathlib.Path, at: int) -> dict[str, dict]:
     whole = rank1.load_trajectory(run / "deltas")
     past = whole.until(whole.steps.index(at) + 1)
     now, future = (adapters.read_adapter(run / "train" / f"step_{step:04d}") for step in (at, at + K))
-    found = {name: stage3.score(triples, now, future) for name, triples in learning_free(past).items()}
+    found = {name: stage3.score(triples, now, future) for name, triples in stage3.controls(past).items()}
     for name in RECIPES:
         if at == AT:
             models = stage4.load_predictors(run / "predictor" / name, whole)

@@ -16,7 +16,7 @@ from trl import GRPOConfig, GRPOTrainer
 from common import adapters, policy, predictor, rank1, run_dir
 
 STEPS = 9
-JUMPED = "extrapolated/next-aligned_alpha1.5"
+JUMPED = "extrapolated/next-weighted_alpha1.5"
 
 
 def solved(completions, answer, **_):
@@ -57,7 +57,7 @@ def run(tmp_path_factory):
     common = ["--run-dir", str(folder), "--threads", "1"]
     for script, flags in (
         ("02_extract_deltas.py", ["--checkpoints", str(folder / "outputs" / "checkpoint-*"), "--k", "2", "--fit-checkpoints", "6"]),
-        ("03_train_predictor.py", ["--recipes", "aligned"]),
+        ("03_train_predictor.py", []),
         ("04_extrapolate.py", ["--methods", "next", "repeat-last", "none"]),
     ):
         done = run_stage(script, *common, *flags)
@@ -76,15 +76,15 @@ def test_trl_trained_and_every_checkpoint_was_read(run):
     moved = [module for module in series.shapes if not torch.equal(series.factors(module, 1)[0], series.factors(module, STEPS)[0])]
     assert len(moved) == len(series.shapes) == 21
     assert {shape[1] for shape in series.shapes.values()} == {4, 6}
-    tested = json.loads((run / "predictor" / "aligned" / "report.json").read_text())["backtest"]
+    tested = json.loads((run / "predictor" / "weighted" / "report.json").read_text())["backtest"]
     assert (tested["at_step"], tested["predicts_step"]) == (7, 9)
 
 
 def predicted(run):
     """Module -> (u, sigma, v) of the trained predictor, straight from its file."""
     trajectory = rank1.load_trajectory(run / "deltas")
-    models = importlib.import_module("04_extrapolate").load_predictors(run / "predictor" / "aligned", trajectory)
-    return predictor.predict(models, trajectory, predictor.RECIPES["aligned"])
+    models = importlib.import_module("04_extrapolate").load_predictors(run / "predictor" / "weighted", trajectory)
+    return predictor.predict(models, trajectory, predictor.RECIPES["weighted"])
 
 
 def last_known(run):
