@@ -110,7 +110,9 @@ def test_predictor_reports_its_backtest_beside_controls_and_oracle(finished_run)
 def test_extrapolated_adapters_have_one_more_rank_and_load_in_peft(finished_run):
     names = {path.name for path in (finished_run / "extrapolated").iterdir()}
     assert names == {
-        f"{m}_alpha{a}" for m in ("next-aligned", "next-paper", "next-weighted", "repeat-last", "rl-extra") for a in ("0.5", "1.5")
+        f"{m}_alpha{a}"
+        for m in ("next-aligned", "next-paper", "next-weighted", "repeat-last", "recent-locals", "rl-extra")
+        for a in ("0.5", "1.5")
     } | {
         "none",
         "oracle_alpha0.5",
@@ -165,7 +167,7 @@ def test_a_merged_restart_trains_a_new_adapter_on_the_baked_backbone(finished_ru
 
 def test_evaluation_agrees_with_its_own_responses(finished_run):
     found = results.load_results(finished_run)
-    assert len(found) == 3 + 13 + 2
+    assert len(found) == 3 + 15 + 2
     for name, result in found.items():
         rows = run_dir.read_jsonl(finished_run / "eval" / name.replace("/", "__") / "test.jsonl")
         assert len(rows) == result.n == 256
@@ -198,8 +200,8 @@ def test_evaluation_with_another_template_than_trainings_warns(copy, monkeypatch
 def test_report_has_the_table_the_claims_and_the_figures(finished_run):
     text = (finished_run / "report.md").read_text()
     assert "| Backbone | 0 |" in text
-    assert text.count("![") == 5
-    for name in ("training", "fig2_energy_ratio", "fig3_linear_fit", "fig5_cost", "fig6_alpha"):
+    assert text.count("![") == 6
+    for name in ("training", "fig2_energy_ratio", "fig3_linear_fit", "predictor_loss", "fig5_cost", "fig6_alpha"):
         assert (finished_run / "figures" / f"{name}.png").stat().st_size > 10_000
     for claim in ("Fig. 2", "Fig. 3", "Fig. 5", "Fig. 6", "Table 5", "not worse than GRPO"):
         assert claim in text
