@@ -52,10 +52,9 @@ def one_matrix(m: int = 8960, n: int = 1536) -> None:
     (triples, *_), ours = timed(lambda: rank1.rank1_trajectory(series, K, SCALE))
     ours /= deltas
 
-    def dense(i: int, j: int) -> torch.Tensor:  # as after merging: an m x n matrix, in fp32
-        return SCALE * (series[j][0] @ series[j][1] - series[i][0] @ series[i][1])
-
-    delta = dense(9, 14)
+    backbone = 0.02 * torch.randn(m, n, generator=generator)
+    merged = [backbone + SCALE * series[i][0] @ series[i][1] for i in (9, 14)]  # the official code's input: merged models, in fp32
+    delta = merged[1] - merged[0]
     (u, sigma, v), exact = timed(lambda: rank1.svd_of_product(*(x.double() for x in rank1.delta_factors(series[14], series[9], SCALE))))
     rows = [("ours, from Gram matrices", ours, (triples["target"].u[9], triples["target"].sigma[9], triples["target"].v[9]))]
     rows.append(("QR and SVD of the factors, float64", exact, (u, sigma[0], v)))
