@@ -8,6 +8,7 @@ import re
 import torch
 
 from common import run_dir
+from common.predictor import RECIPES
 
 NAMES = {  # of each method, in tables and figures alike, in the order of the tables
     "grpo": "GRPO with LoRA",
@@ -100,7 +101,7 @@ def overhead(run: pathlib.Path, recipe: str) -> dict[str, float]:
 def cost_bars(run: pathlib.Path, results: dict[str, Result]) -> dict[str, list[float]]:
     """Fig. 5's bars, label -> wall seconds of [RLVR, SVD, predictor, extrapolation]: NExt by each recipe, and the longest plain GRPO."""
     bars = {}
-    for recipe in ("aligned", "paper"):
+    for recipe in RECIPES:
         for after in [r for r in results.values() if r.policy.startswith(f"continued/next-{recipe}_alpha{MAIN_ALPHA:g}/")][-1:]:
             extra = list(overhead(run, recipe).values())
             bars[f"NExt ({recipe}), {after.steps} steps"] = [after.seconds - sum(extra), *extra]

@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,9 +26,10 @@ def test_files_pictures_and_functions_that_the_readme_names_exist():
     assert [name for name in names if not re.search(rf"(def|class) {name}\b", code)] == []
 
 
-def test_the_table_of_predictors_is_what_the_bench_printed():
-    printed = (ROOT / ".github" / "results" / "predictor_demo.md").read_text(encoding="utf-8").splitlines()
-    shown = README.split("## Is there a better predictor?")[1].split("## ")[0].splitlines()
-    rows = [line for line in shown if line.startswith("|")]
-    assert len(rows) > 15
+@pytest.mark.parametrize(("section", "results"), [("Is there a better predictor?", "predictor_demo"), ("How fast, how exact", "extract")])
+def test_tables_in_the_readme_are_what_a_bench_printed(section, results):
+    printed = (ROOT / ".github" / "results" / f"{results}.md").read_text(encoding="utf-8").splitlines()
+    shown = README.split(f"## {section}")[1].split("\n## ")[0].splitlines()
+    rows = [line for line in shown if line.startswith(("|", "* "))]
+    assert len(rows) > 6
     assert [row for row in rows if row not in printed] == []

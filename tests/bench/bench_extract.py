@@ -67,7 +67,7 @@ def one_matrix(m: int = 8960, n: int = 1536) -> None:
     print("| way | seconds a delta | times ours | sigma_1 off by | 1 - abs cos(u) | 1 - abs cos(v) |\n|---|--:|--:|--:|--:|--:|")
     for name, seconds, (x, s, y) in rows:
         off = abs(float(s) / float(sigma[0]) - 1)
-        cosines = [1 - abs(float(p.double() @ q) / float(p.double().norm())) for p, q in ((x, u), (y, v))]
+        cosines = [abs(1 - abs(float(p.double() @ q) / float(p.double().norm()))) for p, q in ((x, u), (y, v))]
         print(f"| {name} | {seconds:.4f} | {seconds / ours:.1f} | {off:.0e} | {cosines[0]:.0e} | {cosines[1]:.0e} |")
 
 
