@@ -255,6 +255,8 @@ def load_prompts(cfg: TrainConfig, tokenizer) -> tuple[list[data.Problem], list[
 def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: pathlib.Path, first_step: int, info: dict) -> None:
     """RL steps first_step + 1 ... cfg.steps on `model` (a PEFT policy), everything under `folder`. Stage 5 calls it too."""
     problems, prompts, hashes = load_prompts(cfg, tokenizer)
+    if cfg.report_to:
+        accelerator.init_trackers("next", config=configs.as_dict(cfg))
     if cfg.gradient_checkpointing:
         policy.checkpoint_gradients(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
@@ -377,8 +379,6 @@ def start_accelerator(cfg: TrainConfig, folder: pathlib.Path) -> Accelerator:
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, log_with=cfg.report_to or None, project_dir=folder)
     if cfg.mini_batch % accelerator.num_processes:
         raise UserError(f"mini_batch ({cfg.mini_batch}) must be a multiple of the number of processes ({accelerator.num_processes})")
-    if cfg.report_to:
-        accelerator.init_trackers("next", config=configs.as_dict(cfg))
     return accelerator
 
 

@@ -21,6 +21,7 @@ thread: fewer --threads need less.
 
 import concurrent.futures
 import dataclasses
+import datetime
 import os
 import pathlib
 import shutil
@@ -95,42 +96,42 @@ def warn(series: Series, k: int) -> None:
     series.warn_of_rounding(k)
 
 
-def extract_group(series: Series, modules: list[str], k: int, pool: concurrent.futures.Executor) -> dict[str, torch.Tensor]:
-    """All deltas of some matrices: "role.module.u|sigma|v" and "role.module.gap" (sigma_2 / sigma_1) [checkpoints, ...], "spectrum.module"
+def extract_matrix(series: Series, module: str, k: int) -> dict[str, torch.Tensor]:
+    """All deltas of one matrix: "role.module.u|sigma|v" and "role.module.gap" (sigma_2 / sigma_1) [checkpoints, ...], "spectrum.module"
     [checkpoints, r] (of the global deltas), "hard.module" [1] (how many needed the exact way; of a whole model's, how many did not
-    converge). Each is read checkpoint by checkpoint.
+    converge). It is read checkpoint by checkpoint.
     """
-
-    def one(module: str) -> dict[str, torch.Tensor]:
-        triples, spectrum, gaps, hard = series.trajectory(module, k)
-        found = {f"spectrum.{module}": spectrum, f"hard.{module}": torch.tensor([hard])}
-        for role, t in triples.items():
-            parts = {"u": t.u, "sigma": t.sigma, "v": t.v, "gap": gaps[role]}
-            found |= {f"{role}.{module}.{part}": tensor for part, tensor in parts.items()}
-        return found
-
-    return {name: tensor for found in pool.map(one, modules) for name, tensor in found.items()}
+    triples, spectrum, gaps, hard = series.trajectory(module, k)
+    found = {f"spectrum.{module}": spectrum, f"hard.{module}": torch.tensor([hard])}
+    for role, t in triples.items():
+        parts = {"u": t.u, "sigma": t.sigma, "v": t.v, "gap": gaps[role]}
+        found |= {f"{role}.{module}.{part}": tensor for part, tensor in parts.items()}
+    return found
 
 
 def extract(series: Series, k: int, parts: pathlib.Path, pool: concurrent.futures.Executor, state: PartialState) -> None:
     """Leaves a file in `parts` for every group of matrices, those of this process. What an interrupted run left there is kept."""
     modules, per_module = list(series.shapes), 3 * len(series.steps) - k
     groups = [modules[start : start + GROUP] for start in range(0, len(modules), GROUP)]
-    mine = range(state.process_index, len(groups), state.num_processes)
-    shown = None if state.is_main_process else True
-    with tqdm(total=sum(len(groups[i]) for i in mine) * per_module, desc="rank-1 SVDs", disable=shown) as bar:
-        for i in mine:
-            path = parts / f"group_{i:04d}.safetensors"
-            if not path.is_file():
-                run_dir.save_tensors(path, extract_group(series, groups[i], k, pool))
-            bar.update(len(groups[i]) * per_module)
+    paths = {i: parts / f"group_{i:04d}.safetensors" for i in range(state.process_index, len(groups), state.num_processes)}
+    work = {i: [pool.submit(extract_matrix, series, m, k) for m in groups[i]] for i, path in paths.items() if not path.is_file()}
+    todo, shown = sum(len(groups[i]) for i in work) * per_module, None if state.is_main_process else True
+    with tqdm(total=todo, desc="rank-1 SVDs", disable=shown) as bar:
+        try:
+            for i in list(work):
+                run_dir.save_tensors(paths[i], {name: tensor for job in work.pop(i) for name, tensor in job.result().items()})
+                bar.update(len(groups[i]) * per_module)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # else leaving the pool waits for all that is still to do
+            raise
 
 
 def collect(series: Series, k: int, folder: pathlib.Path, run: pathlib.Path) -> dict[str, torch.Tensor]:
     """Joins the groups into rank1.safetensors and index.json. Returns module -> singular values of its global deltas [checkpoints, r]."""
     tensors, modules = {}, list(series.shapes)
     for path in sorted((folder / "parts").glob("group_*.safetensors")):
-        tensors |= safetensors.torch.load_file(path)
+        with run_dir.reading(path, "delete it and run 02_extract_deltas.py again"):
+            tensors |= safetensors.torch.load_file(path)
     if not any(tensors[f"global.{module}.sigma"][-1] > 0 for module in modules):
         raise UserError(f"no matrix has moved up to step {series.steps[-1]}: every reward was the same, or the learning rate is 0")
     triples = [f"{role}.{module}.{part}" for module in modules for role in rank1.ROLES for part in ("u", "sigma", "v")]
@@ -185,7 +186,10 @@ def measure(trajectory: rank1.Trajectory, spectra: dict[str, torch.Tensor], fit:
 
 def main() -> None:
     cfg = configs.parse(ExtractConfig, "extract", __doc__)
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    # the work is the CPUs', and the slowest process may need longer than the default ten minutes more than the others
+    state = PartialState(cpu=True, timeout=datetime.timedelta(days=1))
+    if state.num_processes > 1:
+        state.print(f"{state.num_processes} processes")
     run = pathlib.Path(cfg.run_dir)
     folder = run / "deltas"
     series = open_series(cfg, select(cfg, run))
@@ -198,7 +202,7 @@ def main() -> None:
     with concurrent.futures.ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         stage = run_dir.Stage(folder, configs.as_dict(cfg, leave_out=("backbone",) if series.kind == "lora" else ()), inputs=[])
         files = series.files()
-        stage.record["inputs"] = dict(zip(files, pool.map(run_dir.sha256, files.values()), strict=True))
+        stage.record["inputs"] = dict(zip(files, pool.map(run_dir.sha256, files.values()), strict=True)) | series.settings()
         with state.main_process_first():
             if stage.is_done(cfg.overwrite, writer=state.is_main_process):
                 return

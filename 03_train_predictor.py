@@ -105,6 +105,8 @@ def score(predicted: dict, now: adapters.Adapter | ModelFolder, future: adapters
     cosines, errors = [], []
     for module, (u, sigma, v) in predicted.items():
         along, size, true_sigma = true_delta(now, future, module, u, v)
+        if not size:
+            continue  # a matrix that did not move
         cosines.append(float(torch.sign(sigma)) * along / size)
         errors.append(abs(float(sigma) - true_sigma) / true_sigma)
     return {"cosine": sum(cosines) / len(cosines), "sigma_error": sum(errors) / len(errors), "matrices": len(cosines)}

@@ -54,8 +54,11 @@ class ExtrapolateConfig(configs.StageConfig):
 
 def load_predictors(folder: pathlib.Path, trajectory: rank1.Trajectory) -> dict[str, torch.nn.Module]:
     """The predictors that stage 3 left in `folder`, by family."""
-    run_dir.read_json(folder / "done.json", "03_train_predictor.py")
-    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    done = run_dir.read_json(folder / "done.json", "03_train_predictor.py")
+    if done["inputs"]["rank1.safetensors"] != run_dir.sha256(folder.parents[1] / "deltas" / "rank1.safetensors"):
+        raise UserError(f"{folder} was trained on other deltas than those there now: run 03_train_predictor.py --overwrite")
+    with run_dir.reading(folder / "model.safetensors", "run 03_train_predictor.py --overwrite"):
+        weights = safetensors.torch.load_file(folder / "model.safetensors")
     if "sum.weights" in weights:
         return {"sum": predictor.WeightedSum(weights["sum.weights"])}
     models = {}

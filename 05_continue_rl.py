@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 
 from common import config as configs
-from common import data, policy, run_dir
+from common import data, policy, rank1, run_dir
 from common.run_dir import UserError, atomic_dir
 
 stage1 = importlib.import_module("01_train_lora_grpo")
@@ -55,7 +55,13 @@ def main() -> None:
     if not start.is_dir():
         there = sorted(path.name for path in start.parent.glob("*"))
         raise UserError(f"{start} not found: run 04_extrapolate.py first (there: {', '.join(there) or 'nothing'})")
-    first_step = policy.checkpoint_info(start)["step"]
+    begun = policy.checkpoint_info(start)
+    first_step = begun["step"]
+    if (
+        rank1.kind_of(run) == "full"
+        and pathlib.Path(cfg.path(cfg.backbone)).resolve() != pathlib.Path(cfg.path(begun["backbone"])).resolve()
+    ):
+        raise UserError(f"{start} is a jump from a whole model: go on with --backbone {begun['backbone']}")
     cfg.steps = first_step + cfg.more_steps
     folder = run / "continued" / (cfg.start + ("_merged" if cfg.restart == "merged" else ""))
     accelerator = stage1.start_accelerator(cfg, folder)

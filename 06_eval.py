@@ -82,6 +82,8 @@ def find_policies(cfg: EvalConfig) -> list[str]:
     """The names that the globs stand for, in the order given, each once."""
     run, found = pathlib.Path(cfg.run_dir), []
     for pattern in cfg.policies:
+        if pathlib.Path(pattern).is_absolute():
+            raise UserError(f"policies are named as they stand in {run} (train/step_0150, extrapolated/*), not {pattern}")
         names = (
             ["backbone"]
             if pattern == "backbone"
@@ -174,7 +176,7 @@ def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None
             prompts = data.encode_prompts(tasks[task], tokenizer, cfg.prompt_template, cfg.system_prompt, cfg.max_prompt_tokens, task)
             if task not in shown:
                 shown.add(task)
-                bar.write(f"{task}: {len(prompts)} problems; first prompt: {tokenizer.decode(prompts[0])!r}")
+                accelerator.print(f"{task}: {len(prompts)} problems; first prompt: {tokenizer.decode(prompts[0])!r}")
             began = time.perf_counter()
             with accelerator.autocast() if cfg.engine == "hf" else contextlib.nullcontext():  # vLLM sees to its own precision
                 rows = evaluate(cfg, engine, judge, tokenizer, tasks[task], prompts, accelerator)
@@ -206,6 +208,8 @@ def main() -> None:
     cfg = configs.parse(EvalConfig, "eval", __doc__)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    if accelerator.num_processes > 1:
+        accelerator.print(f"{accelerator.num_processes} processes")
     cfg.engine = rollout.choose_engine(cfg.engine)
     if not pathlib.Path(cfg.run_dir).is_dir():
         raise UserError(f"run directory {cfg.run_dir} not found: run 01_train_lora_grpo.py first")

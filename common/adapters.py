@@ -6,6 +6,7 @@ has a rank and a scale of its own (rank_pattern, alpha_pattern, rsLoRA); a `Seri
 
 import dataclasses
 import glob
+import hashlib
 import json
 import math
 import os
@@ -262,7 +263,10 @@ class Series:
         """(B [m, r], A [r, n]) of `module` at `step` in fp32. Reads these two tensors and nothing else."""
         path = self.paths[step] / "adapter_model.safetensors"
         with _reading(path), safetensors.safe_open(path, "pt") as file:
-            return _factors(file, module)
+            b, a = _factors(file, module)
+        if not (b.isfinite().all() and a.isfinite().all()):
+            raise UserError(f"{path}: {module} is not finite: the training diverged; leave this checkpoint out (--last-step)")
+        return b, a
 
     def trajectory(self, module: str, k: int):
         """All deltas of `module`, see `rank1.rank1_trajectory`."""
@@ -271,6 +275,10 @@ class Series:
     def files(self) -> dict[str, pathlib.Path]:
         """What the deltas are made from, by a name that does not depend on where it is."""
         return {f"step_{step:04d}": path / "adapter_model.safetensors" for step, path in self.paths.items()}
+
+    def settings(self) -> dict[str, str]:
+        """What the deltas depend on beside the files' tensors."""
+        return {"scales": hashlib.sha256(json.dumps(self.scales, sort_keys=True).encode()).hexdigest()[:16]}
 
     def warn_of_rounding(self, k: int) -> None:
         """Says on stderr what part of the deltas is rounding, if factors are stored with 16 bits."""

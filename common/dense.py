@@ -111,7 +111,12 @@ class DenseSeries:
 
     def weight(self, module: str, step: int) -> torch.Tensor:
         """W [m, n] of `module` at `step` as it is stored. Reads this tensor and nothing else."""
-        return self.models[step].tensor(f"{module}.weight")
+        weight = self.models[step].tensor(f"{module}.weight")
+        if not weight.isfinite().all():
+            raise UserError(
+                f"{self.models[step].path}: {module} is not finite: the training diverged; leave this checkpoint out (--last-step)"
+            )
+        return weight
 
     def trajectory(self, module: str, k: int):
         """All deltas of `module`, see `dense_trajectory`."""
@@ -120,6 +125,10 @@ class DenseSeries:
     def files(self) -> dict[str, pathlib.Path]:
         """What the deltas are made from, by a name that does not depend on where it is."""
         return {f"step_{step:04d}/{path.name}": path for step, model in self.models.items() for path in sorted({*model.files.values()})}
+
+    def settings(self) -> dict[str, str]:
+        """What the deltas depend on beside the files' tensors: nothing."""
+        return {}
 
     def warn_of_rounding(self, k: int) -> None:
         """Says on stderr how much of the deltas the checkpoints' own dtype leaves at zero, if it has 16 bits."""

@@ -121,6 +121,8 @@ def predictor_loss(run: pathlib.Path, reports: list[pathlib.Path]) -> pathlib.Pa
     for axis, path in zip(axes[0], reports, strict=True):
         found = run_dir.read_json(path, "03_train_predictor.py")
         for i, (family, losses) in enumerate(found["losses"].items()):
+            if not found["loss_of_zeros"][family]:
+                continue  # no matrix of this family moved
             epochs = [j * found["loss_stride"] for j in range(len(losses))]
             shares = [loss / found["loss_of_zeros"][family] for loss in losses]
             axis.plot(epochs, shares, color=colours(i / max(1, len(found["losses"]) - 1)), lw=1.4, label=family)

@@ -182,7 +182,8 @@ def leading_from_grams(left_gram: torch.Tensor, right_gram: torch.Tensor):
     With H = C C^T (Cholesky), R = C Q for a Q with orthonormal rows, so L R has the singular values of L C, and their squares are the
     eigenvalues of (L C)^T (L C) = C^T G C. For its leading eigenvector w: x = C w / sigma_1, y = G x / sigma_1. Before that, column j of
     L and row j of R are given one norm, which leaves the product as it is. Rounding in C^T G C is of the order of eps tr(G) tr(H), hence
-    bound = q eps tr(G) tr(H) / sigma_1^2: tiny unless the terms of L R cancel each other. A zero product gives exact zeros.
+    bound = (q + 64) eps tr(G) tr(H) / sigma_1^2, where 64 is for the sums over m and n, whose error grows as their square root: tiny
+    unless the terms of L R cancel each other. A zero product gives exact zeros.
     """
     norms_l, norms_r = left_gram.diagonal(), right_gram.diagonal()  # squared
     balance = torch.where(norms_l * norms_r > 0, (norms_r / norms_l) ** 0.25, 0.0)  # a term with a zero half is left out
@@ -198,7 +199,7 @@ def leading_from_grams(left_gram: torch.Tensor, right_gram: torch.Tensor):
     values, vectors = torch.linalg.eigh(root.mT @ gram @ root)
     sigma = values.clamp_min(0).sqrt().flip(0)
     x = root @ vectors[:, -1] / sigma[0]
-    bound = float(len(sigma) * torch.finfo(sigma.dtype).eps * size / sigma[0] ** 2)
+    bound = float((len(sigma) + 64) * torch.finfo(sigma.dtype).eps * size / sigma[0] ** 2)
     return balance * x, sigma, inverse * (gram @ x) / sigma[0], bound
 
 
@@ -233,6 +234,7 @@ def leading_triple(now: _Point, before: _Point | None):
     x, sigma, y, bound = leading_from_grams(left_gram, right_gram)
     if bound > PROMISE:
         return *svd_of_product(torch.cat(lefts, 1), torch.cat(rights)), True
+    sigma = sigma[: min(len(lefts[0]), rights[0].shape[1])]  # as many as the matrix has; the others are 0
     u = sum(left @ part for left, part in zip(lefts, x.chunk(len(lefts)), strict=True))
     v = sum(part @ right for right, part in zip(rights, y.chunk(len(rights)), strict=True))
     return u, sigma, v, False

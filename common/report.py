@@ -171,7 +171,7 @@ def write(run: pathlib.Path) -> str:
         "",
         "Accuracy in %, differences in points ± their paired standard error, both before rounding; a verdict needs two standard errors.",
         "",
-        f"| NExt, says the paper, is ... | {' | '.join(NAMES[f'next-{name}'].removeprefix('NExt, ') for name in recipes(run))} |",
+        f"| the paper's claim of NExt | {' | '.join(NAMES[f'next-{name}'].removeprefix('NExt, ') for name in recipes(run))} |",
         "|---|" + "---|" * len(recipes(run)),
         *(f"| {' | '.join(row)} |" for row in claims(run, results)),
         "",

@@ -76,7 +76,7 @@ def plan(preset_name: str, preset: dict, run_dir: str) -> list[Job]:
     ]
     jobs.append(Job("04 oracle", stage("04_extrapolate.py", "--methods", "oracle"), ["04", "01 reference"], 15))
     jobs.append(Job("06 sweep", stage("06_eval.py", "--policies", "extrapolated/*"), ["04 oracle"], 200))
-    for start in wanted.get("continue_from", ["next-aligned_alpha1.5"]):
+    for start in wanted.get("continue_from", ["next-weighted_alpha1.5"]):
         name, merged = start.removesuffix("_merged"), start.endswith("_merged")
         jobs.append(
             Job(f"05 {start}", stage("05_continue_rl.py", "--start", name, *(["--restart", "merged"] if merged else [])), ["04"], more)

@@ -62,6 +62,8 @@ def save_tensors(path: pathlib.Path, tensors: dict[str, torch.Tensor], metadata:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     safetensors.torch.save_file({name: tensor.float().contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

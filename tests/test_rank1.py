@@ -218,3 +218,29 @@ def test_rows_of_a_that_depend_on_each_other_are_no_obstacle():
     triples, _, _, _ = rank1.rank1_trajectory([(b, a), (b2, a2)], 1, 1.0)
     sigma = torch.linalg.svdvals(b2.double() @ a2.double() - b.double() @ a.double())
     assert triples["target"].sigma[0].item() == pytest.approx(sigma[0].item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("m", "q"), [(50, 2), (5000, 2), (400, 64)])
+@pytest.mark.parametrize("left_over", [1.0, 1e-2, 1e-4])
+def test_the_bound_of_the_fast_way_holds(m, q, left_over):
+    """Columns of B in nearly opposite pairs over equal rows of A, so that `left_over` of their size remains."""
+    generator = torch.Generator().manual_seed(0)
+    half, rows = torch.randn(m, q // 2, generator=generator).double(), torch.randn(q // 2, 40, generator=generator).double()
+    left = torch.cat([half, left_over * torch.randn(m, q // 2, generator=generator).double() - half], 1)
+    right = torch.cat([rows, rows])
+    _, sigma, _, bound = rank1.leading_from_grams(left.mT @ left, right @ right.mT)
+    wanted = torch.linalg.svdvals((left[:, : q // 2] + left[:, q // 2 :]) @ rows)[0]
+    assert abs(sigma[0] / wanted - 1) <= bound
+    assert bound < 1e-2
+
+
+def test_factors_wider_than_the_matrix_and_a_mixture_of_ways_keep_one_length_of_spectrum(monkeypatch):
+    series = lora_series(16, 40, 24, count=3)
+    everywhere = rank1.rank1_trajectory(series, 1, 0.5)[1]
+    assert everywhere.shape == (3, 16)
+    bounds = iter([0.0, 1.0] * 10)
+    real = rank1.leading_from_grams
+    monkeypatch.setattr(rank1, "leading_from_grams", lambda *grams: (*real(*grams)[:3], next(bounds)))
+    _, mixed, _, exact = rank1.rank1_trajectory(series, 1, 0.5)
+    assert exact == 4
+    torch.testing.assert_close(mixed, everywhere, rtol=1e-6, atol=1e-6)

@@ -311,6 +311,7 @@ def test_two_processes_evaluate_like_one(finished_run, tmp_path):
     run = start_two("06_eval.py", folder, "cpu_processes", "--policies", "backbone", "train/step_0006")
     output, _ = run.communicate(timeout=300)
     assert run.returncode == 0, output
+    assert output.count("2 processes") == 1
     for policy_name in ("backbone", "train__step_0006"):
         two, one = (run_dir.read_json(f / "eval" / policy_name / "test.json", "06") for f in (folder, finished_run))
         assert {**two, "seconds": None} == {**one, "seconds": None}
@@ -325,6 +326,7 @@ def test_two_processes_extract_what_one_does(finished_run, tmp_path):
     shutil.rmtree(folder / "deltas")
     output, _ = (run := start_two("02_extract_deltas.py", folder, "cpu_processes")).communicate(timeout=300)
     assert run.returncode == 0, output
+    assert output.count("2 processes") == 1
     for name in ("rank1.safetensors", "index.json", "spectrum.json"):
         assert (folder / "deltas" / name).read_bytes() == (finished_run / "deltas" / name).read_bytes()
     assert not (folder / "deltas" / "parts").exists()
@@ -445,6 +447,12 @@ def truncate(path: pathlib.Path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def spoil_tensor(path: pathlib.Path) -> None:
+    tensors = safetensors.torch.load_file(path)
+    tensors[sorted(tensors)[0]][0, 0] = float("nan")
+    safetensors.torch.save_file(tensors, path)
+
+
 def edit_json(path: pathlib.Path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
@@ -472,6 +480,10 @@ BAD = {
     "unknown recipe": ("03_train_predictor.py", None, ["--recipes", "papre"], "did you mean paper?"),
     "impossible holdout": ("03_train_predictor.py", None, ["--holdout", "1"], "it can be 2 to 3, not 1"),
     "unknown method": ("04_extrapolate.py", None, ["--methods", "nxt"], "did you mean next?"),
+    "a checkpoint that diverged": ("02_extract_deltas.py", lambda run: spoil_tensor(run / "train/step_0003/adapter_model.safetensors"), [], "is not finite: the training diverged"),
+    "a predictor of other deltas": ("04_extrapolate.py", lambda run: edit_json(run / "predictor/weighted/done.json", inputs={"rank1.safetensors": "0"}), ["--recipes", "weighted"], "trained on other deltas"),
+    "truncated predictor": ("04_extrapolate.py", lambda run: truncate(run / "predictor/weighted/model.safetensors"), ["--recipes", "weighted"], "model.safetensors is broken"),
+    "a policy outside the run": ("06_eval.py", None, ["--policies", "/elsewhere/adapter"], "policies are named as they stand in"),
     "predictor not trained": ("04_extrapolate.py", lambda run: shutil.rmtree(run / "predictor/paper"), [], "run 03_train_predictor.py first"),
     "oracle without a future": ("04_extrapolate.py", lambda run: shutil.rmtree(run / "train/step_0008"), ["--methods", "oracle"], "oracle needs"),
     "unknown start": ("05_continue_rl.py", None, ["--start", "magic"], "magic not found: run 04_extrapolate.py first (there: "),

@@ -30,7 +30,7 @@ ROWS = {  # the folder's name in extrapolated/ -> what the table calls it
     "next-aligned": "`aligned`",
     "next-weighted": "`weighted`",
     "copy-global": "copy-global",
-    "recent-locals": "mean of the last two locals",
+    "recent-locals": "recent-locals",
     "repeat-last": "repeat-last",
     "linear-fit": "linear fit",
     "rl-extra": "RL-Extra (all ranks)",
@@ -53,7 +53,20 @@ def complete(run: pathlib.Path, seed: int, alphas: list[str]) -> None:
         stage("01_train_lora_grpo.py", run, "--seed", str(seed), "--steps", str(AT + K))
     stage("02_extract_deltas.py", run, "--last-step", str(AT))
     stage("03_train_predictor.py", run, "--recipes", *RECIPES)
-    stage("04_extrapolate.py", run, "--recipes", *RECIPES, "--methods", "next", "repeat-last", "rl-extra", "oracle", "--alphas", *alphas)
+    stage(
+        "04_extrapolate.py",
+        run,
+        "--recipes",
+        *RECIPES,
+        "--methods",
+        "next",
+        "repeat-last",
+        "recent-locals",
+        "rl-extra",
+        "oracle",
+        "--alphas",
+        *alphas,
+    )
     trajectory, last = rank1.load_trajectory(run / "deltas"), run / "train" / f"step_{AT:04d}"
     info = run_dir.read_json(last / "checkpoint.json", "01_train_lora_grpo.py")
     for name, triples in stage3.controls(trajectory).items():
@@ -81,7 +94,7 @@ def backtest(run: pathlib.Path, at: int) -> dict[str, dict]:
             found[f"next-{name}"] = report["predictor"]
     true = {}
     for module, factors in now.factors.items():
-        u, sigma, v = rank1.svd_of_product(*(x.double() for x in rank1.delta_factors(future.factors[module], factors, now.scale)))
+        u, sigma, v = rank1.svd_of_product(*(x.double() for x in rank1.delta_factors(future.factors[module], factors, now.scale(module))))
         true[module] = (u, sigma[0], v)
     return {**found, "oracle": stage3.score(true, now, future)}
 
