@@ -115,8 +115,8 @@ def extract(series: Series, k: int, parts: pathlib.Path, pool: concurrent.future
     groups = [modules[start : start + GROUP] for start in range(0, len(modules), GROUP)]
     paths = {i: parts / f"group_{i:04d}.safetensors" for i in range(state.process_index, len(groups), state.num_processes)}
     work = {i: [pool.submit(extract_matrix, series, m, k) for m in groups[i]] for i, path in paths.items() if not path.is_file()}
-    todo, shown = sum(len(groups[i]) for i in work) * per_module, None if state.is_main_process else True
-    with tqdm(total=todo, desc="rank-1 SVDs", disable=shown) as bar:
+    todo = sum(len(groups[i]) for i in work) * per_module
+    with tqdm(total=todo, desc="rank-1 SVDs", disable=None if state.is_main_process else True) as bar:  # None: shown on a terminal
         try:
             for i in list(work):
                 run_dir.save_tensors(paths[i], {name: tensor for job in work.pop(i) for name, tensor in job.result().items()})

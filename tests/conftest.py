@@ -52,6 +52,18 @@ def call_stage(monkeypatch, capsys, script: str, *args: str) -> tuple[int, str]:
     return code, lines[-1] if lines else ""
 
 
+def call_on(monkeypatch, capsys, script, run, *flags):
+    """`call_stage` on a run directory without a preset."""
+    capsys.readouterr()  # what loading models has written so far
+    return call_stage(monkeypatch, capsys, script, "--run-dir", str(run), "--threads", "1", *flags)
+
+
+def extract_from(monkeypatch, capsys, run, pattern, *flags):
+    """Stage 2 on a short series that matches `pattern`."""
+    wanted = ["--k", "2", "--fit-checkpoints", "4", "--checkpoints", str(pattern), *flags]
+    return call_on(monkeypatch, capsys, "02_extract_deltas.py", run, *wanted)
+
+
 def lay_out(folder: pathlib.Path) -> pathlib.Path:
     """A run directory with the demo's backbone and data, as `python -m common.demo` makes it."""
     subprocess.run([sys.executable, "-m", "common.demo", "--run-dir", str(folder)], cwd=ROOT, check=True, capture_output=True)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from conftest import call_stage
+from conftest import call_on, extract_from
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from common import adapters, dense, merge, model_files, policy, rank1
@@ -120,27 +120,17 @@ def runs(backbone_dir, tmp_path_factory):
     return folder
 
 
-def call(monkeypatch, capsys, script, run, *flags):
-    capsys.readouterr()  # what loading models has written so far
-    return call_stage(monkeypatch, capsys, script, "--run-dir", str(run), "--threads", "1", *flags)
-
-
-def extract(monkeypatch, capsys, run, pattern, *flags):
-    wanted = ["--k", "2", "--fit-checkpoints", "4", "--checkpoints", str(pattern), *flags]
-    return call(monkeypatch, capsys, "02_extract_deltas.py", run, *wanted)
-
-
 @pytest.fixture
 def extracted(runs, backbone_dir, tmp_path, monkeypatch, capsys):
     """A run directory with the deltas of the whole models."""
-    code, line = extract(monkeypatch, capsys, tmp_path / "run", runs / "full" / "checkpoint-*", "--backbone", str(backbone_dir))
+    code, line = extract_from(monkeypatch, capsys, tmp_path / "run", runs / "full" / "checkpoint-*", "--backbone", str(backbone_dir))
     assert code == 0
     assert line.startswith("note: model.embed_tokens.weight and 16 more take no part in the jump")
     return tmp_path / "run"
 
 
 def test_whole_models_have_the_deltas_of_the_lora_they_were_merged_from(runs, extracted, tmp_path, monkeypatch, capsys):
-    assert extract(monkeypatch, capsys, tmp_path / "lora", runs / "lora" / "checkpoint-*") == (0, "")
+    assert extract_from(monkeypatch, capsys, tmp_path / "lora", runs / "lora" / "checkpoint-*") == (0, "")
     want, got = (rank1.load_trajectory(run / "deltas") for run in (tmp_path / "lora", extracted))
     assert got.steps == want.steps == list(STEPS)
     assert got.deltas.keys() == want.deltas.keys()
@@ -158,9 +148,9 @@ def test_whole_models_have_the_deltas_of_the_lora_they_were_merged_from(runs, ex
 
 
 def test_the_jump_is_an_adapter_of_rank_1_on_the_last_model(runs, extracted, monkeypatch, capsys):
-    assert call(monkeypatch, capsys, "03_train_predictor.py", extracted, "--recipes", "weighted")[0] == 0
+    assert call_on(monkeypatch, capsys, "03_train_predictor.py", extracted, "--recipes", "weighted")[0] == 0
     flags = ["--methods", "next", "repeat-last", "--recipes", "weighted", "--merge", "fp32"]
-    assert call(monkeypatch, capsys, "04_extrapolate.py", extracted, *flags) == (0, "")
+    assert call_on(monkeypatch, capsys, "04_extrapolate.py", extracted, *flags) == (0, "")
     trajectory, last = rank1.load_trajectory(extracted / "deltas"), runs / "full" / "checkpoint-80"
     folder = extracted / "extrapolated" / "repeat-last_alpha1.5"
     config = adapters.read_config(folder)
@@ -182,7 +172,7 @@ def test_the_jump_is_an_adapter_of_rank_1_on_the_last_model(runs, extracted, mon
 
 
 def test_the_backtest_scores_against_the_dense_delta(runs, extracted, monkeypatch, capsys):
-    assert call(monkeypatch, capsys, "03_train_predictor.py", extracted, "--recipes", "weighted")[0] == 0
+    assert call_on(monkeypatch, capsys, "03_train_predictor.py", extracted, "--recipes", "weighted")[0] == 0
     tested = json.loads((extracted / "predictor" / "weighted" / "report.json").read_text())["backtest"]
     assert (tested["at_step"], tested["predicts_step"]) == (60, 80)
     now, future = (model_files.open_model(runs / "full" / f"checkpoint-{step}") for step in (60, 80))
@@ -199,8 +189,8 @@ def test_the_backtest_scores_against_the_dense_delta(runs, extracted, monkeypatc
 
 def test_the_oracle_of_whole_models_is_the_dense_future(runs, backbone_dir, tmp_path, monkeypatch, capsys):
     flags = ["--last-step", "60", "--backbone", str(backbone_dir)]
-    assert extract(monkeypatch, capsys, tmp_path, runs / "full" / "checkpoint-*", *flags)[0] == 0
-    assert call(monkeypatch, capsys, "04_extrapolate.py", tmp_path, "--methods", "oracle", "--alphas", "2") == (0, "")
+    assert extract_from(monkeypatch, capsys, tmp_path, runs / "full" / "checkpoint-*", *flags)[0] == 0
+    assert call_on(monkeypatch, capsys, "04_extrapolate.py", tmp_path, "--methods", "oracle", "--alphas", "2") == (0, "")
     jump = adapters.read_adapter(tmp_path / "extrapolated" / "oracle_alpha2")
     now, future = (model_files.open_model(runs / "full" / f"checkpoint-{step}") for step in (60, 80))
     for module, (b, a) in jump.factors.items():
@@ -210,7 +200,7 @@ def test_the_oracle_of_whole_models_is_the_dense_future(runs, backbone_dir, tmp_
 
 @pytest.mark.parametrize(("method", "reason"), [("rl-extra", "all ranks of it"), ("none", "is the last checkpoint itself")])
 def test_a_method_that_is_no_rank_1_is_refused_with_the_reason(extracted, monkeypatch, capsys, method, reason):
-    code, line = call(monkeypatch, capsys, "04_extrapolate.py", extracted, "--methods", method)
+    code, line = call_on(monkeypatch, capsys, "04_extrapolate.py", extracted, "--methods", method)
     assert code == 2
     assert line.startswith(f"error: {method} ")
     assert reason in line
@@ -225,7 +215,7 @@ def test_rounded_models_are_read_with_a_warning_that_counts_what_did_not_move(ru
         model = policy.load_backbone(str(backbone_dir), dtype=torch.bfloat16)[0]
         model.save_pretrained(tmp_path / "bf16")
         merge.merge(tmp_path / f"checkpoint-{step}", adapter, tmp_path / "bf16", False, {})
-    code, line = extract(monkeypatch, capsys, tmp_path / "run", tmp_path / "checkpoint-*", "--backbone", str(backbone_dir))
+    code, line = extract_from(monkeypatch, capsys, tmp_path / "run", tmp_path / "checkpoint-*", "--backbone", str(backbone_dir))
     assert code == 0
     assert line.startswith("warning: weights in BF16")
     models = {step: model_files.open_model(tmp_path / f"checkpoint-{step}") for step in (60, 70, 80)}
@@ -278,6 +268,6 @@ def test_a_series_that_is_none_is_refused_in_one_line(runs, backbone_dir, tmp_pa
     if spoil:
         spoil(tmp_path / "full" / "out" / "checkpoint-30")
     flags = [str(backbone_dir) if flag == "BACKBONE" else flag for flag in flags]
-    code, line = extract(monkeypatch, capsys, tmp_path / "run", tmp_path / "full" / "out" / "checkpoint-*", *flags)
+    code, line = extract_from(monkeypatch, capsys, tmp_path / "run", tmp_path / "full" / "out" / "checkpoint-*", *flags)
     assert (code, line[:7]) == (2, "error: ")
     assert message in line

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from conftest import call_stage
+from conftest import call_on, extract_from
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from common import adapters, extrapolators, policy, rank1
@@ -52,17 +52,6 @@ def open_all(pattern, run):
     return adapters.open_series(adapters.find_checkpoints([str(pattern)], run))
 
 
-def call(monkeypatch, capsys, script, run, *flags):
-    """(exit code, last line on stderr) of a stage."""
-    capsys.readouterr()  # what loading models has written so far
-    return call_stage(monkeypatch, capsys, script, "--run-dir", str(run), "--threads", "1", *flags)
-
-
-def extract(monkeypatch, capsys, run, pattern, *flags):
-    wanted = ["--k", "2", "--fit-checkpoints", "4", "--checkpoints", str(pattern), *flags]
-    return call(monkeypatch, capsys, "02_extract_deltas.py", run, *wanted)
-
-
 @pytest.mark.parametrize("rslora", [False, True])
 def test_every_module_has_the_rank_and_scale_that_peft_gives_it(backbone_dir, tmp_path, rslora):
     model = save_series(backbone_dir, tmp_path / "checkpoint-{}", use_rslora=rslora, **PATTERNED)
@@ -83,7 +72,7 @@ def test_every_module_has_the_rank_and_scale_that_peft_gives_it(backbone_dir, tm
 def test_deltas_and_jump_of_a_patterned_series_equal_the_merged_weights(backbone_dir, tmp_path, monkeypatch, capsys, rslora):
     save_series(backbone_dir, tmp_path / "out" / "checkpoint-{}", use_rslora=rslora, **PATTERNED)
     run = tmp_path / "run"
-    assert extract(monkeypatch, capsys, run, tmp_path / "out" / "checkpoint-*") == (0, "")
+    assert extract_from(monkeypatch, capsys, run, tmp_path / "out" / "checkpoint-*") == (0, "")
     dense = {step: dense_delta(backbone_dir, tmp_path / "out" / f"checkpoint-{step}") for step in (60, 70, 80)}
     trajectory = rank1.load_trajectory(run / "deltas")
     for module, roles in trajectory.deltas.items():
@@ -97,7 +86,7 @@ def test_deltas_and_jump_of_a_patterned_series_equal_the_merged_weights(backbone
             along = roles[role].u[-1].double() @ delta @ roles[role].v[-1].double()
             assert along.item() == pytest.approx(sigma.item(), rel=1e-5)
 
-    assert call(monkeypatch, capsys, "04_extrapolate.py", run, "--methods", "repeat-last", "rl-extra") == (0, "")
+    assert call_on(monkeypatch, capsys, "04_extrapolate.py", run, "--methods", "repeat-last", "rl-extra") == (0, "")
     jumped = dense_delta(backbone_dir, run / "extrapolated" / "repeat-last_alpha1.5")
     line = dense_delta(backbone_dir, run / "extrapolated" / "rl-extra_alpha1.5")
     for module, delta in dense[80].items():
@@ -129,9 +118,9 @@ def test_verls_layout_is_read_and_written_back(backbone_dir, tmp_path, monkeypat
     for folder in tmp_path.glob("global_step_*/actor/lora_adapter"):
         as_verl(folder)
     run = tmp_path / "run"
-    assert extract(monkeypatch, capsys, run, tmp_path / "global_step_*/actor/lora_adapter") == (0, "")
+    assert extract_from(monkeypatch, capsys, run, tmp_path / "global_step_*/actor/lora_adapter") == (0, "")
     assert rank1.load_trajectory(run / "deltas").steps == list(STEPS)
-    assert call(monkeypatch, capsys, "04_extrapolate.py", run, "--methods", "repeat-last", "none") == (0, "")
+    assert call_on(monkeypatch, capsys, "04_extrapolate.py", run, "--methods", "repeat-last", "none") == (0, "")
     last = dense_delta(backbone_dir, tmp_path / "global_step_80/actor/lora_adapter")
     for name, far in (("none", 0.0), ("repeat-last_alpha1.5", 1.5)):
         jumped = dense_delta(backbone_dir, run / "extrapolated" / name)
@@ -145,7 +134,7 @@ def test_rounded_factors_are_read_with_a_warning_that_says_what_it_costs(backbon
     options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
     save_series(backbone_dir, tmp_path / "exact" / "checkpoint-{}", **options)
     save_series(backbone_dir, tmp_path / "rounded" / "checkpoint-{}", dtype=torch.bfloat16, **options)
-    code, line = extract(monkeypatch, capsys, tmp_path / "run", tmp_path / "rounded" / "checkpoint-*")
+    code, line = extract_from(monkeypatch, capsys, tmp_path / "run", tmp_path / "rounded" / "checkpoint-*")
     assert code == 0
     assert line.startswith("warning: factors in BF16")
     series = open_all(tmp_path / "rounded" / "checkpoint-*", tmp_path)
@@ -165,10 +154,10 @@ def test_rounded_factors_are_read_with_a_warning_that_says_what_it_costs(backbon
 def test_what_is_no_lora_takes_no_part_and_stays_as_it_last_was(backbone_dir, tmp_path, monkeypatch, capsys):
     options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["norm"], "bias": "lora_only"}
     save_series(backbone_dir, tmp_path / "checkpoint-{}", **options)
-    code, line = extract(monkeypatch, capsys, tmp_path / "run", tmp_path / "checkpoint-*")
+    code, line = extract_from(monkeypatch, capsys, tmp_path / "run", tmp_path / "checkpoint-*")
     assert code == 0
     assert "take no part in the jump" in line
-    assert call(monkeypatch, capsys, "04_extrapolate.py", tmp_path / "run", "--methods", "repeat-last") == (0, "")
+    assert call_on(monkeypatch, capsys, "04_extrapolate.py", tmp_path / "run", "--methods", "repeat-last") == (0, "")
     last, jumped = tmp_path / "checkpoint-80", tmp_path / "run" / "extrapolated" / "repeat-last_alpha1.5"
     before, after = (safetensors.torch.load_file(path / "adapter_model.safetensors") for path in (last, jumped))
     assert before.keys() == after.keys()
@@ -249,7 +238,7 @@ def test_patterns_are_relative_to_the_current_folder_and_know_the_home_folder(sm
 
 def test_only_the_last_step_named_is_taken_or_the_last_there(small_series, tmp_path, monkeypatch, capsys):
     for flags, steps in (([], list(STEPS)), (["--last-step", "70"], list(STEPS)[:-1])):
-        code, line = extract(monkeypatch, capsys, tmp_path / "run", small_series / "checkpoint-*", "--overwrite", *flags)
+        code, line = extract_from(monkeypatch, capsys, tmp_path / "run", small_series / "checkpoint-*", "--overwrite", *flags)
         assert (code, line) == (0, "")
         assert rank1.load_trajectory(tmp_path / "run" / "deltas").steps == steps
 
@@ -258,18 +247,18 @@ def test_the_run_directory_may_be_moved_and_checkpoints_elsewhere_may_not(small_
     shutil.copytree(small_series, tmp_path / "one" / "mine")
     shutil.copytree(small_series, tmp_path / "elsewhere")
     for name, pattern in (("one", "{run_dir}/mine/checkpoint-*"), ("two", tmp_path / "elsewhere" / "checkpoint-*")):
-        assert extract(monkeypatch, capsys, tmp_path / name, pattern) == (0, "")
+        assert extract_from(monkeypatch, capsys, tmp_path / name, pattern) == (0, "")
         (tmp_path / name).rename(tmp_path / f"{name}_moved")
-        assert call(monkeypatch, capsys, "04_extrapolate.py", tmp_path / f"{name}_moved", "--methods", "repeat-last") == (0, "")
+        assert call_on(monkeypatch, capsys, "04_extrapolate.py", tmp_path / f"{name}_moved", "--methods", "repeat-last") == (0, "")
     shutil.rmtree(tmp_path / "elsewhere" / "checkpoint-80")
-    code, line = call(monkeypatch, capsys, "04_extrapolate.py", tmp_path / "two_moved", "--methods", "repeat-last")
+    code, line = call_on(monkeypatch, capsys, "04_extrapolate.py", tmp_path / "two_moved", "--methods", "repeat-last")
     assert code == 2
     assert "elsewhere/checkpoint-80/adapter_config.json is missing" in line
 
 
 def test_the_oracle_looks_for_its_future_where_the_checkpoints_are(small_series, tmp_path, monkeypatch, capsys):
-    assert extract(monkeypatch, capsys, tmp_path, small_series / "checkpoint-*", "--last-step", "60") == (0, "")
-    assert call(monkeypatch, capsys, "04_extrapolate.py", tmp_path, "--methods", "oracle", "--alphas", "1") == (0, "")
+    assert extract_from(monkeypatch, capsys, tmp_path, small_series / "checkpoint-*", "--last-step", "60") == (0, "")
+    assert call_on(monkeypatch, capsys, "04_extrapolate.py", tmp_path, "--methods", "oracle", "--alphas", "1") == (0, "")
     got = adapters.read_adapter(tmp_path / "extrapolated" / "oracle_alpha1")
     want = adapters.read_adapter(small_series / "checkpoint-80")  # all of it is rank 1
     torch.testing.assert_close(*(x.scale("q_proj") * x.factors["q_proj"][0] @ x.factors["q_proj"][1] for x in (got, want)))
