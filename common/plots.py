@@ -22,6 +22,7 @@ COLOURS = {
     "oracle": "#E69F00",
     "none": "#56B4E9",
 }
+R2_BINS = {float("-inf"): "< −0.5", -0.5: "−0.5 to 0", 0.0: "0 to 0.5", 0.5: "0.5 to 0.9", 0.9: "> 0.9", float("inf"): ""}  # from: name
 LINES = {"repeat-last": "--", "recent-locals": "--", "oracle": "--", "none": ":"}  # the controls
 MARKS = {
     "next-aligned": "o",
@@ -35,7 +36,8 @@ MARKS = {
 }
 
 
-def _save(figure, path: pathlib.Path) -> pathlib.Path:
+def save(figure, path: pathlib.Path) -> pathlib.Path:
+    """Writes the picture under a temporary name and renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, dpi=150, bbox_inches="tight")
@@ -76,7 +78,7 @@ def training_curves(run: pathlib.Path) -> pathlib.Path:
         axes[1].set(xlim=(jump, end), ylim=(low - 0.02, high + 0.02), title="after the jump")
         axes[0].set_title("the whole run (dotted: the jump)")
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=10, ncol=3, loc="outside lower center", frameon=False)
-    return _save(figure, run / "figures" / "training.png")
+    return save(figure, run / "figures" / "training.png")
 
 
 def energy(run: pathlib.Path) -> pathlib.Path:
@@ -91,27 +93,25 @@ def energy(run: pathlib.Path) -> pathlib.Path:
     axis.set(xlabel="RL step", ylabel="share of rank 1 in the global delta", ylim=(0, 1))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    return _save(figure, run / "figures" / "fig2_energy_ratio.png")
+    return save(figure, run / "figures" / "fig2_energy_ratio.png")
 
 
 def linear_fit(run: pathlib.Path) -> pathlib.Path:
     """Fig. 3: how many vectors fall into each R^2 bin, held out and in sample."""
     rows = run_dir.read_json(run / "deltas" / "spectrum.json", "02_extract_deltas.py")["linear_fit"]
-    edges = [float("-inf"), -0.5, 0.0, 0.5, 0.9, float("inf")]
-    labels = ["< −0.5", "−0.5 to 0", "0 to 0.5", "0.5 to 0.9", "> 0.9"]
     figure, axis = plt.subplots(figsize=(5.4, 3.4))
     for offset, key, colour, name in (
         (-0.2, "held_out", "#0072B2", "held-out checkpoints"),
         (0.2, "in_sample", "#E69F00", "checkpoints it was fitted on"),
     ):
-        shares = [100 * sum(low <= row[key] < high for row in rows) / len(rows) for low, high in itertools.pairwise(edges)]
-        bars = axis.bar([i + offset for i in range(len(labels))], shares, 0.4, color=colour, label=name)
+        shares = [100 * sum(low <= row[key] < high for row in rows) / len(rows) for low, high in itertools.pairwise(R2_BINS)]
+        bars = axis.bar([i + offset for i in range(len(R2_BINS) - 1)], shares, 0.4, color=colour, label=name)
         axis.bar_label(bars, [f"{s:.0f}" for s in shares], fontsize=8)
-    axis.set_xticks(range(len(labels)), labels)
+    axis.set_xticks(range(len(R2_BINS) - 1), list(R2_BINS.values())[:-1])
     axis.set(xlabel=r"$R^2$ of a straight line through $\sigma u$ (or $\sigma v$)", ylabel=f"% of {len(rows)} vectors")
     axis.margins(y=0.15)
     axis.legend(fontsize=8)
-    return _save(figure, run / "figures" / "fig3_linear_fit.png")
+    return save(figure, run / "figures" / "fig3_linear_fit.png")
 
 
 def predictor_loss(run: pathlib.Path, reports: list[pathlib.Path]) -> pathlib.Path:
@@ -131,10 +131,10 @@ def predictor_loss(run: pathlib.Path, reports: list[pathlib.Path]) -> pathlib.Pa
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("L1 loss / that of predicting zeros")
     axes[0, -1].legend(fontsize=8, title="family")
-    return _save(figure, run / "figures" / "predictor_loss.png")
+    return save(figure, run / "figures" / "predictor_loss.png")
 
 
-def cost(run: pathlib.Path, bars: dict[str, list[float]]) -> pathlib.Path:
+def draw_cost(bars: dict[str, list[float]], path: pathlib.Path) -> pathlib.Path:
     """Fig. 5: wall seconds by what they are spent on; bars[label] = [RLVR, SVD, predictor, extrapolation]."""
     parts = ("RLVR", "SVD", "predictor training", "extrapolation")
     figure, axis = plt.subplots(figsize=(8, 1.2 + 0.5 * len(bars)), layout="constrained")
@@ -148,7 +148,7 @@ def cost(run: pathlib.Path, bars: dict[str, list[float]]) -> pathlib.Path:
     axis.set_yticks(range(len(bars)), list(reversed(bars)))
     axis.set(xlabel="wall seconds", xlim=(0, 2.3 * max(map(sum, bars.values()))))
     figure.legend(fontsize=9, ncol=4, loc="outside upper center", frameon=False)
-    return _save(figure, run / "figures" / "fig5_cost.png")
+    return save(figure, path)
 
 
 def alpha_sweep(run: pathlib.Path, results: dict) -> pathlib.Path:
@@ -179,7 +179,7 @@ def alpha_sweep(run: pathlib.Path, results: dict) -> pathlib.Path:
     axis.set(xlabel=r"extending coefficient $\alpha$ (1.5 in the paper)", ylabel="accuracy % after the jump, ± paired s.e.")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9, loc="lower left")
-    return _save(figure, run / "figures" / "fig6_alpha.png")
+    return save(figure, run / "figures" / "fig6_alpha.png")
 
 
 def draw_all(run: pathlib.Path, results: dict, bars: dict[str, list[float]]) -> dict[str, pathlib.Path]:
@@ -193,7 +193,7 @@ def draw_all(run: pathlib.Path, results: dict, bars: dict[str, list[float]]) -> 
     if reports:
         figures["The predictors' training loss (Eq. 9)"] = predictor_loss(run, reports)
     if bars:
-        figures["Fig. 5: where the time goes"] = cost(run, bars)
+        figures["Fig. 5: where the time goes"] = draw_cost(bars, run / "figures" / "fig5_cost.png")
     if any(r.policy.startswith("extrapolated/") for r in results.values()):
         figures["Fig. 6: how far to jump"] = alpha_sweep(run, results)
     return figures

@@ -1,98 +1,51 @@
 """Types the commands of the whole experiment, in order, and nothing else.
 
-    python -m common.reproduce --preset demo                     # into runs/demo
-    python -m common.reproduce --preset demo --print             # only show the commands
+    python -m common.reproduce --preset demo                                              # one run, into runs/demo
+    python -m common.reproduce --preset demo --grid tables --seeds 0 1 2 3 4              # every table of the paper, into runs/demo_tables
+    python -m common.reproduce --preset demo --print                                      # only show the commands
 
 Each line is printed before it runs and can be typed by hand instead. A line starts when those it depends on are done, up to `--jobs`
 at a time (they share the 150-step prefix, which is trained once). Interrupt it and type it again: finished lines are skipped, an
-interrupted stage goes on where it was.
+interrupted stage goes on where it was. What the commands of a grid print goes to <run-dir>/logs. On a machine with several GPUs, a
+preset's `gpus_per_job` gives every command its own.
 """
 
 import argparse
-import ast
-import dataclasses
+import collections
 import hashlib
 import json
 import os
 import pathlib
 import queue
 import re
-import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
 
+import torch
 from tqdm import tqdm
 
 from common import config as configs
+from common import plans, tables
+from common.plans import Job
 from common.run_dir import UserError, read_json, write_json
 
 PROGRESS = re.compile(r"(?:step )?(\d+)/(\d+) ")
 
 
-@dataclasses.dataclass
-class Job:
-    """One command line. `work` is its length in units of one RL step, for the time left."""
-
-    name: str
-    argv: list[str]
-    needs: list[str]
-    work: float
-
-    @property
-    def line(self) -> str:
-        return shlex.join(self.argv)
-
-    @property
-    def heading(self) -> str:
-        """What the stage says of itself: the first line of its docstring, up to the paper's sections."""
-        scripts = [word for word in self.argv if word.endswith(".py")]
-        docstring = ast.get_docstring(ast.parse(pathlib.Path(scripts[0]).read_text(encoding="utf-8"))) if scripts else None
-        return docstring.splitlines()[0].split("  ")[0] if docstring else "Preparation"
-
-
-def plan(preset_name: str, preset: dict, run_dir: str) -> list[Job]:
-    """The experiment: one shared prefix, the jump, every continuation, the references, the evaluation."""
-    train, after, wanted = preset.get("train", {}), preset.get("continue", {}), preset.get("reproduce", {})
-    prefix, more, reference = train.get("steps", 150), after.get("more_steps", 100), wanted.get("reference_steps", 400)
-    where = ["--config", preset_name, "--run-dir", run_dir]
-
-    def stage(script: str, *flags: str) -> list[str]:
-        return ["accelerate", "launch", *wanted.get("launch", "").split(), script, *where, *flags]
-
-    # Without it stage 2 takes all that is there, and the reference run beside it goes on making checkpoints.
-    last = [] if "last_step" in preset.get("extract", {}) else ["--last-step", str(prefix)]
-    jobs = []
-    if wanted.get("prepare"):
-        jobs.append(Job("prepare", [*wanted["prepare"].split(), "--run-dir", run_dir], [], 5))
-    jobs += [
-        Job("01", stage("01_train_lora_grpo.py"), ["prepare"], prefix),
-        Job("01 reference", stage("01_train_lora_grpo.py", "--steps", str(reference)), ["01"], reference - prefix),
-        Job("02", stage("02_extract_deltas.py", *last), ["01"], 15),
-        Job("03", stage("03_train_predictor.py"), ["02"], 180),
-        Job("04", stage("04_extrapolate.py"), ["03"], 15),
-    ]
-    jobs.append(Job("04 oracle", stage("04_extrapolate.py", "--methods", "oracle"), ["04", "01 reference"], 15))
-    jobs.append(Job("06 sweep", stage("06_eval.py", "--policies", "extrapolated/*"), ["04 oracle"], 200))
-    for start in wanted.get("continue_from", ["next-weighted_alpha1.5"]):
-        name, merged = start.removesuffix("_merged"), start.endswith("_merged")
-        jobs.append(
-            Job(f"05 {start}", stage("05_continue_rl.py", "--start", name, *(["--restart", "merged"] if merged else [])), ["04"], more)
-        )
-    jobs.append(Job("06", stage("06_eval.py"), [job.name for job in jobs], 60))
-    known = {job.name for job in jobs}
-    for job in jobs:
-        job.needs = [name for name in job.needs if name in known]
-    return jobs
-
-
 class Runner:
-    """Runs jobs whose needs are met, `lanes` at a time, in the order of the list, and shows what they print."""
+    """Runs jobs whose needs are met, one a lane, in the order of the list, and shows what they print (or keeps it in `logs`).
 
-    def __init__(self, jobs: list[Job], lanes: int, record: pathlib.Path, stamp: str):
-        self.jobs, self.lanes, self.record, self.stamp = jobs, lanes, record, stamp
+    A lane is what its jobs see as CUDA_VISIBLE_DEVICES, or None for what this process sees.
+    """
+
+    def __init__(self, jobs: list[Job], lanes: list[str | None], record: pathlib.Path, stamp: str, logs: pathlib.Path | None = None):
+        self.jobs, self.lanes, self.record, self.stamp, self.logs = jobs, lanes, record, stamp, logs
+        self.free = list(lanes)
+        self.lane_of: dict[str, str | None] = {}
+        self.last_lines: dict[str, collections.deque] = {}
         self.finished = set()
         self.running: dict[str, subprocess.Popen] = {}
         self.output: queue.Queue = queue.Queue()  # (job, line), and (job, None) at its end
@@ -107,7 +60,8 @@ class Runner:
             job.name for job in self.jobs if job.name in done_before and set(job.needs) <= done_before and job is not self.jobs[-1]
         }
         if self.finished:
-            print(f"done already: {', '.join(job.name for job in self.jobs if job.name in self.finished)}")
+            names = ", ".join(job.name for job in self.jobs if job.name in self.finished)
+            print(f"done already: {f'{len(self.finished)} of {len(self.jobs)} commands' if self.logs else names}")
         remaining = [job for job in self.jobs if job.name not in self.finished]
         total, began, lane_seconds = sum(job.work for job in remaining), time.monotonic(), 0.0
         bar = tqdm(
@@ -125,7 +79,7 @@ class Runner:
                     self._show(job, line, bar)
                 done = sum(self.progress[j.name] for j in remaining)
                 bar.n = round(done)
-                bar.set_postfix_str(f"about {lane_seconds / max(done, 1) * (total - done) / self.lanes / 60:.0f} min left")
+                bar.set_postfix_str(f"about {lane_seconds / max(done, 1) * (total - done) / len(self.lanes) / 60:.0f} min left")
         finally:
             for process in self.running.values():  # the whole group: the launcher does not pass a signal on to the stage it started
                 os.killpg(process.pid, signal.SIGINT)
@@ -135,11 +89,14 @@ class Runner:
 
     def _start_ready(self, bar) -> None:
         for job in self.jobs:
-            if len(self.running) < self.lanes and job.name not in self.finished | self.running.keys() and set(job.needs) <= self.finished:
-                bar.write(f"\n{job.heading}\n$ {job.line}")
+            if self.free and job.name not in self.finished | self.running.keys() and set(job.needs) <= self.finished:
+                bar.write(f"$ {job.line}" if self.logs else f"\n{job.heading}\n$ {job.line}")
+                lane = self.lane_of[job.name] = self.free.pop(0)
+                self.last_lines[job.name] = collections.deque(maxlen=20)
                 environment = {
                     "OMP_NUM_THREADS": "1",
                     **os.environ,
+                    **({} if lane is None else {"CUDA_VISIBLE_DEVICES": lane}),
                     "PYTHONUNBUFFERED": "1",
                     "PATH": f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
                 }
@@ -165,12 +122,19 @@ class Runner:
             at, last = int(match[1]), int(match[2])
             first = self.first_step.setdefault(job.name, at - 1 if line.startswith("step") else 0)
             self.progress[job.name] = job.work * (at - first) / max(last - first, 1)
-        if line.strip():
+        self.last_lines[job.name].append(line)
+        if self.logs:
+            with open(self.logs / f"{job.name.replace('/', '.').replace(' ', '_')}.log", "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        elif line.strip():
             bar.write(f"[{job.name}] {line}")
 
     def _end(self, job: Job) -> None:
         code = self.running.pop(job.name).wait()
+        self.free.append(self.lane_of.pop(job.name))
         if code:
+            if self.logs:
+                print("\n".join(self.last_lines[job.name]), file=sys.stderr)
             raise UserError(f"this command failed (exit code {code}); its message is above: {job.line}")
         self.finished.add(job.name)
         self.progress[job.name] = job.work
@@ -178,22 +142,49 @@ class Runner:
         write_json(self.record, {**done, job.line: self.stamp})
 
 
+def lanes_of(preset: dict, jobs: int | None, grid: bool) -> list[str | None]:
+    """What every lane sees of the GPUs: with `gpus_per_job` its own share of them, else what this process sees.
+
+    `jobs` lanes, or the preset's number; without one, a grid has as many as GPUs suffice for, or CPUs.
+    """
+    wanted, gpus = preset.get("reproduce", {}), torch.cuda.device_count()
+    each = wanted.get("gpus_per_job", 0)
+    if each and gpus >= each:
+        shares = [",".join(str(gpu) for gpu in range(start, start + each)) for start in range(0, gpus - each + 1, each)]
+        return shares[:jobs] if jobs else shares
+    return [None] * (jobs or wanted.get("jobs") or (os.cpu_count() if grid else 1))
+
+
+def made_with(args: argparse.Namespace) -> str:
+    """The command and the commit of the code, for the page of tables."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=pathlib.Path(__file__).parent)
+    commit = git.stdout.strip() or "unknown"
+    seeds = " ".join(map(str, args.seeds))
+    return f"`python -m common.reproduce --preset {args.preset} --grid {args.grid} --seeds {seeds}` at commit {commit}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="demo", help="a name in common/presets or a YAML file")
-    parser.add_argument("--run-dir", help="where everything goes [runs/<preset>]")
+    parser.add_argument("--grid", choices=plans.GRIDS, help="main: the preset's methods for several seeds; tables: everything [one run]")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="training seeds of the grid [0 1 2 3 4]")
+    parser.add_argument("--run-dir", help="where everything goes [runs/<preset>, of a grid runs/<preset>_<grid>]")
     parser.add_argument("--jobs", type=int, help="commands at a time [the preset's]")
     parser.add_argument("--print", action="store_true", help="show the commands without running them")
     args = parser.parse_args()
     preset = configs.load_preset(args.preset)
-    run_dir = args.run_dir or f"runs/{pathlib.Path(args.preset).stem}"
-    jobs = plan(args.preset, preset, run_dir)
+    root = args.run_dir or f"runs/{pathlib.Path(args.preset).stem}" + (f"_{args.grid}" if args.grid else "")
+    jobs = plans.grid(args.grid, args.preset, preset, root, args.seeds) if args.grid else plans.single(args.preset, preset, root)
     if args.print:
         print("\n".join(job.line for job in jobs))
         return
     stamp = hashlib.sha256(json.dumps(preset, sort_keys=True).encode()).hexdigest()[:16]
-    lanes = args.jobs or preset.get("reproduce", {}).get("jobs", 1)
-    Runner(jobs, lanes, pathlib.Path(run_dir) / "reproduce.json", stamp).run()
+    logs = pathlib.Path(root) / "logs" if args.grid else None
+    if logs:
+        logs.mkdir(parents=True, exist_ok=True)
+    Runner(jobs, lanes_of(preset, args.jobs, bool(args.grid)), pathlib.Path(root) / "reproduce.json", stamp, logs).run()
+    if args.grid:
+        print(tables.write(pathlib.Path(root), preset, args.seeds, made_with(args)))
 
 
 if __name__ == "__main__":

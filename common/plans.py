@@ -1,0 +1,251 @@
+"""The command lines of an experiment: one run (`single`), and the grid of runs behind the paper's tables (`grid`). Nothing runs here."""
+
+import ast
+import dataclasses
+import pathlib
+import shlex
+
+from common.results import MAIN_ALPHA
+from common.run_dir import UserError
+
+NEXT = f"next-weighted_alpha{MAIN_ALPHA:g}"
+ABLATIONS = [f"{recipe}-no-{role}" for recipe in ("paper", "aligned") for role in ("global", "local")]
+OTHER_K, OTHER_RANKS, FEWER_CHECKPOINTS = (2, 8), (4, 64), 8  # beside the preset's own
+LOOP_ROUNDS = 5  # of RL-Extra, each as long as half of `more_steps`, each followed by a jump of its own length
+SIDE_SEEDS = 3  # other algorithms and ranks are run for this many seeds
+GRIDS = ("main", "tables")
+
+
+@dataclasses.dataclass
+class Job:
+    """One command line. `work` is its length in units of one RL step, for the time left."""
+
+    name: str
+    argv: list[str]
+    needs: list[str]
+    work: float
+
+    @property
+    def line(self) -> str:
+        return shlex.join(self.argv)
+
+    @property
+    def heading(self) -> str:
+        """What the stage says of itself: the first line of its docstring, up to the paper's sections."""
+        scripts = [word for word in self.argv if word.endswith(".py")]
+        docstring = ast.get_docstring(ast.parse(pathlib.Path(scripts[0]).read_text(encoding="utf-8"))) if scripts else None
+        return docstring.splitlines()[0].split("  ")[0] if docstring else "Preparation"
+
+
+@dataclasses.dataclass
+class Plan:
+    """The jobs of one root directory, whose runs share a backbone and problems.
+
+    A preset may name these as "{run_dir}/..." (the demo makes its own): in a grid they are `root`'s, given by flags.
+    """
+
+    preset_name: str
+    preset: dict
+    root: str
+    launch: list[str]
+    jobs: list[Job] = dataclasses.field(default_factory=list)
+
+    def add(self, run: str, label: str, script: str, flags: list[str], needs: list[str], work: float) -> str:
+        """Appends a stage on the run `root/run`; returns the job's name, `run label`."""
+        name = f"{run} {label}".strip()
+        where = ["--config", self.preset_name, "--run-dir", f"{self.root}/{run}".rstrip("/")]
+        shared = self.shared(script, flags) if run else []
+        self.jobs.append(Job(name, [*self.launch, script, *where, *shared, *flags], needs, work))
+        return name
+
+    def shared(self, script: str, flags: list[str]) -> list[str]:
+        """Flags for what the runs of a grid share, unless `flags` name something else."""
+        takes = {"01": ("backbone", "train_data"), "05": ("backbone", "train_data"), "06": ("backbone", "test_data")}.get(script[:2], ())
+        found = []
+        for key in takes:
+            if f"--{key.replace('_', '-')}" in flags:
+                continue
+            for section in ("shared", "train", "eval"):
+                value = self.preset.get(section, {}).get(key, "")
+                values = [v.replace("{run_dir}", self.root) for v in (value if isinstance(value, list) else [value]) if "{run_dir}" in v]
+                found += [f"--{key.replace('_', '-')}", *values] if values else []
+        return found
+
+    def prepare(self) -> None:
+        command = self.preset.get("reproduce", {}).get("prepare")
+        if command:
+            self.jobs.append(Job("prepare", [*command.split(), "--run-dir", self.root], [], 5))
+
+    def done(self) -> list[Job]:
+        """The jobs, without needs that no job has."""
+        names = {job.name for job in self.jobs}
+        for job in self.jobs:
+            job.needs = [name for name in job.needs if name in names]
+        return self.jobs
+
+
+def numbers(preset: dict) -> tuple[int, int, int]:
+    """(RL steps before the jump, RL steps after it, steps of the reference run without a jump)."""
+    return (
+        preset.get("train", {}).get("steps", 150),
+        preset.get("continue", {}).get("more_steps", 100),
+        preset.get("reproduce", {}).get("reference_steps", 400),
+    )
+
+
+def continuing(start: str) -> list[str]:
+    """Stage 5's flags for a start like `none` or `next-paper_alpha1.5_merged`."""
+    return ["--start", start.removesuffix("_merged"), *(["--restart", "merged"] if start.endswith("_merged") else [])]
+
+
+def single(preset_name: str, preset: dict, run_dir: str) -> list[Job]:
+    """The experiment: one shared prefix, the jump, every continuation, the references, the evaluation."""
+    (prefix, more, reference), wanted = numbers(preset), preset.get("reproduce", {})
+    plan = Plan(preset_name, preset, run_dir, ["accelerate", "launch", *wanted.get("launch", "").split()])
+    # Without it stage 2 takes all that is there, and the reference run beside it goes on making checkpoints.
+    last = [] if "last_step" in preset.get("extract", {}) else ["--last-step", str(prefix)]
+    plan.prepare()
+    plan.add("", "01", "01_train_lora_grpo.py", [], ["prepare"], prefix)
+    plan.add("", "01 reference", "01_train_lora_grpo.py", ["--steps", str(reference)], ["01"], reference - prefix)
+    plan.add("", "02", "02_extract_deltas.py", last, ["01"], 15)
+    plan.add("", "03", "03_train_predictor.py", [], ["02"], 180)
+    plan.add("", "04", "04_extrapolate.py", [], ["03"], 15)
+    plan.add("", "04 oracle", "04_extrapolate.py", ["--methods", "oracle"], ["04", "01 reference"], 15)
+    plan.add("", "06 sweep", "06_eval.py", ["--policies", "extrapolated/*"], ["04 oracle"], 200)
+    for start in wanted.get("continue_from", [NEXT]):
+        plan.add("", f"05 {start}", "05_continue_rl.py", continuing(start), ["04"], more)
+    plan.add("", "06", "06_eval.py", [], [job.name for job in plan.jobs], 60)
+    return plan.done()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The grid: <root>/seed0/lora, seed0/full, seed0/rloo ..., each an ordinary run directory
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+def grid(kind: str, preset_name: str, preset: dict, root: str, seeds: list[int]) -> list[Job]:
+    """`main`: what the preset does, for several seeds. `tables`: all methods, algorithms and ablations. The main rows come first."""
+    if kind not in GRIDS:
+        raise UserError(f"unknown grid '{kind}'; known: {', '.join(GRIDS)}")
+    wanted, everything = preset.get("reproduce", {}), kind == "tables"
+    launch = wanted.get("grid_launch") or f"accelerate launch {wanted.get('launch', '')}"
+    plan = Plan(preset_name, preset, root, launch.split())
+    plan.prepare()
+    for seed in seeds:
+        main_rows(plan, seed, everything)
+    if everything:
+        for seed in seeds:
+            side_run(plan, seed, "full", full_flags(preset), ["weighted", "paper"], numbers(preset)[2])
+            other_k(plan, seed)
+            rl_extra_loop(plan, seed)
+        for seed in seeds[:SIDE_SEEDS]:
+            for algorithm in ("rloo", "reinforce++"):
+                side_run(plan, seed, algorithm, ["--algorithm", algorithm], ["weighted", "paper"], numbers(preset)[2])
+            for rank in OTHER_RANKS:
+                side_run(plan, seed, f"rank{rank}", rank_flags(preset, rank), ["weighted"], sum(numbers(preset)[:2]))
+    return plan.done()
+
+
+def full_flags(preset: dict) -> list[str]:
+    """Stage 1's flags for training without LoRA (paper: 5e-7 in place of 5e-6)."""
+    return ["--tune", "full", "--learning-rate", str(preset.get("reproduce", {}).get("full_learning_rate", 5e-7))]
+
+
+def rank_flags(preset: dict, rank: int) -> list[str]:
+    """Stage 1's flags for another LoRA rank at the preset's scale alpha / r."""
+    train = preset.get("train", {})
+    return ["--lora-rank", str(rank), "--lora-alpha", str(rank * train.get("lora_alpha", 32.0) / train.get("lora_rank", 64))]
+
+
+def train(plan: Plan, run: str, flags: list[str], ends: list[int]) -> str:
+    """Stage 1 up to each of `ends` in turn; returns the first job, whose checkpoints the jump is made from."""
+    names, begun = ["prepare"], 0
+    for end in ends:
+        label = "01" if not begun else f"01 to {end}"
+        names.append(plan.add(run, label, "01_train_lora_grpo.py", [*flags, "--steps", str(end)], names[-1:], end - begun))
+        begun = end
+    return names[1]
+
+
+def main_rows(plan: Plan, seed: int, everything: bool) -> None:
+    """Tables 3 to 5, Fig. 3, 5, 6: GRPO with LoRA, every jump from it, RL after the jumps, all from the same first steps."""
+    run, flags, (prefix, more, reference) = f"seed{seed}/lora", ["--seed", str(seed)], numbers(plan.preset)
+    wanted, alpha = plan.preset.get("reproduce", {}), f"{MAIN_ALPHA:g}"
+    recipes, starts = plan.preset.get("predict", {}).get("recipes", ["weighted"]), list(wanted.get("continue_from", [NEXT]))
+    first = train(plan, run, flags, [prefix, reference])
+    after = plan.add(run, "02", "02_extract_deltas.py", ["--last-step", str(prefix)], [first], 15)
+    after = plan.add(run, "03", "03_train_predictor.py", [*flags, "--recipes", *recipes, *(ABLATIONS if everything else [])], [after], 400)
+    jumps = [plan.add(run, "04", "04_extrapolate.py", [], [after], 15)]
+    jumps.append(plan.add(run, "04 relex", "04_extrapolate.py", ["--methods", "relex", "--alphas", alpha], jumps[:1], 15))
+    starts.append(f"relex_alpha{alpha}")
+    if everything:
+        fewer = ["--recipes", *recipes]
+        after = plan.add(run, "03 fewer", "03_train_predictor.py", [*flags, *fewer, "--checkpoints", str(FEWER_CHECKPOINTS)], [after], 120)
+        names = [*ABLATIONS, *(f"{recipe}-last{FEWER_CHECKPOINTS}" for recipe in recipes)]
+        jumps.append(
+            plan.add(run, "04 ablations", "04_extrapolate.py", ["--recipes", *names, "--methods", "next", "--alphas", alpha], [after], 15)
+        )
+        methods = ["alpharl", "wsm", "dare"]
+        needs = [jumps[0]]
+        if wanted.get("validation_data"):
+            data = ["--test-data", wanted["validation_data"].replace("{run_dir}", plan.root)]
+            every = plan.preset.get("train", {}).get("save_every", 10)
+            policies = ["--policies", *(f"train/step_{step:04d}" for step in range(every, prefix + 1, every)), "--output", "validation"]
+            needs.append(plan.add(run, "06 validation", "06_eval.py", [*data, *policies], [first], 60))
+            methods += ["alpharl-pls", "greedy-soup"]
+        jumps.append(plan.add(run, "04 others", "04_extrapolate.py", ["--methods", *methods, "--alphas", alpha], needs, 60))
+        jumps.append(plan.add(run, "04 expo", "04_extrapolate.py", ["--methods", "expo", "--alphas", "0.5"], needs[:1], 15))
+        starts += [f"alpharl_alpha{alpha}", "none_merged", *(f"next-{name}_alpha{alpha}" for name in ABLATIONS[:2])]
+    needs = list(jumps)
+    for start in dict.fromkeys(starts):
+        needs.append(plan.add(run, f"05 {start}", "05_continue_rl.py", [*flags, *continuing(start)], jumps, more))
+    oracle = ["--methods", "oracle"]
+    needs.append(plan.add(run, "04 oracle", "04_extrapolate.py", oracle, [jumps[0], f"{run} 01 to {reference}"], 15))
+    plan.add(run, "06", "06_eval.py", [], needs, 250)
+
+
+def side_run(plan: Plan, seed: int, name: str, flags: list[str], recipes: list[str], reference: int) -> None:
+    """GRPO with other settings, and NExt from its first steps: w/o LoRA (Table 5), other algorithms (Table 6), other ranks."""
+    run, flags, (prefix, more, _) = f"seed{seed}/{name}", ["--seed", str(seed), *flags], numbers(plan.preset)
+    total, jumps = prefix + more, [f"next-{recipe}_alpha{MAIN_ALPHA:g}" for recipe in recipes]
+    first = train(plan, run, flags, sorted({prefix, total, reference}))
+    after = plan.add(run, "02", "02_extract_deltas.py", ["--last-step", str(prefix)], [first], 15)
+    after = plan.add(run, "03", "03_train_predictor.py", ["--seed", str(seed), "--recipes", *recipes], [after], 60)
+    methods = ["--recipes", *recipes, "--methods", "next", "repeat-last", "--alphas", f"{MAIN_ALPHA:g}"]
+    after = plan.add(run, "04", "04_extrapolate.py", methods, [after], 15)
+    needs = [plan.add(run, f"05 {start}", "05_continue_rl.py", [*flags, "--start", start], [after], more) for start in jumps]
+    policies = [*(f"train/step_{end:04d}" for end in sorted({prefix, total, reference})), "extrapolated/*", f"continued/*/step_{total:04d}"]
+    plan.add(run, "06", "06_eval.py", ["--policies", *policies], [*needs, f"{run} 01 to {reference}"], 30)
+
+
+def other_k(plan: Plan, seed: int) -> None:
+    """Targets that are 2 or 8 checkpoints long, from the main run's checkpoints, and a jump of the same length in RL steps."""
+    prefix, k = numbers(plan.preset)[0], plan.preset.get("extract", {}).get("k", 5)
+    for other in OTHER_K:
+        run, alpha = f"seed{seed}/k{other}", f"{MAIN_ALPHA * k / other:g}"
+        series = ["--checkpoints", f"{plan.root}/seed{seed}/lora/train/step_*", "--last-step", str(prefix), "--k", str(other)]
+        after = plan.add(run, "02", "02_extract_deltas.py", series, [f"seed{seed}/lora 01"], 15)
+        after = plan.add(run, "03", "03_train_predictor.py", ["--seed", str(seed), "--recipes", "weighted", "aligned"], [after], 60)
+        methods = ["--recipes", "weighted", "aligned", "--methods", "next", "repeat-last", "--alphas", alpha]
+        after = plan.add(run, "04", "04_extrapolate.py", methods, [after], 15)
+        plan.add(run, "06", "06_eval.py", ["--policies", "extrapolated/*"], [after], 15)
+
+
+def rl_extra_loop(plan: Plan, seed: int) -> None:
+    """RL-Extra as its authors use it (arXiv 2601.04537): a round of RL, a jump as far again, and the next round on the merged model."""
+    _, more, _ = numbers(plan.preset)
+    steps, every = more // 2, plan.preset.get("train", {}).get("save_every", 10)
+    merged, after = [], ["prepare"]
+    for number in range(1, LOOP_ROUNDS + 1):
+        run = f"seed{seed}/loop/round{number}"
+        flags = ["--seed", str(seed + 1000 * number), "--steps", str(steps), *merged]
+        after = [plan.add(run, "01", "01_train_lora_grpo.py", flags, after, steps)]
+        if number < LOOP_ROUNDS:
+            series = ["--k", "1", "--last-step", str(steps), "--fit-checkpoints", "2"]
+            after = [plan.add(run, "02", "02_extract_deltas.py", series, after, 15)]
+            alpha = steps // every  # checkpoints of a round: the jump is as long as the round
+            jump = ["--methods", "rl-extra", "--alphas", str(alpha), "--merge", "fp32"]
+            after = [plan.add(run, "04", "04_extrapolate.py", jump, after, 15)]
+            merged = ["--backbone", f"{plan.root}/{run}/merged/rl-extra_alpha{alpha}"]
+        else:
+            plan.add(run, "06", "06_eval.py", ["--policies", f"train/step_{steps:04d}"], after, 15)
