@@ -38,7 +38,9 @@ def energy(grid) -> pathlib.Path:
             found = spectra(grid, run)
             if found:
                 mean, error = mean_and_error(zip(*(one[key] for one in found), strict=True))
-                axis.errorbar(found[0]["steps"], mean, error, color=colour, marker=mark, ms=4, capsize=2, label=f"{label} ({len(found)} seeds)")
+                axis.errorbar(
+                    found[0]["steps"], mean, error, color=colour, marker=mark, ms=4, capsize=2, label=f"{label} ({len(found)} seeds)"
+                )
         axis.set(title=title, xlabel="RL step", ylim=(0, 1))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("share of rank 1 in the global delta")
@@ -113,7 +115,9 @@ def accuracy_by_steps(grid) -> pathlib.Path:
         points = [grid.accuracy(run, policies[step]) for step in sorted(policies)]
         if points:
             errors = [100 * p.error for p in points]
-            axis.errorbar(sorted(policies), [100 * p.mean for p in points], errors, color=colour, ls=style, marker=".", capsize=2, label=label)
+            axis.errorbar(
+                sorted(policies), [100 * p.mean for p in points], errors, color=colour, ls=style, marker=".", capsize=2, label=label
+            )
     found = {
         result.method: policy
         for runs in grid.results.values()
@@ -124,7 +128,9 @@ def accuracy_by_steps(grid) -> pathlib.Path:
     for i, name in enumerate(shown):
         level = grid.accuracy("lora", found[name])
         at = grid.total + 4 * (i - (len(shown) - 1) / 2)  # side by side
-        axis.errorbar([at], [100 * level.mean], [100 * level.error], color=COLOURS[name], marker=MARKS[name], capsize=2, ls="", label=NAMES[name])
+        axis.errorbar(
+            [at], [100 * level.mean], [100 * level.error], color=COLOURS[name], marker=MARKS[name], capsize=2, ls="", label=NAMES[name]
+        )
     axis.set(xlabel=f"RL steps (methods ended at {grid.total}; drawn side by side)", ylabel="test accuracy %, ± s.e. over seeds")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="lower right")

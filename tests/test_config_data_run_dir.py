@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from common import config, data, reproduce, run_dir
+from common import config, data, plans, run_dir
 from common.run_dir import UserError
 
 
@@ -47,7 +47,7 @@ def test_every_preset_suits_every_stage(name):
         assert config.parse(cls, section, "", ["--config", name]).config == name
     cls = importlib.import_module("05_continue_rl").ContinueConfig
     assert config.parse(cls, ("train", "continue"), "", ["--config", name]).more_steps == 100
-    assert reproduce.plan(name, config.load_preset(name), "runs/x")[-1].name == "06"
+    assert plans.single(name, config.load_preset(name), "runs/x")[-1].name == "06"
 
 
 def test_the_papers_presets_are_table_2_with_a_model_each():
