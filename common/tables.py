@@ -83,9 +83,13 @@ def starts(grid: Grid) -> list[tuple[str, str]]:
         for policy, result in runs.get("lora", {}).items():
             if policy.startswith("continued/") and result.steps == grid.total:
                 found[policy.split("/")[1]] = result
-    order = list(NAMES)
-    ordered = sorted(found, key=lambda start: (order.index(found[start].method.removesuffix("_merged")), found[start].method))
-    return [(start, found[start].label) for start in ordered]
+    return [(start, found[start].label) for start in sorted(found, key=lambda start: place(found[start].method))]
+
+
+def place(method: str) -> tuple[int, str]:
+    """Where a method stands in a table: in the order of NAMES, those that are not in it last."""
+    name = method.removesuffix("_merged")
+    return (list(NAMES).index(name) if name in NAMES else len(NAMES), method)
 
 
 def jumps_table(grid: Grid, cosines: dict[str, Estimate]) -> str:
@@ -95,9 +99,9 @@ def jumps_table(grid: Grid, cosines: dict[str, Estimate]) -> str:
         for policy, result in runs.get("lora", {}).items():
             if policy.split("/")[0] in ("extrapolated", "merged") and result.alpha in (MAIN_ALPHA, None, 0.5 if "expo" in policy else None):
                 found[policy] = result
-    order, rows = list(NAMES), []
+    rows = []
     before, repeat = ("lora", grid.step(grid.prefix)), ("lora", f"extrapolated/repeat-last_alpha{MAIN_ALPHA:g}")
-    for policy in sorted(found, key=lambda p: order.index(found[p].method)):
+    for policy in sorted(found, key=lambda policy: place(found[policy].method)):
         if found[policy].method == "none":
             continue
         ours, cosine = ("lora", policy), cosines.get(policy)
