@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from common import predictor
+from common import predictor, rank1
 
 LAYERS, CHECKPOINTS = 28, 10  # checkpoints that have a target
 FAMILIES = {  # vector length -> matrices that have one of it in a layer
@@ -51,6 +51,22 @@ def seconds(function) -> float:
     return time.perf_counter() - began
 
 
+def random_trajectory() -> rank1.Trajectory:
+    """Rank-1 deltas of every matrix of that model, random: what `weighted` is fitted on."""
+
+    def triples(count: int, m: int, n: int) -> rank1.Triples:
+        return rank1.Triples(torch.randn(count, m) / m**0.5, torch.rand(count), torch.randn(count, n) / n**0.5)
+
+    shapes = [(1536, 1536)] * 2 + [(256, 1536)] * 2 + [(8960, 1536)] * 2 + [(1536, 8960)]  # q o, k v, gate up, down
+    counts, k = {"global": CHECKPOINTS + 5, "local": CHECKPOINTS + 5, "target": CHECKPOINTS}, 5
+    deltas = {
+        f"layer{layer}.{i}": {role: triples(count, m, n) for role, count in counts.items()}
+        for layer in range(LAYERS)
+        for i, (m, n) in enumerate(shapes)
+    }
+    return rank1.Trajectory(list(range(10, 10 * (CHECKPOINTS + 5) + 1, 10)), k, deltas)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=5, help="epochs to time, after one that is not counted")
@@ -75,3 +91,5 @@ if __name__ == "__main__":
             f"{cost['official'] / cost['ours']:.1f} |"
         )
     print(f"\n1,000 epochs of all families: {1e3 * total['ours']:.0f} s, official loop {1e3 * total['official']:.0f} s")
+    whole = random_trajectory()
+    print(f"`weighted`, which has no epochs: {seconds(lambda: predictor.fit_weights(whole, predictor.RECIPES['weighted'])):.1f} s")
