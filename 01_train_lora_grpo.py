@@ -8,7 +8,8 @@ Writes  <run-dir>/train/step_0010 ... step_0150   PEFT adapters in fp32
         <run-dir>/train/metrics.jsonl, samples.jsonl, config.json, resume/, done.json
 
 One RL step: take `prompts_per_step` problems; sample `rollouts` responses to each; reward 1 where the boxed answer is right;
-advantages within each group (Eq. 2); `prompts_per_step / mini_batch` optimizer updates on the clipped loss (Eq. 1).
+advantages within each group (Eq. 2), or by another --algorithm; `prompts_per_step / mini_batch` optimizer updates on the clipped
+loss (Eq. 1), which is the same for all.
 
 The same command again goes on after the last saved step, and gets what an uninterrupted run gets, bit for bit on a CPU: all
 randomness is a function of (seed, step), so there is no generator state to lose. A larger --steps extends a finished run.
@@ -27,7 +28,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from common import config as configs
-from common import data, grpo, policy, rollout, run_dir, verifier
+from common import data, grpo, metrics, policy, rollout, run_dir, verifier
 from common.run_dir import UserError
 
 
@@ -48,7 +49,9 @@ class TrainConfig(configs.StageConfig):
     prompt_template: str = option(data.PROMPT_TEMPLATE, "the user turn around a problem (open)")
     system_prompt: str = option(data.SYSTEM_PROMPT, "the system turn, none if empty (open)")
     answer_format: Literal["boxed", "last_number"] = option("boxed", "where a response has its answer (open)")
-    algorithm: Literal["grpo"] = option("grpo", "how advantages are computed (paper: grpo, Eq. 2)")
+    algorithm: Literal["grpo", "rloo", "reinforce++", "reinforce++-baseline"] = option(
+        "grpo", "how advantages are computed (paper: grpo, Eq. 2; Table 6: rloo and reinforce++)"
+    )
     steps: int = option(150, "RL steps in all (paper: 150 before the jump, 250 and 400 for reference)")
     save_every: int = option(10, "steps between checkpoints (paper: 10)")
     prompts_per_step: int = option(128, "problems a step (paper: train batch size 128)")
@@ -66,7 +69,8 @@ class TrainConfig(configs.StageConfig):
     clip_low: float = option(0.2, "epsilon of Eq. 1 downwards (open)")
     clip_high: float = option(0.2, "epsilon of Eq. 1 upwards (open)")
     loss_aggregation: Literal["token", "seq"] = option("token", "mean over tokens, or as in Eq. 1 (open: verl's is token)")
-    kl_coef: float = option(0.0, "beta of Eq. 1, k3 estimator against the backbone; 0 is off (open)")
+    kl_coef: float = option(0.0, "beta of Eq. 1, against the backbone; 0 is off (open)")
+    kl_in: Literal["loss", "reward"] = option("loss", "where KL goes: into the loss as in Eq. 1 (k3), or off the reward of each token (k1)")
     engine: Literal["auto", "hf", "vllm"] = option("auto", "what samples; auto is vllm where it is installed and a GPU is there, else hf")
     vllm_options: str = option("{}", "options of vLLM's LLM class, a JSON object: '{\"gpu_memory_utilization\": 0.4}'")
     importance_cap: float = option(0.0, "truncated importance weight between engine and trainer, e.g. 2; 0 is off (open)")
@@ -92,6 +96,10 @@ class TrainConfig(configs.StageConfig):
         for name in (*counts.split(), "temperature"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.rollouts == 1 and self.algorithm != "reinforce++":
+            raise UserError(f"{self.algorithm} compares the responses to a problem with each other: rollouts must be 2 or more, not 1")
+        if self.kl_in == "reward" and not self.kl_coef:
+            raise UserError("kl_in reward takes nothing from the reward with kl_coef 0: set kl_coef, e.g. to 0.001")
 
 
 # what may differ when a run goes on
@@ -109,7 +117,7 @@ MAY_CHANGE = (
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# One RL step in four parts: rollouts with rewards, advantages, old log-probabilities, updates
+# One RL step in four parts: rollouts with rewards, old log-probabilities, advantages, updates
 # ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -198,8 +206,22 @@ def score_rollouts(cfg: TrainConfig, model, batch: Batch, accelerator) -> dict:
     return sums
 
 
+def advantages(cfg: TrainConfig, batch: Batch, accelerator) -> tuple[torch.Tensor, ...]:
+    """The advantage of each token, an entry a sequence, [tokens of the completion] each. KL is that of the policy that sampled."""
+    lengths, old = [len(c) for c in batch.completions], torch.cat(batch.old_logprobs)
+    penalty = cfg.kl_coef * (old - torch.cat(batch.reference_logprobs)) if cfg.kl_in == "reward" else torch.zeros_like(old)
+    found = grpo.advantages(
+        cfg.algorithm,
+        batch.rewards.to(old.device),
+        penalty,
+        torch.tensor(lengths, device=old.device),
+        total=lambda x: accelerator.reduce(x, "sum"),
+    )
+    return found.split(lengths)
+
+
 def update(
-    cfg: TrainConfig, step: int, model, optimizer, batch: Batch, advantages: torch.Tensor, sequences: list[int], accelerator
+    cfg: TrainConfig, step: int, model, optimizer, batch: Batch, advantage: tuple[torch.Tensor, ...], sequences: list[int], accelerator
 ) -> dict:
     """One optimizer update on the given sequences of this process and the same share of every other process."""
     lengths = torch.tensor([len(batch.completions[i]) for i in sequences])
@@ -214,11 +236,10 @@ def update(
             )
         old = torch.cat([batch.old_logprobs[i] for i in part])
         weight = torch.cat([weights[i] for i in part]).to(old.device)  # [tokens]
-        advantage = torch.cat([advantages[i].expand(len(batch.completions[i])) for i in part]).to(old.device)  # [tokens]
         if cfg.importance_cap:
             weight = weight * grpo.rollout_correction(old, torch.cat([batch.engine_logprobs[i] for i in part]), cfg.importance_cap)
-        loss, clipped = grpo.clipped_loss(logprobs, old, advantage, weight, cfg.clip_low, cfg.clip_high)
-        if cfg.kl_coef:
+        loss, clipped = grpo.clipped_loss(logprobs, old, torch.cat([advantage[i] for i in part]), weight, cfg.clip_low, cfg.clip_high)
+        if cfg.kl_coef and cfg.kl_in == "loss":
             loss = loss + cfg.kl_coef * grpo.k3_kl(logprobs, torch.cat([batch.reference_logprobs[i] for i in part]), weight)
         loss.backward()
         stats["loss"] += loss.item()
@@ -261,7 +282,7 @@ def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: 
         policy.checkpoint_gradients(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
     start = policy.load_resume(folder, model, optimizer) or first_step
-    metrics = run_dir.StepLog(folder / "metrics.jsonl", keep_to=start, active=accelerator.is_main_process)
+    log = run_dir.StepLog(folder / "metrics.jsonl", keep_to=start, active=accelerator.is_main_process)
     samples = run_dir.StepLog(folder / "samples.jsonl", keep_to=start, active=accelerator.is_main_process)
     longest, rank = cfg.max_prompt_tokens + cfg.max_new_tokens, model.peft_config["default"].r
     engine = rollout.make_engine(cfg.engine, model, tokenizer, cfg.path(info["backbone"]), longest, rank, cfg.vllm_options)
@@ -281,12 +302,12 @@ def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: 
     for step in bar:
         timer, began = run_dir.Timer(), time.perf_counter()
         batch, shown = sample(cfg, step, model, engine, judge, problems, prompts, tokenizer, accelerator, timer)  # sync, rollout, reward
-        advantages = grpo.ADVANTAGES[cfg.algorithm](batch.rewards).flatten()  # [sequences]
         with timer("logprob"):
             sums = score_rollouts(cfg, model, batch, accelerator)
+        advantage = advantages(cfg, batch, accelerator)
         with timer("update"):
-            stats = [update(cfg, step, model, optimizer, batch, advantages, sequences, accelerator) for sequences in batch.updates]
-        line = {"step": step, **step_metrics(cfg, batch, sums, stats, judge, accelerator)}
+            stats = [update(cfg, step, model, optimizer, batch, advantage, sequences, accelerator) for sequences in batch.updates]
+        line = {"step": step, **metrics.of_step(cfg, batch, sums, stats, judge, accelerator)}
         if line["logprob_gap_mean"] > cfg.max_logprob_gap:
             raise UserError(
                 f"step {step}: engine and trainer disagree by {line['logprob_gap_mean']:.3f} nats a token (limit "
@@ -303,7 +324,7 @@ def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: 
             "tokens_per_second": round(line["tokens"] / seconds, 1),
             "seconds_by_phase": {name: round(value, 4) for name, value in timer.seconds.items()},
         }
-        metrics.append(line)
+        log.append(line)
         if step % cfg.save_every == 0:
             samples.append(*shown)
         if (step % cfg.resume_every == 0 or step == cfg.steps) and accelerator.is_main_process:
@@ -311,62 +332,9 @@ def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: 
         accelerator.log({key: value for key, value in line.items() if isinstance(value, int | float)}, step=step)
         bar.set_postfix(acc=f"{line['accuracy']:.2f}", len=f"{line['response_length']:.0f}", refresh=False)
         if accelerator.is_main_process and (step % cfg.log_every == 0 or step == cfg.steps):
-            bar.write(console_line(line, cfg.steps))
+            bar.write(metrics.console_line(line, cfg.steps))
     judge.close()
     engine.close()
-
-
-def step_metrics(cfg: TrainConfig, batch: Batch, sums: dict, stats: list[dict], judge, accelerator) -> dict:
-    """The metrics of one step over all processes; the README's glossary explains each."""
-    tokens = sum(map(len, batch.completions))
-    spread = batch.rewards.max(1).values - batch.rewards.min(1).values
-    local = [
-        tokens,
-        len(batch.completions),
-        batch.rewards.sum().item(),
-        len(batch.finished) - sum(batch.finished),
-        (spread == 0).sum().item(),
-        len(spread),
-        sums["entropy"],
-        sums["gap"],
-        sums["kl"],
-        judge.timeouts,
-        judge.errors,
-        *[s["loss"] for s in stats],
-        *[s["clip_share"] for s in stats],
-    ]
-    total = accelerator.reduce(torch.tensor(local, dtype=torch.float32, device=accelerator.device), "sum").tolist()
-    tokens, sequences, reward, cut, flat, groups, entropy, gap, kl, timeouts, errors = total[:11]
-    gap_max = accelerator.gather(torch.tensor([sums["gap_max"]], device=accelerator.device)).max().item()
-    values = {
-        "reward": reward / sequences,
-        "accuracy": reward / sequences,
-        "response_length": tokens / sequences,
-        "truncated_share": cut / sequences,
-        "zero_variance_groups": flat / groups,
-        "loss": sum(total[11 : 11 + len(stats)]) / len(stats),
-        "clip_share": sum(total[11 + len(stats) :]) / len(stats),
-        "kl": kl / tokens if cfg.kl_coef else None,
-        "entropy": entropy / tokens,
-        "logprob_gap_mean": gap / tokens,
-        "logprob_gap_max": gap_max,
-        "grad_norm": sum(s["grad_norm"] for s in stats) / len(stats),
-        "learning_rate": cfg.learning_rate,
-        "tokens": int(tokens),
-        "verifier_timeouts": int(timeouts),
-        "verifier_errors": int(errors),
-    }
-    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in values.items() if value is not None}
-
-
-def console_line(line: dict, last: int) -> str:
-    phases = " ".join(f"{name} {value:.2f}" for name, value in line["seconds_by_phase"].items())
-    return (
-        f"step {line['step']}/{last}  accuracy {line['accuracy']:.3f}  length {line['response_length']:.1f}  "
-        f"cut {line['truncated_share']:.2f}  flat {line['zero_variance_groups']:.2f}  clip {line['clip_share']:.3f}  "
-        f"entropy {line['entropy']:.2f}  gap {line['logprob_gap_mean']:.0e}  grad {line['grad_norm']:.2f}  "
-        f"{line['seconds']:.2f} s ({phases})"
-    )
 
 
 def start_accelerator(cfg: TrainConfig, folder: pathlib.Path) -> Accelerator:

@@ -4,6 +4,7 @@
 
 Reads   <run-dir>/deltas, and the checkpoints these were made from for the backtest
 Writes  <run-dir>/predictor/<recipe>/model.safetensors    one encoder-decoder for each vector length; for `weighted` three numbers
+                                                          (<recipe>-last8 with --checkpoints 8, which learns from those alone)
         <run-dir>/predictor/<recipe>/report.json          losses, and what the predictor is worth on targets it has not seen
 
 The backtest asks the only question that matters before a jump: standing at an earlier checkpoint, with no later one known, how near
@@ -36,6 +37,9 @@ class PredictorConfig(configs.StageConfig):
         metadata={"help": f"recipes to train: {', '.join(predictor.RECIPES)} (common/predictor.py)"},
     )
     holdout: int = dataclasses.field(default=0, metadata={"help": "checkpoints the backtest hides; 0 is k, the jump's own situation"})
+    checkpoints: int = dataclasses.field(
+        default=0, metadata={"help": "learn from this many last checkpoints and the targets that begin there; 0 is all (paper: 15)"}
+    )
     seed: int = dataclasses.field(default=0, metadata={"help": "of the predictor's initial weights"})
 
     def __post_init__(self):
@@ -112,25 +116,45 @@ def score(predicted: dict, now: adapters.Adapter | ModelFolder, future: adapters
     return {"cosine": sum(cosines) / len(cosines), "sigma_error": sum(errors) / len(errors), "matrices": len(cosines)}
 
 
-def backtest(trajectory: rank1.Trajectory, recipe: predictor.AnyRecipe, seed: int, holdout: int, paths: dict, kind: str) -> dict:
+def backtest(
+    trajectory: rank1.Trajectory, recipe: predictor.AnyRecipe, seed: int, holdout: int, checkpoints: int, paths: dict, kind: str
+) -> dict:
     """Stand at checkpoint c - holdout, train on what was known there, predict k checkpoints ahead, score beside controls and oracle.
 
-    `paths` are the folders of the checkpoints by step, adapters or (kind "full") whole models.
+    The predictor learns from the last `checkpoints` before there, or as many as there are; the controls see all of them. `paths` are
+    the folders of the checkpoints by step, adapters or (kind "full") whole models.
     """
     count = len(trajectory.steps) - holdout
     past = trajectory.until(count)
     step, future_step = trajectory.steps[count - 1], trajectory.steps[count - 1 + trajectory.k]
     read = model_files.open_model if kind == "full" else adapters.read_adapter
     now, future = read(paths[step]), read(paths[future_step])
-    models, _, _ = train_all(past, recipe, seed, "backtest")
+    learned = past.last(checkpoints)
+    models, _, _ = train_all(learned, recipe, seed, "backtest")
     true = {m: (r["target"].u[count - 1], r["target"].sigma[count - 1], r["target"].v[count - 1]) for m, r in trajectory.deltas.items()}
-    candidates = {"predictor": predictor.predict(models, past, recipe), **controls(past), "oracle": true}
+    candidates = {"predictor": predictor.predict(models, learned, recipe), **controls(past), "oracle": true}
     return {
         "at_step": step,
         "predicts_step": future_step,
-        "targets_known": count - trajectory.k,
+        "targets_known": len(learned.steps) - trajectory.k,
         **{name: score(triples, now, future) for name, triples in candidates.items()},
     }
+
+
+def cut(cfg: PredictorConfig, trajectory: rank1.Trajectory) -> tuple[int, int]:
+    """How many checkpoints the backtest hides, and how many a predictor learns from. Raises UserError where no target is left."""
+    count, k = len(trajectory.steps), trajectory.k
+    holdout, checkpoints = cfg.holdout or k, cfg.checkpoints or count
+    if holdout < k or count - holdout - k < 1:
+        raise UserError(
+            f"holdout must leave a target to train on and be at least k: with {count} checkpoints and k = {k} it can be "
+            f"{k} to {count - k - 1}, not {holdout}"
+        )
+    if not k < checkpoints <= count:
+        raise UserError(
+            f"checkpoints must leave a target to train on: with {count} of them and k = {k} it can be {k + 1} to {count}, not {checkpoints}"
+        )
+    return holdout, checkpoints
 
 
 def main() -> None:
@@ -139,23 +163,18 @@ def main() -> None:
     run = pathlib.Path(cfg.run_dir)
     trajectory = rank1.load_trajectory(run / "deltas")
     paths = rank1.checkpoint_paths(run)
-    holdout = cfg.holdout or trajectory.k
-    known = len(trajectory.steps) - holdout - trajectory.k
-    if holdout < trajectory.k or known < 1:
-        raise UserError(
-            f"holdout must leave a target to train on and be at least k: with {len(trajectory.steps)} checkpoints and k = {trajectory.k} "
-            f"it can be {trajectory.k} to {len(trajectory.steps) - trajectory.k - 1}, not {holdout}"
-        )
-    for name in cfg.recipes:
-        recipe, folder = predictor.RECIPES[name], run / "predictor" / name
+    holdout, checkpoints = cut(cfg, trajectory)
+    for recipe_name in cfg.recipes:
+        recipe, name = predictor.RECIPES[recipe_name], recipe_name + (f"-last{cfg.checkpoints}" if cfg.checkpoints else "")
+        folder = run / "predictor" / name
         stage = run_dir.Stage(
             folder, {**dataclasses.asdict(recipe), "seed": cfg.seed, "holdout": holdout}, inputs=[run / "deltas" / "rank1.safetensors"]
         )
         if stage.is_done(cfg.overwrite):
             continue
-        tested = backtest(trajectory, recipe, cfg.seed, holdout, paths, rank1.kind_of(run))
+        tested = backtest(trajectory, recipe, cfg.seed, holdout, checkpoints, paths, rank1.kind_of(run))
         began = time.perf_counter()
-        models, losses, loss_of_zeros = train_all(trajectory, recipe, cfg.seed, f"predictor {name}")
+        models, losses, loss_of_zeros = train_all(trajectory.last(checkpoints), recipe, cfg.seed, f"predictor {name}")
         seconds = time.perf_counter() - began
         weights = {f"{group}.{key}": value for group, model in models.items() for key, value in model.state_dict().items()}
         run_dir.save_tensors(folder / "model.safetensors", weights)

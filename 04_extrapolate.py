@@ -52,7 +52,7 @@ class ExtrapolateConfig(configs.StageConfig):
                 raise UserError(f"unknown method '{name}'; {configs.nearest(name, extrapolators.METHODS)}")
 
 
-def load_predictors(folder: pathlib.Path, trajectory: rank1.Trajectory) -> dict[str, torch.nn.Module]:
+def load_predictors(folder: pathlib.Path, trajectory: rank1.Trajectory, recipe: predictor.AnyRecipe) -> dict[str, torch.nn.Module]:
     """The predictors that stage 3 left in `folder`, by family."""
     done = run_dir.read_json(folder / "done.json", "03_train_predictor.py")
     if done["inputs"]["rank1.safetensors"] != run_dir.sha256(folder.parents[1] / "deltas" / "rank1.safetensors"):
@@ -66,7 +66,7 @@ def load_predictors(folder: pathlib.Path, trajectory: rank1.Trajectory) -> dict[
         for side in ("u", "v", "sigma"):
             name = predictor.family(side, roles["global"])
             length = 1 if side == "sigma" else getattr(roles["global"], side).shape[1]
-            models[name] = predictor.TrajectoryPredictor(length)
+            models[name] = predictor.TrajectoryPredictor(length, recipe.inputs)
             models[name].load_state_dict({key.removeprefix(f"{name}."): w for key, w in weights.items() if key.startswith(f"{name}.")})
     return models
 
@@ -77,10 +77,11 @@ def variants(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Trajec
     for method in cfg.methods:
         if method == "next":
             for recipe in cfg.recipes:
-                folder = run / "predictor" / recipe
-                if recipe not in predictor.RECIPES:
-                    raise UserError(f"unknown recipe '{recipe}'; {configs.nearest(recipe, predictor.RECIPES)}")
-                predicted = predictor.predict(load_predictors(folder, trajectory), trajectory, predictor.RECIPES[recipe])
+                folder, (base, last) = run / "predictor" / recipe, predictor.split_name(recipe)
+                if base not in predictor.RECIPES:
+                    raise UserError(f"unknown recipe '{recipe}'; {configs.nearest(base, predictor.RECIPES)}")
+                known, how = trajectory.last(last or len(trajectory.steps)), predictor.RECIPES[base]
+                predicted = predictor.predict(load_predictors(folder, trajectory, how), known, how)
                 found[f"next-{recipe}"] = (method, {"predicted": predicted}, [folder / "model.safetensors"])
         elif full and method in NO_RANK_1:
             raise UserError(f"{method} {NO_RANK_1[method]}: on whole models it is no adapter of rank 1; leave it out of --methods")

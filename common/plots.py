@@ -16,6 +16,10 @@ COLOURS = {
     "next-aligned": "#0072B2",
     "next-paper": "#D55E00",
     "next-weighted": "#5D3A9B",
+    "next-aligned-no-global": "#7FB8D8",
+    "next-aligned-no-local": "#003D66",
+    "next-paper-no-global": "#F0A878",
+    "next-paper-no-local": "#7A3500",
     "repeat-last": "#009E73",
     "recent-locals": "#8A8A00",
     "rl-extra": "#CC79A7",
@@ -28,6 +32,10 @@ MARKS = {
     "next-aligned": "o",
     "next-paper": "s",
     "next-weighted": "P",
+    "next-aligned-no-global": "h",
+    "next-aligned-no-local": "H",
+    "next-paper-no-global": "d",
+    "next-paper-no-local": "X",
     "repeat-last": "^",
     "recent-locals": "<",
     "rl-extra": "D",
@@ -56,8 +64,9 @@ def training_curves(run: pathlib.Path) -> pathlib.Path:
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.9), layout="constrained")
     runs = {"grpo": run / "train"}
     for path in sorted((run / "continued").glob("*/metrics.jsonl")):
-        if not path.parent.name.endswith("_merged"):
-            runs[path.parent.name.split("_alpha")[0]] = path.parent
+        name = path.parent.name.split("_alpha")[0]
+        if name in NAMES and not path.parent.name.endswith("_merged"):
+            runs[name] = path.parent
     rows = {name: run_dir.read_jsonl(folder / "metrics.jsonl") for name, folder in runs.items()}
     jump = min((logged[0]["step"] - 1 for name, logged in rows.items() if name != "grpo"), default=None)
     window = min(10, *(len(logged) for logged in rows.values()))

@@ -7,12 +7,15 @@ Two recipes train the same network, a third has none:
     aligned    signs made consistent, sigma divided by the matrix's last global sigma, and a learning rate that fits in 1000 steps
     weighted   rank 1 of a weighted sum of the known deltas, three weights for the whole model, by ridge regression
 
+Table 5's ablations, `-no-global` and `-no-local` of the first two, train a network that sees one of its two inputs only.
+
 (u, v) and (-u, -v) are the same singular pair, so without alignment part of what the network is asked to predict is a coin flip.
 `weighted` never sees u and v apart, only products sigma u v^T, which have no sign to choose.
 """
 
 import collections
 import dataclasses
+import re
 from collections.abc import Callable
 
 import torch
@@ -31,6 +34,7 @@ class Recipe:
     scale_sigma: bool
     learning_rate: float
     epochs: int = 1000  # full-batch steps of AdamW (torch's defaults), cosine to a tenth
+    inputs: tuple[str, ...] = ("global", "local")  # the deltas that the network sees; signs and sigma's unit are the global's anyway
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +48,26 @@ class SumRecipe:
 
 
 AnyRecipe = Recipe | SumRecipe
+PAPER, ALIGNED = Recipe(align=False, scale_sigma=False, learning_rate=2e-5), Recipe(align=True, scale_sigma=True, learning_rate=3e-4)
 RECIPES = {
-    "paper": Recipe(align=False, scale_sigma=False, learning_rate=2e-5),
-    "aligned": Recipe(align=True, scale_sigma=True, learning_rate=3e-4),
+    "paper": PAPER,
+    "aligned": ALIGNED,
     "weighted": SumRecipe(),
+    "paper-no-global": dataclasses.replace(PAPER, inputs=("local",)),
+    "paper-no-local": dataclasses.replace(PAPER, inputs=("global",)),
+    "aligned-no-global": dataclasses.replace(ALIGNED, inputs=("local",)),
+    "aligned-no-local": dataclasses.replace(ALIGNED, inputs=("global",)),
 }
+
+
+def split_name(name: str) -> tuple[str, int]:
+    """The recipe in a predictor's name and the number of last checkpoints it learned from, 0 for all of them.
+
+    >>> split_name("aligned-last8"), split_name("aligned-no-local")
+    (('aligned', 8), ('aligned-no-local', 0))
+    """
+    recipe, last = re.fullmatch(r"(.*?)(?:-last(\d+))?", name).groups()
+    return recipe, int(last or 0)
 
 
 def block(d_in: int, d_out: int) -> nn.Sequential:
@@ -59,15 +78,18 @@ def block(d_in: int, d_out: int) -> nn.Sequential:
 
 
 class TrajectoryPredictor(nn.Module):
-    """Eq. 8: D(concat(E_G(s_G), E_L(s_L))) for vectors of length d. About 3840 d weights."""
+    """Eq. 8: D(concat(E_G(s_G), E_L(s_L))) for vectors of length d. About 3840 d weights. Of one input (Table 5) it is D(E(s))."""
 
-    def __init__(self, d: int):
+    def __init__(self, d: int, inputs: tuple[str, ...] = ("global", "local")):
         super().__init__()
-        self.encode_global, self.encode_local, self.decode = block(d, d), block(d, d), block(2 * d, d)
+        self.encode_global = block(d, d) if "global" in inputs else None
+        self.encode_local = block(d, d) if "local" in inputs else None
+        self.decode = block(len(inputs) * d, d)
 
     def forward(self, s_global: torch.Tensor, s_local: torch.Tensor) -> torch.Tensor:
-        """s_global, s_local [..., d] -> predicted s_target [..., d]."""
-        return self.decode(torch.cat([self.encode_global(s_global), self.encode_local(s_local)], -1))
+        """s_global, s_local [..., d] -> predicted s_target [..., d]. One that the network has no encoder for goes unseen."""
+        pairs = ((self.encode_global, s_global), (self.encode_local, s_local))
+        return self.decode(torch.cat([encode(s) for encode, s in pairs if encode is not None], -1))
 
 
 def family(side: str, triples: Triples) -> str:
@@ -106,7 +128,7 @@ def train_family(s_global, s_local, s_target, recipe: Recipe, seed: int, tick: C
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = TrajectoryPredictor(s_target.shape[-1]).to(s_target.device)
+        model = TrajectoryPredictor(s_target.shape[-1], recipe.inputs).to(s_target.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs, eta_min=0.1 * recipe.learning_rate)
     losses = []
@@ -134,19 +156,21 @@ class WeightedSum(nn.Module):
         self.register_buffer("weights", torch.zeros(3, dtype=torch.float64) if weights is None else weights)
 
 
-def terms(count: int, window: int) -> torch.Tensor:
-    """[count, 3, 2 count]: at each checkpoint i, three deltas as sums over the rank-1 ones (columns: locals L_1 .., then globals G_1 ..):
+def terms(steps: list[int], window: int) -> torch.Tensor:
+    """[c, 3, 2 c]: at each of c checkpoints, three deltas as sums over the rank-1 ones (columns: the locals L, then the globals G):
 
         L_i,    the mean of the last `window` locals (of all there are before that),    G_i / i
 
     All three are what one checkpoint moved, by a shorter and a longer memory: the newest direction is the least stale and the noisiest.
+    i counts from the backbone, and `steps` (evenly spaced) may begin later.
     """
+    count = len(steps)
     mix = torch.zeros(count, 3, 2 * count, dtype=torch.float64)
-    for i in range(count):
+    for i, step in enumerate(steps):
         first = max(0, i + 1 - window)
         mix[i, 0, i] = 1
         mix[i, 1, first : i + 1] = 1 / (i + 1 - first)
-        mix[i, 2, count + i] = 1 / (i + 1)
+        mix[i, 2, count + i] = (steps[1] - steps[0]) / step
     return mix
 
 
@@ -164,7 +188,7 @@ def fit_weights(trajectory: Trajectory, recipe: SumRecipe) -> WeightedSum:
     ends at c, while the last known target begins at c - k. No matrix is formed: <s u v^T, s' u' v'^T> = s s' (u . u') (v . v').
     """
     count = len(trajectory.steps)
-    mix, pairs = terms(count, recipe.window), range(1, count - 1)
+    mix, pairs = terms(trajectory.steps, recipe.window), range(1, count - 1)
     left, right = torch.zeros(3, 3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     for roles in trajectory.deltas.values():
         u, sigma, v = known_deltas(roles)
@@ -181,7 +205,7 @@ def fit_weights(trajectory: Trajectory, recipe: SumRecipe) -> WeightedSum:
 
 def predict_sum(model: WeightedSum, trajectory: Trajectory, recipe: SumRecipe, at: int = -1) -> dict[str, tuple]:
     """Rank 1 of k times the weighted sum at checkpoint `at`: module -> (u [m], sigma, v [n]); a sum of rank-1 terms has an exact SVD."""
-    weights = trajectory.k * model.weights.double() @ terms(len(trajectory.steps), recipe.window)[at]  # [2 c]
+    weights = trajectory.k * model.weights.double() @ terms(trajectory.steps, recipe.window)[at]  # [2 c]
     return {module: tuple(x.float() for x in rank1_of_sum(*known_deltas(roles), weights)) for module, roles in trajectory.deltas.items()}
 
 

@@ -122,12 +122,20 @@ class Trajectory:
 
     def until(self, count: int) -> "Trajectory":
         """What was known when only the first `count` checkpoints existed."""
-        cut = {"global": count, "local": count, "target": max(count - self.k, 0)}
+        return self._part(slice(count), slice(max(count - self.k, 0)))
+
+    def last(self, count: int) -> "Trajectory":
+        """The last `count` checkpoints (all, if there are fewer) and the targets that begin at one of them: count - k."""
+        tail = slice(max(len(self.steps) - count, 0), None)
+        return self._part(tail, tail)
+
+    def _part(self, checkpoints: slice, targets: slice) -> "Trajectory":
+        cut = {"global": checkpoints, "local": checkpoints, "target": targets}
         deltas = {
-            module: {role: Triples(t.u[: cut[role]], t.sigma[: cut[role]], t.v[: cut[role]]) for role, t in roles.items()}
+            module: {role: Triples(t.u[cut[role]], t.sigma[cut[role]], t.v[cut[role]]) for role, t in roles.items()}
             for module, roles in self.deltas.items()
         }
-        return Trajectory(self.steps[:count], self.k, deltas)
+        return Trajectory(self.steps[checkpoints], self.k, deltas)
 
 
 def align_roles(roles: dict[str, Triples]) -> dict[str, Triples]:

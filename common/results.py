@@ -8,13 +8,17 @@ import re
 import torch
 
 from common import run_dir
-from common.predictor import RECIPES
+from common.predictor import RECIPES, split_name
 
 NAMES = {  # of each method, in tables and figures alike, in the order of the tables
     "grpo": "GRPO with LoRA",
     "next-paper": "NExt, published recipe",
     "next-aligned": "NExt, aligned recipe",
     "next-weighted": "NExt, weighted recipe",
+    "next-paper-no-global": "NExt, published recipe, w/o global delta",
+    "next-paper-no-local": "NExt, published recipe, w/o local delta",
+    "next-aligned-no-global": "NExt, aligned recipe, w/o global delta",
+    "next-aligned-no-local": "NExt, aligned recipe, w/o local delta",
     "rl-extra": "RL-Extra",
     "repeat-last": "repeat-last (control)",
     "recent-locals": "recent-locals (control)",
@@ -41,8 +45,9 @@ class Result:
 
     @property
     def label(self) -> str:
-        method = self.method.removesuffix("_merged")
+        method, last = split_name(self.method.removesuffix("_merged"))
         name = "Backbone" if method == "backbone" else NAMES.get(method, method)
+        name += f", last {last} checkpoints" if last else ""
         name += ", merged restart" if self.method.endswith("_merged") else ""
         return name + (", right after the jump" if self.policy.startswith("extrapolated/") and self.method != "none" else "")
 

@@ -1,6 +1,7 @@
 """grpo.py against numbers worked out by hand."""
 
 import math
+import threading
 
 import pytest
 import torch
@@ -16,8 +17,129 @@ def test_grpo_advantages_by_hand():
 
 
 @pytest.mark.parametrize("rewards", [[[1.0, 1.0, 1.0]], [[0.0, 0.0]], [[1.0]]])
-def test_equal_rewards_and_single_samples_teach_nothing(rewards):
-    assert grpo.grpo_advantages(torch.tensor(rewards)).abs().max() == 0
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo", "reinforce++-baseline"])
+def test_equal_rewards_and_single_samples_teach_nothing(algorithm, rewards):
+    rewards = torch.tensor(rewards)
+    lengths = torch.arange(1, rewards.numel() + 1)
+    found = grpo.advantages(algorithm, rewards, torch.zeros(int(lengths.sum())), lengths, alone)
+    assert found.shape == (int(lengths.sum()),)
+    assert found.abs().max() == 0
+
+
+def test_rloo_compares_with_the_mean_of_the_others():
+    found = grpo.rloo_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.5, 1.0, 1.5, 0.0]]))
+    assert found[0].tolist() == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3])
+    assert found[1].tolist() == pytest.approx([0.5 - 2.5 / 3, 1 - 2 / 3, 1.5 - 0.5, -1])
+
+
+def alone(x):
+    """The sum over all processes where there is one."""
+    return x
+
+
+# Two groups of two: five tokens of reward 1, one of 0; two of 0, two of 0. KL costs 0.1 on some tokens, -0.2 on one.
+REWARDS, LENGTHS = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([5, 1, 2, 2])
+PENALTY = torch.tensor([0.1, 0.0, 0.1, 0.0, 0.0, 0.0, 0.1, -0.2, 0.0, 0.1])
+
+
+def test_reinforce_pp_without_kl_whitens_rewards_over_tokens():
+    """Five tokens of 1 and five of 0: mean 1/2, unbiased variance 10 / 4 / 9."""
+    found = grpo.advantages("reinforce++", REWARDS, torch.zeros(10), LENGTHS, alone)
+    assert found.tolist() == pytest.approx([0.5 / (10 / 36) ** 0.5] * 5 + [-0.5 / (10 / 36) ** 0.5] * 5)
+
+
+def test_reinforce_pp_charges_each_token_the_kl_still_to_come():
+    returns = torch.tensor([0.8, 0.9, 0.9, 1.0, 1.0, 0.0, 0.1, 0.2, -0.1, -0.1])
+    assert grpo.reinforce_returns(REWARDS, PENALTY, LENGTHS).tolist() == pytest.approx(returns.tolist())
+    found = grpo.advantages("reinforce++", REWARDS, PENALTY, LENGTHS, alone)
+    # mean 4.7 / 10; squares add up to 4.33, so the unbiased variance is (4.33 - 4.7^2 / 10) / 9
+    assert found.tolist() == pytest.approx([(x - 0.47) / ((4.33 - 2.209) / 9) ** 0.5 for x in returns.tolist()])
+
+
+@pytest.mark.parametrize("rewards", [[[1.0], [0.0]], [[1.0, 0.0]]])
+def test_reinforce_pp_needs_no_group(rewards):
+    found = grpo.advantages("reinforce++", torch.tensor(rewards), torch.zeros(2), torch.tensor([1, 1]), alone)
+    assert found.tolist() == pytest.approx([0.5**0.5, -(0.5**0.5)])
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_reinforce_pp_of_equal_rewards_is_zero(value):
+    found = grpo.advantages("reinforce++", torch.full((3, 2), value), torch.zeros(12), torch.full((6,), 2), alone)
+    assert found.abs().max() == 0
+    assert grpo.advantages("reinforce++", torch.ones(1, 1), torch.zeros(1), torch.tensor([1]), alone).tolist() == [0]
+
+
+def test_reinforce_pp_baseline_centres_in_the_group_and_whitens_over_tokens():
+    """Centred rewards 1/2 on five tokens, -1/2 on one, 0 on four: mean 0.2, squares 1.5, unbiased variance (1.5 - 0.4) / 9."""
+    found = grpo.advantages("reinforce++-baseline", REWARDS, torch.zeros(10), LENGTHS, alone)
+    std = (1.1 / 9) ** 0.5
+    assert found.tolist() == pytest.approx([0.3 / std] * 5 + [-0.7 / std] + [-0.2 / std] * 4)
+
+
+def test_kl_in_the_reward_enters_the_group_as_its_sum_over_the_sequence():
+    """Scores 0.8, 0 and 0.1, -0.1: without KL the second group would teach nothing."""
+    per_sequence = {
+        "grpo": [0.5**0.5, -(0.5**0.5), 0.5**0.5, -(0.5**0.5)],  # of two: half their distance over its unbiased std
+        "rloo": [0.8, -0.8, 0.2, -0.2],
+    }
+    for algorithm, values in per_sequence.items():
+        found = grpo.advantages(algorithm, REWARDS, PENALTY, LENGTHS, alone)
+        assert found.tolist() == pytest.approx([values[0]] * 5 + [values[1]] + [values[2]] * 2 + [values[3]] * 2, rel=1e-4)
+    centred = torch.tensor([0.4] * 5 + [-0.4] + [0.1] * 2 + [-0.1] * 2)
+    found = grpo.advantages("reinforce++-baseline", REWARDS, PENALTY, LENGTHS, alone)
+    torch.testing.assert_close(found, (centred - 0.16) / ((1.0 - 0.256) / 9) ** 0.5)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo", "reinforce++", "reinforce++-baseline"])
+def test_tokens_without_padding_get_what_padded_and_masked_ones_would(algorithm):
+    """The same on [sequences, time] in float64, where padding is full of junk that a mask must take out."""
+    generator = torch.Generator().manual_seed(0)
+    rewards, lengths = torch.rand(3, 4, generator=generator), torch.randint(1, 9, (12,), generator=generator)
+    penalty = 0.1 * torch.randn(int(lengths.sum()), generator=generator)
+    mask = torch.arange(8)[None] < lengths[:, None]
+    padded = torch.full((12, 8), 7.0, dtype=torch.float64)
+    padded[mask] = -penalty.double()
+    padded[torch.arange(12), lengths - 1] += rewards.flatten().double()
+    padded = padded * mask
+    if algorithm == "reinforce++":
+        want = torch.stack([padded[:, t:].sum(1) for t in range(8)], 1)
+    else:
+        scores = padded.sum(1).view(3, 4)
+        want = scores - scores.mean(1, keepdim=True)
+        if algorithm == "grpo":
+            want = want / (scores.var(1, keepdim=True).sqrt() + 1e-6)
+        if algorithm == "rloo":
+            want = torch.stack([scores[:, i] - scores[:, [j for j in range(4) if j != i]].mean(1) for i in range(4)], 1)
+        want = want.reshape(12, 1).expand(12, 8)
+    want = want[mask]
+    if algorithm.startswith("reinforce"):
+        want = (want - want.mean()) / (want.var() + 1e-8).sqrt()
+    found = grpo.advantages(algorithm, rewards, penalty, lengths, alone)
+    torch.testing.assert_close(found.double(), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ["reinforce++", "reinforce++-baseline"])
+def test_whitening_is_over_the_tokens_of_all_processes(algorithm):
+    """Two threads play two processes with a group each; a barrier is their reduction."""
+    barrier, parts, found = threading.Barrier(2, timeout=10), {}, {}
+
+    def process(rank):
+        def total(x):
+            parts[rank] = x
+            barrier.wait()
+            result = parts[0] + parts[1]
+            barrier.wait()
+            return result
+
+        tokens = slice(0, 6) if rank == 0 else slice(6, 10)
+        found[rank] = grpo.advantages(algorithm, REWARDS[[rank]], PENALTY[tokens], LENGTHS[2 * rank : 2 * rank + 2], total)
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.testing.assert_close(torch.cat([found[0], found[1]]), grpo.advantages(algorithm, REWARDS, PENALTY, LENGTHS, alone))
 
 
 def test_token_weights_add_up_to_one_and_differ_as_they_should():

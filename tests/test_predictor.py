@@ -1,5 +1,7 @@
 """The predictor against the paper's equations written as loops."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -31,6 +33,56 @@ def test_the_network_is_the_official_layout():
         (12, 256),
     ]
     assert model(torch.zeros(2, 3, 12), torch.zeros(2, 3, 12)).shape == (2, 3, 12)
+
+
+@pytest.mark.parametrize(("inputs", "seen"), [(("global",), 0), (("local",), 1)])
+def test_a_network_of_one_input_has_one_encoder_and_does_not_see_the_other(inputs, seen):
+    model = predictor.TrajectoryPredictor(12, inputs)
+    assert [tuple(layer.weight.shape) for layer in model.decode if hasattr(layer, "weight")] == [(256, 12), (12, 256), (256, 12), (12, 256)]
+    assert {name.split(".")[0] for name in model.state_dict()} == {f"encode_{inputs[0]}", "decode"}
+    pair = torch.randn(2, 12)
+    other = pair.clone()
+    other[1 - seen] = torch.nan
+    assert torch.equal(model(*pair), model(*other))
+    assert torch.equal(model(*pair), model.decode(getattr(model, f"encode_{inputs[0]}")(pair[seen])))
+
+
+def test_ablations_are_their_recipe_but_for_an_input():
+    for base in ("paper", "aligned"):
+        assert predictor.RECIPES[base].inputs == ("global", "local")
+        for left, out in (("local", "global"), ("global", "local")):
+            recipe = predictor.RECIPES[f"{base}-no-{out}"]
+            assert recipe.inputs == (left,)
+            assert dataclasses.replace(recipe, inputs=("global", "local")) == predictor.RECIPES[base]
+
+
+def test_an_ablated_predictor_is_trained_and_predicts_without_its_input():
+    trajectory, spoilt = tiny_trajectory(), tiny_trajectory()
+    for roles in spoilt.deltas.values():
+        for part in ("u", "sigma", "v"):
+            getattr(roles["local"], part).fill_(torch.nan)
+    recipe = predictor.Recipe(align=False, scale_sigma=True, learning_rate=1e-3, epochs=3, inputs=("global",))
+    found = []
+    for t in (trajectory, spoilt):
+        families = predictor.stack_families(*predictor.prepare(t, recipe))
+        models = {name: predictor.train_family(*data, recipe, seed=0)[0] for name, data in families.items()}
+        found.append(predictor.predict(models, t, recipe))
+    for module, triple in found[0].items():
+        assert all(torch.equal(a, b) for a, b in zip(triple, found[1][module], strict=True))
+
+
+def test_the_last_checkpoints_keep_the_targets_that_begin_there():
+    """7 checkpoints, k = 2: targets begin at 1 to 5, so the last four checkpoints have those of 4 and 5."""
+    trajectory = tiny_trajectory(c=7, k=2)
+    tail = trajectory.last(4)
+    assert tail.steps == [4, 5, 6, 7]
+    for module, roles in trajectory.deltas.items():
+        assert torch.equal(tail.deltas[module]["global"].u, roles["global"].u[3:7])
+        assert torch.equal(tail.deltas[module]["local"].sigma, roles["local"].sigma[3:7])
+        assert torch.equal(tail.deltas[module]["target"].v, roles["target"].v[3:5])
+    assert trajectory.until(5).last(4).steps == [2, 3, 4, 5]
+    assert len(trajectory.until(5).last(4).deltas["m0"]["target"].sigma) == 2
+    assert trajectory.last(9).steps == trajectory.steps
 
 
 def test_families_gather_vectors_by_side_and_length():
@@ -112,20 +164,23 @@ def dense(triples, i):
     return triples.sigma[i].double() * torch.outer(triples.u[i].double(), triples.v[i].double())
 
 
-def dense_terms(roles, i, window):
-    """The three terms of the recipe `weighted` at checkpoint i (from 0) as whole matrices."""
+def dense_terms(roles, i, window, before=0):
+    """The three terms of the recipe `weighted` at checkpoint i (from 0, after `before` left out) as whole matrices."""
     recent = [dense(roles["local"], j) for j in range(max(0, i - window + 1), i + 1)]
-    return [recent[-1], sum(recent) / len(recent), dense(roles["global"], i) / (i + 1)]
+    return [recent[-1], sum(recent) / len(recent), dense(roles["global"], i) / (before + i + 1)]
 
 
-def test_weights_equal_a_dense_least_squares_fit():
-    trajectory, recipe = tiny_trajectory(c=7), predictor.SumRecipe(window=3, decay=0.7, ridge=0.05, prior=(0.6, 0.3, 0.1))
+@pytest.mark.parametrize("before", [0, 2])
+def test_weights_equal_a_dense_least_squares_fit(before):
+    """Also on the last 7 of 9 checkpoints, whose first is number 3."""
+    recipe = predictor.SumRecipe(window=3, decay=0.7, ridge=0.05, prior=(0.6, 0.3, 0.1))
+    trajectory = tiny_trajectory(c=7 + before).last(7)
     rows, answers, total = [], [], 0.0
     for roles in trajectory.deltas.values():
         for i in range(1, 6):  # checkpoints 2 to 6 have two or more locals behind them and one ahead
             share = 0.7 ** (5 - i)
             scale = share**0.5 / roles["local"].sigma[i].double()
-            rows.append(torch.stack([scale * term.flatten() for term in dense_terms(roles, i, 3)], 1))
+            rows.append(torch.stack([scale * term.flatten() for term in dense_terms(roles, i, 3, before)], 1))
             answers.append(scale * dense(roles["local"], i + 1).flatten())
             total += share
     rows.append((0.05 * total) ** 0.5 * torch.eye(3, dtype=torch.float64))

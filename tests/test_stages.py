@@ -1,6 +1,7 @@
 """The six stages as a user runs them: the whole chain, resume, and everything that can be wrong with their input."""
 
 import contextlib
+import dataclasses
 import importlib
 import itertools
 import json
@@ -17,7 +18,7 @@ import torch
 from conftest import ROOT, TINY, call_stage, run_stage, start_two
 from peft import PeftModel
 
-from common import adapters, extrapolators, policy, rank1, results, run_dir
+from common import adapters, extrapolators, policy, predictor, rank1, report, results, run_dir
 
 
 def metrics(folder: pathlib.Path) -> list[dict]:
@@ -105,6 +106,41 @@ def test_predictor_reports_its_backtest_beside_controls_and_oracle(finished_run)
         assert 0 < tested["oracle"]["cosine"] <= 1
         for name in ("predictor", "copy-global", "repeat-last", "linear-fit"):
             assert abs(tested[name]["cosine"]) <= tested["oracle"]["cosine"] + 1e-6  # no rank-1 delta is nearer than the true one's own
+
+
+def test_ablations_go_through_predictor_jump_and_report(copy, monkeypatch, capsys):
+    """With the last 5 of 6 checkpoints the predictor is that of a run whose deltas begin at the second."""
+    for name in ("aligned-no-global", "paper-no-local"):
+        monkeypatch.setitem(predictor.RECIPES, name, dataclasses.replace(predictor.RECIPES[name], epochs=3))
+    shutil.copytree(copy, other := copy.parent / "other", ignore=shutil.ignore_patterns("predictor"))
+    index = json.loads((copy / "deltas" / "index.json").read_text())
+    tensors = safetensors.torch.load_file(copy / "deltas" / "rank1.safetensors")
+    safetensors.torch.save_file({name: t[1:].clone() for name, t in tensors.items()}, other / "deltas" / "rank1.safetensors")
+    edit_json(other / "deltas" / "index.json", steps=index["steps"][1:])
+
+    def stage(script, run, *flags):
+        assert call_stage(monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(run), *flags) == (0, "")
+
+    recipes = ["--recipes", "aligned-no-global", "weighted"]
+    stage("03_train_predictor.py", copy, *recipes, "--checkpoints", "5")
+    stage("03_train_predictor.py", other, *recipes)
+    for name in recipes[1:]:
+        tail, whole = copy / "predictor" / f"{name}-last5", other / "predictor" / name
+        assert (tail / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+        tested = json.loads((tail / "report.json").read_text())["backtest"]
+        assert (tested["at_step"], tested["targets_known"]) == (4, 2)  # four were there, of which two have a target
+    stage("03_train_predictor.py", copy, "--recipes", "paper-no-local")
+    made = ["paper-no-local", "aligned-no-global-last5", "weighted-last5"]
+    stage("04_extrapolate.py", copy, "--methods", "next", "--recipes", *made, "--alphas", "1.5")
+    for name in ("paper-no-local", "weighted-last5"):  # as if they had been evaluated and gone on from
+        shutil.copytree(copy / "continued" / "next-aligned_alpha1.5", copy / "continued" / f"next-{name}_alpha1.5")
+        shutil.copytree(
+            copy / "eval" / "extrapolated__next-aligned_alpha1.5", jumped := copy / "eval" / f"extrapolated__next-{name}_alpha1.5"
+        )
+        edit_json(jumped / "test.json", policy=f"extrapolated/next-{name}_alpha1.5")
+    text = report.write(copy)
+    assert "| NExt, published recipe, w/o local delta, right after the jump |" in text
+    assert "| NExt, weighted recipe, last 5 checkpoints, right after the jump |" in text
 
 
 def test_extrapolated_adapters_have_one_more_rank_and_load_in_peft(finished_run):
@@ -284,21 +320,28 @@ def test_another_seed_gives_another_run(finished_run, empty_run, tmp_path):
     assert metrics(folder / "train")[0] != metrics(finished_run / "train")[0]
 
 
-@pytest.mark.parametrize("accelerate_config", ["cpu_processes", "fsdp2"])
-def test_two_processes_train_like_one(finished_run, empty_run, tmp_path, accelerate_config):
-    folder = tmp_path / "run"
-    shutil.copytree(empty_run, folder)
+@pytest.mark.parametrize(
+    ("accelerate_config", "flags"),
+    [("cpu_processes", ["--algorithm", "reinforce++", "--kl-coef", "0.05", "--kl-in", "reward"]), ("fsdp2", [])],
+)
+def test_two_processes_train_like_one(empty_run, tmp_path, monkeypatch, capsys, accelerate_config, flags):
+    one_run, folder = tmp_path / "one", tmp_path / "run"
+    for copied in (one_run, folder):
+        shutil.copytree(empty_run, copied)
+    command = ["01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(one_run), "--steps", "2", *flags]
+    assert call_stage(monkeypatch, capsys, *command)[0] == 0
     # micro_tokens 200: several micro-batches an update, and not the same number on both processes
     run = start_two(
-        "01_train_lora_grpo.py", folder, accelerate_config, "--steps", "2", "--micro-tokens", "200", "--gradient-checkpointing", "true"
+        command[0], folder, accelerate_config, "--steps", "2", "--micro-tokens", "200", "--gradient-checkpointing", "true", *flags
     )
     output, _ = run.communicate(timeout=300)
     assert run.returncode == 0, output
     assert output.count("2 process(es) on cpu") == 1
-    for ours, one in zip(metrics(folder / "train"), metrics(finished_run / "train"), strict=False):
-        for key in ("accuracy", "response_length", "loss", "entropy", "grad_norm"):
+    for ours, one in zip(metrics(folder / "train"), metrics(one_run / "train"), strict=True):
+        assert ours.keys() == one.keys()
+        for key in {"accuracy", "reward", "kl", "response_length", "loss", "entropy", "grad_norm"} & one.keys():
             assert ours[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5)
-    two, single = (adapters.read_adapter(f / "train" / "step_0001") for f in (folder, finished_run))
+    two, single = (adapters.read_adapter(f / "train" / "step_0001") for f in (folder, one_run))
     assert two.factors.keys() == single.factors.keys()
     for module, (b, a) in single.factors.items():
         torch.testing.assert_close(two.factors[module][0] @ two.factors[module][1], b @ a, atol=1e-4, rtol=1e-2)
@@ -479,6 +522,8 @@ BAD = {
     "truncated deltas": ("03_train_predictor.py", lambda run: truncate(run / "deltas/rank1.safetensors"), [], "run 02_extract_deltas.py --overwrite"),
     "unknown recipe": ("03_train_predictor.py", None, ["--recipes", "papre"], "did you mean paper?"),
     "impossible holdout": ("03_train_predictor.py", None, ["--holdout", "1"], "it can be 2 to 3, not 1"),
+    "too few checkpoints to learn from": ("03_train_predictor.py", None, ["--checkpoints", "2"], "it can be 3 to 6, not 2"),
+    "unknown predictor": ("04_extrapolate.py", None, ["--recipes", "alinged-last5"], "did you mean aligned"),
     "unknown method": ("04_extrapolate.py", None, ["--methods", "nxt"], "did you mean next?"),
     "a checkpoint that diverged": ("02_extract_deltas.py", lambda run: spoil_tensor(run / "train/step_0003/adapter_model.safetensors"), [], "is not finite: the training diverged"),
     "a predictor of other deltas": ("04_extrapolate.py", lambda run: edit_json(run / "predictor/weighted/done.json", inputs={"rank1.safetensors": "0"}), ["--recipes", "weighted"], "trained on other deltas"),
@@ -524,6 +569,8 @@ def test_a_spoilt_run_is_named_and_left_alone(copy, monkeypatch, capsys, name):
         (["--top-p", "0.9"], "biases the importance ratio"),
         (["--mini-batch", "3"], "must be a multiple of mini_batch"),
         (["--steps", "0"], "steps must be positive"),
+        (["--rollouts", "1", "--algorithm", "rloo"], "rollouts must be 2 or more"),
+        (["--kl-in", "reward"], "set kl_coef"),
         (["--train-data", "nowhere.jsonl"], "nowhere.jsonl not found"),
         (["--prompt-template", "hello"], "no {prompt}"),
     ],
