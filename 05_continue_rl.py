@@ -21,7 +21,7 @@ import pathlib
 from typing import Literal
 
 from common import config as configs
-from common import data, policy, rank1, run_dir
+from common import data, model_files, policy, rank1, run_dir
 from common.run_dir import UserError, atomic_dir
 
 stage1 = importlib.import_module("01_train_lora_grpo")
@@ -61,10 +61,12 @@ def main() -> None:
         raise UserError(f"{start} not found: run 04_extrapolate.py first (there: {', '.join(there) or 'nothing'})")
     begun = policy.checkpoint_info(start)
     first_step = begun["step"]
-    name = begun["backbone"] if rank1.kind_of(run) == "full" else cfg.backbone  # what the adapter is on
+    whole = rank1.kind_of(run) == "full"
+    name = begun["backbone"] if whole else cfg.backbone  # what the adapter is on
+    below = {*model_files.open_model(model_files.find_model(cfg.path(name))).files.values()} if whole else {}
     if cfg.tune == "full" and cfg.restart == "merged":
         raise UserError("--tune full has no adapter to restart: the jump is always added to the weights; leave out --restart")
-    if cfg.tune == "lora" and cfg.restart == "adapter" and rank1.kind_of(run) == "full":
+    if cfg.tune == "lora" and cfg.restart == "adapter" and whole:
         raise UserError(f"{start} is an adapter of rank 1 on a whole model, too little to train: --tune full, or --restart merged")
     cfg.steps = first_step + cfg.more_steps
     folder = run / "continued" / (cfg.start + ("_merged" if cfg.restart == "merged" else ""))
@@ -72,7 +74,7 @@ def main() -> None:
     stage = run_dir.Stage(
         folder,
         configs.as_dict(cfg),
-        [*data.local_files(cfg.path(cfg.train_data)), start / "adapter_model.safetensors"],
+        [*data.local_files(cfg.path(cfg.train_data)), start / "adapter_model.safetensors", *sorted(below)],
         (*stage1.MAY_CHANGE, "more_steps"),
     )
     with accelerator.main_process_first():
