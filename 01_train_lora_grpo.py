@@ -1,15 +1,19 @@
-"""Stage 1: RLVR with LoRA, a checkpoint every 10 steps.                    Paper: Sec. 3.1, 4.1, Eq. 1, 2, 4; Table 2
+"""Stage 1: RLVR, a checkpoint every 10 steps.                              Paper: Sec. 3.1, 4.1, Eq. 1, 2, 4; Table 2
 
     accelerate launch 01_train_lora_grpo.py --config demo --run-dir runs/demo                              # a laptop
     accelerate launch --num_processes 8 01_train_lora_grpo.py --config demo --run-dir runs/demo            # more processes
 
 Reads   the backbone (a Hugging Face folder or hub id) and problems (DAPO-Math-17k, or JSONL, parquet, a hub id: common/data.py).
-Writes  <run-dir>/train/step_0010 ... step_0150   PEFT adapters in fp32
+Writes  <run-dir>/train/step_0010 ... step_0150   PEFT adapters in fp32; with --tune full whole models in fp32
         <run-dir>/train/metrics.jsonl, samples.jsonl, config.json, resume/, done.json
 
 One RL step: take `prompts_per_step` problems; sample `rollouts` responses to each; reward 1 where the boxed answer is right;
 advantages within each group (Eq. 2), or by another --algorithm; `prompts_per_step / mini_batch` optimizer updates on the clipped
 loss (Eq. 1), which is the same for all.
+
+LoRA is trained on all linear layers, or with `--tune full --learning-rate 5e-7` (the paper's "w/o LoRA") all parameters are: in fp32, 16
+bytes a parameter for weights, gradients and AdamW, whole on every process, plus the backbone once more if there is a KL term. Its
+checkpoints have 4 bytes a parameter, its resume state 12.
 
 The same command again goes on after the last saved step, and gets what an uninterrupted run gets, bit for bit on a CPU: all
 randomness is a function of (seed, step), so there is no generator state to lose. A larger --steps extends a finished run.
@@ -52,6 +56,7 @@ class TrainConfig(configs.StageConfig):
     algorithm: Literal["grpo", "rloo", "reinforce++", "reinforce++-baseline"] = option(
         "grpo", "how advantages are computed (paper: grpo, Eq. 2; Table 6: rloo and reinforce++)"
     )
+    tune: Literal["lora", "full"] = option("lora", "what is trained: LoRA or all parameters (paper: LoRA; full in Tables 3, 4, Fig. 2)")
     steps: int = option(150, "RL steps in all (paper: 150 before the jump, 250 and 400 for reference)")
     save_every: int = option(10, "steps between checkpoints (paper: 10)")
     prompts_per_step: int = option(128, "problems a step (paper: train batch size 128)")
@@ -61,11 +66,11 @@ class TrainConfig(configs.StageConfig):
     top_p: float = option(1.0, "nucleus sampling; only 1.0 leaves the gradient unbiased (paper: 1.0)")
     max_prompt_tokens: int = option(1024, "longest prompt allowed (paper: 1024)")
     max_new_tokens: int = option(4096, "longest response; one cut there gets reward 0 (paper: 4096)")
-    learning_rate: float = option(5e-6, "of AdamW, constant (paper: 5e-6 with LoRA)")
+    learning_rate: float = option(5e-6, "of AdamW, constant (paper: 5e-6 with LoRA, 5e-7 for all parameters)")
     weight_decay: float = option(0.0, "of AdamW (open)")
     max_grad_norm: float = option(1.0, "gradient clipping (open)")
-    lora_rank: int = option(64, "r of Eq. 4 (paper: 64)")
-    lora_alpha: float = option(32.0, "scale alpha / r on B A (paper: 32)")
+    lora_rank: int = option(64, "r of Eq. 4; without meaning for --tune full (paper: 64)")
+    lora_alpha: float = option(32.0, "scale alpha / r on B A; without meaning for --tune full (paper: 32)")
     clip_low: float = option(0.2, "epsilon of Eq. 1 downwards (open)")
     clip_high: float = option(0.2, "epsilon of Eq. 1 upwards (open)")
     loss_aggregation: Literal["token", "seq"] = option("token", "mean over tokens, or as in Eq. 1 (open: verl's is token)")
@@ -179,8 +184,11 @@ def sample(cfg: TrainConfig, step: int, model, engine, judge, problems, prompts,
 
 
 @torch.no_grad()
-def score_rollouts(cfg: TrainConfig, model, batch: Batch, accelerator) -> dict:
-    """Fills in the old log-probabilities (and the backbone's, if there is a KL term); returns sums for the metrics."""
+def score_rollouts(cfg: TrainConfig, model, batch: Batch, accelerator, frozen=None) -> dict:
+    """Fills in the old log-probabilities (and the backbone's, if there is a KL term); returns sums for the metrics.
+
+    `frozen` is the backbone where it is not the model without its adapter.
+    """
     sequences = list(range(len(batch.completions)))
     batch.old_logprobs = [None] * len(sequences)
     batch.reference_logprobs = [None] * len(sequences) if cfg.kl_coef else None
@@ -190,8 +198,8 @@ def score_rollouts(cfg: TrainConfig, model, batch: Batch, accelerator) -> dict:
         with accelerator.autocast():
             logprobs, entropy = policy.token_logprobs(model, prompts, completions, cfg.temperature, with_entropy=True)
             if cfg.kl_coef:
-                with model.disable_adapter():
-                    reference, _ = policy.token_logprobs(model, prompts, completions, cfg.temperature)
+                with policy.reference(model, frozen) as backbone:
+                    reference, _ = policy.token_logprobs(backbone, prompts, completions, cfg.temperature)
         lengths = [len(c) for c in completions]
         gap = (logprobs - torch.cat([batch.engine_logprobs[i] for i in part])).abs()
         sums["entropy"] += entropy.sum().item()
@@ -274,7 +282,7 @@ def load_prompts(cfg: TrainConfig, tokenizer) -> tuple[list[data.Problem], list[
 
 
 def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: pathlib.Path, first_step: int, info: dict) -> None:
-    """RL steps first_step + 1 ... cfg.steps on `model` (a PEFT policy), everything under `folder`. Stage 5 calls it too."""
+    """RL steps first_step + 1 ... cfg.steps on `model`, everything under `folder`. Stage 5 calls it too."""
     problems, prompts, hashes = load_prompts(cfg, tokenizer)
     if cfg.report_to:
         accelerator.init_trackers("next", config=configs.as_dict(cfg))
@@ -282,9 +290,10 @@ def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: 
         policy.checkpoint_gradients(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
     start = policy.load_resume(folder, model, optimizer) or first_step
+    frozen = policy.load_backbone(cfg.path(cfg.backbone))[0].to(accelerator.device) if cfg.tune == "full" and cfg.kl_coef else None
     log = run_dir.StepLog(folder / "metrics.jsonl", keep_to=start, active=accelerator.is_main_process)
     samples = run_dir.StepLog(folder / "samples.jsonl", keep_to=start, active=accelerator.is_main_process)
-    longest, rank = cfg.max_prompt_tokens + cfg.max_new_tokens, model.peft_config["default"].r
+    longest, rank = cfg.max_prompt_tokens + cfg.max_new_tokens, policy.lora_rank(model)
     engine = rollout.make_engine(cfg.engine, model, tokenizer, cfg.path(info["backbone"]), longest, rank, cfg.vllm_options)
     judge = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format)
     accelerator.print(f"{accelerator.num_processes} process(es) on {accelerator.device.type}, rollouts by {cfg.engine}")
@@ -303,7 +312,7 @@ def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: 
         timer, began = run_dir.Timer(), time.perf_counter()
         batch, shown = sample(cfg, step, model, engine, judge, problems, prompts, tokenizer, accelerator, timer)  # sync, rollout, reward
         with timer("logprob"):
-            sums = score_rollouts(cfg, model, batch, accelerator)
+            sums = score_rollouts(cfg, model, batch, accelerator, frozen)
         advantage = advantages(cfg, batch, accelerator)
         with timer("update"):
             stats = [update(cfg, step, model, optimizer, batch, advantage, sequences, accelerator) for sequences in batch.updates]
@@ -317,7 +326,7 @@ def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: 
             if step % cfg.save_every == 0 or step == cfg.steps:
                 accelerator.wait_for_everyone()
                 if accelerator.is_main_process:
-                    policy.save_lora(model, folder / f"step_{step:04d}", {"step": step, **info, **hashes})
+                    policy.save_policy(model, tokenizer, folder / f"step_{step:04d}", {"step": step, **info, **hashes})
         seconds = time.perf_counter() - began
         line |= {
             "seconds": round(seconds, 4),
@@ -360,8 +369,8 @@ def main() -> None:
             return
     backbone, tokenizer = policy.load_backbone(cfg.path(cfg.backbone))
     info = {"backbone": cfg.backbone, "backbone_fingerprint": policy.fingerprint(backbone)}
-    model = policy.place(policy.add_lora(backbone, cfg.lora_rank, cfg.lora_alpha, cfg.seed), accelerator.device)
-    train(cfg, model, tokenizer, accelerator, folder, first_step=0, info=info)
+    model = policy.train_all(backbone) if cfg.tune == "full" else policy.add_lora(backbone, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+    train(cfg, policy.place(model, accelerator.device), tokenizer, accelerator, folder, first_step=0, info=info)
     if accelerator.is_main_process:
         stage.finish()
         print(f"done: {cfg.steps} steps, checkpoints in {folder}")

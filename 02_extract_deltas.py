@@ -4,7 +4,7 @@
     accelerate launch 02_extract_deltas.py --run-dir runs/mine --checkpoints 'outputs/checkpoint-*'      # TRL's; any PEFT LoRA adapters
     accelerate launch 02_extract_deltas.py --run-dir runs/full --checkpoints 'outputs/checkpoint-*' --backbone Qwen/Qwen2.5-0.5B
 
-Reads   <run-dir>/train/step_0010 ... step_0150    (LoRA adapters), or those that --checkpoints names: adapters or whole models
+Reads   <run-dir>/train/step_0010 ... step_0150    adapters or whole models, or those that --checkpoints names
 Writes  <run-dir>/deltas/rank1.safetensors         u, sigma, v of the global, local and target delta of every matrix and checkpoint
         <run-dir>/deltas/index.json                kind (lora, full), steps and their checkpoints, k, modules, gaps sigma_2 / sigma_1
         <run-dir>/deltas/spectrum.json             energy ratios by step (Fig. 2), R^2 of linear fits (Fig. 3)
@@ -48,7 +48,9 @@ class ExtractConfig(configs.StageConfig):
         default_factory=lambda: ["{run_dir}/train/step_*"],
         metadata={"help": "folders of PEFT LoRA adapters or whole models, as a quoted pattern; the last number in a name is its step"},
     )
-    backbone: str = dataclasses.field(default="", metadata={"help": "for whole models: folder or hub id of the one training started from"})
+    backbone: str = dataclasses.field(
+        default="", metadata={"help": "for whole models: the one training started from, folder or hub id; ours name it"}
+    )
     k: int = dataclasses.field(default=5, metadata={"help": "checkpoints between a step and its target (paper: 5, that is 50 steps)"})
     last_step: int = dataclasses.field(
         default=0, metadata={"help": "last step to take; later ones are left alone; 0 is the last there (paper: 150)"}
@@ -84,6 +86,7 @@ def open_series(cfg: ExtractConfig, paths: dict[int, pathlib.Path]) -> Series:
         return adapters.open_series(paths)
     if len(wholes) < len(paths):
         raise UserError(f"{wholes[0]} is a whole model, others are adapters: name one series alone")
+    cfg.backbone = cfg.backbone or adapters.read_info(wholes[0]).get("backbone", "")
     return dense.open_series(paths, cfg.path(cfg.backbone))
 
 

@@ -10,7 +10,7 @@ Writes  <run-dir>/extrapolated/<method>_alpha1.5      for each method and alpha:
 
 The adapters go straight into stages 5 and 6, PEFT or vLLM, and back to the trainer that made the checkpoints. `next` is made once for
 each recipe: next-aligned, next-paper, next-weighted. From whole models the adapter has rank 1 and belongs on the last of them, which is its
-base_model_name_or_path (stage 5: --backbone).
+base_model_name_or_path; stage 5 goes on with --tune full.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from common import adapters, dense, extrapolators, merge, model_files, predictor
 from common import config as configs
 from common.run_dir import UserError
 
-NO_RANK_1 = {"rl-extra": "moves by the update itself, all ranks of it", "none": "is the last checkpoint itself"}
+NO_RANK_1 = {"rl-extra": "moves by the update itself, all ranks of it"}
 
 
 @dataclasses.dataclass
@@ -85,6 +85,8 @@ def variants(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Trajec
                 found[f"next-{recipe}"] = (method, {"predicted": predicted}, [folder / "model.safetensors"])
         elif full and method in NO_RANK_1:
             raise UserError(f"{method} {NO_RANK_1[method]}: on whole models it is no adapter of rank 1; leave it out of --methods")
+        elif full and method == "none":  # PEFT has no rank 0: at alpha 0 any rank 1 is zero
+            found[method] = ("repeat-last", {}, [])
         elif method == "oracle":
             ahead = step + trajectory.k * (trajectory.steps[-1] - trajectory.steps[-2])
             patterns = run_dir.read_json(run / "deltas" / "done.json", "02_extract_deltas.py")["config"]["checkpoints"]
@@ -142,8 +144,8 @@ def main() -> None:
     began, made, kept = time.perf_counter(), 0, 0
     for name, (method, needs, own_sources) in variants(cfg, run, trajectory, step).items():
         inputs = {run_dir.within(path, run): run_dir.sha256(path) for path in [*sources, *own_sources]}
-        for alpha in cfg.alphas if method != "none" else [0.0]:
-            folder = run / "extrapolated" / (name if method == "none" else f"{name}_alpha{alpha:g}")
+        for alpha in cfg.alphas if name != "none" else [0.0]:
+            folder = run / "extrapolated" / (name if name == "none" else f"{name}_alpha{alpha:g}")
             info = {**base, "method": name, "alpha": alpha, "inputs": inputs}
             before = {}
             if (folder / "checkpoint.json").is_file() and not cfg.overwrite:

@@ -5,9 +5,11 @@
 
 Reads   <run-dir>/extrapolated/<start>, the backbone, and the section `train` of the preset (it is the same loop: stage 1's)
 Writes  <run-dir>/continued/<start>/...       same layout as train/; steps are counted on, 151 ... 250
+        <run-dir>/continued/<start>_merged/...  with --restart merged
 
 --restart adapter   (default) the jumped adapter, now of rank r + 1, is trained on
 --restart merged    the jump is baked into the backbone, in fp32, and a new LoRA starts on it; the paper most likely did this
+--tune full         the jump is added to the weights, in fp32, and all parameters are trained on
 
 Either way the optimizer starts afresh. Problems and rollout seeds are those the uninterrupted run meets at the same step, so the runs
 differ in their start and in nothing else.
@@ -18,10 +20,8 @@ import importlib
 import pathlib
 from typing import Literal
 
-import torch
-
 from common import config as configs
-from common import data, policy, rank1, run_dir
+from common import data, model_files, policy, rank1, run_dir
 from common.run_dir import UserError, atomic_dir
 
 stage1 = importlib.import_module("01_train_lora_grpo")
@@ -39,12 +39,16 @@ class ContinueConfig(stage1.TrainConfig):
     steps: int = stage1.option(1, "not an option here: the last step is that of the start plus more_steps")
 
 
-def bake(cfg: ContinueConfig, start: pathlib.Path, out: pathlib.Path) -> None:
-    """Writes the backbone with the adapter `start` merged in, in fp32 (in bf16 a rank-1 update of RL's size mostly rounds away)."""
-    backbone, tokenizer = policy.load_backbone(cfg.path(cfg.backbone), dtype=torch.float32)
-    merged = policy.load_lora(backbone, start).merge_and_unload()
+def with_jump(backbone, start: pathlib.Path):
+    """The backbone with the adapter `start` merged in, in fp32 (in bf16 a rank-1 update of RL's size mostly rounds away)."""
+    return policy.load_lora(backbone, start).float().merge_and_unload()
+
+
+def bake(backbone: str, start: pathlib.Path, out: pathlib.Path) -> None:
+    """Writes the model `backbone` (a folder or hub id) with the jump to the folder `out`, all or nothing."""
+    model, tokenizer = policy.load_backbone(backbone)
     with atomic_dir(out) as folder:
-        merged.save_pretrained(folder)
+        with_jump(model, start).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
@@ -57,29 +61,34 @@ def main() -> None:
         raise UserError(f"{start} not found: run 04_extrapolate.py first (there: {', '.join(there) or 'nothing'})")
     begun = policy.checkpoint_info(start)
     first_step = begun["step"]
-    if (
-        rank1.kind_of(run) == "full"
-        and pathlib.Path(cfg.path(cfg.backbone)).resolve() != pathlib.Path(cfg.path(begun["backbone"])).resolve()
-    ):
-        raise UserError(f"{start} is a jump from a whole model: go on with --backbone {begun['backbone']}")
+    whole = rank1.kind_of(run) == "full"
+    name = begun["backbone"] if whole else cfg.backbone  # what the adapter is on
+    below = {*model_files.open_model(model_files.find_model(cfg.path(name))).files.values()} if whole else {}
+    if cfg.tune == "full" and cfg.restart == "merged":
+        raise UserError("--tune full has no adapter to restart: the jump is always added to the weights; leave out --restart")
+    if cfg.tune == "lora" and cfg.restart == "adapter" and whole:
+        raise UserError(f"{start} is an adapter of rank 1 on a whole model, too little to train: --tune full, or --restart merged")
     cfg.steps = first_step + cfg.more_steps
     folder = run / "continued" / (cfg.start + ("_merged" if cfg.restart == "merged" else ""))
     accelerator = stage1.start_accelerator(cfg, folder)
     stage = run_dir.Stage(
         folder,
         configs.as_dict(cfg),
-        [*data.local_files(cfg.path(cfg.train_data)), start / "adapter_model.safetensors"],
+        [*data.local_files(cfg.path(cfg.train_data)), start / "adapter_model.safetensors", *sorted(below)],
         (*stage1.MAY_CHANGE, "more_steps"),
     )
     with accelerator.main_process_first():
         if stage.is_done(cfg.overwrite, at_least=("steps", cfg.steps), writer=accelerator.is_main_process):
             return
         if cfg.restart == "merged" and accelerator.is_main_process and not (folder / "backbone").exists():
-            bake(cfg, start, folder / "backbone")
-    name = f"{{run_dir}}/continued/{folder.name}/backbone" if cfg.restart == "merged" else cfg.backbone
+            bake(cfg.path(name), start, folder / "backbone")
+    if cfg.restart == "merged":
+        name = f"{{run_dir}}/continued/{folder.name}/backbone"
     backbone, tokenizer = policy.load_backbone(cfg.path(name))
     info = {"backbone": name, "backbone_fingerprint": policy.fingerprint(backbone)}
-    if cfg.restart == "merged":
+    if cfg.tune == "full":
+        model = policy.train_all(with_jump(backbone, start))
+    elif cfg.restart == "merged":
         model = policy.add_lora(backbone, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     else:
         model = policy.load_lora(backbone, start)

@@ -8,6 +8,9 @@ Writes  <run-dir>/eval/<policy>/<task>.jsonl       a response a line, with its r
         <run-dir>/eval/<policy>/<task>.json        accuracy, standard error, n, response length, share cut at the limit
         <run-dir>/eval/results.json, report.md, figures/*.png
 
+A policy is an adapter, measured on the backbone that it was trained on, or a whole model: train/step_0150 after `01 --tune full`, what
+stage 5 makes of it, or merged/<name>.
+
 Every problem is answered `runs` times (paper: 8). The standard error is over problems: the runs of one problem are not independent,
 so their mean counts as one observation. All policies get the same sampling seeds, so differences between policies are paired and
 their standard error is that of the differences. A policy that was measured already is not measured again.
@@ -15,6 +18,7 @@ their standard error is that of the differences. A policy that was measured alre
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import pathlib
 import time
@@ -25,7 +29,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from common import adapters, data, policy, report, rollout, run_dir, verifier
+from common import adapters, data, model_files, policy, report, rollout, run_dir, verifier
 from common import config as configs
 from common.run_dir import UserError
 
@@ -87,12 +91,20 @@ def find_policies(cfg: EvalConfig) -> list[str]:
         names = (
             ["backbone"]
             if pattern == "backbone"
-            else sorted(str(path.relative_to(run)) for path in run.glob(pattern) if (path / "adapter_config.json").is_file())
+            else sorted(str(path.relative_to(run)) for path in run.glob(pattern) if adapters.is_adapter(path) or adapters.is_model(path))
         )
         if not names:
             raise UserError(f"no policy matches {run}/{pattern}: run the stage that makes it, or leave it out of --policies")
         found += [name for name in names if name not in found]
     return found
+
+
+def weights_hash(folder: pathlib.Path) -> str:
+    """The hash of the weights in `folder`: of its adapter, or of all safetensors files of a whole model."""
+    if adapters.is_adapter(folder):
+        return run_dir.sha256(folder / "adapter_model.safetensors")
+    hashes = [run_dir.sha256(path) for path in sorted({*model_files.open_model(folder).files.values()})]
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:16]
 
 
 def evaluate(cfg: EvalConfig, engine, judge, tokenizer, problems: list[data.Problem], prompts: list[list[int]], accelerator) -> list[dict]:
@@ -145,16 +157,19 @@ def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None
     hashes = {task: data.fingerprint(problems) for task, problems in tasks.items()}
     elsewhere = ("policies", "test_data", "prompt_column", "answer_column", "data_split", "batch_size", "vllm_options", "backbone")
     settings = configs.as_dict(cfg, leave_out=elsewhere)
-    rank = max((adapters.highest_rank(adapters.read_config(run / name)) for name in names if name != "backbone"), default=0)
+    adapted = [name for name in names if adapters.is_adapter(run / name)]
+    rank = max((adapters.highest_rank(adapters.read_config(run / name)) for name in adapted), default=0)
     judge, engine, loaded, shown = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format), None, None, set()
     for name in (bar := tqdm(names, desc="evaluating", unit="policy", disable=None if accelerator.is_main_process else True)):
         folder = run / "eval" / name.replace("/", "__")
-        weights = run / name / "adapter_model.safetensors"
-        wanted = {"settings": settings, "weights": run_dir.sha256(weights) if weights.is_file() else name, "versions": run_dir.versions()}
+        weights = name if name == "backbone" else weights_hash(run / name)
+        wanted = {"settings": settings, "weights": weights, "versions": run_dir.versions()}
         open_tasks = [task for task in tasks if not _is_measured(folder / f"{task}.json", {**wanted, "data": hashes[task]})]
         if not open_tasks:
             continue
-        base = cfg.backbone if name == "backbone" else policy.checkpoint_info(run / name).get("backbone", cfg.backbone)
+        info = {} if name == "backbone" else policy.checkpoint_info(run / name)
+        whole = name != "backbone" and name not in adapted
+        base = f"{{run_dir}}/{name}" if whole else info.get("backbone", cfg.backbone)
         if base != loaded:
             if engine:
                 engine.close()
@@ -165,13 +180,12 @@ def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None
             engine = rollout.make_engine(cfg.engine, backbone, tokenizer, cfg.path(base), longest, rank, cfg.vllm_options, cfg.batch_size)
             loaded, fingerprint = base, policy.fingerprint(backbone)
             del backbone  # hf holds it, vLLM has its own
-        if name != "backbone":
+        if name in adapted:
             policy.refuse_foreign(run / name, fingerprint)
-        engine.use(None if name == "backbone" else run / name)
+        engine.use(run / name if name in adapted else None)
         template_hash = data.template_hash(tokenizer, cfg.prompt_template, cfg.system_prompt)
-        trained_with = {} if name == "backbone" else policy.checkpoint_info(run / name)
-        if trained_with.get("template_hash", template_hash) != template_hash:
-            bar.write(f"warning: {name} was trained with another prompt template ({trained_with['template_hash']}, here {template_hash})")
+        if info.get("template_hash", template_hash) != template_hash:
+            bar.write(f"warning: {name} was trained with another prompt template ({info['template_hash']}, here {template_hash})")
         for task in open_tasks:
             prompts = data.encode_prompts(tasks[task], tokenizer, cfg.prompt_template, cfg.system_prompt, cfg.max_prompt_tokens, task)
             if task not in shown:

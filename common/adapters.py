@@ -120,10 +120,10 @@ def read_config(folder: pathlib.Path) -> dict:
 
 
 def read_info(folder: pathlib.Path) -> dict:
-    """What is known of the checkpoint in `folder` beside its weights: checkpoint.json, which ours have; else what PEFT notes."""
+    """What is known of the checkpoint in `folder` beside its weights: checkpoint.json, which ours have; else what PEFT may note."""
     if (folder / "checkpoint.json").is_file():
         return read_json(folder / "checkpoint.json", TRAINING)
-    backbone = read_config(folder).get("base_model_name_or_path")
+    backbone = read_config(folder).get("base_model_name_or_path") if is_adapter(folder) else None
     return {"backbone": backbone} if backbone else {}
 
 

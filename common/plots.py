@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from common import run_dir
-from common.results import NAMES, difference
+from common.results import NAMES, difference, method_name, trained_whole
 
 COLOURS = {
     "grpo": "#000000",
@@ -69,13 +69,13 @@ def training_curves(run: pathlib.Path) -> pathlib.Path:
             runs[name] = path.parent
     rows = {name: run_dir.read_jsonl(folder / "metrics.jsonl") for name, folder in runs.items()}
     jump = min((logged[0]["step"] - 1 for name, logged in rows.items() if name != "grpo"), default=None)
-    window = min(10, *(len(logged) for logged in rows.values()))
+    window, full = min(10, *(len(logged) for logged in rows.values())), trained_whole(run)
     for axis, key, title in zip(
         axes, ("accuracy", "accuracy", "response_length"), ("reward", "reward", "response length, tokens"), strict=True
     ):
         for name in sorted(rows, key=list(NAMES).index):
             steps, values = [row["step"] for row in rows[name]][window - 1 :], _smooth([row[key] for row in rows[name]], window)
-            axis.plot(steps, values, LINES.get(name, "-"), color=COLOURS[name], lw=1.6, label=NAMES[name])
+            axis.plot(steps, values, LINES.get(name, "-"), color=COLOURS[name], lw=1.6, label=method_name(name, full))
         if jump is not None:
             axis.axvline(jump, color="gray", lw=1, ls=":")
         axis.set(xlabel="RL step", ylabel=f"{title} (mean of {window} steps)")

@@ -1,4 +1,6 @@
-"""The policy: a frozen backbone with LoRA on all its linear layers; its checkpoints, and the log-probabilities of given tokens."""
+"""The policy: a frozen backbone with LoRA on all its linear layers, or a model with all its parameters trained. Its checkpoints, and the
+log-probabilities of given tokens.
+"""
 
 import contextlib
 import hashlib
@@ -13,8 +15,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging
 
+from common.adapters import is_adapter, is_model
 from common.run_dir import UserError, atomic_dir, atomic_write_text, read_json
 
 HEAD_CHUNK = 4096  # tokens whose [tokens, vocabulary] logits exist at one time
@@ -55,9 +59,34 @@ def add_lora(backbone, rank: int, alpha: float, seed: int):
     return get_peft_model(backbone, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
+def train_all(model):
+    """`model` with all its parameters trainable, in fp32: a step of RL is smaller than the rounding of a weight in bf16.
+
+    It costs 16 bytes a parameter: weight, gradient and the two moments of AdamW, 4 each.
+    """
+    return model.float().requires_grad_(True)
+
+
+def base_model(policy):
+    """The Hugging Face model below the LoRA; without a LoRA the policy itself."""
+    return policy.get_base_model() if isinstance(policy, PeftModel) else policy
+
+
+def lora_rank(policy) -> int:
+    """r of the policy's LoRA, 0 if it has none."""
+    return policy.peft_config["default"].r if isinstance(policy, PeftModel) else 0
+
+
+@contextlib.contextmanager
+def reference(policy, frozen=None):
+    """Within the block: what the KL term compares with. With LoRA that is the policy without its adapter, else the copy `frozen`."""
+    with policy.disable_adapter() if frozen is None else contextlib.nullcontext():
+        yield policy if frozen is None else frozen
+
+
 def checkpoint_gradients(policy) -> None:
     """Each layer keeps its input alone and is run again in the backward pass. (Layers do so in training mode only; there is no dropout.)"""
-    policy.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    base_model(policy).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy.train()
 
 
@@ -71,6 +100,8 @@ def place(policy, device: torch.device):
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         if os.environ.get("FSDP_VERSION") != "2" or os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") != "false":
             raise UserError("the accelerate config must have fsdp_version: 2 and fsdp_cpu_ram_efficient_loading: false")
+        if not isinstance(policy, PeftModel):
+            raise UserError("FSDP2 shards frozen layers here, and --tune full has none: launch without fsdp2.yaml, data parallel")
         decoder = policy.get_base_model().get_decoder()
         whole = {parameter for parameter in policy.parameters() if parameter.requires_grad}
         for layer in decoder.layers:
@@ -93,24 +124,44 @@ def load_lora(backbone, folder: str | pathlib.Path):
 
 
 def refuse_foreign(folder: pathlib.Path, backbone_fingerprint: str) -> None:
-    """Raises UserError if the adapter in `folder` is known to be trained on another backbone."""
+    """Raises UserError if the checkpoint in `folder` is known to be trained on another backbone."""
     info = checkpoint_info(folder)
     if info.get("backbone_fingerprint", backbone_fingerprint) != backbone_fingerprint:
-        raise UserError(f"adapter {folder} was trained on another backbone ({info['backbone']}) than the one given")
+        raise UserError(f"{folder} was trained on another backbone ({info['backbone']}) than the one given")
 
 
 def checkpoint_info(folder: pathlib.Path) -> dict:
-    """What `save_lora` noted beside an adapter (step, backbone, fingerprint); empty for an adapter that others made."""
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder} is not an adapter checkpoint (no adapter_config.json)")
+    """What `save_policy` noted beside the weights (step, backbone, fingerprint); empty for a checkpoint that others made."""
+    if not is_adapter(folder) and not is_model(folder):
+        raise UserError(f"{folder} is no checkpoint: it has neither adapter_config.json nor config.json with model.safetensors")
     path = folder / "checkpoint.json"
     return read_json(path, "the stage that wrote this checkpoint") if path.is_file() else {}
+
+
+def save_policy(policy, tokenizer, folder: pathlib.Path, info: dict) -> None:
+    """A checkpoint of what is trained: the adapter, or all parameters with the tokenizer. `info` goes to checkpoint.json."""
+    if isinstance(policy, PeftModel):
+        save_lora(policy, folder, info)
+    else:
+        save_whole(policy, tokenizer, folder, info)
 
 
 def save_lora(policy, folder: pathlib.Path, info: dict) -> None:
     """Saves the adapter in fp32 as PEFT lays it out, with `info` in checkpoint.json, all or nothing."""
     with atomic_dir(folder, overwrite=True) as temporary:
         policy.save_pretrained(temporary, save_embedding_layers=False)
+        atomic_write_text(temporary / "checkpoint.json", json.dumps(info))
+
+
+def save_whole(policy, tokenizer, folder: pathlib.Path, info: dict) -> None:
+    """Saves all weights (in fp32 as they are trained) with config and tokenizer, an ordinary Hugging Face folder, all or nothing."""
+    ends = policy.generation_config
+    # the backbone's sampling defaults are not how this policy was trained, and saving refuses some that loading takes
+    policy.generation_config = GenerationConfig(eos_token_id=ends.eos_token_id, pad_token_id=ends.pad_token_id)
+    logging.disable_progress_bar()  # it would draw one over that of the steps
+    with atomic_dir(folder, overwrite=True) as temporary:
+        policy.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
         atomic_write_text(temporary / "checkpoint.json", json.dumps(info))
 
 
@@ -143,7 +194,7 @@ def token_logprobs(policy, prompts: list[list[int]], completions: list[list[int]
     Only completion positions reach the head, in chunks that are recomputed in the backward pass: no [batch, time, vocabulary]
     tensor ever exists. Rows are padded on the right, where causal attention never looks, so no mask is needed.
     """
-    model = policy.get_base_model()
+    model = base_model(policy)
     rows = [p + c for p, c in zip(prompts, completions, strict=True)]
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=policy.device)  # [sequences, width]

@@ -25,6 +25,7 @@ NAMES = {  # of each method, in tables and figures alike, in the order of the ta
     "none": "restart without a jump (control)",
     "oracle": "oracle (true next delta)",
 }
+FULL_GRPO = "GRPO, full parameters"  # of "grpo" in a run without LoRA
 MAIN_ALPHA = 1.5  # the paper's extending coefficient: the alpha of the tables
 
 
@@ -42,14 +43,26 @@ class Result:
     length: float
     by_problem: list[torch.Tensor]  # a tensor a task
     seconds: float | None = None  # RL, SVD, predictor and jump, wall
+    full: bool = False  # all parameters were trained, not a LoRA
 
     @property
     def label(self) -> str:
         method, last = split_name(self.method.removesuffix("_merged"))
-        name = "Backbone" if method == "backbone" else NAMES.get(method, method)
+        name = "Backbone" if method == "backbone" else method_name(method, self.full)
         name += f", last {last} checkpoints" if last else ""
         name += ", merged restart" if self.method.endswith("_merged") else ""
         return name + (", right after the jump" if self.policy.startswith("extrapolated/") and self.method != "none" else "")
+
+
+def method_name(method: str, full: bool) -> str:
+    """`method` in tables and figures; `full` for a run in which all parameters were trained."""
+    return FULL_GRPO if method == "grpo" and full else NAMES.get(method, method)
+
+
+def trained_whole(run: pathlib.Path) -> bool:
+    """Whether stage 1 trained all parameters of the run (--tune full)."""
+    path = run / "train" / "config.json"
+    return path.is_file() and run_dir.read_json(path, "01_train_lora_grpo.py")["config"].get("tune") == "full"
 
 
 def load_results(run: pathlib.Path) -> dict[str, Result]:
@@ -62,8 +75,9 @@ def load_results(run: pathlib.Path) -> dict[str, Result]:
         policy = tasks[0]["policy"]
         method, alpha, steps = "grpo", None, 0
         if policy != "backbone":
-            steps = run_dir.read_json(run / policy / "checkpoint.json", "the stage that wrote this checkpoint")["step"]
-            if match := re.fullmatch(r"(?:extrapolated|continued)/([^/]+?)(?:_alpha([\d.]+))?(_merged)?(?:/step_\d+)?", policy):
+            source = run / re.sub("^merged/", "extrapolated/", policy)
+            steps = run_dir.read_json(source / "checkpoint.json", "the stage that wrote this checkpoint")["step"]
+            if match := re.fullmatch(r"(?:extrapolated|merged|continued)/([^/]+?)(?:_alpha([\d.]+))?(_merged)?(?:/step_\d+)?", policy):
                 method, alpha = match[1] + (match[3] or ""), float(match[2]) if match[2] else None
         else:
             method = "backbone"
@@ -77,6 +91,7 @@ def load_results(run: pathlib.Path) -> dict[str, Result]:
             n=sum(t["n"] for t in tasks),
             length=sum(t["response_length"] for t in tasks) / len(tasks),
             by_problem=[torch.tensor(t["by_problem"], dtype=torch.float64) for t in tasks],
+            full=trained_whole(run),
         )
         found[policy].seconds = wall_seconds(run, found[policy])
     return found

@@ -45,6 +45,15 @@ def load_weights(llm: vllm.LLM, model: torch.nn.Module) -> None:
     llm.reset_prefix_cache()
 
 
+def dtype_of(model) -> str:
+    """The dtype of the engine's copy: that of the backbone.
+
+    fp32 weights that are all trained are used in bf16 on a GPU (autocast), so there the engine has them in bf16 too.
+    """
+    whole = not isinstance(model, PeftModel) and any(parameter.requires_grad for parameter in model.parameters())
+    return "bfloat16" if whole and torch.cuda.is_available() else str(model.dtype).removeprefix("torch.")
+
+
 class VLLMEngine:
     """One vLLM a process, tensor parallel 1: N processes are N engines with a share of the prompts each.
 
@@ -59,7 +68,7 @@ class VLLMEngine:
         self.lora, self.synced = None, 0
         self.ram = tempfile.TemporaryDirectory(prefix="next-lora-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
         settings = {
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": dtype_of(model),
             "max_model_len": max_tokens,
             "logprobs_mode": "processed_logprobs",  # after the temperature: the probabilities that tokens are drawn with
             "generation_config": "vllm",  # no sampling defaults from the backbone's folder
