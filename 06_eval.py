@@ -82,7 +82,7 @@ class EvalConfig(configs.StageConfig):
     )
 
     def __post_init__(self):
-        if pathlib.Path(self.output).name != self.output or self.output in (".", "..", *NOT_RESULTS):
+        if pathlib.Path(self.output).name != self.output or self.output in ("", ".", "..", *NOT_RESULTS):
             raise UserError(f"--output {self.output}: want the name of a folder below the run directory for results, such as validation")
         if self.runs < 1 or self.temperature <= 0:
             raise UserError("runs must be at least 1 and temperature above 0")

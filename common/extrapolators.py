@@ -234,7 +234,8 @@ def weighted_sum(last: Adapter, series: Series, weights: dict[str, torch.Tensor]
     """
     factors = {}
     for module in last.factors:
-        used = [(float(w), *series.factors(module, step)) for step, w in zip(series.steps, weights[module], strict=True) if w]
+        steps = [(step, float(w)) for step, w in zip(series.steps, weights[module], strict=True) if w] or [(series.steps[-1], 0.0)]
+        used = [(w, *series.factors(module, step)) for step, w in steps]
         left, right = torch.cat([w * b for w, b, _ in used], 1), torch.cat([a for _, _, a in used], 0)
         if left.shape[1] > min(len(left), right.shape[1]):
             u, sigma, vh = torch.linalg.svd(left.double() @ right.double(), full_matrices=False)
