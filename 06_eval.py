@@ -2,6 +2,7 @@
 
     accelerate launch 06_eval.py --config demo --run-dir runs/demo
     accelerate launch 06_eval.py --config demo --run-dir runs/demo --policies train/step_0150 'continued/*/step_0250'
+    python 06_eval.py --config demo --run-dir runs/demo --policies 'train/step_*' --test-data runs/demo/data/valid.jsonl --output validation
 
 Reads   the policies named (globs below the run directory; `backbone` is the model itself), the test problems, every stage's logs
 Writes  <run-dir>/eval/<policy>/<task>.jsonl       a response a line, with its run, seed and score
@@ -10,6 +11,9 @@ Writes  <run-dir>/eval/<policy>/<task>.jsonl       a response a line, with its r
 
 A policy is an adapter, measured on the backbone that it was trained on, or a whole model: train/step_0150 after `01 --tune full`, what
 stage 5 makes of it, or merged/<name>.
+
+With --output validation the results go to <run-dir>/validation instead, and no report is written: that is where methods that choose by
+accuracy look, so that no test problem has a say.
 
 Every problem is answered `runs` times (paper: 8). The standard error is over problems: the runs of one problem are not independent,
 so their mean counts as one observation. All policies get the same sampling seeds, so differences between policies are paired and
@@ -32,6 +36,8 @@ from tqdm import tqdm
 from common import adapters, data, model_files, policy, report, rollout, run_dir, verifier
 from common import config as configs
 from common.run_dir import UserError
+
+NOT_RESULTS = ("backbone", "data", "train", "deltas", "predictor", "extrapolated", "merged", "continued", "figures")
 
 
 @dataclasses.dataclass
@@ -75,8 +81,13 @@ class EvalConfig(configs.StageConfig):
     batch_size: int = dataclasses.field(default=512, metadata={"help": "sequences that hf samples at one time: memory, not results"})
     verifier_seconds: float = dataclasses.field(default=5.0, metadata={"help": "time limit for one answer"})
     seed: int = dataclasses.field(default=1, metadata={"help": "of the sampled responses"})
+    output: str = dataclasses.field(
+        default="eval", metadata={"help": "folder below the run directory for the results; the report is written for `eval` alone"}
+    )
 
     def __post_init__(self):
+        if pathlib.Path(self.output).name != self.output or self.output in ("", ".", "..", *NOT_RESULTS):
+            raise UserError(f"--output {self.output}: want the name of a folder below the run directory for results, such as validation")
         if self.runs < 1 or self.temperature <= 0:
             raise UserError("runs must be at least 1 and temperature above 0")
         rollout.vllm_options(self.vllm_options)  # refuses what is not a JSON object
@@ -156,12 +167,12 @@ def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None
     tasks = data.load_tasks([cfg.path(spec) for spec in cfg.test_data], **columns)
     hashes = {task: data.fingerprint(problems) for task, problems in tasks.items()}
     elsewhere = ("policies", "test_data", "prompt_column", "answer_column", "data_split", "batch_size", "vllm_options", "backbone")
-    settings = configs.as_dict(cfg, leave_out=elsewhere)
+    settings = configs.as_dict(cfg, leave_out=(*elsewhere, "output"))
     adapted = [name for name in names if adapters.is_adapter(run / name)]
     rank = max((adapters.highest_rank(adapters.read_config(run / name)) for name in adapted), default=0)
     judge, engine, loaded, shown = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format), None, None, set()
     for name in (bar := tqdm(names, desc="evaluating", unit="policy", disable=None if accelerator.is_main_process else True)):
-        folder = run / "eval" / name.replace("/", "__")
+        folder = run / cfg.output / name.replace("/", "__")
         weights = name if name == "backbone" else weights_hash(run / name)
         wanted = {"settings": settings, "weights": weights, "versions": run_dir.versions()}
         open_tasks = [task for task in tasks if not _is_measured(folder / f"{task}.json", {**wanted, "data": hashes[task]})]
@@ -218,8 +229,8 @@ def _is_measured(path: pathlib.Path, wanted: dict) -> bool:
     return all(before.get(key) == value for key, value in wanted.items())
 
 
-def main() -> None:
-    cfg = configs.parse(EvalConfig, "eval", __doc__)
+def run_eval(cfg: EvalConfig) -> None:
+    """The whole stage, from its config on; stage 4 calls it too."""
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="bf16" if torch.cuda.is_available() else "no")
     if accelerator.num_processes > 1:
@@ -228,9 +239,13 @@ def main() -> None:
     if not pathlib.Path(cfg.run_dir).is_dir():
         raise UserError(f"run directory {cfg.run_dir} not found: run 01_train_lora_grpo.py first")
     measure(cfg, find_policies(cfg), accelerator)
-    if accelerator.is_main_process:
+    if cfg.output == "eval" and accelerator.is_main_process:
         print(report.write(pathlib.Path(cfg.run_dir)))
     accelerator.end_training()
+
+
+def main() -> None:
+    run_eval(configs.parse(EvalConfig, "eval", __doc__))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import re
+import statistics
 import sys
 
 import safetensors
@@ -62,23 +63,24 @@ def module_scale(config: dict, module: str) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if rank else 1.0
 
 
-def one_more_rank(config: dict, modules: list[str], kept: list[str] = ()) -> dict:
-    """`config` with rank r + 1 for each of `modules`, whatever its r, and the old rank for those `kept`; all at the same scales.
+def with_ranks(config: dict, ranks: dict[str, int], kept: list[str] = ()) -> dict:
+    """`config` with a new rank for each module of `ranks`, and the old one for those `kept`; all at the scales they have.
 
-    Without patterns r and lora_alpha say it all; else the new patterns name every module that differs from these two. The
+    If one rank does for all, r and lora_alpha say it; else r is the most frequent one, and patterns name every module that differs. The
     initialisation is reset: the file's tensors replace it anyway, and not every kind of it works at every rank.
     """
     divisor = math.sqrt if config.get("use_rslora") else float
-    scale = config["lora_alpha"] / divisor(config["r"]) if config["r"] else 1.0
-    new = {**config, "r": config["r"] + 1, "lora_alpha": scale * divisor(config["r"] + 1)}
-    ranks = {module: module_rank(config, module) + 1 for module in modules} | {module: module_rank(config, module) for module in kept}
+    ranks = ranks | {module: module_rank(config, module) for module in kept}
     alphas = {module: module_scale(config, module) * divisor(rank) for module, rank in ranks.items()}
+    rank = statistics.mode(ranks.values())
+    alpha = statistics.mode(alphas[module] for module in ranks if ranks[module] == rank)
     names = {module: f"^{re.escape(module)}" for module in ranks}  # the whole name; without ^ PEFT is content with its end
     patterns = {
-        "rank_pattern": {names[module]: rank for module, rank in ranks.items() if rank != new["r"]},
-        "alpha_pattern": {names[module]: alpha for module, alpha in alphas.items() if not math.isclose(alpha, new["lora_alpha"])},
+        "rank_pattern": {names[module]: value for module, value in ranks.items() if value != rank},
+        "alpha_pattern": {names[module]: value for module, value in alphas.items() if not math.isclose(value, alpha)},
     }
-    return {**new, "init_lora_weights": True} | {key: pattern for key, pattern in patterns.items() if pattern or config.get(key)}
+    new = {**config, "r": rank, "lora_alpha": alpha, "init_lora_weights": True}
+    return new | {key: pattern for key, pattern in patterns.items() if pattern or config.get(key)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -194,9 +196,9 @@ def write_adapter(folder: pathlib.Path, adapter: Adapter, info: dict) -> None:
 
 
 def extended(last: Adapter, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Adapter:
-    """`last` with factors of one more rank at the same scales. A LoRA on an embedding is among `others` and keeps its rank."""
+    """`last` with other factors, of whatever rank, at the same scales. A LoRA on an embedding is among `others` and keeps its rank."""
     kept = [match[1] for key in last.others if (match := _EMBEDDING.fullmatch(key))]
-    return Adapter(one_more_rank(last.config, list(factors), kept), factors, last.others)
+    return Adapter(with_ranks(last.config, {module: b.shape[1] for module, (b, _) in factors.items()}, kept), factors, last.others)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

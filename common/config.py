@@ -53,11 +53,13 @@ class _Parser(HfArgumentParser):
         raise UserError(message)
 
 
-def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """`; did you mean X?`, or the list of what is known when nothing is near."""
+def nearest(word: str, known: typing.Iterable[str], most: int = 20) -> str:
+    """`did you mean X?` where something known is near, and the list of what is known; beside a hit only if it is not longer than `most`."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+    if not close:
+        return f"known: {', '.join(known)}"
+    return f"did you mean {close[0]}?" + (f" (known: {', '.join(known)})" if len(known) <= most else "")
 
 
 def load_preset(name: str) -> dict:

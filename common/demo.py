@@ -31,7 +31,7 @@ from common.run_dir import atomic_dir, atomic_write_text
 SHIPPED = pathlib.Path(__file__).parent / "demo_backbone"
 CAREFUL_SHARE, SLIP, WRONG_DIGIT = 0.30, 0.05, 0.35
 STEPS, BATCH, PEAK_LR, WARMUP = 3000, 128, 3e-3, 100
-TRAIN_PROBLEMS, TEST_PROBLEMS = 4096, 256
+TRAIN_PROBLEMS, TEST_PROBLEMS, VALID_PROBLEMS = 4096, 256, 256
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}<|user|>{{ message['content'] }}"
@@ -114,10 +114,18 @@ def test_problems() -> list[tuple[int, int]]:
 
 
 def write_data(folder: pathlib.Path) -> None:
-    """train.jsonl and test.jsonl, {"prompt": "123+489", "answer": "612"} a line, without a shared problem."""
+    """train.jsonl, test.jsonl and valid.jsonl, {"prompt": "123+489", "answer": "612"} a line, no problem in two of them.
+
+    valid.jsonl is for methods that choose by accuracy. Like the training problems it was not kept out of pre-training.
+    """
+
+    def either_order(pairs: list[tuple[int, int]]) -> set[tuple[int, int]]:
+        return {*pairs} | {(b, a) for a, b in pairs}
+
     test = test_problems()
-    held_out = {(a, b) for a, b in test} | {(b, a) for a, b in test}
-    for name, pairs in (("train", problems(TRAIN_PROBLEMS, seed=1, exclude=held_out)), ("test", test)):
+    train = problems(TRAIN_PROBLEMS, seed=1, exclude=either_order(test))
+    valid = problems(VALID_PROBLEMS, seed=2, exclude=either_order(test + train))
+    for name, pairs in (("train", train), ("test", test), ("valid", valid)):
         lines = [json.dumps({"prompt": f"{a}+{b}", "answer": str(a + b)}) + "\n" for a, b in pairs]
         atomic_write_text(folder / f"{name}.jsonl", "".join(lines))
 
@@ -203,7 +211,7 @@ def main() -> None:
     write_data(args.run_dir / "data")
     print(
         f"wrote {args.run_dir}/backbone (a {sum(p.numel() for p in make_model(20).parameters()):,}-parameter Qwen2) "
-        f"and {args.run_dir}/data ({TRAIN_PROBLEMS:,} training and {TEST_PROBLEMS} test problems)"
+        f"and {args.run_dir}/data ({TRAIN_PROBLEMS:,} training, {TEST_PROBLEMS} test and {VALID_PROBLEMS} validation problems)"
     )
 
 

@@ -7,6 +7,7 @@ tensor, and about four times the largest matrix in fp32.
 import json
 import pathlib
 import shutil
+from collections.abc import Callable
 
 import safetensors.torch
 import torch
@@ -69,11 +70,20 @@ class Rounding:
         return {"entries_lost": self.lost / max(1, self.changed), "norm_lost": (self.error / self.size) ** 0.5 if self.size else 0.0}
 
 
-def merge(out: pathlib.Path, adapter: Adapter, base: pathlib.Path, fp32: bool, record: dict, limit: int = SHARD_BYTES) -> dict:
+def merge(
+    out: pathlib.Path,
+    adapter: Adapter,
+    base: pathlib.Path,
+    fp32: bool,
+    record: dict,
+    limit: int = SHARD_BYTES,
+    change: Callable[[torch.Tensor, str], torch.Tensor] = lambda update, module: update,
+) -> dict:
     """Writes the model in the folder `base` with `adapter` added to `out`, all or nothing, with `record` in merge.json.
 
-    Weights in fp32, or rounded to the dtype each has in `base`. Returns `Rounding.shares` of the matrices that are not in fp32, which
-    merge.json holds too. `limit` is in bytes a file. Raises UserError where the adapter does not fit, see `check`.
+    `change` (s B A [m, n] in fp32, module) gives what is added in place of s B A. Weights in fp32, or rounded to the dtype each has in
+    `base`. Returns `Rounding.shares` of the matrices that are not in fp32, which merge.json holds too. `limit` is in bytes a file. Raises
+    UserError where the adapter does not fit, see `check`.
     """
     model = open_model(base)
     check(adapter, model)
@@ -94,7 +104,7 @@ def merge(out: pathlib.Path, adapter: Adapter, base: pathlib.Path, fp32: bool, r
                 dtype = torch.float32 if fp32 and name in floating else weight.dtype
                 if module in adapter.factors:
                     b, a = adapter.factors[module]
-                    update = adapter.scale(module) * (b @ a)
+                    update = change(adapter.scale(module) * (b @ a), module)
                     tensors[name] = (weight.float() + update).to(dtype)
                     if dtype != torch.float32:
                         rounding.add(weight, update, tensors[name])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import demo, verifier
+from common import demo, run_dir, verifier
 
 
 def test_the_shipped_backbone_is_an_ordinary_small_qwen2():
@@ -52,15 +52,20 @@ def test_guesses_are_as_wrong_as_said():
     assert right == pytest.approx((1 - 0.9 * demo.WRONG_DIGIT) ** 4, abs=0.04)  # one wrong draw in ten is the right digit
 
 
-def test_training_and_test_problems_are_disjoint_in_either_order(empty_run):
+def test_no_problem_is_in_two_of_the_three_files_in_either_order(empty_run):
     pairs = {}
-    for name in ("train", "test"):
+    for name in ("train", "test", "valid"):
         rows = [json.loads(line) for line in (empty_run / "data" / f"{name}.jsonl").read_text().splitlines()]
         assert all(eval(row["prompt"]) == int(row["answer"]) for row in rows)
         pairs[name] = {tuple(sorted(map(int, row["prompt"].split("+")))) for row in rows}
         assert len(pairs[name]) == len(rows)
-    assert len(pairs["test"]) == demo.TEST_PROBLEMS
-    assert not pairs["train"] & pairs["test"]
+    assert [len(pairs[name]) for name in pairs] == [demo.TRAIN_PROBLEMS, demo.TEST_PROBLEMS, demo.VALID_PROBLEMS]
+    assert len(set.union(*pairs.values())) == sum(map(len, pairs.values()))
+
+
+def test_training_and_test_problems_are_those_that_every_result_here_was_made_with(empty_run):
+    assert run_dir.sha256(empty_run / "data" / "train.jsonl") == "3310abc9e67e3ae3"
+    assert run_dir.sha256(empty_run / "data" / "test.jsonl") == "2d1c6eb206346d65"
 
 
 def test_pretraining_never_sees_a_test_problem():

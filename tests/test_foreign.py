@@ -266,7 +266,7 @@ def test_the_oracle_looks_for_its_future_where_the_checkpoints_are(small_series,
 
 def test_a_uniform_adapter_gets_a_plain_config_without_patterns():
     config = {"r": 4, "lora_alpha": 8, "use_rslora": True, "rank_pattern": {}, "alpha_pattern": {}}
-    grown = adapters.one_more_rank(config, ["a.q_proj", "b.q_proj"])
+    grown = adapters.with_ranks(config, {"a.q_proj": 5, "b.q_proj": 5})
     assert (grown["r"], grown["rank_pattern"], grown["alpha_pattern"]) == (5, {}, {})
     assert grown["lora_alpha"] == pytest.approx(4 * 5**0.5)
     last = adapters.Adapter(config, {"q": (torch.ones(3, 4), torch.ones(4, 2))})
