@@ -142,10 +142,15 @@ def backtest(
 
 
 def cut(cfg: PredictorConfig, trajectory: rank1.Trajectory) -> tuple[int, int]:
-    """How many checkpoints the backtest hides, and how many a predictor learns from. Raises UserError where no target is left."""
+    """How many checkpoints the backtest hides (0: none, there are too few for one), and how many a predictor learns from.
+
+    Raises UserError where no target is left.
+    """
     count, k = len(trajectory.steps), trajectory.k
-    holdout, checkpoints = cfg.holdout or k, cfg.checkpoints or count
-    if holdout < k or count - holdout - k < 1:
+    holdout, checkpoints = cfg.holdout or (k if count > 2 * k else 0), cfg.checkpoints or count
+    if not holdout:
+        print(f"no backtest: one needs {2 * k + 1} checkpoints with k = {k}, there are {count}")
+    elif holdout < k or count - holdout - k < 1:
         raise UserError(
             f"holdout must leave a target to train on and be at least k: with {count} checkpoints and k = {k} it can be "
             f"{k} to {count - k - 1}, not {holdout}"
@@ -155,6 +160,14 @@ def cut(cfg: PredictorConfig, trajectory: rank1.Trajectory) -> tuple[int, int]:
             f"checkpoints must leave a target to train on: with {count} of them and k = {k} it can be {k + 1} to {count}, not {checkpoints}"
         )
     return holdout, checkpoints
+
+
+def say(name: str, tested: dict) -> None:
+    print(f"{name}: backtest at step {tested['at_step']} -> {tested['predicts_step']}, {tested['targets_known']} targets known")
+    print("   cosine with the true delta:")
+    print("   " + "  ".join(f"{row} {tested[row]['cosine']:.3f}" for row in tested if isinstance(tested[row], dict)))
+    if tested["predictor"]["cosine"] <= tested["repeat-last"]["cosine"]:
+        print("   this predictor does not beat repeating the last target")
 
 
 def main() -> None:
@@ -172,7 +185,8 @@ def main() -> None:
         )
         if stage.is_done(cfg.overwrite):
             continue
-        tested = backtest(trajectory, recipe, cfg.seed, holdout, checkpoints, paths, rank1.kind_of(run))
+        kind = rank1.kind_of(run)
+        tested = backtest(trajectory, recipe, cfg.seed, holdout, checkpoints, paths, kind) if holdout else None
         began = time.perf_counter()
         models, losses, loss_of_zeros = train_all(trajectory.last(checkpoints), recipe, cfg.seed, f"predictor {name}")
         seconds = time.perf_counter() - began
@@ -190,11 +204,8 @@ def main() -> None:
             },
         )
         stage.finish(training_seconds=round(seconds, 2))
-        print(f"{name}: backtest at step {tested['at_step']} -> {tested['predicts_step']}, {tested['targets_known']} targets known")
-        print("   cosine with the true delta:")
-        print("   " + "  ".join(f"{row} {tested[row]['cosine']:.3f}" for row in tested if isinstance(tested[row], dict)))
-        if tested["predictor"]["cosine"] <= tested["repeat-last"]["cosine"]:
-            print("   this predictor does not beat repeating the last target")
+        if tested:
+            say(name, tested)
     print(f"done: predictors in {run / 'predictor'}")
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import pathlib
 import shlex
 
+from common.config import load_preset
 from common.results import MAIN_ALPHA
 from common.run_dir import UserError
 
@@ -147,8 +148,10 @@ def grid(kind: str, preset_name: str, preset: dict, root: str, seeds: list[int])
 
 
 def full_flags(preset: dict) -> list[str]:
-    """Stage 1's flags for training without LoRA (paper: 5e-7 in place of 5e-6)."""
-    return ["--tune", "full", "--learning-rate", str(preset.get("reproduce", {}).get("full_learning_rate", 5e-7))]
+    """Stage 1's flags for training without LoRA, at the rate of the preset that `full_preset` names (paper: 5e-7 in place of 5e-6)."""
+    other = preset.get("reproduce", {}).get("full_preset")
+    rate = load_preset(other)["train"]["learning_rate"] if other else 5e-7
+    return ["--tune", "full", "--learning-rate", str(rate)]
 
 
 def rank_flags(preset: dict, rank: int) -> list[str]:
@@ -195,7 +198,8 @@ def main_rows(plan: Plan, seed: int, everything: bool) -> None:
             methods += ["alpharl-pls", "greedy-soup"]
         jumps.append(plan.add(run, "04 others", "04_extrapolate.py", ["--methods", *methods, "--alphas", alpha], needs, 60))
         jumps.append(plan.add(run, "04 expo", "04_extrapolate.py", ["--methods", "expo", "--alphas", "0.5"], needs[:1], 15))
-        starts += [f"alpharl_alpha{alpha}", "none_merged", *(f"next-{name}_alpha{alpha}" for name in ABLATIONS[:2])]
+        # AlphaRL's adapter has rank 1 and would stay so: a new LoRA on the merged model
+        starts += [f"alpharl_alpha{alpha}_merged", "none_merged", *(f"next-{name}_alpha{alpha}" for name in ABLATIONS[:2])]
     needs = list(jumps)
     for start in dict.fromkeys(starts):
         needs.append(plan.add(run, f"05 {start}", "05_continue_rl.py", [*flags, *continuing(start)], jumps, more))

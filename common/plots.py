@@ -1,4 +1,4 @@
-"""The figures, each from the files of a run directory. Okabe and Ito's colours, which colour-blind readers can tell apart, and two more."""
+"""The figures, each from the files of a run directory. Okabe and Ito's colours, which colour-blind readers can tell apart, and a few more."""
 
 import itertools
 import pathlib
@@ -22,7 +22,9 @@ COLOURS = {
     "next-paper-no-local": "#7A3500",
     "repeat-last": "#009E73",
     "recent-locals": "#8A8A00",
+    "alpharl": "#666666",
     "rl-extra": "#CC79A7",
+    "relex": "#A6761D",
     "oracle": "#E69F00",
     "none": "#56B4E9",
 }
@@ -38,7 +40,9 @@ MARKS = {
     "next-paper-no-local": "X",
     "repeat-last": "^",
     "recent-locals": "<",
+    "alpharl": "p",
     "rl-extra": "D",
+    "relex": ">",
     "oracle": "v",
     "none": "x",
 }

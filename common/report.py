@@ -136,6 +136,8 @@ def backtests(run: pathlib.Path) -> str:
     lines = ["| recipe | " + " | ".join(columns) + " |", "|---|" + "--:|" * len(columns)]
     for path in sorted((run / "predictor").glob("*/report.json")):
         tested = run_dir.read_json(path, "03_train_predictor.py")["backtest"]
+        if not tested:
+            continue  # too few checkpoints for one
         lines.append(
             f"| {path.parent.name} ({tested['at_step']} → {tested['predicts_step']}) | "
             + " | ".join(f"{tested[c]['cosine']:.3f}" for c in columns)

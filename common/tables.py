@@ -11,6 +11,7 @@ import statistics
 
 from common import grid_figures, plans, run_dir
 from common.grid_results import Estimate, Grid, estimate, jump_cosines
+from common.predictor import split_name
 from common.results import MAIN_ALPHA, NAMES
 
 
@@ -88,7 +89,7 @@ def starts(grid: Grid) -> list[tuple[str, str]]:
 
 def place(method: str) -> tuple[int, str]:
     """Where a method stands in a table: in the order of NAMES, those that are not in it last."""
-    name = method.removesuffix("_merged")
+    name = split_name(method.removesuffix("_merged"))[0]
     return (list(NAMES).index(name) if name in NAMES else len(NAMES), method)
 
 
@@ -223,8 +224,12 @@ def claims(grid: Grid) -> str:
         lines[f"Tables 3, 4: at {grid.total} steps better than GRPO with LoRA at {grid.total}"].append(claim(grid, later, ("lora", total)))
         lines[f"... better than GRPO with full parameters at {grid.total}"].append(claim(grid, later, ("full", total)))
         lines[f"... not worse than GRPO with LoRA at {grid.reference}"].append(claim(grid, later, ("lora", end), not_worse=True))
-        for name, other in (("AlphaRL", "alpharl"), ("RL-Extra", "rl-extra"), ("RELEX", "relex")):
-            compared = ("lora", grid.after(f"{other}_alpha{MAIN_ALPHA:g}"))
+        for name, other in (
+            ("AlphaRL", f"alpharl_alpha{MAIN_ALPHA:g}_merged"),
+            ("RL-Extra", f"rl-extra_alpha{MAIN_ALPHA:g}"),
+            ("RELEX", f"relex_alpha{MAIN_ALPHA:g}"),
+        ):
+            compared = ("lora", grid.after(other))
             lines[f"... better than {name} at {grid.total}"].append(claim(grid, later, compared))
         for role in ("global", "local"):
             without = ("lora", f"extrapolated/next-{recipe}-no-{role}_alpha{MAIN_ALPHA:g}")
