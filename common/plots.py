@@ -1,4 +1,4 @@
-"""The figures, each from the files of a run directory. Okabe and Ito's colours, which colour-blind readers can tell apart, and a few more."""
+"""The figures, each from the files of a run directory. Okabe and Ito's colours and a few more."""
 
 import itertools
 import pathlib

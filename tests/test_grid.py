@@ -176,8 +176,8 @@ def test_a_small_grid_is_interrupted_goes_on_and_writes_its_tables(tmp_path):
     preset.write_text(yaml.safe_dump({"base": TINY, **sections}))
     command = [sys.executable, "-m", "common.reproduce", "--preset", str(preset), "--grid", "main", "--seeds", "0"]
     command += ["--run-dir", str(tmp_path / "grid")]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    for line in first.stderr:  # the progress view; commands are written beside it
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    for line in first.stdout:
         if "02_extract_deltas.py" in line:
             first.send_signal(signal.SIGINT)
             break
