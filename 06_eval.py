@@ -22,6 +22,7 @@ their standard error is that of the differences. A policy that was measured alre
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -168,19 +169,22 @@ def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None
     hashes = {task: data.fingerprint(problems) for task, problems in tasks.items()}
     elsewhere = ("policies", "test_data", "prompt_column", "answer_column", "data_split", "batch_size", "vllm_options", "backbone")
     settings = configs.as_dict(cfg, leave_out=(*elsewhere, "output"))
+    hashed = functools.cache(weights_hash)  # a whole model takes its time, and many jumps stand on one
     adapted = [name for name in names if adapters.is_adapter(run / name)]
     rank = max((adapters.highest_rank(adapters.read_config(run / name)) for name in adapted), default=0)
     judge, engine, loaded, shown = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format), None, None, set()
     for name in (bar := tqdm(names, desc="evaluating", unit="policy", disable=None if accelerator.is_main_process else True)):
         folder = run / cfg.output / name.replace("/", "__")
-        weights = name if name == "backbone" else weights_hash(run / name)
+        info = {} if name == "backbone" else policy.checkpoint_info(run / name)
+        whole = name != "backbone" and name not in adapted
+        base = f"{{run_dir}}/{name}" if whole else info.get("backbone", cfg.backbone)
+        weights = name if name == "backbone" else hashed(run / name)
+        if name in adapted and base.startswith("{run_dir}/train/"):  # a jump from a whole model; `none` is zeros on whatever it is
+            weights += hashed(pathlib.Path(cfg.path(base)))
         wanted = {"settings": settings, "weights": weights, "versions": run_dir.versions()}
         open_tasks = [task for task in tasks if not _is_measured(folder / f"{task}.json", {**wanted, "data": hashes[task]})]
         if not open_tasks:
             continue
-        info = {} if name == "backbone" else policy.checkpoint_info(run / name)
-        whole = name != "backbone" and name not in adapted
-        base = f"{{run_dir}}/{name}" if whole else info.get("backbone", cfg.backbone)
         if base != loaded:
             if engine:
                 engine.close()
