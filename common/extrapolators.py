@@ -206,7 +206,7 @@ def alpharl_pls(last: Adapter, trajectory: Trajectory, alpha: float, accuracies:
 def pls_inverse(x: torch.Tensor, y: torch.Tensor, target: float | torch.Tensor) -> torch.Tensor:
     """The x that goes with y = `target` under a partial least squares regression of one component. x [c, m], y [c] -> [m] in float64.
 
-    As scikit-learn's PLSRegression(1) has it, which AlphaRL's code uses: columns standardised with c - 1 in the variance, scores z = X w
+    As scikit-learn's PLSRegression(1) has it, which AlphaRL's code uses: columns standardised, scores z = X w
     with w = X^T y / |X^T y|, then least squares y = slope z + mean(y); back: (target - mean(y)) / slope times the loadings X^T z / z^T z,
     standardisation undone. Columns that do not vary stay as they are, and so does everything if nothing varies with y.
     """

@@ -263,6 +263,7 @@ def test_relex_is_the_svd_over_time_of_the_dense_updates_and_a_line_through_its_
         rows = torch.stack([dense(point)[name].flatten() for point in SERIES])
         direction = torch.linalg.svd(rows, full_matrices=False)[2][0]
         slope, intercept = numpy.polyfit(numpy.arange(6), (rows @ direction).numpy(), 1)
+        torch.testing.assert_close(known[name][1].abs(), (rows @ direction).abs(), atol=1e-5, rtol=1e-5)
         want = (intercept + slope * (5 + 1.5 * 2)) * direction
         torch.testing.assert_close(dense(jumped)[name].flatten(), want, atol=2e-5, rtol=1e-4)
         assert jumped.scale(name) == pytest.approx(SCALE)
