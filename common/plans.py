@@ -61,7 +61,8 @@ class Plan:
 
     def shared(self, script: str, flags: list[str]) -> list[str]:
         """Flags for what the runs of a grid share, unless `flags` name something else."""
-        takes = {"01": ("backbone", "train_data"), "05": ("backbone", "train_data"), "06": ("backbone", "test_data")}.get(script[:2], ())
+        training = ("backbone", "train_data")
+        takes = {"01": training, "02": ("backbone",), "05": training, "06": ("backbone", "test_data")}.get(script[:2], ())
         found = []
         for key in takes:
             if f"--{key.replace('_', '-')}" in flags:
