@@ -192,12 +192,13 @@ def main_rows(plan: Plan, seed: int, everything: bool) -> None:
         methods = ["alpharl", "wsm", "dare"]
         needs = [jumps[0]]
         if wanted.get("validation_data"):
-            data = ["--test-data", wanted["validation_data"].replace("{run_dir}", plan.root)]
+            problems = wanted["validation_data"].replace("{run_dir}", plan.root)
+            data = ["--test-data", problems]
             every = plan.preset.get("train", {}).get("save_every", 10)
             policies = ["--policies", *(f"train/step_{step:04d}" for step in range(every, prefix + 1, every)), "--output", "validation"]
             needs.append(plan.add(run, "06 validation", "06_eval.py", [*data, *policies], [first], 60))
-            methods += ["alpharl-pls", "greedy-soup"]
-        jumps.append(plan.add(run, "04 others", "04_extrapolate.py", ["--methods", *methods, "--alphas", alpha], needs, 60))
+            methods += ["alpharl-pls", "greedy-soup", "--validation-data", problems]
+        jumps.append(plan.add(run, "04 others", "04_extrapolate.py", ["--alphas", alpha, "--methods", *methods], needs, 60))
         jumps.append(plan.add(run, "04 expo", "04_extrapolate.py", ["--methods", "expo", "--alphas", "0.5"], needs[:1], 15))
         # AlphaRL's adapter has rank 1 and would stay so: a new LoRA on the merged model
         starts += [f"alpharl_alpha{alpha}_merged", "none_merged", *(f"next-{name}_alpha{alpha}" for name in ABLATIONS[:2])]
