@@ -12,7 +12,7 @@ from common.run_dir import UserError
 NEXT = f"next-weighted_alpha{MAIN_ALPHA:g}"
 ABLATIONS = [f"{recipe}-no-{role}" for recipe in ("paper", "aligned") for role in ("global", "local")]
 OTHER_K, OTHER_RANKS, FEWER_CHECKPOINTS = (2, 8), (4, 64), 8  # beside the preset's own
-LOOP_ROUNDS = 5  # of RL-Extra, each as long as half of `more_steps`, each followed by a jump of its own length
+LOOP_ROUNDS, LOOP_CHECKPOINTS = 5, 5  # of RL-Extra: rounds, half of `more_steps` long each, and checkpoints in one
 SIDE_SEEDS = 3  # other algorithms and ranks are run for this many seeds
 GRIDS = ("main", "tables")
 
@@ -240,18 +240,17 @@ def other_k(plan: Plan, seed: int) -> None:
 def rl_extra_loop(plan: Plan, seed: int) -> None:
     """RL-Extra as its authors use it (arXiv 2601.04537): a round of RL, a jump as far again, and the next round on the merged model."""
     _, more, _ = numbers(plan.preset)
-    steps, every = more // 2, plan.preset.get("train", {}).get("save_every", 10)
-    merged, after = [], ["prepare"]
+    every = max(1, more // 2 // LOOP_CHECKPOINTS)
+    steps, merged, after = LOOP_CHECKPOINTS * every, [], ["prepare"]
     for number in range(1, LOOP_ROUNDS + 1):
         run = f"seed{seed}/loop/round{number}"
-        flags = ["--seed", str(seed + 1000 * number), "--steps", str(steps), *merged]
+        flags = ["--seed", str(seed + 1000 * number), "--steps", str(steps), "--save-every", str(every), *merged]
         after = [plan.add(run, "01", "01_train_lora_grpo.py", flags, after, steps)]
         if number < LOOP_ROUNDS:
             series = ["--k", "1", "--last-step", str(steps), "--fit-checkpoints", "2"]
             after = [plan.add(run, "02", "02_extract_deltas.py", series, after, 15)]
-            alpha = steps // every  # checkpoints of a round: the jump is as long as the round
-            jump = ["--methods", "rl-extra", "--alphas", str(alpha), "--merge", "fp32"]
+            jump = ["--methods", "rl-extra", "--alphas", str(LOOP_CHECKPOINTS), "--merge", "fp32"]  # as long as the round
             after = [plan.add(run, "04", "04_extrapolate.py", jump, after, 15)]
-            merged = ["--backbone", f"{plan.root}/{run}/merged/rl-extra_alpha{alpha}"]
+            merged = ["--backbone", f"{plan.root}/{run}/merged/rl-extra_alpha{LOOP_CHECKPOINTS}"]
         else:
             plan.add(run, "06", "06_eval.py", ["--policies", f"train/step_{steps:04d}"], after, 15)
