@@ -79,7 +79,8 @@ class Runner:
                     self._show(job, line, bar)
                 done = sum(self.progress[j.name] for j in remaining)
                 bar.n = round(done)
-                bar.set_postfix_str(f"about {lane_seconds / max(done, 1) * (total - done) / len(self.lanes) / 60:.0f} min left")
+                if done > total / 100:  # before that there is nothing to reckon with
+                    bar.set_postfix_str(f"about {lane_seconds / done * (total - done) / len(self.lanes) / 60:.0f} min left")
         finally:
             for process in self.running.values():  # the whole group: the launcher does not pass a signal on to the stage it started
                 os.killpg(process.pid, signal.SIGINT)
