@@ -54,20 +54,21 @@ class ExtrapolateConfig(configs.StageConfig):
 
 def load_predictors(folder: pathlib.Path, trajectory: rank1.Trajectory) -> dict[str, torch.nn.Module]:
     """The predictors that stage 3 left in `folder`, by family."""
-    done = run_dir.read_json(folder / "done.json", "03_train_predictor.py")
+    done = run_dir.read_json(folder / "done.json", "03_train_predictor.py", {"inputs": {"rank1.safetensors": str}})
     if done["inputs"]["rank1.safetensors"] != run_dir.sha256(folder.parents[1] / "deltas" / "rank1.safetensors"):
         raise UserError(f"{folder} was trained on other deltas than those there now: run 03_train_predictor.py --overwrite")
     with run_dir.reading(folder / "model.safetensors", "run 03_train_predictor.py --overwrite"):
         weights = safetensors.torch.load_file(folder / "model.safetensors")
-    if "sum.weights" in weights:
-        return {"sum": predictor.WeightedSum(weights["sum.weights"])}
-    models = {}
-    for roles in trajectory.deltas.values():
-        for side in ("u", "v", "sigma"):
-            name = predictor.family(side, roles["global"])
-            length = 1 if side == "sigma" else getattr(roles["global"], side).shape[1]
-            models[name] = predictor.TrajectoryPredictor(length)
-            models[name].load_state_dict({key.removeprefix(f"{name}."): w for key, w in weights.items() if key.startswith(f"{name}.")})
+        if "sum.weights" in weights:
+            return {"sum": predictor.WeightedSum(weights["sum.weights"])}
+        models = {}
+        for roles in trajectory.deltas.values():
+            for side in ("u", "v", "sigma"):
+                name = predictor.family(side, roles["global"])
+                length = 1 if side == "sigma" else getattr(roles["global"], side).shape[1]
+                models[name] = predictor.TrajectoryPredictor(length)
+                own = {key.removeprefix(f"{name}."): w for key, w in weights.items() if key.startswith(f"{name}.")}
+                models[name].load_state_dict(own)
     return models
 
 
@@ -86,7 +87,8 @@ def variants(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Trajec
             raise UserError(f"{method} {NO_RANK_1[method]}: on whole models it is no adapter of rank 1; leave it out of --methods")
         elif method == "oracle":
             ahead = step + trajectory.k * (trajectory.steps[-1] - trajectory.steps[-2])
-            patterns = run_dir.read_json(run / "deltas" / "done.json", "02_extract_deltas.py")["config"]["checkpoints"]
+            done = run_dir.read_json(run / "deltas" / "done.json", "02_extract_deltas.py", {"config": {"checkpoints": list[str]}})
+            patterns = done["config"]["checkpoints"]
             future = adapters.find_checkpoints(patterns, run).get(ahead)
             if future is None:
                 raise UserError(f"oracle needs the checkpoint of step {ahead}: train on (01_train_lora_grpo.py with a larger --steps)")

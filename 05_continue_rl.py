@@ -51,17 +51,19 @@ def bake(cfg: ContinueConfig, start: pathlib.Path, out: pathlib.Path) -> None:
 def main() -> None:
     cfg = configs.parse(ContinueConfig, ("train", "continue"), __doc__)
     run = pathlib.Path(cfg.run_dir)
-    start = run / "extrapolated" / cfg.start
+    start = run / "extrapolated" / run_dir.safe_name(cfg.start, "--start")
     if not start.is_dir():
         there = sorted(path.name for path in start.parent.glob("*"))
         raise UserError(f"{start} not found: run 04_extrapolate.py first (there: {', '.join(there) or 'nothing'})")
     begun = policy.checkpoint_info(start)
-    first_step = begun["step"]
+    first_step = begun.get("step")
+    if first_step is None or first_step < 0:
+        raise UserError(f"{start}/checkpoint.json has no usable step: run 04_extrapolate.py --overwrite")
     if (
         rank1.kind_of(run) == "full"
-        and pathlib.Path(cfg.path(cfg.backbone)).resolve() != pathlib.Path(cfg.path(begun["backbone"])).resolve()
+        and pathlib.Path(cfg.path(cfg.backbone)).resolve() != pathlib.Path(cfg.path(begun.get("backbone") or "")).resolve()
     ):
-        raise UserError(f"{start} is a jump from a whole model: go on with --backbone {begun['backbone']}")
+        raise UserError(f"{start} is a jump from a whole model: go on with --backbone {begun.get('backbone')}")
     cfg.steps = first_step + cfg.more_steps
     folder = run / "continued" / (cfg.start + ("_merged" if cfg.restart == "merged" else ""))
     accelerator = stage1.start_accelerator(cfg, folder)

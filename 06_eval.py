@@ -82,7 +82,7 @@ def find_policies(cfg: EvalConfig) -> list[str]:
     """The names that the globs stand for, in the order given, each once."""
     run, found = pathlib.Path(cfg.run_dir), []
     for pattern in cfg.policies:
-        if pathlib.Path(pattern).is_absolute():
+        if pathlib.Path(pattern).is_absolute() or ".." in pathlib.Path(pattern).parts:
             raise UserError(f"policies are named as they stand in {run} (train/step_0150, extrapolated/*), not {pattern}")
         names = (
             ["backbone"]
@@ -93,6 +93,19 @@ def find_policies(cfg: EvalConfig) -> list[str]:
             raise UserError(f"no policy matches {run}/{pattern}: run the stage that makes it, or leave it out of --policies")
         found += [name for name in names if name not in found]
     return found
+
+
+def named_backbone(cfg: EvalConfig, folder: pathlib.Path) -> str:
+    """The backbone that the checkpoint in `folder` names: the one given, or one inside the run directory (a merged restart has its own).
+
+    Raises UserError for any other: a file of unknown origin does not choose what is loaded, or fetched from the hub.
+    """
+    named, run = policy.checkpoint_info(folder).get("backbone") or cfg.backbone, pathlib.Path(cfg.run_dir).resolve()
+    where, given = (pathlib.Path(cfg.path(name)) for name in (named, cfg.backbone))
+    ours = where.is_dir() and (where.resolve().is_relative_to(run) or where.resolve() == given.resolve())
+    if named != cfg.backbone and not ours:
+        raise UserError(f"{folder} names the backbone {named}, not {cfg.backbone}: if it is to be loaded, say --backbone {named}")
+    return named
 
 
 def evaluate(cfg: EvalConfig, engine, judge, tokenizer, problems: list[data.Problem], prompts: list[list[int]], accelerator) -> list[dict]:
@@ -154,7 +167,7 @@ def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None
         open_tasks = [task for task in tasks if not _is_measured(folder / f"{task}.json", {**wanted, "data": hashes[task]})]
         if not open_tasks:
             continue
-        base = cfg.backbone if name == "backbone" else policy.checkpoint_info(run / name).get("backbone", cfg.backbone)
+        base = cfg.backbone if name == "backbone" else named_backbone(cfg, run / name)
         if base != loaded:
             if engine:
                 engine.close()

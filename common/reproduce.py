@@ -27,9 +27,14 @@ import time
 from tqdm import tqdm
 
 from common import config as configs
-from common.run_dir import UserError, read_json, write_json
+from common.run_dir import UserError, read_json, safe_name, write_json
 
 PROGRESS = re.compile(r"(?:step )?(\d+)/(\d+) ")
+# What a preset may have typed: a module of ours, and options of the launcher that name no other program.
+PREPARE = re.compile(r"(python -m common\.\w+)?")
+LAUNCH = re.compile(
+    r"(--quiet\s*|--(config_file|num_processes|num_machines|machine_rank|main_process_ip|main_process_port|mixed_precision)[ =]\w\S*\s*)*"
+)
 
 
 @dataclasses.dataclass
@@ -58,6 +63,11 @@ def plan(preset_name: str, preset: dict, run_dir: str) -> list[Job]:
     train, after, wanted = preset.get("train", {}), preset.get("continue", {}), preset.get("reproduce", {})
     prefix, more, reference = train.get("steps", 150), after.get("more_steps", 100), wanted.get("reference_steps", 400)
     where = ["--config", preset_name, "--run-dir", run_dir]
+    for key, allowed in (("prepare", PREPARE), ("launch", LAUNCH)):
+        if not allowed.fullmatch(str(wanted.get(key, ""))):
+            raise UserError(f"preset {preset_name}: reproduce does not run {key}: {wanted[key]!r}; want {allowed.pattern}")
+    for name in wanted.get("continue_from", []):
+        safe_name(str(name), f"preset {preset_name}, continue_from")
 
     def stage(script: str, *flags: str) -> list[str]:
         return ["accelerate", "launch", *wanted.get("launch", "").split(), script, *where, *flags]

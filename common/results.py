@@ -1,6 +1,7 @@
 """What a run came to: every evaluated policy with its accuracy, its steps and the seconds it took, from the files of the run directory."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 import re
@@ -21,6 +22,8 @@ NAMES = {  # of each method, in tables and figures alike, in the order of the ta
     "none": "restart without a jump (control)",
     "oracle": "oracle (true next delta)",
 }
+KINDS = {"policy": str, "accuracy": float, "standard_error": float | None, "n": int, "response_length": float, "by_problem": list[float]}
+LOGGED = {"step": int, "seconds": float, "accuracy": float, "response_length": float}  # what is looked at of metrics.jsonl
 MAIN_ALPHA = 1.5  # the paper's extending coefficient: the alpha of the tables
 
 
@@ -51,13 +54,15 @@ def load_results(run: pathlib.Path) -> dict[str, Result]:
     """Every evaluated policy of the run, by its path; the accuracy of several tasks is their plain mean, as in the paper."""
     found = {}
     for folder in sorted((run / "eval").glob("*")):
-        tasks = [run_dir.read_json(path, "06_eval.py") for path in sorted(folder.glob("*.json"))]
+        tasks = [run_dir.read_json(path, "06_eval.py", KINDS) for path in sorted(folder.glob("*.json"))]
         if not tasks:
             continue
         policy = tasks[0]["policy"]
+        if policy.replace("/", "__") != folder.name:
+            raise run_dir.UserError(f"{folder} holds results of {policy!r}: move it away")
         method, alpha, steps = "grpo", None, 0
         if policy != "backbone":
-            steps = run_dir.read_json(run / policy / "checkpoint.json", "the stage that wrote this checkpoint")["step"]
+            steps = run_dir.read_json(run / policy / "checkpoint.json", "the stage that wrote this checkpoint", {"step": int})["step"]
             if match := re.fullmatch(r"(?:extrapolated|continued)/([^/]+?)(?:_alpha([\d.]+))?(_merged)?(?:/step_\d+)?", policy):
                 method, alpha = match[1] + (match[3] or ""), float(match[2]) if match[2] else None
         else:
@@ -85,7 +90,14 @@ def difference(a: Result, b: Result) -> tuple[float, float]:
 
 def rl_seconds(folder: pathlib.Path, last_step: int) -> float:
     """Wall seconds of the RL steps logged in `folder` up to `last_step`."""
-    return sum(row["seconds"] for row in run_dir.read_jsonl(folder / "metrics.jsonl") if row["step"] <= last_step)
+    path = folder / "metrics.jsonl"
+    return sum(seconds for step, seconds in _logged_seconds(path, path.stat().st_mtime_ns) if step <= last_step)
+
+
+@functools.lru_cache(maxsize=64)
+def _logged_seconds(path: pathlib.Path, changed: int) -> list[tuple[int, float]]:
+    """(step, seconds) of every line; kept, because each policy of a report asks for it. `changed` is the file's time."""
+    return [(row["step"], row["seconds"]) for row in run_dir.read_jsonl(path, LOGGED)]
 
 
 def overhead(run: pathlib.Path, recipe: str) -> dict[str, float]:
