@@ -28,7 +28,7 @@ _EMBEDDING = re.compile(r"base_model\.model\.(.+)\.lora_embedding_A")
 _OTHER_FORMULAS = (  # options of PEFT's LoRA with which a module is not W + s B A with one B and one A
     "use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
     "target_parameters", "layer_replication",
-    "megatron_config",  # with it PEFT imports whatever module the file names
+    "megatron_config",  # with it PEFT imports a module that the file names
 )  # fmt: skip
 _KINDS = {
     "r": int,

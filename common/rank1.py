@@ -144,7 +144,7 @@ def load_trajectory(folder: pathlib.Path) -> Trajectory:
     """Reads what 02_extract_deltas.py wrote to `folder`; signs are as LAPACK left them. Raises UserError where it is not that."""
     index = read_json(folder / "index.json", "02_extract_deltas.py", {"steps": list[int], "k": int, "modules": list[str]})
     steps, k = index["steps"], index["k"]
-    if not 1 <= k <= len(steps) - 2 or not index["modules"] or steps[0] < 1 or steps != sorted({*steps}):
+    if not 1 <= k < len(steps) or not index["modules"] or steps[0] < 1 or steps != sorted({*steps}):
         raise UserError(f"{folder}/index.json has no usable steps, k and modules: run 02_extract_deltas.py --overwrite")
     path = folder / "rank1.safetensors"
     with reading(path, "run 02_extract_deltas.py --overwrite"):

@@ -1,7 +1,9 @@
 """What a run came to: every evaluated policy with its accuracy, its steps and the seconds it took, from the files of the run directory."""
 
+import bisect
 import dataclasses
 import functools
+import itertools
 import math
 import pathlib
 import re
@@ -91,13 +93,16 @@ def difference(a: Result, b: Result) -> tuple[float, float]:
 def rl_seconds(folder: pathlib.Path, last_step: int) -> float:
     """Wall seconds of the RL steps logged in `folder` up to `last_step`."""
     path = folder / "metrics.jsonl"
-    return sum(seconds for step, seconds in _logged_seconds(path, path.stat().st_mtime_ns) if step <= last_step)
+    steps, seconds = _logged_seconds(path, path.stat().st_mtime_ns)
+    return seconds[bisect.bisect_right(steps, last_step)]
 
 
 @functools.lru_cache(maxsize=64)
-def _logged_seconds(path: pathlib.Path, changed: int) -> list[tuple[int, float]]:
-    """(step, seconds) of every line; kept, because each policy of a report asks for it. `changed` is the file's time."""
-    return [(row["step"], row["seconds"]) for row in run_dir.read_jsonl(path, LOGGED)]
+def _logged_seconds(path: pathlib.Path, changed: int) -> tuple[list[int], list[float]]:
+    """The logged steps in order, and the seconds up to each, from 0 on; kept, because each policy of a report asks. `changed`: the file's time.
+    """
+    rows = sorted((row["step"], row["seconds"]) for row in run_dir.read_jsonl(path, LOGGED))
+    return [step for step, _ in rows], list(itertools.accumulate((seconds for _, seconds in rows), initial=0.0))
 
 
 def overhead(run: pathlib.Path, recipe: str) -> dict[str, float]:

@@ -141,7 +141,7 @@ def parse_json(text: str) -> object:
 
 def _is_shallow(value: object, depth: int) -> bool:
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return depth > 0 and all(_is_shallow(item, depth - 1) for item in items)
+    return depth > 0 and all(_is_shallow(item, depth - 1) for item in items if isinstance(item, dict | list))
 
 
 def read_json(path: pathlib.Path, made_by: str, wanted: dict | None = None) -> dict:
