@@ -65,7 +65,7 @@ def load_results(run: pathlib.Path) -> dict[str, Result]:
         method, alpha, steps = "grpo", None, 0
         if policy != "backbone":
             steps = run_dir.read_json(run / policy / "checkpoint.json", "the stage that wrote this checkpoint", {"step": int})["step"]
-            if match := re.fullmatch(r"(?:extrapolated|continued)/([^/]+?)(?:_alpha([\d.]+))?(_merged)?(?:/step_\d+)?", policy):
+            if match := re.fullmatch(r"(?:extrapolated|continued)/([^/]+?)(?:_alpha(\d+(?:\.\d+)?))?(_merged)?(?:/step_\d+)?", policy):
                 method, alpha = match[1] + (match[3] or ""), float(match[2]) if match[2] else None
         else:
             method = "backbone"
@@ -75,7 +75,7 @@ def load_results(run: pathlib.Path) -> dict[str, Result]:
             steps,
             alpha,
             accuracy=sum(t["accuracy"] for t in tasks) / len(tasks),
-            error=math.sqrt(sum((t["standard_error"] or math.nan) ** 2 for t in tasks)) / len(tasks),
+            error=math.sqrt(sum((t.get("standard_error") or math.nan) ** 2 for t in tasks)) / len(tasks),
             n=sum(t["n"] for t in tasks),
             length=sum(t["response_length"] for t in tasks) / len(tasks),
             by_problem=[torch.tensor(t["by_problem"], dtype=torch.float64) for t in tasks],
@@ -99,8 +99,7 @@ def rl_seconds(folder: pathlib.Path, last_step: int) -> float:
 
 @functools.lru_cache(maxsize=64)
 def _logged_seconds(path: pathlib.Path, changed: int) -> tuple[list[int], list[float]]:
-    """The logged steps in order, and the seconds up to each, from 0 on; kept, because each policy of a report asks. `changed`: the file's time.
-    """
+    """The logged steps in order, and the seconds up to each, from 0 on. Kept, as each policy of a report asks; `changed` is its time."""
     rows = sorted((row["step"], row["seconds"]) for row in run_dir.read_jsonl(path, LOGGED))
     return [step for step, _ in rows], list(itertools.accumulate((seconds for _, seconds in rows), initial=0.0))
 

@@ -102,7 +102,7 @@ def safe_path(path: str, what: str) -> str:
 def matches(value: object, kind: object) -> bool:
     """Whether a value from JSON or YAML is of `kind`: a type annotation, or a dict that gives the kinds of some keys.
 
-    An int will do for a float, a bool for neither; numbers must fit in 64 bits.
+    An int will do for a float, a bool for neither. Integers must fit in 64 bits, and the square of any other number.
 
     >>> matches({"k": 5, "steps": [10, 20]}, {"k": int, "steps": list[int]}), matches({"k": True}, {"k": int})
     (True, False)
@@ -111,7 +111,7 @@ def matches(value: object, kind: object) -> bool:
         return isinstance(value, dict) and all(matches(value.get(key), wanted) for key, wanted in kind.items())
     if kind in (int, float):
         number = int if kind is int else int | float
-        return isinstance(value, number) and not isinstance(value, bool) and not abs(value) >= (2**63 if kind is int else 1e300)
+        return isinstance(value, number) and not isinstance(value, bool) and not abs(value) >= (2**63 if kind is int else 1e100)
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return any(matches(value, part) for part in parts)

@@ -101,7 +101,7 @@ def jsonl_file(draw, good: dict):
 def yaml_file(draw, good: dict):
     """JSON is YAML; beside it tags, anchors and numbers that PyYAML stumbles over."""
     text = draw(json_file(good))
-    odd = ["!!int ''", "!!timestamp x", "!!float _", "2024-99-99", "!!binary x", "&a [*a]", "{<<: [1]}", "1:99:99", "!!python/name:os.system"]
+    odd = ["!!int ''", "!!timestamp x", "!!float _", "2024-99-99", "!!binary x", "&a [*a]", "{<<: [1]}", "1:99:99", "!!python/name:os.x"]
     return draw(st.sampled_from([text, text, text, f"train: {{steps: {draw(st.sampled_from(odd))}}}\n".encode()]))
 
 
