@@ -33,6 +33,11 @@ from common.plans import Job
 from common.run_dir import UserError, read_json, write_json
 
 PROGRESS = re.compile(r"(?:step )?(\d+)/(\d+) ")
+# What a preset may have typed: a module of ours, and options of the launcher that name no other program.
+PREPARE = re.compile(r"(python -m common\.\w+)?")
+LAUNCH = re.compile(
+    r"(--quiet\s*|--(config_file|num_processes|num_machines|machine_rank|main_process_ip|main_process_port|mixed_precision)[ =]\w\S*\s*)*"
+)
 
 
 class Runner:
