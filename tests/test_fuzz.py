@@ -1,7 +1,7 @@
 """Every reader of files that others may have made, on thousands of files that are nearly right: it takes them or says what is wrong.
 
 `tests/bench/bench_fuzz.py` runs the same with 10,000 files. Whatever raises anything but UserError, writes where it should not, or
-takes over 5 seconds, is a failure.
+takes over 5 seconds of CPU, is a failure.
 """
 
 import collections
@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from common import adapters, config, data, demo, model_files, plans, policy, rank1, results, run_dir, verifier
 from common.run_dir import UserError
 
-SECONDS = 5  # that a reader may take
+SECONDS = 5  # of CPU time that a reader may take: wall time is the machine's load
 CASES = 40  # of each reader in the suite
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -385,7 +385,7 @@ def throw(reader: str, cases: int, seed: int = 0) -> dict:
         place = Place(scratch / "run")
         shutil.rmtree(place.run, ignore_errors=True)
         place.run.mkdir()
-        began = time.perf_counter()
+        began = time.process_time()
         _allowed.append(str(place.run))
         try:
             read(place, content)
@@ -394,7 +394,7 @@ def throw(reader: str, cases: int, seed: int = 0) -> dict:
             counts["refused"] += 1
         finally:
             _allowed.clear()
-        slowest = max(slowest, time.perf_counter() - began)
+        slowest = max(slowest, time.process_time() - began)
         assert not _outside
 
     try:
@@ -410,7 +410,7 @@ def throw(reader: str, cases: int, seed: int = 0) -> dict:
 def test_a_reader_takes_a_file_or_says_what_is_wrong(reader):
     found = throw(reader, 5 if reader == "answers for math-verify" else CASES)
     assert found["outside"] == 0
-    assert found["slowest"] < 10 * SECONDS  # a hang, and not the machine's load
+    assert found["slowest"] < SECONDS
 
 
 def test_the_watch_sees_what_is_written_outside(tmp_path):

