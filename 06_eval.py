@@ -114,6 +114,7 @@ def find_policies(cfg: EvalConfig) -> list[str]:
 def weights_hash(folder: pathlib.Path) -> str:
     """The hash of the weights in `folder`: of its adapter, or of all safetensors files of a whole model."""
     if adapters.is_adapter(folder):
+        adapters.read_header(folder)  # refuses what is more than a LoRA in safetensors
         return run_dir.sha256(folder / "adapter_model.safetensors")
     hashes = [run_dir.sha256(path) for path in sorted({*model_files.open_model(folder).files.values()})]
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:16]
@@ -183,7 +184,7 @@ def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None
     elsewhere = ("policies", "test_data", "prompt_column", "answer_column", "data_split", "batch_size", "vllm_options", "backbone")
     settings = configs.as_dict(cfg, leave_out=(*elsewhere, "output"))
     hashed = functools.cache(weights_hash)  # a whole model takes its time, and many jumps stand on one
-    adapted = [name for name in names if adapters.is_adapter(run / name)]
+    adapted = [name for name in names if name != "backbone" and adapters.is_adapter(run / name)]
     rank = max((adapters.highest_rank(adapters.read_config(run / name)) for name in adapted), default=0)
     judge, engine, loaded, shown = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format), None, None, set()
     for name in (bar := tqdm(names, desc="evaluating", unit="policy", disable=None if accelerator.is_main_process else True)):

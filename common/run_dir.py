@@ -210,9 +210,10 @@ def reading(path: pathlib.Path, advice: str):
 
 @contextlib.contextmanager
 def time_limit(seconds: float, complaint: str):
-    """Raises UserError(complaint) in the block after so many seconds of wall time. In the main thread; elsewhere there is no limit.
+    """Raises UserError(complaint) in the block after so many seconds of CPU time. In the main thread; elsewhere there is no limit.
 
-    It interrupts Python and regular expressions, for what comes from a file and may loop. A single long call into C ends first.
+    It interrupts Python and regular expressions, for what comes from a file and may loop. A single long call into C ends first. CPU time,
+    because on a busy machine an honest file may wait for its turn.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -221,13 +222,13 @@ def time_limit(seconds: float, complaint: str):
     def stop(*_):
         raise UserError(complaint)
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # and each second again: an exception raised in a __del__ is lost
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds, 1)  # and each second again: an exception raised in a __del__ is lost
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
