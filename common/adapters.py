@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 
 from common import rank1
-from common.run_dir import UserError, atomic_dir, atomic_write_text, read_json, reading
+from common.run_dir import UserError, atomic_dir, atomic_write_text, read_json, reading, save_tensors, writing
 
 ROUNDED = {"BF16": torch.bfloat16, "F16": torch.float16}  # dtypes in which a step of RL is near the rounding, by safetensors' names
 TRAINING = "the training that writes it (here: 01_train_lora_grpo.py)"
@@ -189,8 +189,8 @@ def write_adapter(folder: pathlib.Path, adapter: Adapter, info: dict) -> None:
             raise ValueError(f"{module}: factors of rank {b.shape[1]} where the config says {rank}")
         tensors[f"base_model.model.{module}.lora_A.weight"] = a.float().contiguous()
         tensors[f"base_model.model.{module}.lora_B.weight"] = b.float().contiguous()
-    with atomic_dir(folder, overwrite=True) as temporary:
-        safetensors.torch.save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+    with writing(folder), atomic_dir(folder, overwrite=True) as temporary:
+        save_tensors(temporary / "adapter_model.safetensors", tensors, metadata={"format": "pt"}, dtype=None)
         atomic_write_text(temporary / "adapter_config.json", json.dumps(adapter.config, indent=2))
         atomic_write_text(temporary / "checkpoint.json", json.dumps(info))
 
