@@ -339,6 +339,8 @@ def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: 
         if step % cfg.save_every == 0:
             samples.append(*shown)
         if (step % cfg.resume_every == 0 or step == cfg.steps) and accelerator.is_main_process:
+            log.keep()
+            samples.keep()
             policy.save_resume(folder, step, model, optimizer)
         accelerator.log({key: value for key, value in line.items() if isinstance(value, int | float)}, step=step)
         bar.set_postfix(acc=f"{line['accuracy']:.2f}", len=f"{line['response_length']:.0f}", refresh=False)

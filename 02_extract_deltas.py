@@ -201,6 +201,9 @@ def main() -> None:
     # Matrices this small are fastest one to a thread; in torch's own threads LAPACK is several times slower than in one.
     torch.set_num_threads(1)
     workers = cfg.threads or max(1, os.cpu_count() // state.num_processes)
+    if series.kind == "lora":
+        for path in series.paths.values():
+            adapters.check_intact(path)
     with concurrent.futures.ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         stage = run_dir.Stage(folder, configs.as_dict(cfg, leave_out=("backbone",) if series.kind == "lora" else ()), inputs=[])
         files = series.files()

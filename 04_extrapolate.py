@@ -313,6 +313,7 @@ def main() -> None:
         base = {"step": step, "backbone": run_dir.within(checkpoint, run, "{run_dir}")}
     else:
         last = adapters.read_adapter(checkpoint)
+        adapters.check_intact(checkpoint)
         base = {"step": step, **adapters.read_info(checkpoint)}
         sources.append(checkpoint / "adapter_model.safetensors")
     began, made, kept, written_to = time.perf_counter(), 0, 0, set()
@@ -329,7 +330,8 @@ def main() -> None:
             before = {}
             if (folder / "checkpoint.json").is_file() and not cfg.overwrite:
                 before = run_dir.read_json(folder / "checkpoint.json", "04_extrapolate.py --overwrite")
-            if {**before, "seconds": None} == {**info, "seconds": None}:
+            own = {"seconds": None, "sha256": None}  # of what was written, not of what it was made from
+            if before | own == info | own:
                 kept += 1
             else:
                 given |= {need: get() for need, get in variant.needs.items() if need not in given}  # once for all alphas

@@ -20,8 +20,8 @@ import importlib
 import pathlib
 from typing import Literal
 
+from common import adapters, data, model_files, policy, rank1, run_dir
 from common import config as configs
-from common import data, model_files, policy, rank1, run_dir
 from common.run_dir import UserError, atomic_dir, writing
 
 stage1 = importlib.import_module("01_train_lora_grpo")
@@ -60,6 +60,7 @@ def main() -> None:
         there = sorted(path.name for path in start.parent.glob("[!.]*"))
         raise UserError(f"{start} not found: run 04_extrapolate.py first (there: {', '.join(there) or 'nothing'})")
     begun = policy.checkpoint_info(start)
+    adapters.check_intact(start)
     first_step = begun["step"]
     whole = rank1.kind_of(run) == "full"
     name = begun["backbone"] if whole else cfg.backbone  # what the adapter is on

@@ -198,6 +198,7 @@ def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None
             del backbone  # hf holds it, vLLM has its own
         if name in adapted:
             policy.refuse_foreign(run / name, fingerprint)
+            adapters.check_intact(run / name)
         engine.use(run / name if name in adapted else None)
         template_hash = data.template_hash(tokenizer, cfg.prompt_template, cfg.system_prompt)
         if info.get("template_hash", template_hash) != template_hash:

@@ -148,9 +148,13 @@ def save_policy(policy, tokenizer, folder: pathlib.Path, info: dict) -> None:
 
 def save_lora(policy, folder: pathlib.Path, info: dict) -> None:
     """Saves the adapter in fp32 as PEFT lays it out, with `info` in checkpoint.json, all or nothing."""
+    config = policy.peft_config["default"]
+    if isinstance(config.target_modules, set):  # whose order would differ from process to process
+        config.target_modules = sorted(config.target_modules)
     with writing(folder), atomic_dir(folder, overwrite=True) as temporary:
         run_dir.save_pretrained(temporary, policy, save_embedding_layers=False)
-        atomic_write_text(temporary / "checkpoint.json", json.dumps(info))
+        noted = info | {"sha256": run_dir.sha256(temporary / "adapter_model.safetensors")}  # for adapters.check_intact
+        atomic_write_text(temporary / "checkpoint.json", json.dumps(noted))
 
 
 def save_whole(policy, tokenizer, folder: pathlib.Path, info: dict) -> None:
@@ -222,6 +226,7 @@ def save_resume(folder: pathlib.Path, step: int, policy, optimizer) -> None:
         weights = {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
         run_dir.save_tensors(temporary / "weights.safetensors", weights, dtype=None)
         run_dir.save_state(temporary / "optimizer.pt", optimizer.state_dict())
+        run_dir.write_json(temporary / "sha256.json", {path.name: run_dir.sha256(path) for path in sorted(temporary.iterdir())})
     forget_resume(folder, but=step)
 
 
@@ -238,6 +243,9 @@ def load_resume(folder: pathlib.Path, policy, optimizer) -> int | None:
     if not states:
         return None
     with _loading(f"resume state {states[-1]}", "it is broken: start the stage again with --overwrite"):
+        written = read_json(states[-1] / "sha256.json", "this stage with --overwrite")
+        if any(run_dir.sha256(states[-1] / name) != value for name, value in written.items()):
+            raise ValueError("it is not as it was written")
         weights = safetensors.torch.load_file(states[-1] / "weights.safetensors")
         optimizer_state = torch.load(states[-1] / "optimizer.pt", weights_only=True, map_location="cpu")
         trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}

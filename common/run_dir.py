@@ -348,8 +348,12 @@ class StepLog:
         if self.active:
             with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
-                file.flush()
-                os.fsync(file.fileno())  # before the resume state that counts on these rows
+
+    def keep(self) -> None:
+        """Has the disk keep the rows so far: for before a resume state that counts on them."""
+        if self.active:
+            with writing(self.path):
+                _flush(self.path)
 
 
 def read_jsonl(path: pathlib.Path) -> list[dict]:
