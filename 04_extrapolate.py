@@ -84,20 +84,21 @@ class ExtrapolateConfig(configs.StageConfig):
 
 def load_predictors(folder: pathlib.Path, trajectory: rank1.Trajectory, recipe: predictor.AnyRecipe) -> dict[str, torch.nn.Module]:
     """The predictors that stage 3 left in `folder`, by family."""
-    done = run_dir.read_json(folder / "done.json", "03_train_predictor.py")
+    done = run_dir.read_json(folder / "done.json", "03_train_predictor.py", {"inputs": {"rank1.safetensors": str}})
     if done["inputs"]["rank1.safetensors"] != run_dir.sha256(folder.parents[1] / "deltas" / "rank1.safetensors"):
         raise UserError(f"{folder} was trained on other deltas than those there now: run 03_train_predictor.py --overwrite")
     with run_dir.reading(folder / "model.safetensors", "run 03_train_predictor.py --overwrite"):
         weights = safetensors.torch.load_file(folder / "model.safetensors")
-    if "sum.weights" in weights:
-        return {"sum": predictor.WeightedSum(weights["sum.weights"])}
-    models = {}
-    for roles in trajectory.deltas.values():
-        for side in ("u", "v", "sigma"):
-            name = predictor.family(side, roles["global"])
-            length = 1 if side == "sigma" else getattr(roles["global"], side).shape[1]
-            models[name] = predictor.TrajectoryPredictor(length, recipe.inputs)
-            models[name].load_state_dict({key.removeprefix(f"{name}."): w for key, w in weights.items() if key.startswith(f"{name}.")})
+        if "sum.weights" in weights:
+            return {"sum": predictor.WeightedSum(weights["sum.weights"])}
+        models = {}
+        for roles in trajectory.deltas.values():
+            for side in ("u", "v", "sigma"):
+                name = predictor.family(side, roles["global"])
+                length = 1 if side == "sigma" else getattr(roles["global"], side).shape[1]
+                models[name] = predictor.TrajectoryPredictor(length, recipe.inputs)
+                own = {key.removeprefix(f"{name}."): w for key, w in weights.items() if key.startswith(f"{name}.")}
+                models[name].load_state_dict(own)
     return models
 
 
@@ -175,6 +176,7 @@ def find_measure(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Tr
         adapters.write_adapter(run / name, adapter, adapters.read_info(last))
         flags = ["--config", cfg.config] if cfg.config else []
         flags += ["--run-dir", cfg.run_dir, "--threads", str(cfg.threads), "--policies", name, "--output", "validation"]
+        flags += ["--backbone", backbone_of(last)]
         wanted = configs.parse(stage6.EvalConfig, "eval", "", [*flags, "--test-data", *cfg.validation_data])
         stage6.run_eval(dataclasses.replace(wanted, **settings))
         run_dir.remove(run / name)

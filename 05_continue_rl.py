@@ -55,15 +55,17 @@ def bake(backbone: str, start: pathlib.Path, out: pathlib.Path) -> None:
 def main() -> None:
     cfg = configs.parse(ContinueConfig, ("train", "continue"), __doc__)
     run = pathlib.Path(cfg.run_dir)
-    start = run / "extrapolated" / cfg.start
+    start = run / "extrapolated" / run_dir.safe_name(cfg.start, "--start")
     if not start.is_dir():
         there = sorted(path.name for path in start.parent.glob("[!.]*"))
         raise UserError(f"{start} not found: run 04_extrapolate.py first (there: {', '.join(there) or 'nothing'})")
     begun = policy.checkpoint_info(start)
     adapters.check_intact(start)
-    first_step = begun["step"]
+    first_step = begun.get("step")
+    if first_step is None or first_step < 0:
+        raise UserError(f"{start}/checkpoint.json has no usable step: run 04_extrapolate.py --overwrite")
     whole = rank1.kind_of(run) == "full"
-    name = begun["backbone"] if whole else cfg.backbone  # what the adapter is on
+    name = (begun.get("backbone") or cfg.backbone) if whole else cfg.backbone  # what the adapter is on
     below = {*model_files.open_model(model_files.find_model(cfg.path(name))).files.values()} if whole else {}
     if cfg.tune == "full" and cfg.restart == "merged":
         raise UserError("--tune full has no adapter to restart: the jump is always added to the weights; leave out --restart")

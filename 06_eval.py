@@ -98,7 +98,7 @@ def find_policies(cfg: EvalConfig) -> list[str]:
     """The names that the globs stand for, in the order given, each once."""
     run, found = pathlib.Path(cfg.run_dir), []
     for pattern in cfg.policies:
-        if pathlib.Path(pattern).is_absolute():
+        if pathlib.Path(pattern).is_absolute() or ".." in pathlib.Path(pattern).parts:
             raise UserError(f"policies are named as they stand in {run} (train/step_0150, extrapolated/*), not {pattern}")
         names = (
             ["backbone"]
@@ -115,9 +115,23 @@ def find_policies(cfg: EvalConfig) -> list[str]:
 def weights_hash(folder: pathlib.Path) -> str:
     """The hash of the weights in `folder`: of its adapter, or of all safetensors files of a whole model."""
     if adapters.is_adapter(folder):
+        adapters.read_header(folder)  # refuses what is more than a LoRA in safetensors
         return run_dir.sha256(folder / "adapter_model.safetensors")
     hashes = [run_dir.sha256(path) for path in sorted({*model_files.open_model(folder).files.values()})]
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:16]
+
+
+def named_backbone(cfg: EvalConfig, folder: pathlib.Path) -> str:
+    """The backbone that the checkpoint in `folder` names: the one given, or one inside the run directory (a merged restart has its own).
+
+    Raises UserError for any other: a file of unknown origin does not choose what is loaded, or fetched from the hub.
+    """
+    named, run = policy.checkpoint_info(folder).get("backbone") or cfg.backbone, pathlib.Path(cfg.run_dir).resolve()
+    where, given = (pathlib.Path(cfg.path(name)) for name in (named, cfg.backbone))
+    ours = where.is_dir() and (where.resolve().is_relative_to(run) or where.resolve() == given.resolve())
+    if named != cfg.backbone and not ours:
+        raise UserError(f"{folder} names the backbone {named}, not {cfg.backbone}: if it is to be loaded, say --backbone {named}")
+    return named
 
 
 def evaluate(cfg: EvalConfig, engine, judge, tokenizer, problems: list[data.Problem], prompts: list[list[int]], accelerator) -> list[dict]:
@@ -171,14 +185,14 @@ def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None
     elsewhere = ("policies", "test_data", "prompt_column", "answer_column", "data_split", "batch_size", "vllm_options", "backbone")
     settings = configs.as_dict(cfg, leave_out=(*elsewhere, "output"))
     hashed = functools.cache(weights_hash)  # a whole model takes its time, and many jumps stand on one
-    adapted = [name for name in names if adapters.is_adapter(run / name)]
+    adapted = [name for name in names if name != "backbone" and adapters.is_adapter(run / name)]
     rank = max((adapters.highest_rank(adapters.read_config(run / name)) for name in adapted), default=0)
     judge, engine, loaded, shown = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format), None, None, set()
     for name in (bar := tqdm(names, desc="evaluating", unit="policy", disable=None if accelerator.is_main_process else True)):
         folder = run / cfg.output / name.replace("/", "__")
         info = {} if name == "backbone" else policy.checkpoint_info(run / name)
         whole = name != "backbone" and name not in adapted
-        base = f"{{run_dir}}/{name}" if whole else info.get("backbone", cfg.backbone)
+        base = f"{{run_dir}}/{name}" if whole else cfg.backbone if name == "backbone" else named_backbone(cfg, run / name)
         weights = name if name == "backbone" else hashed(run / name)
         if name in adapted and base.startswith("{run_dir}/train/"):  # a jump from a whole model; `none` is zeros on whatever it is
             weights += hashed(pathlib.Path(cfg.path(base)))

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 
 from common import rank1
-from common.run_dir import UserError, atomic_dir, atomic_write_text, read_json, reading, save_tensors, sha256, writing
+from common.run_dir import UserError, atomic_dir, atomic_write_text, matches, read_json, reading, save_tensors, sha256, time_limit, writing
 
 ROUNDED = {"BF16": torch.bfloat16, "F16": torch.float16}  # dtypes in which a step of RL is near the rounding, by safetensors' names
 TRAINING = "the training that writes it (here: 01_train_lora_grpo.py)"
@@ -28,8 +28,21 @@ _KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
 _EMBEDDING = re.compile(r"base_model\.model\.(.+)\.lora_embedding_A")
 _OTHER_FORMULAS = (  # options of PEFT's LoRA with which a module is not W + s B A with one B and one A
     "use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
-    "target_parameters",
+    "target_parameters", "layer_replication",
+    "megatron_config",  # with it PEFT imports a module that the file names
 )  # fmt: skip
+_KINDS = {
+    "r": int,
+    "lora_alpha": float,
+    "rank_pattern": dict[str, int] | None,
+    "alpha_pattern": dict[str, float] | None,
+    "target_modules": list[str] | str | None,
+    "exclude_modules": list[str] | str | None,
+    "base_model_name_or_path": str | None,
+}
+INFO = {"step": int | None, "backbone": str | None, "backbone_fingerprint": str | None, "template_hash": str | None}  # of checkpoint.json
+FLOATS = {"F64", "F32", "BF16", "F16"}
+_BY_PATTERN = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
 _OTHER_BACKBONES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change the backbone's own weights
 
 
@@ -116,21 +129,40 @@ def read_config(folder: pathlib.Path) -> dict:
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(_OTHER_BACKBONES):
         raise UserError(f"{folder} was initialised by {start}, which changes the backbone: convert it to a plain LoRA first (PEFT's docs)")
-    if not isinstance(config.get("r"), int) or config["r"] < 1 or not isinstance(config.get("lora_alpha"), int | float):
-        raise UserError(f"{folder}/adapter_config.json has no usable r and lora_alpha")
+    for key, kind in _KINDS.items():
+        if not matches(config.get(key), kind):
+            raise UserError(f"{folder}/adapter_config.json has no usable {key}")
+    ranks, alphas = ([config[key], *(config.get(pattern) or {}).values()] for key, pattern in _BY_PATTERN)
+    if min(ranks) < 1 or not all(alpha > 0 for alpha in alphas):
+        raise UserError(f"{folder}/adapter_config.json has no usable r and lora_alpha, or patterns of them: all must be positive")
     return config
+
+
+def try_patterns(folder: pathlib.Path, config: dict, modules: list[str]) -> None:
+    """Raises UserError where a regular expression in adapter_config.json is none, or takes seconds to match one of `modules`."""
+    patterns = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
+    patterns += [config[key] for key in ("target_modules", "exclude_modules") if isinstance(config.get(key), str)]
+    with time_limit(5, f"{folder}/adapter_config.json: its patterns {patterns} take over 5 s to match"):
+        for pattern in patterns:
+            try:
+                compiled = re.compile(rf"(.*\.)?({pattern})$")  # as PEFT does
+            except (re.error, OverflowError, RecursionError) as error:
+                raise UserError(f"{folder}/adapter_config.json: {pattern!r} is no regular expression ({error})") from error
+            for module in modules:
+                compiled.match(module)
 
 
 def read_info(folder: pathlib.Path) -> dict:
     """What is known of the checkpoint in `folder` beside its weights: checkpoint.json, which ours have; else what PEFT may note."""
     if (folder / "checkpoint.json").is_file():
-        return read_json(folder / "checkpoint.json", TRAINING)
+        return read_json(folder / "checkpoint.json", TRAINING, INFO)
     backbone = read_config(folder).get("base_model_name_or_path") if is_adapter(folder) else None
     return {"backbone": backbone} if backbone else {}
 
 
 def check_intact(folder: pathlib.Path) -> None:
     """Raises UserError where the adapter in `folder` is not bit for bit what was written there. Others' have no record to compare with."""
+    read_header(folder)  # names what is missing or cut off
     wanted, path = read_info(folder).get("sha256"), folder / "adapter_model.safetensors"
     if wanted and sha256(path) != wanted:
         raise UserError(f"{path} is not as it was written, by a bad disk or by hand: put a good copy there, or make it again")
@@ -156,6 +188,8 @@ def read_header(folder: pathlib.Path) -> Header:
     with _reading(path), safetensors.safe_open(path, "pt") as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (a safe_open is no dict)
         sizes = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
+    if odd := [key for key in sizes if not key.isprintable()]:
+        raise UserError(f"{path} holds a tensor named {odd[0][:80]!r}")
     halves = {"A": {}, "B": {}}
     for key in sizes:
         if match := _KEY.fullmatch(key):
@@ -163,6 +197,9 @@ def read_header(folder: pathlib.Path) -> Header:
     if not halves["A"] or halves["A"].keys() != halves["B"].keys():
         raise UserError(f"{path} does not hold matching lora_A and lora_B tensors")
     factors = {*halves["A"].values(), *halves["B"].values()}
+    if not (dtypes := {sizes[key][1] for key in factors}) <= FLOATS:
+        raise UserError(f"{path} has factors in {', '.join(sorted(dtypes - FLOATS))}: want {', '.join(sorted(FLOATS))}")
+    try_patterns(folder, config, list(halves["A"]))
     shapes = {}
     for module in sorted(halves["A"]):
         (b, _), (a, _), r = sizes[halves["B"][module]], sizes[halves["A"][module]], module_rank(config, module)
@@ -170,8 +207,10 @@ def read_header(folder: pathlib.Path) -> Header:
             raise UserError(f"{path}: {module} is no matrix (B {b}, A {a}); only LoRA on linear layers can jump")
         if (b[1], a[0]) != (r, r):
             raise UserError(f"{path}: {module} has factors of rank {b[1]} and {a[0]}, its config says {r}")
+        if not (b[0] and a[1]):
+            raise UserError(f"{path}: {module} has no rows or no columns (B {b}, A {a})")
         shapes[module] = (b[0], r, a[1])
-    return Header(config, shapes, {sizes[key][1] for key in factors}, sorted(sizes.keys() - factors))
+    return Header(config, shapes, dtypes, sorted(sizes.keys() - factors))
 
 
 def _factors(file, module: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,10 +276,11 @@ def find_checkpoints(patterns: list[str], run: pathlib.Path) -> dict[int, pathli
 
     Each must hold an adapter, or else a whole model (config.json and safetensors).
     """
-    found = {}
+    found, seen = {}, set()
     for pattern in patterns:
         names = glob.glob(os.path.expanduser(pattern.replace("{run_dir}", glob.escape(str(run)))))
-        for path in (path for path in map(pathlib.Path, sorted(names)) if path.is_dir() and path not in found.values()):
+        for path in (path for path in map(pathlib.Path, sorted(names)) if path.is_dir() and path not in seen):
+            seen.add(path)
             if not is_adapter(path) and not is_model(path):
                 raise UserError(f"{path} has no adapter_config.json: name the adapters alone (verl's are global_step_*/actor/lora_adapter)")
             step = step_of(path)

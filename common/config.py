@@ -7,21 +7,23 @@ the dataclass, through `transformers.HfArgumentParser`; an unknown key or flag i
 import argparse
 import dataclasses
 import difflib
+import math
 import os
 import pathlib
+import reprlib
 import signal
 import sys
-import types
 import typing
 
 import yaml
 from transformers import HfArgumentParser
 
 from common import run_dir
-from common.run_dir import UserError
+from common.run_dir import UserError, first_line, matches, time_limit
 
 SECTIONS = ("shared", "train", "extract", "predict", "extrapolate", "continue", "eval", "reproduce")
 PRESETS = pathlib.Path(__file__).parent / "presets"
+PRESET_LIMIT = 100_000  # bytes; ours have 3,000, and PyYAML needs a second for 100,000
 
 
 @dataclasses.dataclass
@@ -63,40 +65,34 @@ def nearest(word: str, known: typing.Iterable[str], most: int = 20) -> str:
     return f"did you mean {close[0]}?" + (f" (known: {', '.join(known)})" if len(known) <= most else "")
 
 
-def load_preset(name: str) -> dict:
+def load_preset(name: str, above: tuple[pathlib.Path, ...] = ()) -> dict:
     """The preset as a dict of sections. `name` is a file, or the name of one in common/presets.
 
-    A preset may start with `base: another preset` and then holds only what differs from it.
+    A preset may start with `base: another preset` and then holds only what differs from it. `above` are those it is the base of.
     """
     path = pathlib.Path(name)
     if not path.is_file():
         path = PRESETS / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"preset {name} not found; {nearest(name, (p.stem for p in PRESETS.glob('*.yaml')))}")
+    if path.stat().st_size > PRESET_LIMIT:
+        raise UserError(f"{path} has {path.stat().st_size} bytes, over the limit of {PRESET_LIMIT}: no preset")
+    if path.resolve() in above:
+        raise UserError(f"{path} is its own base, by way of {above[-1]}")
     try:
-        preset = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with time_limit(5, f"{path} takes over 5 s to read: no preset"):  # aliases can make a small file unfold without end
+            preset = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UserError:
+        raise
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    base = load_preset(str(preset.pop("base"))) if isinstance(preset, dict) and preset.get("base") not in (None, name) else {}
-    if not isinstance(preset, dict) or not all(isinstance(section, dict) for section in preset.values()):
+    except Exception as error:  # whatever int(), datetime and others raise on a value that PyYAML hands them
+        raise UserError(f"{path} is not valid YAML: {type(error).__name__}: {first_line(error)}") from error
+    has_base = isinstance(preset, dict) and preset.get("base") not in (None, name)
+    base = load_preset(str(preset.pop("base")), (*above, path.resolve())) if has_base else {}
+    if not matches(preset, dict[str, dict[str, object]]):
         raise UserError(f"{path}: a preset is a mapping of sections (train, extract, ...), each a mapping of keys to values")
     return {section: {**base.get(section, {}), **preset.get(section, {})} for section in {**base, **preset}}
-
-
-def _matches(value: object, kind: object) -> bool:
-    """Whether a YAML value is what the field's annotation says (an int will do for a float)."""
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        return any(_matches(value, option) for option in typing.get_args(kind))
-    if origin is typing.Literal:
-        return value in typing.get_args(kind)
-    if origin is list:
-        return isinstance(value, list) and all(_matches(item, typing.get_args(kind)[0]) for item in value)
-    if kind is types.NoneType:
-        return value is None
-    return type(value) is kind
 
 
 def preset_values(cls: type, preset: dict, sections: tuple[str, ...], source: str) -> dict:
@@ -112,9 +108,9 @@ def preset_values(cls: type, preset: dict, sections: tuple[str, ...], source: st
                 raise UserError(f"{source}: unknown key '{key}' in section {section}; {nearest(key, kinds)}")
             values[key] = value
     for key, value in values.items():
-        if not _matches(value, kinds[key]):
+        if not matches(value, kinds[key]):
             wanted = kinds[key].__name__ if kinds[key] in (int, float, str, bool) else str(kinds[key]).replace("typing.", "")
-            raise UserError(f"{source}: {key} must be {wanted}, not {value!r}")
+            raise UserError(f"{source}: {key} must be {wanted}, not {reprlib.repr(value)}")
     return values
 
 
@@ -135,6 +131,9 @@ def parse(cls: type[StageConfig], section: str | tuple[str, ...], description: s
     if unknown:
         known = [option for option in parser._option_string_actions if option.startswith("--")]
         raise UserError(f"unknown option {unknown[0]}; {nearest(unknown[0].split('=')[0], known)}")
+    for key, value in dataclasses.asdict(config).items():
+        if not all(math.isfinite(number) for number in (value if isinstance(value, list) else [value]) if isinstance(number, float)):
+            raise UserError(f"{key} must be finite, not {value}")
     return config
 
 
@@ -158,7 +157,8 @@ def run_stage(main: typing.Callable[[], None], one_process: bool = False) -> Non
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        line = "".join(letter if letter.isprintable() else " " for letter in str(error))  # it may quote a file, terminal codes and all
+        print(f"error: {line[:2000]}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
         for number in numbers:

@@ -4,13 +4,14 @@ import collections.abc
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 import re
 
 import torch
 
 from common.benchmarks import MMLU_PRO_CATEGORIES, SOURCES, Source, dapo_question
-from common.run_dir import UserError
+from common.run_dir import LINE_LIMIT, UserError, first_line, parse_json, safe_name, text_lines, time_limit
 
 # One template for training and evaluation: what RL teaches about the format has to hold where it is measured.
 PROMPT_TEMPLATE = "{prompt}\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -21,6 +22,7 @@ SYSTEM_PROMPT = "You are Qwen, created by Alibaba Cloud. You are a helpful assis
 KINDS = ("number", "latex", "letter")
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 HUB_ID = r"[\w.-]+/[\w.-]+(:[\w.-]+)?"
+CHATS, CHAT_SECONDS = 64, 5  # chats rendered at a time, and how long that may take: an honest template needs some milliseconds
 _CJK = re.compile("[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]")
 
 
@@ -53,7 +55,7 @@ def load_tasks(specs: list[str], **options) -> dict[str, list[Problem]]:
     tasks = {}
     for name, category, where in map(parse_spec, specs):
         for part in MMLU_PRO_CATEGORIES if name == "mmlu-pro" and category is None else [category]:
-            task = name if part is None else f"{name}-{part.replace(' ', '-')}"
+            task = safe_name(name if part is None else f"{name}-{part.replace(' ', '-')}", "test data set")  # files are named after it
             if task in tasks:
                 raise UserError(f"two of the test data sets are called {task}; give one another name: other={where}")
             tasks[task] = read(name, part, where, flag="--test-data", **options)
@@ -68,6 +70,8 @@ def parse_spec(spec: str) -> tuple[str, str | None, str]:
     >>> parse_spec("mmlu-pro/computer-science"), parse_spec("runs/demo/data/test.jsonl")
     (('mmlu-pro', 'computer science', 'TIGER-Lab/MMLU-Pro'), ('test', None, 'runs/demo/data/test.jsonl'))
     """
+    if not spec.isprintable() or max(len(part.encode()) for part in spec.split("/")) > 250:
+        raise UserError(f"data set {spec[:80]!r}: no name of a file or a data set")
     names = {source.hub_id: name for name, source in SOURCES.items()}
     categories = {f"mmlu-pro/{category.replace(' ', '-')}": category for category in MMLU_PRO_CATEGORIES}
     name, _, where = spec.partition("=")
@@ -144,24 +148,25 @@ def _rows(name: str, source: Source, where: str, flag: str) -> collections.abc.I
         wanted = {column.split(".")[0] for column in (source.prompt, source.answer, "kind")}
         table = table.select_columns([column for column in table.column_names if column in wanted])
     number = 0
-    for batch in table.iter(5000):
-        for values in zip(*batch.values(), strict=True):
-            number += 1
-            yield f"{where}, row {number}", dict(zip(batch, values, strict=True))
+    try:
+        for batch in table.iter(5000):
+            for values in zip(*batch.values(), strict=True):
+                number += 1
+                yield f"{where}, row {number}", dict(zip(batch, values, strict=True))
+    except (ValueError, OSError, RuntimeError) as error:  # text that is no UTF-8, for one
+        raise UserError(f"cannot read {where} after row {number}: {first_line(error)}") from error
 
 
 def _jsonl_rows(path: pathlib.Path) -> collections.abc.Iterator[tuple[str, dict]]:
     if not path.is_file():
         raise UserError(f"data file {path} not found")
-    with open(path, encoding="utf-8") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path}, line {number}", json.loads(line)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text: {error}") from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not valid JSON ({error})") from error
+    for number, line in text_lines(path):
+        if line.strip():
+            try:
+                row = parse_json(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: not valid JSON ({error})") from error
+            yield f"{path}, line {number}", row
 
 
 def _table(name: str, source: Source, where: str, flag: str):
@@ -182,8 +187,8 @@ def _table(name: str, source: Source, where: str, flag: str):
         raise UserError(f"data file {path} not found; want a file, a hub id, or one of {', '.join(SOURCES)}")
     try:
         return datasets.load_dataset(**what)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # whatever datasets and its readers raise; a script in a folder is refused and not run
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         if path.exists():
             raise UserError(f"cannot read {path}: {reason}") from error
         raise UserError(
@@ -217,10 +222,12 @@ def _column(row: object, column: str) -> object:
 
 
 def _text(value: object) -> str | None:
-    """A value as text; a chat's user turn (the layout of verl's data sets) too."""
+    """A value as text; a chat's user turn (the layout of verl's data sets) too. None for what is neither text nor a finite number."""
     if isinstance(value, list) and value and isinstance(value[-1], dict) and value[-1].get("role") == "user":
         value = value[-1].get("content")
-    return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    return str(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -229,16 +236,27 @@ def _text(value: object) -> str | None:
 
 
 def render_chats(prompts: list[str], tokenizer, template: str, system: str, tokenize: bool) -> list:
-    """Every prompt in `template`, as a user turn of the tokenizer's chat template: token ids, or text."""
+    """Every prompt in `template`, as a user turn of the tokenizer's chat template: token ids, or text.
+
+    The chat template is a program of the backbone's maker. It runs in Jinja's sandbox, which reaches no files, and here for a limited time.
+    """
     if "{prompt}" not in template:
         raise UserError(f"prompt_template {template!r} has no {{prompt}} in it")
     turns = [{"role": "system", "content": system}] if system else []
     chats = [[*turns, {"role": "user", "content": template.replace("{prompt}", prompt)}] for prompt in prompts]
+    texts = []
     try:
-        rendered = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=tokenize, return_dict=tokenize)
-    except ValueError as error:
-        raise UserError(f"the backbone's tokenizer has no usable chat template: {error}") from error
-    return rendered["input_ids"] if tokenize else rendered
+        for start in range(0, len(chats), CHATS):
+            part = chats[start : start + CHATS]
+            with time_limit(CHAT_SECONDS, f"the backbone's chat template takes over {CHAT_SECONDS} s for {len(part)} prompts"):
+                texts += tokenizer.apply_chat_template(part, add_generation_prompt=True, tokenize=False)
+            if max(map(len, texts[start:])) > LINE_LIMIT:
+                raise UserError(f"the backbone's chat template makes a prompt of over {LINE_LIMIT >> 20} million characters")
+        return tokenizer(texts, add_special_tokens=False)["input_ids"] if tokenize else texts
+    except UserError:
+        raise
+    except Exception as error:  # whatever a template can raise, "System role not supported" among it
+        raise UserError(f"the backbone's tokenizer has no usable chat template for these turns: {first_line(error)}") from error
 
 
 def encode_prompts(problems: list[Problem], tokenizer, template: str, system: str, limit: int, source: str) -> list[list[int]]:
@@ -248,6 +266,8 @@ def encode_prompts(problems: list[Problem], tokenizer, template: str, system: st
     """
     encoded = render_chats([problem.prompt for problem in problems], tokenizer, template, system, tokenize=True)
     for number, ids in enumerate(encoded, 1):
+        if not ids:
+            raise UserError(f"{source}, problem {number}: its prompt has no tokens; the backbone's chat template renders nothing")
         if len(ids) > limit:
             raise UserError(
                 f"{source}, problem {number}: its prompt has {len(ids)} tokens, over the limit of {limit}; "

@@ -14,7 +14,7 @@ import torch
 from common import rank1
 from common.adapters import Adapter, check_spacing
 from common.model_files import ModelFolder, find_model, open_model
-from common.run_dir import UserError
+from common.run_dir import UserError, first_line
 
 KEEP = 64  # singular values of a delta that are looked at
 SPARE = 8  # columns of the block beside these, which speed up the last ones
@@ -83,8 +83,8 @@ def linear_layers(model: ModelFolder) -> list[str]:
         config = AutoConfig.from_pretrained(model.path, trust_remote_code=False)
         with torch.device("meta"):
             built = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot build the model of {model.path}: {str(error).strip().splitlines()[0][:200]}") from error
+    except Exception as error:  # whatever transformers raises on a config.json that is not what it expects
+        raise UserError(f"cannot build the model of {model.path}: {first_line(error)}") from error
     head = built.get_output_embeddings()
     layers = [name for name, layer in built.named_modules() if isinstance(layer, torch.nn.Linear) and layer is not head]
     found = [name for name in layers if f"{name}.weight" in model.shapes]

@@ -9,7 +9,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from common import run_dir
 from common.plots import COLOURS, LINES, MARKS, R2_BINS, draw_cost, save
 from common.results import MAIN_ALPHA, NAMES, cost_bars
 
@@ -24,18 +23,13 @@ def mean_and_error(columns) -> tuple[list[float], list[float]]:
     return [statistics.fmean(values) for values in columns], errors
 
 
-def spectra(grid, run: str) -> list[dict]:
-    paths = [grid.root / f"seed{seed}" / run / "deltas" / "spectrum.json" for seed in grid.seeds]
-    return [run_dir.read_json(path, "02_extract_deltas.py") for path in paths if path.is_file()]
-
-
 def energy(grid) -> pathlib.Path:
     """Fig. 2: the energy ratio of the global delta by step, LoRA beside all parameters."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharex=True)
     titles = (r"$E_1=\sigma_1/\sum_q\sigma_q$ (paper)", r"$\sigma_1^2/\sum_q\sigma_q^2$")
     for axis, key, title in zip(axes, ("energy_ratio", "energy_ratio_squared"), titles, strict=True):
         for run, (label, colour, mark) in RUNS.items():
-            found = spectra(grid, run)
+            found = list(grid.spectra(run).values())
             if found:
                 mean, error = mean_and_error(zip(*(one[key] for one in found), strict=True))
                 axis.errorbar(
@@ -50,7 +44,7 @@ def energy(grid) -> pathlib.Path:
 
 def linear_fit(grid) -> pathlib.Path:
     """Fig. 3: how many vectors fall into each R^2 bin, held out and in sample."""
-    found = spectra(grid, "lora")
+    found = list(grid.spectra("lora").values())
     figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
     sides = ((-0.2, "held_out", "#0072B2", "held-out checkpoints"), (0.2, "in_sample", "#E69F00", "checkpoints it was fitted on"))
     for offset, key, colour, name in sides:

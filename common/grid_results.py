@@ -7,7 +7,7 @@ import statistics
 
 import torch
 
-from common import adapters, plans
+from common import adapters, plans, run_dir
 from common.results import Result, load_results
 
 # Student's t, 97.5%, by degrees of freedom
@@ -82,6 +82,11 @@ class Grid:
         gaps = [first[seed].accuracy - second[seed].accuracy for seed in first if seed in second]
         return estimate(gaps) if gaps else None
 
+    def spectra(self, run: str) -> dict[int, dict]:
+        """Stage 2's spectrum.json of this run for every seed that has it."""
+        paths = {seed: self.root / f"seed{seed}" / run / "deltas" / "spectrum.json" for seed in self.seeds}
+        return {seed: run_dir.read_json(path, "02_extract_deltas.py") for seed, path in paths.items() if path.is_file()}
+
     def step(self, step: int) -> str:
         return f"train/step_{step:04d}"
 
@@ -99,20 +104,21 @@ def jump_cosines(grid: Grid, k: int, save_every: int) -> dict[str, Estimate]:
             continue
         last, future = map(adapters.read_adapter, ends)
         for path in sorted((run / "extrapolated").glob("*")):
-            if path.name != "none" and not path.name.startswith("."):
-                found[f"extrapolated/{path.name}"].append(jump_cosine(adapters.read_adapter(path), last, future))
+            cosine = None if path.name.startswith(".") else jump_cosine(adapters.read_adapter(path), last, future)
+            if cosine is not None:
+                found[f"extrapolated/{path.name}"].append(cosine)
     return {policy: estimate(values) for policy, values in found.items()}
 
 
-def jump_cosine(jumped: adapters.Adapter, last: adapters.Adapter, future: adapters.Adapter) -> float:
-    """Mean over matrices of the cosine between W(jumped) - W(last) and W(future) - W(last), from the factors."""
+def jump_cosine(jumped: adapters.Adapter, last: adapters.Adapter, future: adapters.Adapter) -> float | None:
+    """Mean over matrices of the cosine between W(jumped) - W(last) and W(future) - W(last), from the factors; None if nothing moved."""
     cosines = []
     for module in last.factors:
         ours, true = (difference_factors(adapter, last, module) for adapter in (jumped, future))
         size = (inner(ours, ours) * inner(true, true)) ** 0.5
         if size > 0:
             cosines.append(inner(ours, true) / size)
-    return statistics.fmean(cosines)
+    return statistics.fmean(cosines) if cosines else None
 
 
 def difference_factors(now: adapters.Adapter, before: adapters.Adapter, module: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ import pathlib
 import safetensors
 import torch
 
-from common.run_dir import UserError, read_json, reading
+from common.run_dir import UserError, read_json, reading, safe_name
 
 WANTED = "a Hugging Face folder with safetensors weights"
 
@@ -34,12 +34,20 @@ def _reading(path: pathlib.Path):
 def open_model(folder: pathlib.Path) -> ModelFolder:
     """The model in `folder`: model.safetensors, or the shards that model.safetensors.index.json names. Reads headers, no tensor.
 
-    Raises UserError where a file is missing or broken, or a shard does not hold what the index says.
+    Raises UserError where a file is missing or broken, or a shard does not hold what the index says. Also where transformers would load
+    more than safetensors from this folder: a pickle as a shard, another model below an adapter, attention kernels from the hub.
     """
     config = read_json(folder / "config.json", f"whatever writes {WANTED}")
+    if "/" in str(config.get("attn_implementation")):
+        raise UserError(f"{folder}/config.json wants the hub's {config['attn_implementation']!r} to be run: remove attn_implementation")
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder} has an adapter_config.json beside a model's config.json: want {WANTED}, and adapters elsewhere")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        wanted = {name: folder / file for name, file in read_json(index, f"whatever writes {WANTED}")["weight_map"].items()}
+        weight_map = read_json(index, f"whatever writes {WANTED}", {"weight_map": dict[str, str]})["weight_map"]
+        if other := [file for file in weight_map.values() if not file.endswith(".safetensors")]:
+            raise UserError(f"{index} names {other[0]!r}, which is no safetensors file: want {WANTED}")
+        wanted = {name: folder / safe_name(file, str(index)) for name, file in weight_map.items()}
     elif (folder / "model.safetensors").is_file():
         wanted = None
     else:

@@ -3,11 +3,12 @@
 import ast
 import dataclasses
 import pathlib
+import re
 import shlex
 
 from common.config import load_preset
 from common.results import MAIN_ALPHA
-from common.run_dir import UserError
+from common.run_dir import UserError, safe_name
 
 NEXT = f"next-weighted_alpha{MAIN_ALPHA:g}"
 ABLATIONS = [f"{recipe}-no-{role}" for recipe in ("paper", "aligned") for role in ("global", "local")]
@@ -15,6 +16,12 @@ OTHER_K, OTHER_RANKS, FEWER_CHECKPOINTS = (2, 8), (4, 64), 8  # beside the prese
 LOOP_ROUNDS, LOOP_CHECKPOINTS = 5, 5  # of RL-Extra: rounds, half of `more_steps` long each, and checkpoints in one
 SIDE_SEEDS = 3  # other algorithms and ranks are run for this many seeds
 GRIDS = ("main", "tables")
+WITHOUT_LAUNCHER = ["env", "ACCELERATE_USE_CPU=true", "CUDA_VISIBLE_DEVICES=", "python"]  # a process on the CPU, four seconds earlier
+# What a preset may have typed: a module of ours, and options of the launcher that name no other program.
+PREPARE = re.compile(r"(python -m common\.\w+)?")
+LAUNCH = re.compile(
+    r"(--quiet\s*|--(config_file|num_processes|num_machines|machine_rank|main_process_ip|main_process_port|mixed_precision)[ =]\w\S*\s*)*"
+)
 
 
 @dataclasses.dataclass
@@ -74,9 +81,15 @@ class Plan:
         return found
 
     def prepare(self) -> None:
-        command = self.preset.get("reproduce", {}).get("prepare")
-        if command:
-            self.jobs.append(Job("prepare", [*command.split(), "--run-dir", self.root], [], 5))
+        """What comes first: the preset's own preparation. Raises UserError where the preset would type what is none of its business."""
+        wanted = self.preset.get("reproduce", {})
+        for key, allowed in (("prepare", PREPARE), ("launch", LAUNCH)):
+            if not allowed.fullmatch(str(wanted.get(key, ""))):
+                raise UserError(f"preset {self.preset_name}: reproduce does not run {key}: {wanted[key]!r}; want {allowed.pattern}")
+        for name in wanted.get("continue_from", []):
+            safe_name(str(name), f"preset {self.preset_name}, continue_from")
+        if wanted.get("prepare"):
+            self.jobs.append(Job("prepare", [*wanted["prepare"].split(), "--run-dir", self.root], [], 5))
 
     def done(self) -> list[Job]:
         """The jobs, without needs that no job has."""
@@ -130,8 +143,8 @@ def grid(kind: str, preset_name: str, preset: dict, root: str, seeds: list[int])
     if kind not in GRIDS:
         raise UserError(f"unknown grid '{kind}'; known: {', '.join(GRIDS)}")
     wanted, everything = preset.get("reproduce", {}), kind == "tables"
-    launch = wanted.get("grid_launch") or f"accelerate launch {wanted.get('launch', '')}"
-    plan = Plan(preset_name, preset, root, launch.split())
+    launcher = ["accelerate", "launch", *wanted.get("launch", "").split()]
+    plan = Plan(preset_name, preset, root, WITHOUT_LAUNCHER if wanted.get("grid_without_launcher") else launcher)
     plan.prepare()
     for seed in seeds:
         main_rows(plan, seed, everything)
@@ -205,6 +218,8 @@ def main_rows(plan: Plan, seed: int, everything: bool) -> None:
     needs = list(jumps)
     for start in dict.fromkeys(starts):
         needs.append(plan.add(run, f"05 {start}", "05_continue_rl.py", [*flags, *continuing(start)], jumps, more))
+    if everything:  # not an adapter
+        needs.append(plan.add(run, "06 dare", "06_eval.py", ["--policies", "merged/dare_p0.9"], jumps, 5))
     oracle = ["--methods", "oracle"]
     needs.append(plan.add(run, "04 oracle", "04_extrapolate.py", oracle, [jumps[0], f"{run} 01 to {reference}"], 15))
     plan.add(run, "06", "06_eval.py", [], needs, 250)
@@ -253,4 +268,4 @@ def rl_extra_loop(plan: Plan, seed: int) -> None:
             after = [plan.add(run, "04", "04_extrapolate.py", jump, after, 15)]
             merged = ["--backbone", f"{plan.root}/{run}/merged/rl-extra_alpha{LOOP_CHECKPOINTS}"]
         else:
-            plan.add(run, "06", "06_eval.py", ["--policies", f"train/step_{steps:04d}"], after, 15)
+            plan.add(run, "06", "06_eval.py", [*merged, "--policies", f"train/step_{steps:04d}"], after, 15)

@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from common import run_dir
-from common.results import NAMES, difference, method_name, trained_whole
+from common.results import LOGGED, NAMES, difference, method_name, trained_whole
 
 COLOURS = {
     "grpo": "#000000",
@@ -65,12 +65,11 @@ def training_curves(run: pathlib.Path) -> pathlib.Path:
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.9), layout="constrained")
     runs = {"grpo": run / "train"}
     for path in sorted((run / "continued").glob("*/metrics.jsonl")):
-        name = path.parent.name.split("_alpha")[0]
-        if name in NAMES and not path.parent.name.endswith("_merged"):
+        if (name := path.parent.name.split("_alpha")[0]) in COLOURS and not path.parent.name.endswith("_merged"):
             runs[name] = path.parent
-    rows = {name: run_dir.read_jsonl(folder / "metrics.jsonl") for name, folder in runs.items()}
+    rows = {name: logged for name, folder in runs.items() if (logged := run_dir.read_jsonl(folder / "metrics.jsonl", LOGGED))}
     jump = min((logged[0]["step"] - 1 for name, logged in rows.items() if name != "grpo"), default=None)
-    window, full = min(10, *(len(logged) for logged in rows.values())), trained_whole(run)
+    window, full = min([10, *(len(logged) for logged in rows.values())]), trained_whole(run)
     for axis, key, title in zip(
         axes, ("accuracy", "accuracy", "response_length"), ("reward", "reward", "response length, tokens"), strict=True
     ):

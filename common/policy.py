@@ -17,20 +17,22 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
-from common import run_dir
+from common import adapters, model_files, run_dir
 from common.adapters import is_adapter, is_model
-from common.run_dir import UserError, atomic_dir, atomic_write_text, read_json, writing
+from common.run_dir import UserError, atomic_dir, atomic_write_text, first_line, read_json, writing
 
 HEAD_CHUNK = 4096  # tokens whose [tokens, vocabulary] logits exist at one time
 
 
 @contextlib.contextmanager
 def _loading(what: str, hint: str):
-    """Turns what the libraries raise on a broken or missing folder into one line that names it."""
+    """Turns whatever the libraries raise on a broken, missing or hostile folder into one line that names it."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, safetensors.SafetensorError) as error:
-        raise UserError(f"cannot load {what}: {str(error).strip().splitlines()[0][:300]}; {hint}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"cannot load {what}: {first_line(error)}; {hint}") from error
 
 
 def load_backbone(name: str, dtype: torch.dtype | str = "auto"):
@@ -38,6 +40,8 @@ def load_backbone(name: str, dtype: torch.dtype | str = "auto"):
     hint = "want a Hugging Face folder with safetensors weights, or a hub id"
     if not pathlib.Path(name).is_dir() and (name.startswith((".", "/", "runs/")) or name.count("/") > 1):
         raise UserError(f"backbone folder {name} not found; {hint}")
+    if pathlib.Path(name).is_dir():
+        model_files.open_model(pathlib.Path(name))  # refuses what transformers would load beside safetensors
     with _loading(f"backbone {name}", hint):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -119,15 +123,17 @@ def load_lora(backbone, folder: str | pathlib.Path):
     """The adapter in `folder` on the backbone, trainable. Refuses one that was trained on another backbone."""
     folder = pathlib.Path(folder)
     refuse_foreign(folder, fingerprint(backbone))
+    adapters.try_patterns(folder, adapters.read_config(folder), [module for module, _ in backbone.named_modules()])
     with _loading(f"adapter {folder}", "the checkpoint is broken: delete it and resume the stage that wrote it"):
         return PeftModel.from_pretrained(backbone, folder, is_trainable=True)
 
 
 def refuse_foreign(folder: pathlib.Path, backbone_fingerprint: str) -> None:
-    """Raises UserError if the checkpoint in `folder` is known to be trained on another backbone."""
+    """Raises UserError if the checkpoint in `folder` is known to be trained on another backbone, or its adapter is more than a LoRA."""
     info = checkpoint_info(folder)
+    adapters.read_header(folder)
     if info.get("backbone_fingerprint", backbone_fingerprint) != backbone_fingerprint:
-        raise UserError(f"{folder} was trained on another backbone ({info['backbone']}) than the one given")
+        raise UserError(f"{folder} was trained on another backbone ({info.get('backbone')}) than the one given")
 
 
 def checkpoint_info(folder: pathlib.Path) -> dict:
@@ -135,7 +141,7 @@ def checkpoint_info(folder: pathlib.Path) -> dict:
     if not is_adapter(folder) and not is_model(folder):
         raise UserError(f"{folder} is no checkpoint: it has neither adapter_config.json nor config.json with model.safetensors")
     path = folder / "checkpoint.json"
-    return read_json(path, "the stage that wrote this checkpoint") if path.is_file() else {}
+    return read_json(path, "the stage that wrote this checkpoint", adapters.INFO) if path.is_file() else {}
 
 
 def save_policy(policy, tokenizer, folder: pathlib.Path, info: dict) -> None:
@@ -239,20 +245,22 @@ def forget_resume(folder: pathlib.Path, but: int) -> None:
 
 def load_resume(folder: pathlib.Path, policy, optimizer) -> int | None:
     """Puts back the newest state that `save_resume` left; returns its step, None if there is none."""
-    states = sorted((folder / "resume").glob("step_*"))
+    states = sorted((folder / "resume").glob("step_[0-9]*"), key=adapters.step_of)
     if not states:
         return None
     with _loading(f"resume state {states[-1]}", "it is broken: start the stage again with --overwrite"):
         written = read_json(states[-1] / "sha256.json", "this stage with --overwrite")
-        if any(run_dir.sha256(states[-1] / name) != value for name, value in written.items()):
+        if any(run_dir.sha256(states[-1] / name) != written.get(name) for name in ("weights.safetensors", "optimizer.pt")):
             raise ValueError("it is not as it was written")
         weights = safetensors.torch.load_file(states[-1] / "weights.safetensors")
         optimizer_state = torch.load(states[-1] / "optimizer.pt", weights_only=True, map_location="cpu")
         trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-        if weights.keys() != trained.keys():
+        if {name: t.shape for name, t in weights.items()} != {name: p.shape for name, p in trained.items()}:
             raise ValueError("its tensors are not this policy's")
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(weights[name])
         optimizer.load_state_dict(optimizer_state)
-    return int(states[-1].name.removeprefix("step_"))
+        if any(state[key].shape != p.shape for p, state in optimizer.state.items() for key in ("exp_avg", "exp_avg_sq")):
+            raise ValueError("its optimizer is not this policy's")
+    return adapters.step_of(states[-1])

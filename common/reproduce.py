@@ -33,6 +33,11 @@ from common.plans import Job
 from common.run_dir import UserError, claim, read_json, write_json
 
 PROGRESS = re.compile(r"(?:step )?(\d+)/(\d+) ")
+# What a preset may have typed: a module of ours, and options of the launcher that name no other program.
+PREPARE = re.compile(r"(python -m common\.\w+)?")
+LAUNCH = re.compile(
+    r"(--quiet\s*|--(config_file|num_processes|num_machines|machine_rank|main_process_ip|main_process_port|mixed_precision)[ =]\w\S*\s*)*"
+)
 
 
 class Runner:
@@ -81,7 +86,8 @@ class Runner:
                     self._show(job, line, bar)
                 done = sum(self.progress[j.name] for j in remaining)
                 bar.n = round(done)
-                bar.set_postfix_str(f"about {lane_seconds / max(done, 1) * (total - done) / len(self.lanes) / 60:.0f} min left")
+                if done > total / 100:  # before that there is nothing to reckon with
+                    bar.set_postfix_str(f"about {lane_seconds / done * (total - done) / len(self.lanes) / 60:.0f} min left")
         except KeyboardInterrupt as stop:
             number = stop.args[0] if stop.args else number
             raise

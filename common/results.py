@@ -1,6 +1,9 @@
 """What a run came to: every evaluated policy with its accuracy, its steps and the seconds it took, from the files of the run directory."""
 
+import bisect
 import dataclasses
+import functools
+import itertools
 import math
 import pathlib
 import re
@@ -33,6 +36,8 @@ NAMES = {  # of each method, in tables and figures alike, in the order of the ta
     "oracle": "oracle (true next delta)",
 }
 FULL_GRPO = "GRPO, full parameters"  # of "grpo" in a run without LoRA
+KINDS = {"policy": str, "accuracy": float, "standard_error": float | None, "n": int, "response_length": float, "by_problem": list[float]}
+LOGGED = {"step": int, "seconds": float, "accuracy": float, "response_length": float}  # what is looked at of metrics.jsonl
 MAIN_ALPHA = 1.5  # the paper's extending coefficient: the alpha of the tables
 
 
@@ -76,15 +81,21 @@ def load_results(run: pathlib.Path) -> dict[str, Result]:
     """Every evaluated policy of the run, by its path; the accuracy of several tasks is their plain mean, as in the paper."""
     found = {}
     for folder in sorted((run / "eval").glob("*")):
-        tasks = [run_dir.read_json(path, "06_eval.py") for path in sorted(folder.glob("*.json"))]
+        tasks = [run_dir.read_json(path, "06_eval.py", KINDS) for path in sorted(folder.glob("*.json"))]
         if not tasks:
             continue
         policy = tasks[0]["policy"]
+        if policy.replace("/", "__") != folder.name:
+            raise run_dir.UserError(f"{folder} holds results of {policy!r}: move it away")
         method, alpha, steps = "grpo", None, 0
         if policy != "backbone":
-            source = run / re.sub("^merged/", "extrapolated/", policy)
-            steps = run_dir.read_json(source / "checkpoint.json", "the stage that wrote this checkpoint")["step"]
-            if match := re.fullmatch(r"(?:extrapolated|merged|continued)/([^/]+?)(?:_alpha([\d.]+))?(_merged)?(?:/step_\d+)?", policy):
+            source = run / policy
+            if not (source / "checkpoint.json").is_file():  # a merged adapter has its own beside it
+                source = run / re.sub("^merged/", "extrapolated/", policy)
+            steps = run_dir.read_json(source / "checkpoint.json", "the stage that wrote this checkpoint", {"step": int})["step"]
+            if match := re.fullmatch(
+                r"(?:extrapolated|merged|continued)/([^/]+?)(?:_alpha(\d+(?:\.\d+)?))?(_merged)?(?:/step_\d+)?", policy
+            ):
                 method, alpha = match[1] + (match[3] or ""), float(match[2]) if match[2] else None
         else:
             method = "backbone"
@@ -94,7 +105,7 @@ def load_results(run: pathlib.Path) -> dict[str, Result]:
             steps,
             alpha,
             accuracy=sum(t["accuracy"] for t in tasks) / len(tasks),
-            error=math.sqrt(sum((t["standard_error"] or math.nan) ** 2 for t in tasks)) / len(tasks),
+            error=math.sqrt(sum((t.get("standard_error") or math.nan) ** 2 for t in tasks)) / len(tasks),
             n=sum(t["n"] for t in tasks),
             length=sum(t["response_length"] for t in tasks) / len(tasks),
             by_problem=[torch.tensor(t["by_problem"], dtype=torch.float64) for t in tasks],
@@ -112,7 +123,16 @@ def difference(a: Result, b: Result) -> tuple[float, float]:
 
 def rl_seconds(folder: pathlib.Path, last_step: int) -> float:
     """Wall seconds of the RL steps logged in `folder` up to `last_step`."""
-    return sum(row["seconds"] for row in run_dir.read_jsonl(folder / "metrics.jsonl") if row["step"] <= last_step)
+    path = folder / "metrics.jsonl"
+    steps, seconds = _logged_seconds(path, path.stat().st_mtime_ns)
+    return seconds[bisect.bisect_right(steps, last_step)]
+
+
+@functools.lru_cache(maxsize=64)
+def _logged_seconds(path: pathlib.Path, changed: int) -> tuple[list[int], list[float]]:
+    """The logged steps in order, and the seconds up to each, from 0 on. Kept, as each policy of a report asks; `changed` is its time."""
+    rows = sorted((row["step"], row["seconds"]) for row in run_dir.read_jsonl(path, LOGGED))
+    return [step for step, _ in rows], list(itertools.accumulate((seconds for _, seconds in rows), initial=0.0))
 
 
 def overhead(run: pathlib.Path, recipe: str) -> dict[str, float]:

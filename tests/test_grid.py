@@ -172,7 +172,7 @@ def test_the_cosine_of_a_jump_is_that_of_the_dense_matrices():
 def test_a_small_grid_is_interrupted_goes_on_and_writes_its_tables(tmp_path):
     preset = tmp_path / "small.yaml"
     sections = {"predict": {"recipes": ["weighted"]}, "extrapolate": {"recipes": ["weighted"]}}
-    sections["reproduce"] = {"grid_launch": "python", "continue_from": ["next-weighted_alpha1.5"], "jobs": 2}
+    sections["reproduce"] = {"grid_without_launcher": True, "continue_from": ["next-weighted_alpha1.5"], "jobs": 2}
     preset.write_text(yaml.safe_dump({"base": TINY, **sections}))
     command = [sys.executable, "-m", "common.reproduce", "--preset", str(preset), "--grid", "main", "--seeds", "0"]
     command += ["--run-dir", str(tmp_path / "grid")]

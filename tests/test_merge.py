@@ -108,7 +108,7 @@ def series(adapter_dir, base, run):
             shapes = {"u": (count, len(b)), "sigma": (count,), "v": (count, a.shape[1])}
             empty |= {f"{role}.{module}.{part}": torch.zeros(shape) for part, shape in shapes.items()}
     run_dir.save_tensors(run / "deltas" / "rank1.safetensors", empty)
-    index = {"steps": [1, 2], "checkpoints": {2: "train/step_0002"}, "k": 1, "modules": modules}
+    index = {"steps": [1, 2], "checkpoints": {1: "train/step_0001", 2: "train/step_0002"}, "k": 1, "modules": modules}
     run_dir.write_json(run / "deltas" / "index.json", index)
     run_dir.write_json(run / "deltas" / "done.json", {})
 
