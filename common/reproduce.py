@@ -187,6 +187,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="training seeds of the grid [0 1 2 3 4]")
     parser.add_argument("--run-dir", help="where everything goes [runs/<preset>, of a grid runs/<preset>_<grid>]")
     parser.add_argument("--jobs", type=int, help="commands at a time [the preset's]")
+    parser.add_argument("--report", action="store_true", help="of a grid: only write its tables from the runs that are there")
     parser.add_argument("--print", action="store_true", help="show the commands without running them")
     args = parser.parse_args()
     preset = configs.load_preset(args.preset)
@@ -200,7 +201,8 @@ def main() -> None:
     logs = pathlib.Path(root) / "logs" if args.grid else None
     if logs:
         logs.mkdir(parents=True, exist_ok=True)
-    Runner(jobs, lanes_of(preset, args.jobs, bool(args.grid)), pathlib.Path(root) / "reproduce.json", stamp, logs).run()
+    if not args.report:
+        Runner(jobs, lanes_of(preset, args.jobs, bool(args.grid)), pathlib.Path(root) / "reproduce.json", stamp, logs).run()
     if args.grid:
         print(tables.write(pathlib.Path(root), preset, args.seeds, made_with(args)))
 
