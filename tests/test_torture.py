@@ -43,21 +43,23 @@ def test_killed_at_random_moments_every_stage_makes_what_it_makes_in_peace(finis
 
 
 def test_the_comparison_sees_a_changed_bit_a_row_too_many_and_what_is_left_behind(finished_run, tmp_path):
-    shutil.copytree(finished_run, tmp_path / "run")
-    assert torture.differences(finished_run, tmp_path / "run") == []
+    one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
+    for run in (one, two):
+        shutil.copytree(finished_run, run)
+    assert torture.differences(one, two) == []
     for name in ("train/step_0003/adapter_model.safetensors", "figures/fig2_energy_ratio.png"):
-        content = bytearray((tmp_path / "run" / name).read_bytes())
+        content = bytearray((two / name).read_bytes())
         content[-1] ^= 1
-        (tmp_path / "run" / name).write_bytes(content)
-    log = tmp_path / "run" / "train" / "metrics.jsonl"
+        (two / name).write_bytes(content)
+    log = two / "train" / "metrics.jsonl"
     log.write_text(log.read_text() + log.read_text().splitlines()[-1] + "\n")
-    (tmp_path / "run" / "train" / ".step_0009.tmp").mkdir()
-    (tmp_path / "run" / "train" / ".step_0009.tmp" / "half").write_text("")
-    assert [line.split(": ")[1] for line in torture.differences(finished_run, tmp_path / "run")] == [
-        "train/.step_0009.tmp/half",
-        "figures/fig2_energy_ratio.png",
-        "train/metrics.jsonl",
-        "train/step_0003/adapter_model.safetensors",
+    (two / "train" / ".step_0009.tmp").mkdir()
+    (two / "train" / ".step_0009.tmp" / "half").write_text("")
+    assert torture.differences(one, two) == [
+        f"only in {two}: train/.step_0009.tmp/half",
+        "differs: figures/fig2_energy_ratio.png",
+        "differs: train/metrics.jsonl",
+        "differs: train/step_0003/adapter_model.safetensors",
     ]
 
 
