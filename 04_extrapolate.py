@@ -271,6 +271,7 @@ def write_merged(cfg: ExtrapolateConfig, run: pathlib.Path, name: str) -> None:
     record = {"backbone": backbone, "dtype": cfg.merge, "adapter": run_dir.sha256(source / "adapter_model.safetensors")}
     there = (out / "merge.json").is_file() and not cfg.overwrite
     if there and record.items() <= run_dir.read_json(out / "merge.json", "04_extrapolate.py --overwrite").items():
+        run_dir.tidy(out)
         return
     run_dir.claim(out)
     lost = merge.merge(out, adapters.read_adapter(source), model_files.find_model(cfg.path(backbone)), cfg.merge == "fp32", record)
@@ -334,6 +335,7 @@ def main() -> None:
                 before = run_dir.read_json(folder / "checkpoint.json", "04_extrapolate.py --overwrite")
             own = {"seconds": None, "sha256": None}  # of what was written, not of what it was made from
             if before | own == info | own:
+                run_dir.tidy(folder)
                 kept += 1
             else:
                 given |= {need: get() for need, get in variant.needs.items() if need not in given}  # once for all alphas

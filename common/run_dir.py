@@ -212,6 +212,12 @@ def claim(folder: pathlib.Path) -> None:
             _delete(left)
 
 
+def tidy(folder: pathlib.Path) -> None:
+    """Clears what a process that was killed at its very end left of the finished `folder`. Where nothing may be written it stays."""
+    with contextlib.suppress(UserError):
+        claim(folder)
+
+
 def _locked(lock: pathlib.Path, folder: pathlib.Path) -> int:
     """The file `lock`, open and locked."""
     while True:
@@ -456,6 +462,7 @@ class Stage:
             done = read_json(self.folder / "done.json", "this stage with --overwrite", kinds)
             if at_least is None or done["config"][at_least[0]] >= at_least[1]:
                 if writer:
+                    tidy(self.folder)
                     print(f"{self.folder} is done already; --overwrite makes it again")
                 return True
         if writer:

@@ -132,6 +132,23 @@ def test_an_older_resume_state_that_a_kill_left_goes(finished_run, tmp_path, mon
     assert metrics(run / "train") == metrics(finished_run / "train")
 
 
+@pytest.mark.parametrize(
+    ("script", "folder", "flags"),
+    [
+        ("03_train_predictor.py", "predictor/weighted", ["--recipes", "weighted"]),
+        ("04_extrapolate.py", "extrapolated/none", ["--methods", "none"]),
+    ],
+)
+def test_what_a_kill_after_the_last_write_left_goes_too(finished_run, tmp_path, monkeypatch, capsys, script, folder, flags):
+    shutil.copytree(finished_run, run := tmp_path / "run")
+    before = contents_hash(run)
+    place = (run / folder).parent
+    (place / f".{(run / folder).name}.lock").write_text("process 4711 on elsewhere\n")
+    shutil.copytree(run / folder, place / f".{(run / folder).name}.old.tmp")
+    assert call_stage(monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(run), *flags) == (0, "")
+    assert contents_hash(run) == before
+
+
 # ---------------------------------------------------------------------------------------------------------------------------
 # Stopped
 # ---------------------------------------------------------------------------------------------------------------------------
