@@ -290,6 +290,8 @@ def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: 
         policy.checkpoint_gradients(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
     start = policy.load_resume(folder, model, optimizer) or first_step
+    if accelerator.is_main_process:
+        policy.forget_resume(folder, but=start)  # an older one stays where a kill came before its removal
     frozen = policy.load_backbone(cfg.path(cfg.backbone))[0].to(accelerator.device) if cfg.tune == "full" and cfg.kl_coef else None
     log = run_dir.StepLog(folder / "metrics.jsonl", keep_to=start, active=accelerator.is_main_process)
     samples = run_dir.StepLog(folder / "samples.jsonl", keep_to=start, active=accelerator.is_main_process)
@@ -337,6 +339,8 @@ def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: 
         if step % cfg.save_every == 0:
             samples.append(*shown)
         if (step % cfg.resume_every == 0 or step == cfg.steps) and accelerator.is_main_process:
+            log.keep()
+            samples.keep()
             policy.save_resume(folder, step, model, optimizer)
         accelerator.log({key: value for key, value in line.items() if isinstance(value, int | float)}, step=step)
         bar.set_postfix(acc=f"{line['accuracy']:.2f}", len=f"{line['response_length']:.0f}", refresh=False)

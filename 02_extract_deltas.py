@@ -24,7 +24,6 @@ import dataclasses
 import datetime
 import os
 import pathlib
-import shutil
 import sys
 
 import safetensors.torch
@@ -202,12 +201,17 @@ def main() -> None:
     # Matrices this small are fastest one to a thread; in torch's own threads LAPACK is several times slower than in one.
     torch.set_num_threads(1)
     workers = cfg.threads or max(1, os.cpu_count() // state.num_processes)
+    if series.kind == "lora":
+        for path in series.paths.values():
+            adapters.check_intact(path)
     with concurrent.futures.ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         stage = run_dir.Stage(folder, configs.as_dict(cfg, leave_out=("backbone",) if series.kind == "lora" else ()), inputs=[])
         files = series.files()
         stage.record["inputs"] = dict(zip(files, pool.map(run_dir.sha256, files.values()), strict=True)) | series.settings()
         with state.main_process_first():
             if stage.is_done(cfg.overwrite, writer=state.is_main_process):
+                if state.is_main_process:
+                    run_dir.remove(folder / "parts")  # there only where a kill came before the last line but three
                 return
         if state.is_main_process:
             warn(series, cfg.k)
@@ -218,7 +222,7 @@ def main() -> None:
         found = measure(rank1.load_trajectory(folder), spectra, cfg.fit_checkpoints)
         run_dir.write_json(folder / "spectrum.json", found)
         stage.finish(decompositions=len(spectra) * (3 * count - cfg.k))
-        shutil.rmtree(folder / "parts")
+        run_dir.remove(folder / "parts")
         below = sum(row["held_out"] < 0 for row in found["linear_fit"]) / len(found["linear_fit"])
         energy, steps = found["energy_ratio"], found["steps"]
         print(f"energy ratio E_1: {energy[0]:.3f} at step {steps[0]}, {energy[-1]:.3f} at step {steps[-1]}")

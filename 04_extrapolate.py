@@ -24,7 +24,6 @@ import importlib
 import os
 import pathlib
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -181,7 +180,7 @@ def find_measure(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Tr
         flags += ["--backbone", named] if named else []
         wanted = configs.parse(stage6.EvalConfig, "eval", "", [*flags, "--test-data", *cfg.validation_data])
         stage6.run_eval(dataclasses.replace(wanted, **settings))
-        shutil.rmtree(run / name)
+        run_dir.remove(run / name)
         found = validation_results(cfg, run, name)
         rows = [run_dir.read_json(path, "06_eval.py") for path in found]
         if [row["data"] for row in rows] != problems:
@@ -273,7 +272,9 @@ def write_merged(cfg: ExtrapolateConfig, run: pathlib.Path, name: str) -> None:
     record = {"backbone": backbone, "dtype": cfg.merge, "adapter": run_dir.sha256(source / "adapter_model.safetensors")}
     there = (out / "merge.json").is_file() and not cfg.overwrite
     if there and record.items() <= run_dir.read_json(out / "merge.json", "04_extrapolate.py --overwrite").items():
+        run_dir.tidy(out)
         return
+    run_dir.claim(out)
     lost = merge.merge(out, adapters.read_adapter(source), model_files.find_model(cfg.path(backbone)), cfg.merge == "fp32", record)
     warn_of_rounding(out, lost)
 
@@ -290,6 +291,7 @@ def warn_of_rounding(out: pathlib.Path, lost: dict[str, float]) -> None:
 
 def make(cfg: ExtrapolateConfig, folder: pathlib.Path, method: str, given: dict, info: dict, began: float) -> None:
     """Writes what `method` makes of `given` to `folder`: an adapter, or a whole model where it changes the update itself."""
+    run_dir.claim(folder)
     call = functools.partial(extrapolators.METHODS[method], **{key: given[key] for key in extrapolators.asks_for(method) if key in given})
     if is_whole(method):
         warn_of_rounding(folder, merge.merge(folder, given["last"], given["backbone"], cfg.merge != "backbone", {}, change=call))
@@ -315,6 +317,7 @@ def main() -> None:
         base = {"step": step, "backbone": run_dir.within(checkpoint, run, "{run_dir}")}
     else:
         last = adapters.read_adapter(checkpoint)
+        adapters.check_intact(checkpoint)
         base = {"step": step, **adapters.read_info(checkpoint)}
         sources.append(checkpoint / "adapter_model.safetensors")
     began, made, kept, written_to = time.perf_counter(), 0, 0, set()
@@ -331,7 +334,9 @@ def main() -> None:
             before = {}
             if (folder / "checkpoint.json").is_file() and not cfg.overwrite:
                 before = run_dir.read_json(folder / "checkpoint.json", "04_extrapolate.py --overwrite")
-            if {**before, "seconds": None} == {**info, "seconds": None}:
+            own = {"seconds": None, "sha256": None}  # of what was written, not of what it was made from
+            if before | own == info | own:
+                run_dir.tidy(folder)
                 kept += 1
             else:
                 given |= {need: get() for need, get in variant.needs.items() if need not in given}  # once for all alphas
@@ -339,6 +344,7 @@ def main() -> None:
                 made += 1
             if cfg.merge and not whole:
                 write_merged(cfg, run, folder.name)
+            run_dir.release()
             written_to.add(str(folder.parent))
             began = time.perf_counter()
     print(f"done: {made} made from step {step}, {kept} were there already, in {' and '.join(sorted(written_to))}")

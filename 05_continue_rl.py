@@ -20,9 +20,9 @@ import importlib
 import pathlib
 from typing import Literal
 
+from common import adapters, data, model_files, policy, rank1, run_dir
 from common import config as configs
-from common import data, model_files, policy, rank1, run_dir
-from common.run_dir import UserError, atomic_dir
+from common.run_dir import UserError, atomic_dir, writing
 
 stage1 = importlib.import_module("01_train_lora_grpo")
 
@@ -47,9 +47,9 @@ def with_jump(backbone, start: pathlib.Path):
 def bake(backbone: str, start: pathlib.Path, out: pathlib.Path) -> None:
     """Writes the model `backbone` (a folder or hub id) with the jump to the folder `out`, all or nothing."""
     model, tokenizer = policy.load_backbone(backbone)
-    with atomic_dir(out) as folder:
-        with_jump(model, start).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    jumped = with_jump(model, start)
+    with writing(out), atomic_dir(out) as folder:
+        run_dir.save_pretrained(folder, jumped, tokenizer)
 
 
 def main() -> None:
@@ -57,9 +57,10 @@ def main() -> None:
     run = pathlib.Path(cfg.run_dir)
     start = run / "extrapolated" / run_dir.safe_name(cfg.start, "--start")
     if not start.is_dir():
-        there = sorted(path.name for path in start.parent.glob("*"))
+        there = sorted(path.name for path in start.parent.glob("[!.]*"))
         raise UserError(f"{start} not found: run 04_extrapolate.py first (there: {', '.join(there) or 'nothing'})")
     begun = policy.checkpoint_info(start)
+    adapters.check_intact(start)
     first_step = begun.get("step")
     if first_step is None or first_step < 0:
         raise UserError(f"{start}/checkpoint.json has no usable step: run 04_extrapolate.py --overwrite")

@@ -105,6 +105,7 @@ def find_policies(cfg: EvalConfig) -> list[str]:
             if pattern == "backbone"
             else sorted(str(path.relative_to(run)) for path in run.glob(pattern) if adapters.is_adapter(path) or adapters.is_model(path))
         )
+        names = [name for name in names if "/." not in name]  # what a killed stage 4 left under a temporary name
         if not names:
             raise UserError(f"no policy matches {run}/{pattern}: run the stage that makes it, or leave it out of --policies")
         found += [name for name in names if name not in found]
@@ -211,6 +212,7 @@ def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None
             del backbone  # hf holds it, vLLM has its own
         if name in adapted:
             policy.refuse_foreign(run / name, fingerprint)
+            adapters.check_intact(run / name)
         engine.use(run / name if name in adapted else None)
         template_hash = data.template_hash(tokenizer, cfg.prompt_template, cfg.system_prompt)
         if info.get("template_hash", template_hash) != template_hash:
@@ -256,6 +258,8 @@ def run_eval(cfg: EvalConfig) -> None:
     cfg.engine = rollout.choose_engine(cfg.engine)
     if not pathlib.Path(cfg.run_dir).is_dir():
         raise UserError(f"run directory {cfg.run_dir} not found: run 01_train_lora_grpo.py first")
+    if accelerator.is_main_process:
+        run_dir.claim(pathlib.Path(cfg.run_dir) / cfg.output)
     measure(cfg, find_policies(cfg), accelerator)
     if cfg.output == "eval" and accelerator.is_main_process:
         print(report.write(pathlib.Path(cfg.run_dir)))

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 
 from common import rank1
-from common.run_dir import UserError, atomic_dir, atomic_write_text, matches, read_json, reading, time_limit
+from common.run_dir import UserError, atomic_dir, atomic_write_text, matches, read_json, reading, save_tensors, sha256, time_limit, writing
 
 ROUNDED = {"BF16": torch.bfloat16, "F16": torch.float16}  # dtypes in which a step of RL is near the rounding, by safetensors' names
 TRAINING = "the training that writes it (here: 01_train_lora_grpo.py)"
@@ -160,6 +160,14 @@ def read_info(folder: pathlib.Path) -> dict:
     return {"backbone": backbone} if backbone else {}
 
 
+def check_intact(folder: pathlib.Path) -> None:
+    """Raises UserError where the adapter in `folder` is not bit for bit what was written there. Others' have no record to compare with."""
+    read_header(folder)  # names what is missing or cut off
+    wanted, path = read_info(folder).get("sha256"), folder / "adapter_model.safetensors"
+    if wanted and sha256(path) != wanted:
+        raise UserError(f"{path} is not as it was written, by a bad disk or by hand: put a good copy there, or make it again")
+
+
 @dataclasses.dataclass
 class Header:
     """What can be said of an adapter without reading a tensor."""
@@ -227,10 +235,11 @@ def write_adapter(folder: pathlib.Path, adapter: Adapter, info: dict) -> None:
             raise ValueError(f"{module}: factors of rank {b.shape[1]} where the config says {rank}")
         tensors[f"base_model.model.{module}.lora_A.weight"] = a.float().contiguous()
         tensors[f"base_model.model.{module}.lora_B.weight"] = b.float().contiguous()
-    with atomic_dir(folder, overwrite=True) as temporary:
-        safetensors.torch.save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+    with writing(folder), atomic_dir(folder, overwrite=True) as temporary:
+        save_tensors(temporary / "adapter_model.safetensors", tensors, metadata={"format": "pt"}, dtype=None)
         atomic_write_text(temporary / "adapter_config.json", json.dumps(adapter.config, indent=2))
-        atomic_write_text(temporary / "checkpoint.json", json.dumps(info))
+        noted = info | {"sha256": sha256(temporary / "adapter_model.safetensors")}  # for `check_intact`
+        atomic_write_text(temporary / "checkpoint.json", json.dumps(noted))
 
 
 def extended(last: Adapter, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Adapter:

@@ -18,6 +18,7 @@ import typing
 import yaml
 from transformers import HfArgumentParser
 
+from common import run_dir
 from common.run_dir import UserError, first_line, matches, time_limit
 
 SECTIONS = ("shared", "train", "extract", "predict", "extrapolate", "continue", "eval", "reproduce")
@@ -143,20 +144,29 @@ def as_dict(config: StageConfig, leave_out: typing.Iterable[str] = ()) -> dict:
 
 
 def run_stage(main: typing.Callable[[], None], one_process: bool = False) -> None:
-    """Calls a stage's `main`; a UserError becomes one line on stderr and exit code 2, Ctrl-C a hint and exit code 130.
+    """Calls a stage's `main`; a UserError becomes one line on stderr and exit code 2, Ctrl-C and SIGTERM a hint and 130 and 143.
 
     one_process: of the processes that `accelerate launch` started, only the first works; for stages whose work is seconds long.
     """
-    if one_process and os.environ.get("RANK", "0") != "0":
+    first = os.environ.get("RANK", "0") == "0"
+    if one_process and not first:
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts us in the background has it ignored
+    numbers = (signal.SIGINT, signal.SIGTERM)  # a shell that starts us in the background has the first ignored
+    before = [signal.signal(number, run_dir.interrupt) for number in numbers]
     try:
         main()
     except UserError as error:
         line = "".join(letter if letter.isprintable() else " " for letter in str(error))  # it may quote a file, terminal codes and all
         print(f"error: {line[:2000]}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("\nstopped: type the same command to go on from the last complete step", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)  # a launcher passes a signal on to a group that has it already
+        if first:
+            print("\nstopped: type the same command to go on from the last complete step", file=sys.stderr)
+        raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
+    finally:
+        run_dir.release()
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

@@ -19,14 +19,14 @@ import argparse
 import json
 import pathlib
 import random
-import shutil
 
 import torch
 from tokenizers import AddedToken
 from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from common.run_dir import atomic_dir, atomic_write_text
+from common import config as configs
+from common.run_dir import atomic_dir, atomic_write_text, copy_files, save_pretrained
 
 SHIPPED = pathlib.Path(__file__).parent / "demo_backbone"
 CAREFUL_SHARE, SLIP, WRONG_DIGIT = 0.30, 0.05, 0.35
@@ -189,8 +189,7 @@ def pretrain(out: pathlib.Path, steps: int = STEPS) -> list[float]:
         losses.append(total)
         bar.set_postfix(loss=f"{total:.3f}")
     with atomic_dir(out, overwrite=True) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_pretrained(folder, model, tokenizer)
         atomic_write_text(folder / "pretraining_loss.json", json.dumps([round(loss, 6) for loss in losses]))
     return losses
 
@@ -207,7 +206,7 @@ def main() -> None:
         return
     if not (args.run_dir / "backbone").exists():
         with atomic_dir(args.run_dir / "backbone") as folder:
-            shutil.copytree(SHIPPED, folder, dirs_exist_ok=True)
+            copy_files(SHIPPED.iterdir(), folder)
     write_data(args.run_dir / "data")
     print(
         f"wrote {args.run_dir}/backbone (a {sum(p.numel() for p in make_model(20).parameters()):,}-parameter Qwen2) "
@@ -216,4 +215,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    configs.run_stage(main)

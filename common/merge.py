@@ -6,15 +6,13 @@ tensor, and about four times the largest matrix in fp32.
 
 import json
 import pathlib
-import shutil
 from collections.abc import Callable
 
-import safetensors.torch
 import torch
 
 from common.adapters import Adapter
 from common.model_files import ModelFolder, open_model
-from common.run_dir import UserError, atomic_dir, atomic_write_text
+from common.run_dir import UserError, atomic_dir, atomic_write_text, copy_files, save_tensors
 
 SHARD_BYTES = 10**9
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # of an entry, in the dtypes that can be merged into
@@ -94,9 +92,9 @@ def merge(
     }
     shards, rounding, weight_map, total = plan_shards(sizes, limit), Rounding(), {}, 0
     with atomic_dir(out, overwrite=True) as folder:
-        for path in base.iterdir():
-            if path.suffix in _COPIED and path.name not in ("config.json", "checkpoint.json") and not path.name.endswith(".index.json"):
-                shutil.copyfile(path, folder / path.name)
+        own = ("config.json", "checkpoint.json")
+        beside = [path for path in base.iterdir() if path.suffix in _COPIED and path.name not in own]
+        copy_files([path for path in beside if not path.name.endswith(".index.json")], folder)
         for i, names in enumerate(shards, 1):
             file, tensors = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors", {}
             for name in names:
@@ -111,7 +109,7 @@ def merge(
                 else:
                     tensors[name] = weight.to(dtype)
                 weight_map[name], total = file, total + tensors[name].nbytes
-            safetensors.torch.save_file(tensors, folder / file, metadata={"format": "pt"})
+            save_tensors(folder / file, tensors, metadata={"format": "pt"}, dtype=None)
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             atomic_write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2))

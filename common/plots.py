@@ -49,12 +49,9 @@ MARKS = {
 
 
 def save(figure, path: pathlib.Path) -> pathlib.Path:
-    """Writes the picture under a temporary name and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=150, bbox_inches="tight")
+    """Writes the picture and closes the figure."""
+    run_dir.save_figure(path, figure)
     plt.close(figure)
-    temporary.replace(path)
     return path
 
 

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 
 import safetensors.torch
 import torch
@@ -18,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
-from common import adapters, model_files
+from common import adapters, model_files, run_dir
 from common.adapters import is_adapter, is_model
-from common.run_dir import UserError, atomic_dir, atomic_write_text, first_line, read_json
+from common.run_dir import UserError, atomic_dir, atomic_write_text, first_line, read_json, writing
 
 HEAD_CHUNK = 4096  # tokens whose [tokens, vocabulary] logits exist at one time
 
@@ -155,9 +154,13 @@ def save_policy(policy, tokenizer, folder: pathlib.Path, info: dict) -> None:
 
 def save_lora(policy, folder: pathlib.Path, info: dict) -> None:
     """Saves the adapter in fp32 as PEFT lays it out, with `info` in checkpoint.json, all or nothing."""
-    with atomic_dir(folder, overwrite=True) as temporary:
-        policy.save_pretrained(temporary, save_embedding_layers=False)
-        atomic_write_text(temporary / "checkpoint.json", json.dumps(info))
+    config = policy.peft_config["default"]
+    if isinstance(config.target_modules, set):  # whose order would differ from process to process
+        config.target_modules = sorted(config.target_modules)
+    with writing(folder), atomic_dir(folder, overwrite=True) as temporary:
+        run_dir.save_pretrained(temporary, policy, save_embedding_layers=False)
+        noted = info | {"sha256": run_dir.sha256(temporary / "adapter_model.safetensors")}  # for adapters.check_intact
+        atomic_write_text(temporary / "checkpoint.json", json.dumps(noted))
 
 
 def save_whole(policy, tokenizer, folder: pathlib.Path, info: dict) -> None:
@@ -166,9 +169,8 @@ def save_whole(policy, tokenizer, folder: pathlib.Path, info: dict) -> None:
     # the backbone's sampling defaults are not how this policy was trained, and saving refuses some that loading takes
     policy.generation_config = GenerationConfig(eos_token_id=ends.eos_token_id, pad_token_id=ends.pad_token_id)
     logging.disable_progress_bar()  # it would draw one over that of the steps
-    with atomic_dir(folder, overwrite=True) as temporary:
-        policy.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+    with writing(folder), atomic_dir(folder, overwrite=True) as temporary:
+        run_dir.save_pretrained(temporary, policy, tokenizer)
         atomic_write_text(temporary / "checkpoint.json", json.dumps(info))
 
 
@@ -225,13 +227,20 @@ def _head(head, hidden, targets, temperature, with_entropy):
 
 def save_resume(folder: pathlib.Path, step: int, policy, optimizer) -> None:
     """What an interrupted run goes on from: folder/resume/step_NNNN with the trained weights and the optimizer. Older ones go."""
-    with atomic_dir(folder / "resume" / f"step_{step:04d}", overwrite=True) as temporary:
-        weights = {name: p.detach().contiguous() for name, p in policy.named_parameters() if p.requires_grad}
-        safetensors.torch.save_file(weights, temporary / "weights.safetensors")
-        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+    state = folder / "resume" / f"step_{step:04d}"
+    with writing(state), atomic_dir(state, overwrite=True) as temporary:
+        weights = {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
+        run_dir.save_tensors(temporary / "weights.safetensors", weights, dtype=None)
+        run_dir.save_state(temporary / "optimizer.pt", optimizer.state_dict())
+        run_dir.write_json(temporary / "sha256.json", {path.name: run_dir.sha256(path) for path in sorted(temporary.iterdir())})
+    forget_resume(folder, but=step)
+
+
+def forget_resume(folder: pathlib.Path, but: int) -> None:
+    """Removes all states that `save_resume` left, but that of step `but`."""
     for old in (folder / "resume").glob("step_*"):
-        if old.name != f"step_{step:04d}":
-            shutil.rmtree(old)
+        if old.name != f"step_{but:04d}":
+            run_dir.remove(old)
 
 
 def load_resume(folder: pathlib.Path, policy, optimizer) -> int | None:
@@ -240,6 +249,9 @@ def load_resume(folder: pathlib.Path, policy, optimizer) -> int | None:
     if not states:
         return None
     with _loading(f"resume state {states[-1]}", "it is broken: start the stage again with --overwrite"):
+        written = read_json(states[-1] / "sha256.json", "this stage with --overwrite")
+        if any(run_dir.sha256(states[-1] / name) != written.get(name) for name in ("weights.safetensors", "optimizer.pt")):
+            raise ValueError("it is not as it was written")
         weights = safetensors.torch.load_file(states[-1] / "weights.safetensors")
         optimizer_state = torch.load(states[-1] / "optimizer.pt", weights_only=True, map_location="cpu")
         trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from common import config as configs
 from common import plans, tables
 from common.plans import Job
-from common.run_dir import UserError, read_json, write_json
+from common.run_dir import UserError, claim, read_json, write_json
 
 PROGRESS = re.compile(r"(?:step )?(\d+)/(\d+) ")
 # What a preset may have typed: a module of ours, and options of the launcher that name no other program.
@@ -53,6 +53,7 @@ class Runner:
         self.last_lines: dict[str, collections.deque] = {}
         self.finished = set()
         self.running: dict[str, subprocess.Popen] = {}
+        self.readers: dict[str, threading.Thread] = {}  # of what they print
         self.output: queue.Queue = queue.Queue()  # (job, line), and (job, None) at its end
         self.progress = {job.name: 0.0 for job in jobs}  # in units of work
         self.first_step: dict[str, int] = {}
@@ -72,6 +73,7 @@ class Runner:
         bar = tqdm(
             total=round(total), desc="whole experiment", bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} gone{postfix}", postfix=""
         )
+        number = signal.SIGINT
         try:
             while len(self.finished) < len(self.jobs):
                 self._start_ready(bar)
@@ -86,12 +88,20 @@ class Runner:
                 bar.n = round(done)
                 if done > total / 100:  # before that there is nothing to reckon with
                     bar.set_postfix_str(f"about {lane_seconds / done * (total - done) / len(self.lanes) / 60:.0f} min left")
+        except KeyboardInterrupt as stop:
+            number = stop.args[0] if stop.args else number
+            raise
         finally:
-            for process in self.running.values():  # the whole group: the launcher does not pass a signal on to the stage it started
-                os.killpg(process.pid, signal.SIGINT)
-            for process in self.running.values():
-                process.wait()
+            self._stop(number)
             bar.close()
+
+    def _stop(self, number: int) -> None:
+        """Passes a signal on to all that runs, and waits for its end."""
+        for process in self.running.values():  # the whole group: the launcher does not pass a signal on to the stage it started
+            os.killpg(process.pid, number)
+        for name, process in self.running.items():
+            self.readers[name].join()  # the launcher ends before the stage; the end of the output is that of both
+            process.wait()
 
     def _start_ready(self, bar) -> None:
         for job in self.jobs:
@@ -116,7 +126,8 @@ class Runner:
                     start_new_session=True,
                 )
                 self.running[job.name] = process
-                threading.Thread(target=self._read, args=(job, process), daemon=True).start()
+                self.readers[job.name] = threading.Thread(target=self._read, args=(job, process), daemon=True)
+                self.readers[job.name].start()
 
     def _read(self, job: Job, process: subprocess.Popen) -> None:
         for line in process.stdout:
@@ -190,6 +201,7 @@ def main() -> None:
         print("\n".join(job.line for job in jobs))
         return
     stamp = hashlib.sha256(json.dumps(preset, sort_keys=True).encode()).hexdigest()[:16]
+    claim(pathlib.Path(root) / "reproduce.json")
     logs = pathlib.Path(root) / "logs" if args.grid else None
     if logs:
         logs.mkdir(parents=True, exist_ok=True)

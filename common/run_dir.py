@@ -1,13 +1,17 @@
 """The run directory: where things are, and how they get there whole.
 
-A stage writes everything to a temporary name and renames it, and writes `done.json` last. So a file or folder with its final
-name is complete, and a stage without `done.json` is unfinished, however it was interrupted.
+A stage writes everything to a temporary name, flushes it to the disk and renames it, and writes `done.json` last. So a file or folder
+with its final name is complete, and a stage without `done.json` is unfinished, however it was interrupted. What a kill leaves under
+a temporary name goes when the stage is started again. Two processes never write one folder (`claim`).
+
+All that writes or deletes is here, but for the RAM disk of vllm_engine.py and the logs of reproduce.py (a test holds that).
 
 What is read may have been made by others: names are checked before they become paths (`safe_name`), JSON for its size, depth and types,
 and what could run for ever has a `time_limit`. What is wrong is one line that names the file.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -15,11 +19,13 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
 import types
 import typing
+from collections.abc import Iterable
 
 import safetensors
 import safetensors.torch
@@ -38,44 +44,210 @@ class UserError(Exception):
 # Writing
 # ---------------------------------------------------------------------------------------------------------------------------
 
+_going_on = {"writes": 0, "signal": 0}  # writes begun and not ended, and the signal that came during one
+_claimed: dict[pathlib.Path, int] = {}  # folder -> its lock file, open
+
+
+def interrupt(number: int, frame: object = None) -> None:
+    """Handler of SIGINT and SIGTERM: raises KeyboardInterrupt(number), during a write at its end."""
+    if not _going_on["writes"]:
+        raise KeyboardInterrupt(number)
+    _going_on["signal"] = number
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path):
+    """While `path` is written: what the disk refuses becomes one line that names it, and SIGINT and SIGTERM wait for the end."""
+    _going_on["writes"] += 1
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"cannot write {path} ({reason}): make room or allow it, then type the same command again to go on") from error
+    finally:
+        _going_on["writes"] -= 1
+        number = 0 if _going_on["writes"] else _going_on["signal"]
+        _going_on["signal"] -= number
+    if number:
+        raise KeyboardInterrupt(number)
+
+
+def _beside(path: pathlib.Path, mark: str = "") -> pathlib.Path:
+    return path.with_name(f".{path.name}{mark}.tmp")
+
+
+def _flush(path: pathlib.Path) -> None:
+    """Has the disk keep the file `path`, or the folder `path` with all files in it."""
+    for part in [*path.iterdir(), path] if path.is_dir() else [path]:
+        handle = os.open(part, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _delete(path: pathlib.Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif os.path.lexists(path):  # asked first: where nothing may be written, deleting nothing is an error
+        path.unlink(missing_ok=True)
+
+
+def remove(path: pathlib.Path) -> None:
+    """Removes a file or folder, if it is there. Its name goes first, so that a kill leaves no half of it under that name."""
+    with writing(path):
+        _delete(_beside(path, ".old"))
+        if os.path.lexists(path):
+            os.replace(path, _beside(path, ".old"))
+            _delete(_beside(path, ".old"))
+
+
+@contextlib.contextmanager
+def atomic_file(path: pathlib.Path):
+    """Yields a temporary name beside `path`: the file written there becomes `path` when the block ends without an error."""
+    temporary = _beside(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)  # on a full disk it is the room that others need
+            raise
+
 
 def atomic_write_text(path: pathlib.Path, text: str) -> None:
-    """Writes `text` to `path` under a temporary name, flushes it to the disk and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Writes `text` to the file `path`, all or nothing."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: pathlib.Path, value: object) -> None:
     atomic_write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def save_tensors(path: pathlib.Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Saves `tensors` to the safetensors file `path` in fp32, under a temporary name first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    safetensors.torch.save_file({name: tensor.float().contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def save_tensors(
+    path: pathlib.Path,
+    tensors: dict[str, torch.Tensor],
+    metadata: dict[str, str] | None = None,
+    dtype: torch.dtype | None = torch.float32,
+) -> None:
+    """Saves `tensors` to the safetensors file `path`, all or nothing, in `dtype`, or with None as they are."""
+    with atomic_file(path) as temporary:
+        made = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
+        safetensors.torch.save_file(made, temporary, metadata=metadata)
+
+
+def save_state(path: pathlib.Path, state: dict) -> None:
+    """Saves an optimizer's state to the file `path`, all or nothing; it loads with weights_only=True."""
+    with atomic_file(path) as temporary:
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # what a full disk looks like from here
+            raise OSError("the file was cut short") from error
+
+
+def save_pretrained(folder: pathlib.Path, *parts, **options) -> None:
+    """Saves models and tokenizers to `folder`, as Hugging Face's libraries lay them out. Not all or nothing: for within `atomic_dir`."""
+    with writing(folder):
+        for part in parts:
+            part.save_pretrained(folder, **options)
+
+
+def save_figure(path: pathlib.Path, figure) -> None:
+    """Saves a matplotlib figure to the picture `path`, all or nothing."""
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], dpi=150, bbox_inches="tight")
+
+
+def copy_files(paths: Iterable[pathlib.Path], folder: pathlib.Path) -> None:
+    """Copies files into `folder`. Not all or nothing: for within `atomic_dir`."""
+    with writing(folder):
+        for path in paths:
+            shutil.copyfile(path, folder / path.name)
 
 
 @contextlib.contextmanager
 def atomic_dir(path: pathlib.Path, overwrite: bool = False):
-    """Yields an empty temporary folder beside `path`, which becomes `path` when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    if path.exists():
-        if not overwrite:
-            raise UserError(f"{path} is there already")
-        shutil.rmtree(path)
-    os.replace(temporary, path)
+    """Yields an empty temporary folder beside `path`, which becomes `path` when the block ends without an error.
+
+    With `overwrite` an older `path` makes way: between two renames there is none, so what can't be made again is not for `overwrite`.
+    """
+    temporary, old = _beside(path), _beside(path, ".old")
+    with writing(path):
+        _delete(temporary)
+        temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        with writing(path):
+            _flush(temporary)
+            if path.exists() and not overwrite:
+                raise UserError(f"{path} is there already")
+            _delete(old)
+            if os.path.lexists(path):
+                os.replace(path, old)
+            os.replace(temporary, path)
+            _delete(old)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def claim(folder: pathlib.Path) -> None:
+    """Takes `folder` for this process, until it ends or calls `release`, and clears what a killed one left there under temporary names.
+
+    Raises UserError where another process has it. The lock is the kernel's, on .<name>.lock beside the folder: however a process ends,
+    its lock is gone.
+    """
+    folder = pathlib.Path(os.path.abspath(folder))
+    if folder in _claimed:
+        return
+    lock = folder.with_name(f".{folder.name}.lock")
+    with writing(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        _claimed[folder] = _locked(lock, folder)
+    for left in [_beside(folder), _beside(folder, ".old"), *folder.rglob(".*.tmp")]:
+        with writing(left):
+            _delete(left)
+
+
+def tidy(folder: pathlib.Path) -> None:
+    """Clears what a process that was killed at its very end left of the finished `folder`. Where nothing may be written it stays."""
+    with contextlib.suppress(UserError):
+        claim(folder)
+
+
+def _locked(lock: pathlib.Path, folder: pathlib.Path) -> int:
+    """The file `lock`, open and locked."""
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(handle, 200).decode().strip() or "a process that has just begun"
+            os.close(handle)
+            raise UserError(f"{folder} is being written by {owner}: wait for it, or stop it") from None
+        except OSError as error:
+            print(f"warning: no locks on this file system ({error.strerror}): keep a second process out of {folder}", file=sys.stderr)
+            return handle
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(lock), os.fstat(handle)):
+                break
+        os.close(handle)  # its owner removed it after we had opened it: that lock keeps nobody out
+    with contextlib.suppress(OSError):  # a full disk is named by what is written next
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return handle
+
+
+def release() -> None:
+    """Gives back all that this process has claimed."""
+    while _claimed:
+        folder, handle = _claimed.popitem()
+        with contextlib.suppress(OSError):
+            folder.with_name(f".{folder.name}.lock").unlink()  # while it is still locked
+        os.close(handle)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -278,7 +450,8 @@ class Stage:
         Raises UserError where the folder holds something made with another config or from other inputs.
         """
         if overwrite and writer:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            claim(self.folder)
+            remove(self.folder)
         if (self.folder / "config.json").exists():
             kinds = {"config": dict, "inputs": dict}
             self._check_same(read_json(self.folder / "config.json", "this stage with --overwrite", kinds))
@@ -289,9 +462,11 @@ class Stage:
             done = read_json(self.folder / "done.json", "this stage with --overwrite", kinds)
             if at_least is None or done["config"][at_least[0]] >= at_least[1]:
                 if writer:
+                    tidy(self.folder)
                     print(f"{self.folder} is done already; --overwrite makes it again")
                 return True
         if writer:
+            claim(self.folder)
             write_json(self.folder / "config.json", {**self.record, "versions": versions()})
         return False
 
@@ -334,5 +509,11 @@ class StepLog:
 
     def append(self, *rows: dict) -> None:
         if self.active:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+    def keep(self) -> None:
+        """Has the disk keep the rows so far: for before a resume state that counts on them."""
+        if self.active:
+            with writing(self.path):
+                _flush(self.path)

@@ -124,13 +124,17 @@ class VLLMEngine:
             )
             for seed in seeds
         ]
-        outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, lora_request=self.lora, use_tqdm=False)
+        try:
+            outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, lora_request=self.lora, use_tqdm=False)
+        except Exception as error:
+            what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise UserError(f"vLLM failed while sampling ({what}): type the same command again to go on") from error
         if len(outputs) != len(prompts):
             raise UserError(f"vLLM returned {len(outputs)} responses to {len(prompts)} prompts")
         if self.sleeps:
             self.llm.sleep(level=1)  # weights to CPU memory: level 2 would lose the backbone
             self.asleep = True
-        return [_rollout(output.outputs[0]) for output in outputs]
+        return [_rollout(output.outputs) for output in outputs]
 
     def close(self) -> None:
         """Gives the device memory back, for another engine in the same process. Ends the process group that vLLM shares, too."""
@@ -147,7 +151,10 @@ class VLLMEngine:
             self.asleep = False
 
 
-def _rollout(completion) -> Rollout:
+def _rollout(completions: list) -> Rollout:
+    if len(completions) != 1 or not completions[0].token_ids:
+        raise UserError(f"vLLM returned {len(completions)} responses to one prompt, or one without a token: type the same command again")
+    completion = completions[0]
     if len(completion.logprobs.logprobs) != len(completion.token_ids):
         raise UserError(f"vLLM returned {len(completion.logprobs.logprobs)} log-probabilities to {len(completion.token_ids)} tokens")
     return Rollout(list(completion.token_ids), list(completion.logprobs.logprobs), completion.finish_reason == "stop")

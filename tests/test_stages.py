@@ -495,6 +495,7 @@ def spoil_tensor(path: pathlib.Path) -> None:
     tensors = safetensors.torch.load_file(path)
     tensors[sorted(tensors)[0]][0, 0] = float("nan")
     safetensors.torch.save_file(tensors, path)
+    edit_json(path.with_name("checkpoint.json"), sha256=run_dir.sha256(path))
 
 
 def edit_json(path: pathlib.Path, **changes):
@@ -596,6 +597,7 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(finished_run, cop
     state = copy / "train" / "resume" / "step_0008" / "weights.safetensors"
     tensors = safetensors.torch.load_file(state)
     safetensors.torch.save_file({name: torch.full_like(t, torch.inf) if "lora_B" in name else t for name, t in tensors.items()}, state)
+    edit_json(state.with_name("sha256.json"), **{state.name: run_dir.sha256(state)})
     code, line = call_stage(monkeypatch, capsys, "01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(copy), "--steps", "10")
     assert code == 2
     assert "non-finite loss" in line

@@ -1,0 +1,210 @@
+"""Kills the stages of an experiment at random moments, starts them again with the same command, compares with a run left in peace.
+
+    python tests/bench/torture.py --preset demo --kills 100 --out runs/torture
+    python tests/bench/torture.py --preset tests/tiny.yaml --kills 8 --against runs/tiny --out runs/torture     # as the test suite does
+
+The commands are those of `reproduce`, one after another. A kill is SIGKILL or SIGTERM; it comes at a random moment of the stage, or just
+before or after the n-th rename that the stage makes (n = 1, 2, ... is its start or resume), and every fourth is followed by a second one
+right after the restart. Where a stage ends before its moment, the kill moves to the next command; chains are run until all kills are
+spent. Every file of both run directories is compared bit for bit; left out is what tells the time (keys with "seconds", report.md, Fig. 5).
+
+A stage is a fork of this process, which has the libraries loaded: a start costs no seconds of imports, and kills hit the stage's own work.
+"""
+
+import argparse
+import collections
+import importlib
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+import transformers.models.qwen2.modeling_qwen2
+import transformers.models.qwen2.tokenization_qwen2  # noqa: F401  (these two: what a stage would load after the fork)
+
+from common import config as configs
+from common import plans
+
+TELLS_TIME = ("report.md", "fig5_cost.png")
+NO_STAGES = ("reproduce.json", "printed.txt")  # written by others
+SIGNALS = {signal.SIGKILL: (-signal.SIGKILL,), signal.SIGTERM: (143, -signal.SIGTERM)}  # the second: before the stage's handler is there
+
+
+class Stage:
+    """A command of the experiment, started as a fork of this process in a process group of its own."""
+
+    def __init__(self, argv: list[str], log: pathlib.Path, at_rename: tuple[int, int, bool] | None = None):
+        """at_rename: (n, signal, after): the stage sends itself the signal before or after its n-th rename."""
+        sys.stdout.flush()
+        self.pid, self.code = os.fork(), None
+        if self.pid == 0:
+            os.setsid()
+            handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(handle, 1)
+            os.dup2(handle, 2)
+            os.chdir(ROOT)
+            if at_rename:
+                signal_at_rename(*at_rename)
+            os._exit(call(argv))
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit code (minus the signal's number for a killed one), or None if it still runs after so many seconds."""
+        end = time.monotonic() + seconds
+        while self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > end:
+                break
+            else:
+                time.sleep(0.005)
+        return self.code
+
+
+def call(argv: list[str]) -> int:
+    """A stage's or the preparation's main in this process."""
+    sys.argv, code = argv, 0
+    try:
+        configs.run_stage(importlib.import_module(argv[0].removesuffix(".py")).main)
+    except SystemExit as stop:
+        code = stop.code or 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+def signal_at_rename(n: int, number: int, after: bool) -> None:
+    rename, count = os.replace, 0
+
+    def counted(*paths):
+        nonlocal count
+        count += 1
+        if count == n and not after:
+            os.kill(os.getpid(), number)
+        rename(*paths)
+        if count == n and after:
+            os.kill(os.getpid(), number)
+
+    os.replace = counted
+
+
+def commands(preset_name: str, run: pathlib.Path) -> list[list[str]]:
+    """[script or module, flags ...] of every command of the experiment, in order."""
+    found = []
+    for job in plans.single(preset_name, configs.load_preset(preset_name), str(run)):
+        first = next(i for i, word in enumerate(job.argv) if word.endswith(".py") or word.startswith("common."))
+        found.append(job.argv[first:])
+    return found
+
+
+def undisturbed(preset_name: str, run: pathlib.Path) -> list[float]:
+    """Runs every command; returns the seconds each took."""
+    seconds = []
+    for argv in commands(preset_name, run):
+        began = time.monotonic()
+        if code := Stage(argv, run.with_name("whole.log")).wait(36000):
+            raise SystemExit(f"exit code {code}: {' '.join(argv)}; see {run.with_name('whole.log')}")
+        seconds.append(time.monotonic() - began)
+        print(f"{seconds[-1]:6.1f} s  {' '.join(argv)}", flush=True)
+    return seconds
+
+
+def disturbed(preset_name: str, run: pathlib.Path, seconds: list[float], kills: int, rng: random.Random, done: collections.Counter) -> None:
+    """Runs every command with `kills` kills spread over the stages, counted in `done` by (stage, signal, moment)."""
+    lines, log = commands(preset_name, run), run.with_name(f"{run.parent.name}.log")
+    stages = collections.defaultdict(list)
+    for i, argv in enumerate(lines):
+        if argv[0].endswith(".py"):
+            stages[argv[0][:2]].append(i)
+    planned = collections.Counter(rng.choice(stages[sorted(stages)[i % len(stages)]]) for i in range(kills))
+    due = 0
+    for i, argv in enumerate(lines):
+        due += planned[i]
+        twice = False
+        while True:
+            number = rng.choice(list(SIGNALS))
+            moment = rng.choice(["clock", "rename"]) if due else None
+            at_rename = (rng.randint(1, 12), number, rng.random() < 0.5) if moment == "rename" else None
+            stage = Stage(argv, log, at_rename)
+            wait = 36000.0
+            if moment == "clock":
+                wait = rng.uniform(0, min(0.5, seconds[i]) if twice else seconds[i])
+            if stage.wait(wait) is None:
+                os.killpg(stage.pid, number)
+            code = stage.wait(36000)
+            if code == 0:
+                break  # done; a kill that came too late is still due
+            if not due or code not in SIGNALS[number]:
+                raise SystemExit(f"exit code {code} after signal {number if due else 'none'}: {' '.join(argv)}; see {log}")
+            done[argv[0][:2], number, moment + (", again at once" if twice else "")] += 1
+            due -= 1
+            twice = not twice and due > 0 and rng.random() < 0.25
+
+
+def plain(path: pathlib.Path, run: pathlib.Path) -> object:
+    """What of a file is compared: JSON without times, text without the run directory's place, else the bytes."""
+
+    def timeless(value):
+        if isinstance(value, dict):
+            return {key: timeless(item) for key, item in value.items() if "seconds" not in key and key != "tokens_per_second"}
+        return [timeless(item) for item in value] if isinstance(value, list) else value
+
+    content = path.read_bytes()
+    if path.suffix in (".json", ".jsonl", ".md"):
+        content = re.sub(re.escape(str(run)).encode(), b"{run_dir}", content)
+    if path.suffix == ".jsonl":
+        return [timeless(json.loads(line)) for line in content.splitlines()]
+    return timeless(json.loads(content)) if path.suffix == ".json" else content
+
+
+def differences(one: pathlib.Path, two: pathlib.Path) -> list[str]:
+    """What the run directory `two` has otherwise than `one`; anything under a temporary name counts too."""
+    names = [
+        {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file() and p.name not in (*TELLS_TIME, *NO_STAGES)} for run in (one, two)
+    ]
+    found = [f"only in {run}: {name}" for run, mine, other in ((one, *names), (two, *names[::-1])) for name in sorted(mine - other)]
+    found += [f"left behind: {name}" for name in sorted(names[1]) if "/." in f"/{name}" and name in names[0]]
+    return found + [f"differs: {name}" for name in sorted(names[0] & names[1]) if plain(one / name, one) != plain(two / name, two)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="demo", help="a name in common/presets or a YAML file")
+    parser.add_argument("--kills", type=int, default=100, help="at least so many")
+    parser.add_argument("--seed", type=int, default=0, help="of stages, moments and signals")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the run directories; what is in it goes")
+    parser.add_argument("--against", type=pathlib.Path, help="a finished run of the preset [one is made]")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.out = args.out.absolute()
+    shutil.rmtree(args.out, ignore_errors=True)
+    whole = args.against.absolute() if args.against else args.out / "whole" / "run"
+    args.out.joinpath("whole").mkdir(parents=True)
+    seconds = [2.0] * len(commands(args.preset, whole)) if args.against else undisturbed(args.preset, whole)
+    rng, done, chain, found = random.Random(args.seed), collections.Counter(), 0, []
+    while done.total() < args.kills:
+        chain += 1
+        run = args.out / f"killed{chain}" / whole.name
+        run.parent.mkdir()
+        disturbed(args.preset, run, seconds, args.kills - done.total(), rng, done)
+        found += differences(whole, run)
+    print("| stage | signal | moment | kills |\n|---|---|---|--:|")
+    for (stage, number, moment), count in sorted(done.items()):
+        print(f"| {stage} | {signal.Signals(number).name} | {moment} | {count} |")
+    print(f"{done.total()} kills, as many restarts, in {chain} runs of {len(seconds)} commands; differences: {len(found)}")
+    print("\n".join(found))
+    raise SystemExit(1 if found else 0)
+
+
+if __name__ == "__main__":
+    main()

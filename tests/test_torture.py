@@ -1,0 +1,483 @@
+"""Killed, starved and crowded: what was whole stays whole, the message is one line, and the same command goes on."""
+
+import contextlib
+import errno
+import fcntl
+import importlib
+import os
+import pathlib
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import types
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT, TINY, call_stage
+from test_stages import metrics, weights
+
+from common import config, policy, reproduce, rollout, run_dir
+from common.run_dir import UserError
+
+sys.path.insert(0, str(ROOT / "tests" / "bench"))
+import torture
+
+stage1 = importlib.import_module("01_train_lora_grpo")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Killed
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_killed_at_random_moments_every_stage_makes_what_it_makes_in_peace(finished_run, tmp_path):
+    """The short form of tests/bench/torture.py. It also shows that the same seed gives the same files: finished_run is another run."""
+    command = [sys.executable, "tests/bench/torture.py", "--preset", TINY, "--against", str(finished_run), "--out", str(tmp_path / "out")]
+    result = subprocess.run([*command, "--kills", "8"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "8 kills" in result.stdout
+    assert "differences: 0" in result.stdout
+
+
+def test_the_comparison_sees_a_changed_bit_a_row_too_many_and_what_is_left_behind(finished_run, tmp_path):
+    one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
+    for run in (one, two):
+        shutil.copytree(finished_run, run)
+    assert torture.differences(one, two) == []
+    for name in ("train/step_0003/adapter_model.safetensors", "figures/fig2_energy_ratio.png"):
+        content = bytearray((two / name).read_bytes())
+        content[-1] ^= 1
+        (two / name).write_bytes(content)
+    log = two / "train" / "metrics.jsonl"
+    log.write_text(log.read_text() + log.read_text().splitlines()[-1] + "\n")
+    (two / "train" / ".step_0009.tmp").mkdir()
+    (two / "train" / ".step_0009.tmp" / "half").write_text("")
+    assert torture.differences(one, two) == [
+        f"only in {two}: train/.step_0009.tmp/half",
+        "differs: figures/fig2_energy_ratio.png",
+        "differs: train/metrics.jsonl",
+        "differs: train/step_0003/adapter_model.safetensors",
+    ]
+
+
+def killed_at_rename(n: int, after: bool, work) -> int:
+    """Does `work` in a fork that is killed before or after its n-th rename; returns the exit code."""
+    pid = os.fork()
+    if pid == 0:
+        torture.signal_at_rename(n, signal.SIGKILL, after)
+        work()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def replace_folder(path: pathlib.Path) -> None:
+    with run_dir.atomic_dir(path, overwrite=True) as folder:
+        (folder / "a").write_text("new")
+        (folder / "b").write_text("new")
+
+
+def contents(folder: pathlib.Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_folder_that_is_killed_while_it_is_replaced_is_old_new_or_not_there(tmp_path, n, after):
+    stage = tmp_path / "stage"
+    stage.mkdir()
+    for name in "ab":
+        (stage / "step").mkdir(exist_ok=True)
+        (stage / "step" / name).write_text("old")
+    assert killed_at_rename(n, after, lambda: replace_folder(stage / "step")) == -signal.SIGKILL
+    named = contents(stage / "step") if (stage / "step").exists() else None
+    assert named in (None, {"a": "old", "b": "old"}, {"a": "new", "b": "new"})
+    assert named == {(1, False): {"a": "old", "b": "old"}, (2, True): {"a": "new", "b": "new"}}.get((n, after))
+    run_dir.claim(stage)
+    replace_folder(stage / "step")
+    run_dir.release()
+    assert contents(tmp_path) == {"stage/step/a": "new", "stage/step/b": "new"}  # neither temporary names nor a lock
+
+
+@pytest.mark.parametrize(("after", "want"), [(False, "old"), (True, "new")])
+def test_a_file_that_is_killed_while_it_is_written_is_old_or_new(tmp_path, after, want):
+    (tmp_path / "stage").mkdir()
+    path = tmp_path / "stage" / "f.json"
+    path.write_text("old")
+    assert killed_at_rename(1, after, lambda: run_dir.atomic_write_text(path, "new")) == -signal.SIGKILL
+    assert path.read_text() == want
+    run_dir.claim(tmp_path / "stage")
+    run_dir.release()
+    assert contents(tmp_path) == {"stage/f.json": want}
+
+
+def test_a_folder_killed_while_it_is_removed_is_gone_by_its_name(tmp_path):
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "stage" / "done.json").write_text("{}")
+    assert killed_at_rename(1, True, lambda: run_dir.remove(tmp_path / "stage")) == -signal.SIGKILL
+    assert not (tmp_path / "stage").exists()
+    run_dir.claim(tmp_path / "stage")
+    run_dir.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_older_resume_state_that_a_kill_left_goes(finished_run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished_run, run := tmp_path / "run")
+    shutil.copytree(run / "train" / "resume" / "step_0008", run / "train" / "resume" / "step_0007")
+    (run / "train" / "done.json").unlink()
+    assert call_stage(monkeypatch, capsys, "01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(run), "--steps", "8")[0] == 0
+    assert [path.name for path in (run / "train" / "resume").iterdir()] == ["step_0008"]
+    assert metrics(run / "train") == metrics(finished_run / "train")
+
+
+@pytest.mark.parametrize(
+    ("script", "folder", "flags"),
+    [
+        ("03_train_predictor.py", "predictor/weighted", ["--recipes", "weighted"]),
+        ("04_extrapolate.py", "extrapolated/none", ["--methods", "none"]),
+    ],
+)
+def test_what_a_kill_after_the_last_write_left_goes_too(finished_run, tmp_path, monkeypatch, capsys, script, folder, flags):
+    shutil.copytree(finished_run, run := tmp_path / "run")
+    before = contents_hash(run)
+    place = (run / folder).parent
+    (place / f".{(run / folder).name}.lock").write_text("process 4711 on elsewhere\n")
+    shutil.copytree(run / folder, place / f".{(run / folder).name}.old.tmp")
+    assert call_stage(monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(run), *flags) == (0, "")
+    assert contents_hash(run) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Stopped
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "want"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_stage_with_a_hint_how_to_go_on(capsys, number, want):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop:
+        config.run_stage(lambda: os.kill(os.getpid(), number))
+    assert stop.value.code == want
+    assert capsys.readouterr().err == "\nstopped: type the same command to go on from the last complete step\n"
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_waits_for_the_end_of_a_write(tmp_path):
+    def main():
+        with run_dir.writing(tmp_path / "step"), run_dir.atomic_dir(tmp_path / "step") as folder:
+            run_dir.atomic_write_text(folder / "a", "whole")
+            os.kill(os.getpid(), signal.SIGTERM)
+            run_dir.atomic_write_text(folder / "b", "whole")
+        raise AssertionError("went on after the write")
+
+    with pytest.raises(SystemExit) as stop:
+        config.run_stage(main)
+    assert stop.value.code == 143
+    assert contents(tmp_path) == {"step/a": "whole", "step/b": "whole"}
+
+
+def test_reproduce_passes_a_signal_on_and_waits_for_the_stage_behind_its_launcher(tmp_path):
+    """The launcher is a shell that ends at once; what it started ends a second after the signal."""
+    slow = f"import signal, time; signal.signal(15, lambda *_: (time.sleep(1), open({str(tmp_path / 'ended')!r}, 'w'), exit()))"
+    launcher = f'trap "exit 1" TERM; {sys.executable} -c "{slow}; print(1, flush=True); time.sleep(60)" & wait'
+    job = reproduce.Job("01", ["bash", "-c", launcher], [], 1)
+
+    class Loud(reproduce.Runner):
+        def _show(self, *_):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as stop:
+        config.run_stage(Loud([job], [None], tmp_path / "reproduce.json", "stamp").run)
+    assert stop.value.code == 143
+    assert (tmp_path / "ended").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Crowded
+# ---------------------------------------------------------------------------------------------------------------------------
+
+STAGES = {
+    "01_train_lora_grpo.py": ("train", ["--steps", "9"]),
+    "02_extract_deltas.py": ("deltas", []),
+    "03_train_predictor.py": ("predictor/weighted", ["--recipes", "weighted"]),
+    "04_extrapolate.py": ("extrapolated/none", ["--methods", "none", "--overwrite"]),
+    "05_continue_rl.py": ("continued/next-aligned_alpha1.5", ["--more-steps", "3"]),
+    "06_eval.py": ("eval", []),
+}
+
+
+@contextlib.contextmanager
+def held(folder: pathlib.Path):
+    """Another process's lock on `folder`: to the kernel, a file opened a second time is as good as one."""
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+        lock.write("process 4711 on elsewhere\n")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_a_second_process_in_a_stages_folder_is_refused(finished_run, tmp_path, monkeypatch, capsys, script):
+    shutil.copytree(finished_run, run := tmp_path / "run")
+    folder, flags = STAGES[script]
+    (run / folder / "done.json").unlink(missing_ok=True)
+    before = contents_hash(run)
+    with held(run / folder):
+        code, line = call_stage(monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(run), *flags)
+    assert code == 2
+    assert line == f"error: {run / folder} is being written by process 4711 on elsewhere: wait for it, or stop it"
+    (run / folder).with_name(f".{(run / folder).name}.lock").unlink()
+    assert contents_hash(run) == before
+
+
+def contents_hash(run: pathlib.Path) -> dict[str, str]:
+    return {str(path.relative_to(run)): run_dir.sha256(path) for path in run.rglob("*") if path.is_file()}
+
+
+def test_two_reproduce_in_one_run_directory_are_one_too_many(finished_run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["reproduce", "--preset", TINY, "--run-dir", str(finished_run)])
+    with held(finished_run / "reproduce.json"), pytest.raises(UserError, match="written by process 4711"):
+        reproduce.main()
+    (finished_run / ".reproduce.json.lock").unlink()
+
+
+def test_a_claim_is_for_one_process_and_leaves_nothing(tmp_path):
+    run_dir.claim(tmp_path / "stage")
+    run_dir.claim(tmp_path / "stage")  # ours already
+    lock = tmp_path / ".stage.lock"
+    with open(lock) as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    run_dir.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_its_owner_removes_in_between_is_taken_anew(tmp_path, monkeypatch):
+    lock, real, calls = tmp_path / ".stage.lock", fcntl.flock, []
+
+    def owner_ends_first(handle, how):
+        calls.append(how)
+        if len(calls) == 1:
+            lock.unlink()
+        real(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", owner_ends_first)
+    run_dir.claim(tmp_path / "stage")
+    assert len(calls) == 2
+    with open(lock) as other, pytest.raises(BlockingIOError):
+        real(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    run_dir.release()
+
+
+def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    run_dir.claim(tmp_path / "stage")
+    run_dir.release()
+    assert "no locks on this file system (No locks available): keep a second process out" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Starved
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize("failing", ["replace", "fsync"])
+def test_a_disk_that_refuses_is_one_line_that_names_the_file(finished_run, tmp_path, monkeypatch, capsys, failing, number):
+    shutil.copytree(finished_run, run := tmp_path / "run")
+    command = ["04_extrapolate.py", "--config", TINY, "--run-dir", str(run), "--methods", "none", "--overwrite"]
+    before = contents_hash(run)
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, failing, refuse)
+        code, line = call_stage(monkeypatch, capsys, *command)
+    assert code == 2
+    assert line.startswith(f"error: cannot write {run}/extrapolated/")
+    assert line.endswith(f"({os.strerror(number)}): make room or allow it, then type the same command again to go on")
+    assert contents_hash(run) == before
+    assert call_stage(monkeypatch, capsys, *command) == (0, "")
+
+
+@contextlib.contextmanager
+def small_disk(folder: pathlib.Path):
+    """`folder` on a disk of 450 kB, or where that takes rights we lack, no file over 100 kB; yields what makes room."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=450k", "none", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode == 0:
+        try:
+            yield lambda: subprocess.run(["mount", "-o", "remount,size=20m", str(folder)], check=True)
+        finally:
+            subprocess.run(["umount", "-l", str(folder)], check=True)
+        return
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # Python ignores the signal that goes with it
+        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_training_on_a_full_disk_stops_in_one_line_and_goes_on_when_there_is_room(finished_run, empty_run, tmp_path, monkeypatch, capsys):
+    inputs = ["--backbone", str(empty_run / "backbone"), "--train-data", str(empty_run / "data" / "train.jsonl")]
+    command = ["01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(tmp_path / "disk" / "run"), *inputs, "--steps", "4"]
+    with small_disk(tmp_path / "disk") as make_room:
+        folder = tmp_path / "disk" / "run" / "train"
+        code, line = call_stage(monkeypatch, capsys, *command)
+        assert code == 2
+        assert line.startswith(f"error: cannot write {folder}/")
+        assert "make room" in line
+        assert not list(folder.rglob(".*"))
+        kept, whole = weights(folder), weights(finished_run / "train")
+        assert kept.items() <= whole.items()
+        assert 0 < len(kept) < 4
+        make_room()
+        assert call_stage(monkeypatch, capsys, *command)[0] == 0
+        assert weights(folder) == {name: content for name, content in whole.items() if name < "step_0005"}
+        assert metrics(folder) == metrics(finished_run / "train")[:4]
+
+
+def test_what_fails_while_the_optimizer_is_saved_is_one_line(tmp_path, monkeypatch):
+    def cut_short(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+
+    monkeypatch.setattr(torch, "save", cut_short)
+    with pytest.raises(UserError, match=r"cannot write .*optimizer.pt \(the file was cut short\): make room"):
+        run_dir.save_state(tmp_path / "optimizer.pt", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("script", "file", "flags", "message"),
+    [
+        ("01_train_lora_grpo.py", "train/resume/step_0008/weights.safetensors", ["--steps", "9"], "step_0008: it is not as it was written"),
+        ("01_train_lora_grpo.py", "train/resume/step_0008/optimizer.pt", ["--steps", "9"], "step_0008: it is not as it was written"),
+        ("02_extract_deltas.py", "train/step_0003/adapter_model.safetensors", ["--overwrite"], "is not as it was written"),
+        ("03_train_predictor.py", "deltas/rank1.safetensors", [], "input rank1.safetensors"),
+        ("04_extrapolate.py", "train/step_0006/adapter_model.safetensors", ["--methods", "none"], "is not as it was written"),
+        ("04_extrapolate.py", "deltas/rank1.safetensors", ["--methods", "next"], "trained on other deltas"),
+        ("05_continue_rl.py", "extrapolated/none/adapter_model.safetensors", ["--start", "none"], "is not as it was written"),
+        ("06_eval.py", "train/step_0005/adapter_model.safetensors", ["--policies", "train/step_0005"], "is not as it was written"),
+    ],
+)
+def test_a_flipped_bit_is_noticed(finished_run, tmp_path, monkeypatch, capsys, script, file, flags, message):
+    shutil.copytree(finished_run, run := tmp_path / "run")
+    content = bytearray((run / file).read_bytes())
+    content[len(content) * 3 // 4] ^= 8
+    (run / file).write_bytes(content)
+    before = contents_hash(run / "train")
+    code, line = call_stage(monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(run), *flags)
+    assert (code, line[:7]) == (2, "error: "), line
+    assert message in line
+    assert {**contents_hash(run / "train"), "config.json": ""} == {**before, "config.json": ""}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Odd rollouts
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Canned:
+    """An engine that gives every prompt the same response, with the policy's own log-probabilities."""
+
+    def __init__(self, text: str, finished: bool):
+        self.text, self.finished = text, finished
+
+    def __call__(self, name, model, tokenizer, *_):
+        self.model, self.tokens = model, tokenizer(self.text)["input_ids"]
+        return self
+
+    def generate(self, prompts, seeds, max_new_tokens, temperature):
+        with torch.no_grad():
+            logprobs, _ = policy.token_logprobs(self.model, prompts, [self.tokens] * len(prompts), temperature)
+        rows = logprobs.split(len(self.tokens))
+        return [rollout.Rollout(self.tokens, row.tolist(), self.finished) for row in rows]
+
+    def sync(self, model):
+        pass
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("text", "finished", "length"),
+    [
+        (r"\boxed{0}<|end|>", True, 4),  # every group all wrong
+        ("1+1+0=02," * 4, False, 36),  # every response cut
+        ("<|end|>", True, 1),  # every response empty
+    ],
+)
+def test_rollouts_that_teach_nothing_leave_the_policy_alone_and_the_run_goes_on(
+    empty_run, tmp_path, monkeypatch, capsys, text, finished, length
+):
+    shutil.copytree(empty_run, run := tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(rollout, "make_engine", Canned(text, finished))
+        command = ["01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(run)]
+        assert call_stage(monkeypatch, capsys, *command, "--steps", "1")[0] == 0
+    [row] = metrics(run / "train")
+    assert (row["accuracy"], row["truncated_share"], row["zero_variance_groups"]) == (0, float(not finished), 1)
+    assert (row["response_length"], row["loss"], row["grad_norm"]) == (length, 0, 0)
+    tensors = safetensors.torch.load_file(run / "train" / "step_0001" / "adapter_model.safetensors")
+    assert not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
+
+
+@pytest.fixture
+def vllm_engine(monkeypatch):
+    """common.vllm_engine on a vLLM that is not there, and an engine of it whose `llm` the test gives."""
+    fake, request = types.ModuleType("vllm"), types.ModuleType("vllm.lora.request")
+    fake.LLM, fake.SamplingParams, request.LoRARequest = object, dict, object
+    for name, module in {"vllm": fake, "vllm.lora": types.ModuleType("vllm.lora"), "vllm.lora.request": request}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "common.vllm_engine", raising=False)
+    module = importlib.import_module("common.vllm_engine")
+    engine = object.__new__(module.VLLMEngine)
+    engine.ends, engine.lora, engine.sleeps, engine.asleep = [1], None, False, False
+    yield engine
+    sys.modules.pop("common.vllm_engine", None)
+
+
+def response(*completions: list[int]) -> types.SimpleNamespace:
+    made = [
+        types.SimpleNamespace(token_ids=c, logprobs=types.SimpleNamespace(logprobs=[-1.0] * len(c)), finish_reason="stop")
+        for c in completions
+    ]
+    return types.SimpleNamespace(outputs=made)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        ([response([5, 1])], "vLLM returned 1 responses to 2 prompts"),
+        ([response([5, 1]), response()], "vLLM returned 0 responses to one prompt"),
+        ([response([5, 1]), response([])], "or one without a token"),
+        (
+            RuntimeError("EngineCore encountered an issue.\nSee stack trace"),
+            "vLLM failed while sampling (RuntimeError: EngineCore encountered",
+        ),
+    ],
+)
+def test_a_vllm_that_dies_or_returns_too_little_is_one_line(vllm_engine, outputs, message):
+    def generate(*_, **__):
+        if isinstance(outputs, Exception):
+            raise outputs
+        return outputs
+
+    vllm_engine.llm = types.SimpleNamespace(generate=generate)
+    with pytest.raises(UserError) as error:
+        vllm_engine.generate([[2], [3]], [0, 1], 8)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_vllm_that_answers_is_taken_at_its_word(vllm_engine):
+    vllm_engine.llm = types.SimpleNamespace(generate=lambda *_, **__: [response([5, 1]), response([1])])
+    found = vllm_engine.generate([[2], [3]], [0, 1], 8)
+    assert [(r.tokens, r.logprobs, r.finished) for r in found] == [([5, 1], [-1.0, -1.0], True), ([1], [-1.0], True)]
