@@ -176,7 +176,8 @@ def find_measure(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Tr
         adapters.write_adapter(run / name, adapter, adapters.read_info(last))
         flags = ["--config", cfg.config] if cfg.config else []
         flags += ["--run-dir", cfg.run_dir, "--threads", str(cfg.threads), "--policies", name, "--output", "validation"]
-        flags += ["--backbone", backbone_of(last)]
+        named = adapters.read_info(last).get("backbone")
+        flags += ["--backbone", named] if named else []
         wanted = configs.parse(stage6.EvalConfig, "eval", "", [*flags, "--test-data", *cfg.validation_data])
         stage6.run_eval(dataclasses.replace(wanted, **settings))
         run_dir.remove(run / name)

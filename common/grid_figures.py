@@ -116,7 +116,7 @@ def accuracy_by_steps(grid) -> pathlib.Path:
         result.method: policy
         for runs in grid.results.values()
         for policy, result in runs.get("lora", {}).items()
-        if policy.startswith("continued/") and result.steps == grid.total and result.method in COLOURS
+        if policy.startswith("continued/") and result.steps == grid.total and result.method in COLOURS and "-no-" not in result.method
     }
     shown = [name for name in NAMES if name in found]
     for i, name in enumerate(shown):
@@ -132,7 +132,9 @@ def accuracy_by_steps(grid) -> pathlib.Path:
 
 
 def draw_all(grid) -> dict[str, pathlib.Path]:
-    """Draws every figure; title -> path."""
+    """Draws every figure, if the main rows were run; title -> path."""
+    if not grid.get("lora", grid.step(grid.prefix)):
+        return {}
     return {
         "Accuracy by RL step": accuracy_by_steps(grid),
         "Fig. 2: how much of the update is rank 1": energy(grid),

@@ -15,7 +15,7 @@ ABLATIONS = [f"{recipe}-no-{role}" for recipe in ("paper", "aligned") for role i
 OTHER_K, OTHER_RANKS, FEWER_CHECKPOINTS = (2, 8), (4, 64), 8  # beside the preset's own
 LOOP_ROUNDS, LOOP_CHECKPOINTS = 5, 5  # of RL-Extra: rounds, half of `more_steps` long each, and checkpoints in one
 SIDE_SEEDS = 3  # other algorithms and ranks are run for this many seeds
-GRIDS = ("main", "tables")
+GRIDS = ("main", "tables", "rl-extra")
 WITHOUT_LAUNCHER = ["env", "ACCELERATE_USE_CPU=true", "CUDA_VISIBLE_DEVICES=", "python"]  # a process on the CPU, four seconds earlier
 # What a preset may have typed: a module of ours, and options of the launcher that name no other program.
 PREPARE = re.compile(r"(python -m common\.\w+)?")
@@ -139,25 +139,30 @@ def single(preset_name: str, preset: dict, run_dir: str) -> list[Job]:
 
 
 def grid(kind: str, preset_name: str, preset: dict, root: str, seeds: list[int]) -> list[Job]:
-    """`main`: what the preset does, for several seeds. `tables`: all methods, algorithms and ablations. The main rows come first."""
+    """`main`: what the preset does, for several seeds. `tables`: all methods, algorithms and ablations, the main rows first.
+
+    `rl-extra`: RL-Extra's alternating loop alone, which is a part of `tables`.
+    """
     if kind not in GRIDS:
         raise UserError(f"unknown grid '{kind}'; known: {', '.join(GRIDS)}")
     wanted, everything = preset.get("reproduce", {}), kind == "tables"
     launcher = ["accelerate", "launch", *wanted.get("launch", "").split()]
     plan = Plan(preset_name, preset, root, WITHOUT_LAUNCHER if wanted.get("grid_without_launcher") else launcher)
     plan.prepare()
-    for seed in seeds:
-        main_rows(plan, seed, everything)
-    if everything:
+    if kind != "rl-extra":
         for seed in seeds:
-            side_run(plan, seed, "full", full_flags(preset), ["weighted", "paper"], numbers(preset)[2])
-            other_k(plan, seed)
+            main_rows(plan, seed, everything)
+    for seed in seeds if everything else []:
+        side_run(plan, seed, "full", full_flags(preset), ["weighted", "paper"], numbers(preset)[2])
+        other_k(plan, seed)
+    if kind != "main":
+        for seed in seeds:
             rl_extra_loop(plan, seed)
-        for seed in seeds[:SIDE_SEEDS]:
-            for algorithm in ("rloo", "reinforce++"):
-                side_run(plan, seed, algorithm, ["--algorithm", algorithm], ["weighted", "paper"], numbers(preset)[2])
-            for rank in OTHER_RANKS:
-                side_run(plan, seed, f"rank{rank}", rank_flags(preset, rank), ["weighted"], sum(numbers(preset)[:2]))
+    for seed in seeds[:SIDE_SEEDS] if everything else []:
+        for algorithm in ("rloo", "reinforce++"):
+            side_run(plan, seed, algorithm, ["--algorithm", algorithm], ["weighted", "paper"], numbers(preset)[2])
+        for rank in OTHER_RANKS:
+            side_run(plan, seed, f"rank{rank}", rank_flags(preset, rank), ["weighted"], sum(numbers(preset)[:2]))
     return plan.done()
 
 

@@ -183,13 +183,17 @@ def made_with(args: argparse.Namespace) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="demo", help="a name in common/presets or a YAML file")
-    parser.add_argument("--grid", choices=plans.GRIDS, help="main: the preset's methods for several seeds; tables: everything [one run]")
+    parser.add_argument(
+        "--grid", choices=plans.GRIDS, help="main: the preset's methods for several seeds; tables: everything; rl-extra: its loop [one run]"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="training seeds of the grid [0 1 2 3 4]")
     parser.add_argument("--run-dir", help="where everything goes [runs/<preset>, of a grid runs/<preset>_<grid>]")
     parser.add_argument("--jobs", type=int, help="commands at a time [the preset's]")
     parser.add_argument("--report", action="store_true", help="of a grid: only write its tables from the runs that are there")
     parser.add_argument("--print", action="store_true", help="show the commands without running them")
     args = parser.parse_args()
+    if args.report and not args.grid:
+        raise UserError("--report writes the tables of a grid: say which with --grid")
     preset = configs.load_preset(args.preset)
     root = args.run_dir or f"runs/{pathlib.Path(args.preset).stem}" + (f"_{args.grid}" if args.grid else "")
     jobs = plans.grid(args.grid, args.preset, preset, root, args.seeds) if args.grid else plans.single(args.preset, preset, root)

@@ -33,6 +33,7 @@ NAMES = {  # of each method, in tables and figures alike, in the order of the ta
     "repeat-last": "repeat-last (control)",
     "recent-locals": "recent-locals (control)",
     "none": "restart without a jump (control)",
+    "none_merged": "merged restart without a jump (control)",
     "oracle": "oracle (true next delta)",
 }
 FULL_GRPO = "GRPO, full parameters"  # of "grpo" in a run without LoRA
@@ -59,6 +60,8 @@ class Result:
 
     @property
     def label(self) -> str:
+        if self.method == "none_merged":
+            return NAMES[self.method]
         method, last = split_name(self.method.removesuffix("_merged"))
         name = "Backbone" if method == "backbone" else method_name(method, self.full)
         name += f", last {last} checkpoints" if last else ""

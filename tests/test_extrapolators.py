@@ -12,7 +12,7 @@ import torch
 from conftest import call_on
 from peft import PeftModel
 
-from common import adapters, extrapolators, merge, model_files, policy, rank1, run_dir
+from common import adapters, demo, extrapolators, merge, model_files, policy, rank1, run_dir
 
 SCALE = 0.5
 SHAPES = {"a": (24, 16), "b": (16, 40), "c": (40, 30)}
@@ -416,7 +416,7 @@ def test_dare_is_written_as_a_model_and_again_only_when_an_option_changes(run, b
 def test_the_soup_measures_its_candidates_on_the_validation_problems_with_stage_6(run, monkeypatch, capsys):
     """Stage 6 itself for the checkpoints and the first candidate; that one has the best two checkpoints in it."""
     flags = ["--max-prompt-tokens", "16", "--max-new-tokens", "8", "--runs", "1", "--engine", "hf", "--prompt-template", "{prompt}"]
-    flags += ["--system-prompt", "", "--test-data", "{run_dir}/data/valid.jsonl", "--output", "validation"]
+    flags += ["--system-prompt", "", "--test-data", "{run_dir}/data/valid.jsonl", "--output", "validation", "--backbone", str(demo.SHIPPED)]
     assert call_on(monkeypatch, capsys, "06_eval.py", run, "--policies", "train/step_*", *flags)[0] == 0
     assert sorted(path.name for path in run.iterdir()) == ["data", "deltas", "train", "validation"]  # no eval/, no report
     for step in STEPS:

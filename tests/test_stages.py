@@ -116,7 +116,8 @@ def test_ablations_go_through_predictor_jump_and_report(copy, monkeypatch, capsy
     index = json.loads((copy / "deltas" / "index.json").read_text())
     tensors = safetensors.torch.load_file(copy / "deltas" / "rank1.safetensors")
     safetensors.torch.save_file({name: t[1:].clone() for name, t in tensors.items()}, other / "deltas" / "rank1.safetensors")
-    edit_json(other / "deltas" / "index.json", steps=index["steps"][1:])
+    checkpoints = {step: index["checkpoints"][str(step)] for step in index["steps"][1:]}
+    edit_json(other / "deltas" / "index.json", steps=index["steps"][1:], checkpoints=checkpoints)
 
     def stage(script, run, *flags):
         assert call_stage(monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(run), *flags) == (0, "")

@@ -86,7 +86,7 @@ def backtest(run: pathlib.Path, at: int) -> dict[str, dict]:
     found = {name: stage3.score(triples, now, future) for name, triples in stage3.controls(past).items()}
     for name in RECIPES:
         if at == AT:
-            models = stage4.load_predictors(run / "predictor" / name, whole)
+            models = stage4.load_predictors(run / "predictor" / name, whole, predictor.RECIPES[name])
             found[f"next-{name}"] = stage3.score(predictor.predict(models, whole, predictor.RECIPES[name]), now, future)
         else:  # stage 3's own backtest
             report = run_dir.read_json(run / "predictor" / name / "report.json", "03_train_predictor.py")["backtest"]

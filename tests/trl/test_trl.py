@@ -83,7 +83,9 @@ def test_trl_trained_and_every_checkpoint_was_read(run):
 def predicted(run):
     """Module -> (u, sigma, v) of the trained predictor, straight from its file."""
     trajectory = rank1.load_trajectory(run / "deltas")
-    models = importlib.import_module("04_extrapolate").load_predictors(run / "predictor" / "weighted", trajectory)
+    models = importlib.import_module("04_extrapolate").load_predictors(
+        run / "predictor" / "weighted", trajectory, predictor.RECIPES["weighted"]
+    )
     return predictor.predict(models, trajectory, predictor.RECIPES["weighted"])
 
 
