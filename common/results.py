@@ -92,10 +92,7 @@ def load_results(run: pathlib.Path) -> dict[str, Result]:
             raise run_dir.UserError(f"{folder} holds results of {policy!r}: move it away")
         method, alpha, steps = "grpo", None, 0
         if policy != "backbone":
-            source = run / policy
-            if not (source / "checkpoint.json").is_file():  # a merged adapter has its own beside it
-                source = run / re.sub("^merged/", "extrapolated/", policy)
-            steps = run_dir.read_json(source / "checkpoint.json", "the stage that wrote this checkpoint", {"step": int})["step"]
+            steps = jump_info(run, policy)["step"]
             if match := re.fullmatch(
                 r"(?:extrapolated|merged|continued)/([^/]+?)(?:_alpha(\d+(?:\.\d+)?))?(_merged)?(?:/step_\d+)?", policy
             ):
@@ -116,6 +113,14 @@ def load_results(run: pathlib.Path) -> dict[str, Result]:
         )
         found[policy].seconds = wall_seconds(run, found[policy])
     return found
+
+
+def jump_info(run: pathlib.Path, policy: str) -> dict:
+    """checkpoint.json of `policy`. A merged adapter's stands beside the adapter, dare's (which has none) in merged/."""
+    name = policy.split("/", 1)[-1]
+    places = [run / policy, run / "extrapolated" / name, run / "merged" / name]
+    path = next((place / "checkpoint.json" for place in places if (place / "checkpoint.json").is_file()), run / policy / "checkpoint.json")
+    return run_dir.read_json(path, "the stage that wrote this checkpoint", {"step": int})
 
 
 def difference(a: Result, b: Result) -> tuple[float, float]:
@@ -171,7 +176,7 @@ def wall_seconds(run: pathlib.Path, result: Result) -> float | None:
     if result.method in ("backbone", "grpo"):
         return rl_seconds(run / "train", result.steps) if result.steps else 0.0
     jumped = result.policy.split("/")[1].removesuffix("_merged")
-    info = run_dir.read_json(run / "extrapolated" / jumped / "checkpoint.json", "04_extrapolate.py")
+    info = jump_info(run, f"extrapolated/{jumped}")
     if info["method"] == "oracle":
         return None  # it looked into the future: no fair cost
     seconds = rl_seconds(run / "train", info["step"])

@@ -13,7 +13,7 @@ import torch
 import yaml
 from conftest import ROOT, TINY
 
-from common import adapters, config, grid_results, plans, reproduce, run_dir, tables
+from common import adapters, config, grid_results, plans, reproduce, results, run_dir, tables
 
 PARSED = {
     "01_train_lora_grpo": ("TrainConfig", "train"),
@@ -111,6 +111,20 @@ def record(run: pathlib.Path, policy: str, scores: list[float], step: int = 0) -
         run_dir.write_json(run / policy / "checkpoint.json", {"step": step})
     result = {"policy": policy, "accuracy": sum(scores) / len(scores), "standard_error": 0.01, "n": len(scores), "response_length": 5.0}
     run_dir.write_json(run / "eval" / policy.replace("/", "__") / "test.json", {**result, "by_problem": scores})
+
+
+def test_a_model_without_an_adapter_and_a_merged_adapter_have_their_method_and_their_cost(tmp_path):
+    rows = [json.dumps({"step": step, "seconds": 2.0, "accuracy": 0.5, "response_length": 5.0}) + "\n" for step in (1, 2, 3)]
+    run_dir.atomic_write_text(tmp_path / "train" / "metrics.jsonl", "".join(rows))
+    run_dir.write_json(tmp_path / "extrapolated" / "rl-extra_alpha1.5" / "checkpoint.json", {"step": 2, "method": "rl-extra"})
+    for policy in ("merged/dare_p0.9", "merged/rl-extra_alpha1.5"):
+        record(tmp_path, policy, [1.0, 0.0], 2)
+    run_dir.write_json(tmp_path / "merged" / "dare_p0.9" / "checkpoint.json", {"step": 2, "method": "dare_p0.9"})
+    (tmp_path / "merged" / "rl-extra_alpha1.5" / "checkpoint.json").unlink()  # as stage 4 leaves it
+    found = results.load_results(tmp_path)
+    dare, merged = found["merged/dare_p0.9"], found["merged/rl-extra_alpha1.5"]
+    assert (dare.method, dare.alpha, dare.steps, dare.seconds) == ("dare_p0.9", None, 2, 4.0)
+    assert (merged.method, merged.alpha, merged.steps, merged.seconds) == ("rl-extra", 1.5, 2, 4.0)
 
 
 @pytest.fixture
