@@ -177,7 +177,7 @@ def made_with(args: argparse.Namespace) -> str:
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=pathlib.Path(__file__).parent)
     commit = git.stdout.strip() or "unknown"
     seeds = " ".join(map(str, args.seeds))
-    return f"`python -m common.reproduce --preset {args.preset} --grid {args.grid} --seeds {seeds}` at commit {commit}"
+    return f"`python -m common.reproduce --preset {args.preset} --grid {args.grid} --seeds {seeds}{' --report' * args.report}` at commit {commit}"
 
 
 def main() -> None:
