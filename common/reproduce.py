@@ -176,8 +176,8 @@ def made_with(args: argparse.Namespace) -> str:
     """The command and the commit of the code, for the page of tables."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=pathlib.Path(__file__).parent)
     commit = git.stdout.strip() or "unknown"
-    seeds = " ".join(map(str, args.seeds))
-    return f"`python -m common.reproduce --preset {args.preset} --grid {args.grid} --seeds {seeds}{' --report' * args.report}` at commit {commit}"
+    flags = " ".join([*map(str, args.seeds), *(["--report"] if args.report else [])])
+    return f"`python -m common.reproduce --preset {args.preset} --grid {args.grid} --seeds {flags}` at commit {commit}"
 
 
 def main() -> None:
