@@ -114,7 +114,7 @@ def test_problems() -> list[tuple[int, int]]:
 
 
 def write_data(folder: pathlib.Path) -> None:
-    """train.jsonl, test.jsonl and valid.jsonl, {"prompt": "123+489", "answer": "612"} a line, no problem in two of them.
+    """train.jsonl, test.jsonl and valid.jsonl, {"prompt": "123+489", "answer": "612", "kind": "number"} a line, no problem in two of them.
 
     valid.jsonl is for methods that choose by accuracy. Like the training problems it was not kept out of pre-training.
     """
@@ -126,7 +126,7 @@ def write_data(folder: pathlib.Path) -> None:
     train = problems(TRAIN_PROBLEMS, seed=1, exclude=either_order(test))
     valid = problems(VALID_PROBLEMS, seed=2, exclude=either_order(test + train))
     for name, pairs in (("train", train), ("test", test), ("valid", valid)):
-        lines = [json.dumps({"prompt": f"{a}+{b}", "answer": str(a + b)}) + "\n" for a, b in pairs]
+        lines = [json.dumps({"prompt": f"{a}+{b}", "answer": str(a + b), "kind": "number"}) + "\n" for a, b in pairs]
         atomic_write_text(folder / f"{name}.jsonl", "".join(lines))
 
 

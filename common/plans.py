@@ -14,7 +14,7 @@ NEXT = f"next-weighted_alpha{MAIN_ALPHA:g}"
 ABLATIONS = [f"{recipe}-no-{role}" for recipe in ("paper", "aligned") for role in ("global", "local")]
 OTHER_K, OTHER_RANKS, FEWER_CHECKPOINTS = (2, 8), (4, 64), 8  # beside the preset's own
 LOOP_ROUNDS, LOOP_CHECKPOINTS = 5, 5  # of RL-Extra: rounds, half of `more_steps` long each, and checkpoints in one
-SIDE_SEEDS = 3  # other algorithms and ranks are run for this many seeds
+SIDE_SEEDS = 3  # other algorithms and ranks are run for this many seeds, ranks up to the jump
 GRIDS = ("main", "tables", "rl-extra")
 WITHOUT_LAUNCHER = ["env", "ACCELERATE_USE_CPU=true", "CUDA_VISIBLE_DEVICES=", "python"]  # a process on the CPU, four seconds earlier
 # What a preset may have typed: a module of ours, and options of the launcher that name no other program.
@@ -162,7 +162,7 @@ def grid(kind: str, preset_name: str, preset: dict, root: str, seeds: list[int])
         for algorithm in ("rloo", "reinforce++"):
             side_run(plan, seed, algorithm, ["--algorithm", algorithm], ["weighted", "paper"], numbers(preset)[2])
         for rank in OTHER_RANKS:
-            side_run(plan, seed, f"rank{rank}", rank_flags(preset, rank), ["weighted"], sum(numbers(preset)[:2]))
+            side_run(plan, seed, f"rank{rank}", rank_flags(preset, rank), ["weighted"], 0)
     return plan.done()
 
 
@@ -231,17 +231,24 @@ def main_rows(plan: Plan, seed: int, everything: bool) -> None:
 
 
 def side_run(plan: Plan, seed: int, name: str, flags: list[str], recipes: list[str], reference: int) -> None:
-    """GRPO with other settings, and NExt from its first steps: w/o LoRA (Table 5), other algorithms (Table 6), other ranks."""
+    """GRPO with other settings, and NExt from its first steps: w/o LoRA (Table 5), other algorithms (Table 6), other ranks.
+
+    With `reference` 0 it ends with the jump.
+    """
     run, flags, (prefix, more, _) = f"seed{seed}/{name}", ["--seed", str(seed), *flags], numbers(plan.preset)
     total, jumps = prefix + more, [f"next-{recipe}_alpha{MAIN_ALPHA:g}" for recipe in recipes]
-    first = train(plan, run, flags, sorted({prefix, total, reference}))
+    ends = sorted({prefix, total, reference}) if reference else [prefix]
+    first = train(plan, run, flags, ends)
     after = plan.add(run, "02", "02_extract_deltas.py", ["--last-step", str(prefix)], [first], 15)
     after = plan.add(run, "03", "03_train_predictor.py", ["--seed", str(seed), "--recipes", *recipes], [after], 60)
     methods = ["--recipes", *recipes, "--methods", "next", "repeat-last", "--alphas", f"{MAIN_ALPHA:g}"]
-    after = plan.add(run, "04", "04_extrapolate.py", methods, [after], 15)
-    needs = [plan.add(run, f"05 {start}", "05_continue_rl.py", [*flags, "--start", start], [after], more) for start in jumps]
-    policies = [*(f"train/step_{end:04d}" for end in sorted({prefix, total, reference})), "extrapolated/*", f"continued/*/step_{total:04d}"]
-    plan.add(run, "06", "06_eval.py", ["--policies", *policies], [*needs, f"{run} 01 to {reference}"], 30)
+    needs = [plan.add(run, "04", "04_extrapolate.py", methods, [after], 15)]
+    policies = [*(f"train/step_{end:04d}" for end in ends), "extrapolated/*"]
+    if reference:
+        needs += [plan.add(run, f"05 {start}", "05_continue_rl.py", [*flags, "--start", start], needs[:1], more) for start in jumps]
+        needs.append(f"{run} 01 to {reference}")
+        policies.append(f"continued/*/step_{total:04d}")
+    plan.add(run, "06", "06_eval.py", ["--policies", *policies], needs, 30)
 
 
 def other_k(plan: Plan, seed: int) -> None:

@@ -64,8 +64,8 @@ def test_no_problem_is_in_two_of_the_three_files_in_either_order(empty_run):
 
 
 def test_training_and_test_problems_are_those_that_every_result_here_was_made_with(empty_run):
-    assert run_dir.sha256(empty_run / "data" / "train.jsonl") == "3310abc9e67e3ae3"
-    assert run_dir.sha256(empty_run / "data" / "test.jsonl") == "2d1c6eb206346d65"
+    assert run_dir.sha256(empty_run / "data" / "train.jsonl") == "0cf3644b2a5ef53b"
+    assert run_dir.sha256(empty_run / "data" / "test.jsonl") == "1133dc90a6b3ceb4"
 
 
 def test_pretraining_never_sees_a_test_problem():
