@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from common import config as configs
 from common import data, grpo, metrics, policy, rollout, run_dir, verifier
-from common.run_dir import UserError
+from common.inputs import UserError
 
 
 def option(default, text):

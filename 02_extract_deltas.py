@@ -31,9 +31,9 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from common import adapters, dense, rank1, run_dir
+from common import adapters, dense, inputs, rank1, run_dir
 from common import config as configs
-from common.run_dir import UserError
+from common.inputs import UserError
 
 Series = adapters.Series | dense.DenseSeries
 GROUP = 8  # matrices a file that a killed run need not do again
@@ -132,7 +132,7 @@ def collect(series: Series, k: int, folder: pathlib.Path, run: pathlib.Path) -> 
     """Joins the groups into rank1.safetensors and index.json. Returns module -> singular values of its global deltas [checkpoints, r]."""
     tensors, modules = {}, list(series.shapes)
     for path in sorted((folder / "parts").glob("group_*.safetensors")):
-        with run_dir.reading(path, "delete it and run 02_extract_deltas.py again"):
+        with inputs.reading(path, "delete it and run 02_extract_deltas.py again"):
             tensors |= safetensors.torch.load_file(path)
     if not any(tensors[f"global.{module}.sigma"][-1] > 0 for module in modules):
         raise UserError(f"no matrix has moved up to step {series.steps[-1]}: every reward was the same, or the learning rate is 0")
@@ -201,13 +201,10 @@ def main() -> None:
     # Matrices this small are fastest one to a thread; in torch's own threads LAPACK is several times slower than in one.
     torch.set_num_threads(1)
     workers = cfg.threads or max(1, os.cpu_count() // state.num_processes)
-    if series.kind == "lora":
-        for path in series.paths.values():
-            adapters.check_intact(path)
     with concurrent.futures.ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         stage = run_dir.Stage(folder, configs.as_dict(cfg, leave_out=("backbone",) if series.kind == "lora" else ()), inputs=[])
         files = series.files()
-        stage.record["inputs"] = dict(zip(files, pool.map(run_dir.sha256, files.values()), strict=True)) | series.settings()
+        stage.record["inputs"] = dict(zip(files, pool.map(inputs.sha256, files.values()), strict=True)) | series.settings()
         with state.main_process_first():
             if stage.is_done(cfg.overwrite, writer=state.is_main_process):
                 if state.is_main_process:

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from common import adapters, dense, extrapolators, model_files, predictor, rank1, run_dir
 from common import config as configs
+from common.inputs import UserError
 from common.model_files import ModelFolder
-from common.run_dir import UserError
 
 LOSS_STRIDE = 5  # epochs between the losses that report.json keeps
 
@@ -127,7 +127,7 @@ def backtest(
     count = len(trajectory.steps) - holdout
     past = trajectory.until(count)
     step, future_step = trajectory.steps[count - 1], trajectory.steps[count - 1 + trajectory.k]
-    read = model_files.open_model if kind == "full" else adapters.read_adapter
+    read = model_files.open_intact if kind == "full" else adapters.read_adapter
     now, future = read(paths[step]), read(paths[future_step])
     learned = past.last(checkpoints)
     models, _, _ = train_all(learned, recipe, seed, "backtest")

@@ -32,9 +32,9 @@ from typing import Literal
 import safetensors.torch
 import torch
 
-from common import adapters, dense, extrapolators, merge, model_files, predictor, rank1, run_dir
+from common import adapters, dense, extrapolators, inputs, merge, model_files, predictor, rank1, run_dir
 from common import config as configs
-from common.run_dir import UserError
+from common.inputs import UserError
 
 _BACKBONE = "replaces the whole update, so its adapter belongs on the backbone"
 _ALL_RANKS = "moves by the update itself, all ranks of it"
@@ -84,10 +84,11 @@ class ExtrapolateConfig(configs.StageConfig):
 
 def load_predictors(folder: pathlib.Path, trajectory: rank1.Trajectory, recipe: predictor.AnyRecipe) -> dict[str, torch.nn.Module]:
     """The predictors that stage 3 left in `folder`, by family."""
-    done = run_dir.read_json(folder / "done.json", "03_train_predictor.py", {"inputs": {"rank1.safetensors": str}})
-    if done["inputs"]["rank1.safetensors"] != run_dir.sha256(folder.parents[1] / "deltas" / "rank1.safetensors"):
+    done = inputs.read_json(folder / "done.json", "03_train_predictor.py", {"inputs": {"rank1.safetensors": str}})
+    if done["inputs"]["rank1.safetensors"] != inputs.sha256(folder.parents[1] / "deltas" / "rank1.safetensors"):
         raise UserError(f"{folder} was trained on other deltas than those there now: run 03_train_predictor.py --overwrite")
-    with run_dir.reading(folder / "model.safetensors", "run 03_train_predictor.py --overwrite"):
+    inputs.check_intact(folder)
+    with inputs.reading(folder / "model.safetensors", "run 03_train_predictor.py --overwrite"):
         weights = safetensors.torch.load_file(folder / "model.safetensors")
         if "sum.weights" in weights:
             return {"sum": predictor.WeightedSum(weights["sum.weights"])}
@@ -111,13 +112,13 @@ def find_future(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Tra
     """The checkpoint k after the last one. From whole models: the rank 1 of what it moves, as `next` takes it."""
     step, full = trajectory.steps[-1], rank1.kind_of(run) == "full"
     ahead = step + trajectory.k * (step - trajectory.steps[-2])
-    patterns = run_dir.read_json(run / "deltas" / "done.json", "02_extract_deltas.py")["config"]["checkpoints"]
+    patterns = inputs.read_json(run / "deltas" / "done.json", "02_extract_deltas.py")["config"]["checkpoints"]
     folder = adapters.find_checkpoints(patterns, run).get(ahead)
     if folder is None:
         raise UserError(f"oracle needs the checkpoint of step {ahead}: train on (01_train_lora_grpo.py with a larger --steps)")
     if not full:
         return [folder / "adapter_model.safetensors"], lambda: adapters.read_adapter(folder)
-    now, future = model_files.open_model(rank1.checkpoint_paths(run)[step]), model_files.open_model(folder)
+    now, future = model_files.open_intact(rank1.checkpoint_paths(run)[step]), model_files.open_intact(folder)
 
     def triples() -> dict[str, tuple]:
         true = {module: dense.leading_of_dense(dense.difference(future, now, module)) for module in trajectory.deltas}
@@ -153,7 +154,7 @@ def find_accuracies(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1
     """Accuracy of each checkpoint, the plain mean of several tasks, from results that were all made alike."""
     names = [run_dir.within(path, run) for path in rank1.checkpoint_paths(run).values()]
     files = {name: validation_results(cfg, run, name) for name in names}
-    rows = {name: [run_dir.read_json(path, "06_eval.py") for path in paths] for name, paths in files.items()}
+    rows = {name: [inputs.read_json(path, "06_eval.py") for path in paths] for name, paths in files.items()}
     made = {name: [(path.stem, row["data"], row["settings"]) for path, row in zip(files[name], rows[name], strict=True)] for name in names}
     for name in names:
         if made[name] != made[names[0]]:
@@ -168,7 +169,7 @@ def find_measure(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Tr
         raise UserError("greedy-soup measures its candidates as it goes: start stage 4 on one process")
     last = rank1.checkpoint_paths(run)[trajectory.steps[-1]]
     stage6, numbers = importlib.import_module("06_eval"), iter(range(1, len(trajectory.steps)))
-    before = [run_dir.read_json(path, "06_eval.py") for path in validation_results(cfg, run, run_dir.within(last, run))]
+    before = [inputs.read_json(path, "06_eval.py") for path in validation_results(cfg, run, run_dir.within(last, run))]
     settings, problems = before[0]["settings"], [row["data"] for row in before]
 
     def measure(adapter: adapters.Adapter) -> float:
@@ -182,7 +183,7 @@ def find_measure(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Tr
         stage6.run_eval(dataclasses.replace(wanted, **settings))
         run_dir.remove(run / name)
         found = validation_results(cfg, run, name)
-        rows = [run_dir.read_json(path, "06_eval.py") for path in found]
+        rows = [inputs.read_json(path, "06_eval.py") for path in found]
         if [row["data"] for row in rows] != problems:
             raise UserError(f"{run}/validation has results on other problems than --validation-data {shlex.join(cfg.validation_data)}")
         return sum(row["accuracy"] for row in rows) / len(rows)
@@ -269,9 +270,9 @@ def write_merged(cfg: ExtrapolateConfig, run: pathlib.Path, name: str) -> None:
     """Merges <run-dir>/extrapolated/<name> into its backbone in <run-dir>/merged/<name>, unless just that is there."""
     source, out = run / "extrapolated" / name, run / "merged" / name
     backbone = backbone_of(source)
-    record = {"backbone": backbone, "dtype": cfg.merge, "adapter": run_dir.sha256(source / "adapter_model.safetensors")}
+    record = {"backbone": backbone, "dtype": cfg.merge, "adapter": inputs.sha256(source / "adapter_model.safetensors")}
     there = (out / "merge.json").is_file() and not cfg.overwrite
-    if there and record.items() <= run_dir.read_json(out / "merge.json", "04_extrapolate.py --overwrite").items():
+    if there and record.items() <= inputs.read_json(out / "merge.json", "04_extrapolate.py --overwrite").items():
         run_dir.tidy(out)
         return
     run_dir.claim(out)
@@ -307,7 +308,7 @@ def is_whole(method: str) -> bool:
 def main() -> None:
     cfg = configs.parse(ExtrapolateConfig, "extrapolate", __doc__)
     run = pathlib.Path(cfg.run_dir)
-    run_dir.read_json(run / "deltas" / "done.json", "02_extract_deltas.py")
+    inputs.read_json(run / "deltas" / "done.json", "02_extract_deltas.py")
     trajectory = rank1.load_trajectory(run / "deltas")
     step = trajectory.steps[-1]
     checkpoint = rank1.checkpoint_paths(run)[step]
@@ -317,24 +318,23 @@ def main() -> None:
         base = {"step": step, "backbone": run_dir.within(checkpoint, run, "{run_dir}")}
     else:
         last = adapters.read_adapter(checkpoint)
-        adapters.check_intact(checkpoint)
         base = {"step": step, **adapters.read_info(checkpoint)}
         sources.append(checkpoint / "adapter_model.safetensors")
     began, made, kept, written_to = time.perf_counter(), 0, 0, set()
     for variant in variants(cfg, run, trajectory):
-        inputs = {run_dir.within(path, run): run_dir.sha256(path) for path in dict.fromkeys([*sources, *variant.files])}
+        hashes = {run_dir.within(path, run): inputs.sha256(path) for path in dict.fromkeys([*sources, *variant.files])}
         given, whole = {"last": last, "trajectory": aligned, **variant.options}, is_whole(variant.method)
         if whole:
             given["backbone"] = model_files.find_model(cfg.path(backbone_of(checkpoint)))
         has_alpha = "alpha" in extrapolators.asks_for(variant.method) and variant.name != "none"
         for alpha in cfg.alphas if has_alpha else [0.0]:
             folder = run / ("merged" if whole else "extrapolated") / (f"{variant.name}_alpha{alpha:g}" if has_alpha else variant.name)
-            info = {**base, "method": variant.name, "alpha": alpha, **variant.options, "inputs": inputs}
+            info = {**base, "method": variant.name, "alpha": alpha, **variant.options, "inputs": hashes}
             info |= {"dtype": cfg.merge or "fp32"} if whole else {}
             before = {}
             if (folder / "checkpoint.json").is_file() and not cfg.overwrite:
-                before = run_dir.read_json(folder / "checkpoint.json", "04_extrapolate.py --overwrite")
-            own = {"seconds": None, "sha256": None}  # of what was written, not of what it was made from
+                before = inputs.read_json(folder / "checkpoint.json", "04_extrapolate.py --overwrite")
+            own = {"seconds": None}  # of what was written, not of what it was made from
             if before | own == info | own:
                 run_dir.tidy(folder)
                 kept += 1

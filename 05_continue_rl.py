@@ -20,9 +20,10 @@ import importlib
 import pathlib
 from typing import Literal
 
-from common import adapters, data, model_files, policy, rank1, run_dir
 from common import config as configs
-from common.run_dir import UserError, atomic_dir, writing
+from common import data, inputs, model_files, policy, rank1, run_dir
+from common.inputs import UserError
+from common.run_dir import atomic_dir, writing
 
 stage1 = importlib.import_module("01_train_lora_grpo")
 
@@ -55,12 +56,11 @@ def bake(backbone: str, start: pathlib.Path, out: pathlib.Path) -> None:
 def main() -> None:
     cfg = configs.parse(ContinueConfig, ("train", "continue"), __doc__)
     run = pathlib.Path(cfg.run_dir)
-    start = run / "extrapolated" / run_dir.safe_name(cfg.start, "--start")
+    start = run / "extrapolated" / inputs.safe_name(cfg.start, "--start")
     if not start.is_dir():
         there = sorted(path.name for path in start.parent.glob("[!.]*"))
         raise UserError(f"{start} not found: run 04_extrapolate.py first (there: {', '.join(there) or 'nothing'})")
     begun = policy.checkpoint_info(start)
-    adapters.check_intact(start)
     first_step = begun.get("step")
     if first_step is None or first_step < 0:
         raise UserError(f"{start}/checkpoint.json has no usable step: run 04_extrapolate.py --overwrite")

@@ -34,9 +34,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from common import adapters, data, model_files, policy, report, rollout, run_dir, verifier
+from common import adapters, data, inputs, model_files, policy, report, rollout, run_dir, verifier
 from common import config as configs
-from common.run_dir import UserError
+from common.inputs import UserError
 
 NOT_RESULTS = ("backbone", "data", "train", "deltas", "predictor", "extrapolated", "merged", "continued", "figures")
 
@@ -116,8 +116,8 @@ def weights_hash(folder: pathlib.Path) -> str:
     """The hash of the weights in `folder`: of its adapter, or of all safetensors files of a whole model."""
     if adapters.is_adapter(folder):
         adapters.read_header(folder)  # refuses what is more than a LoRA in safetensors
-        return run_dir.sha256(folder / "adapter_model.safetensors")
-    hashes = [run_dir.sha256(path) for path in sorted({*model_files.open_model(folder).files.values()})]
+        return inputs.sha256(folder / "adapter_model.safetensors")
+    hashes = [inputs.sha256(path) for path in sorted({*model_files.open_model(folder).files.values()})]
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:16]
 
 
@@ -212,7 +212,6 @@ def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None
             del backbone  # hf holds it, vLLM has its own
         if name in adapted:
             policy.refuse_foreign(run / name, fingerprint)
-            adapters.check_intact(run / name)
         engine.use(run / name if name in adapted else None)
         template_hash = data.template_hash(tokenizer, cfg.prompt_template, cfg.system_prompt)
         if info.get("template_hash", template_hash) != template_hash:
@@ -245,7 +244,7 @@ def console_line(result: dict) -> str:
 def _is_measured(path: pathlib.Path, wanted: dict) -> bool:
     if not path.is_file():
         return False
-    before = run_dir.read_json(path, "06_eval.py")
+    before = inputs.read_json(path, "06_eval.py")
     return all(before.get(key) == value for key, value in wanted.items())
 
 

@@ -20,7 +20,8 @@ import safetensors.torch
 import torch
 
 from common import rank1
-from common.run_dir import UserError, atomic_dir, atomic_write_text, matches, read_json, reading, save_tensors, sha256, time_limit, writing
+from common.inputs import UserError, check_intact, matches, read_json, reading, time_limit
+from common.run_dir import atomic_dir, atomic_write_text, save_tensors, writing
 
 ROUNDED = {"BF16": torch.bfloat16, "F16": torch.float16}  # dtypes in which a step of RL is near the rounding, by safetensors' names
 TRAINING = "the training that writes it (here: 01_train_lora_grpo.py)"
@@ -160,14 +161,6 @@ def read_info(folder: pathlib.Path) -> dict:
     return {"backbone": backbone} if backbone else {}
 
 
-def check_intact(folder: pathlib.Path) -> None:
-    """Raises UserError where the adapter in `folder` is not bit for bit what was written there. Others' have no record to compare with."""
-    read_header(folder)  # names what is missing or cut off
-    wanted, path = read_info(folder).get("sha256"), folder / "adapter_model.safetensors"
-    if wanted and sha256(path) != wanted:
-        raise UserError(f"{path} is not as it was written, by a bad disk or by hand: put a good copy there, or make it again")
-
-
 @dataclasses.dataclass
 class Header:
     """What can be said of an adapter without reading a tensor."""
@@ -219,8 +212,9 @@ def _factors(file, module: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def read_adapter(folder: pathlib.Path) -> Adapter:
-    """The adapter in `folder`, factors in fp32 on the CPU, its other tensors as they are."""
+    """The adapter in `folder`, intact (`inputs.check_intact`), factors in fp32 on the CPU, its other tensors as they are."""
     header, path = read_header(folder), folder / "adapter_model.safetensors"
+    check_intact(folder)
     with _reading(path), safetensors.safe_open(path, "pt") as file:
         factors = {module: _factors(file, module) for module in header.shapes}
         return Adapter(header.config, factors, {key: file.get_tensor(key) for key in header.others})
@@ -238,8 +232,7 @@ def write_adapter(folder: pathlib.Path, adapter: Adapter, info: dict) -> None:
     with writing(folder), atomic_dir(folder, overwrite=True) as temporary:
         save_tensors(temporary / "adapter_model.safetensors", tensors, metadata={"format": "pt"}, dtype=None)
         atomic_write_text(temporary / "adapter_config.json", json.dumps(adapter.config, indent=2))
-        noted = info | {"sha256": sha256(temporary / "adapter_model.safetensors")}  # for `check_intact`
-        atomic_write_text(temporary / "checkpoint.json", json.dumps(noted))
+        atomic_write_text(temporary / "checkpoint.json", json.dumps(info))
 
 
 def extended(last: Adapter, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Adapter:
@@ -351,14 +344,15 @@ def check_spacing(steps: list[int]) -> None:
 
 
 def open_series(paths: dict[int, pathlib.Path]) -> Series:
-    """The adapters in `paths`, step -> folder in order, as one series. Reads configs and headers, no tensor.
+    """The adapters in `paths`, step -> folder in order, as one series. Hashes every file, reads configs and headers.
 
-    Raises UserError where they are not evenly spaced from step 0 on (the backbone), or not all of one training.
+    Raises UserError where they are not evenly spaced from step 0 on (the backbone), not all of one training, or not what was written.
     """
     steps, first, dtypes = list(paths), None, set()
     check_spacing(steps)
     for path in paths.values():
         header, info = read_header(path), read_info(path)
+        check_intact(path)
         scales = {module: module_scale(header.config, module) for module in header.shapes}
         facts = {
             "use_rslora": bool(header.config.get("use_rslora")),

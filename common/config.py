@@ -19,7 +19,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from common import run_dir
-from common.run_dir import UserError, first_line, matches, time_limit
+from common.inputs import UserError, first_line, matches, time_limit
 
 SECTIONS = ("shared", "train", "extract", "predict", "extrapolate", "continue", "eval", "reproduce")
 PRESETS = pathlib.Path(__file__).parent / "presets"

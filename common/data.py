@@ -11,7 +11,7 @@ import re
 import torch
 
 from common.benchmarks import MMLU_PRO_CATEGORIES, SOURCES, Source, dapo_question
-from common.run_dir import LINE_LIMIT, UserError, first_line, parse_json, safe_name, text_lines, time_limit
+from common.inputs import LINE_LIMIT, UserError, first_line, parse_json, safe_name, text_lines, time_limit
 
 # One template for training and evaluation: what RL teaches about the format has to hold where it is measured.
 PROMPT_TEMPLATE = "{prompt}\nPlease reason step by step, and put your final answer within \\boxed{}."

@@ -13,8 +13,8 @@ import torch
 
 from common import rank1
 from common.adapters import Adapter, check_spacing
-from common.model_files import ModelFolder, find_model, open_model
-from common.run_dir import UserError, first_line
+from common.inputs import UserError, first_line
+from common.model_files import ModelFolder, find_model, open_intact, open_model
 
 KEEP = 64  # singular values of a delta that are looked at
 SPARE = 8  # columns of the block beside these, which speed up the last ones
@@ -148,19 +148,19 @@ class DenseSeries:
 
 
 def open_series(paths: dict[int, pathlib.Path], backbone: str) -> DenseSeries:
-    """The models in `paths`, step -> folder in order, and the folder or hub id `backbone` as one series. Reads headers, no tensor.
+    """The models in `paths`, step -> folder in order, and the folder or hub id `backbone` as one series. Hashes every file, reads headers.
 
-    Raises UserError where they are not evenly spaced, or one is broken or has other shapes than the backbone.
+    Raises UserError where they are not evenly spaced, or one is broken, not what was written, or has other shapes than the backbone.
     """
     if not backbone:
         raise UserError("these checkpoints are whole models: name the one that training started from with --backbone")
     check_spacing(list(paths))
-    models = {0: open_model(find_model(backbone))}
+    models = {0: open_intact(find_model(backbone))}
     modules = linear_layers(models[0])
     names = [f"{module}.weight" for module in modules]
     shapes = {module: models[0].shapes[name] for module, name in zip(modules, names, strict=True)}
     for step, path in paths.items():
-        models[step] = open_model(path)
+        models[step] = open_intact(path)
         for module, shape in shapes.items():
             found = models[step].shapes.get(f"{module}.weight")
             if found != shape:

@@ -9,8 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from common.plots import COLOURS, LINES, MARKS, R2_BINS, draw_cost, save
-from common.results import MAIN_ALPHA, NAMES, cost_bars
+from common.plots import COLOURS, MARKS, R2_BINS, draw_cost, draw_sweeps, save
+from common.results import NAMES, cost_bars
 
 RUNS = {"lora": ("LoRA", "#0072B2", "o"), "rank4": ("LoRA, rank 4", "#56B4E9", "^"), "rank64": ("LoRA, rank 64", "#5D3A9B", "v")}
 RUNS |= {"full": ("all parameters", "#D55E00", "s")}
@@ -73,32 +73,18 @@ def cost(grid) -> pathlib.Path:
 
 def alpha_sweep(grid) -> pathlib.Path:
     """Fig. 6: accuracy right after the jump by alpha. The bars are standard errors of the difference from no jump, over seeds."""
-    figure, axis = plt.subplots(figsize=(8, 4.4), layout="constrained")
-    before = ("lora", grid.step(grid.prefix))
-    found = {}
+    before, found = ("lora", grid.step(grid.prefix)), {}
     for runs in grid.results.values():
         for policy, result in runs.get("lora", {}).items():
             if policy.startswith("extrapolated/") and result.alpha is not None and result.method in COLOURS:
-                found.setdefault(result.method, {})[result.alpha] = policy
-    sweeps = {name: sorted(found[name].items()) for name in NAMES if len(found.get(name, {})) > 1}
-    for i, (name, points) in enumerate(sweeps.items()):
-        axis.errorbar(
-            [alpha + 0.03 * (i - len(sweeps) / 2) for alpha, _ in points],  # side by side, so that none hides another
-            [100 * grid.accuracy("lora", policy).mean for _, policy in points],
-            [100 * grid.difference(("lora", policy), before).error for _, policy in points],
-            color=COLOURS[name],
-            marker=MARKS[name],
-            ms=4.5,
-            ls=LINES.get(name, "-"),
-            capsize=2,
-            lw=1.4,
-            label=NAMES[name],
-        )
-    axis.axhline(100 * grid.accuracy(*before).mean, color="black", lw=1, ls=":", label=f"before the jump (step {grid.prefix})")
-    axis.set(xlabel=rf"extending coefficient $\alpha$ ({MAIN_ALPHA:g} in the paper)", ylabel="accuracy % after the jump, ± s.e. over seeds")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=9, loc="lower left")
-    return save(figure, grid.root / "figures" / "fig6_alpha.png")
+                found.setdefault(result.method, {})[result.alpha] = ("lora", policy)
+    sweeps = {
+        name: [(alpha, 100 * grid.accuracy(*at).mean, 100 * grid.difference(at, before).error) for alpha, at in sorted(found[name].items())]
+        for name in NAMES
+        if len(found.get(name, {})) > 1
+    }
+    level = (100 * grid.accuracy(*before).mean, grid.prefix)
+    return draw_sweeps(sweeps, level, "s.e. over seeds", grid.root / "figures" / "fig6_alpha.png")
 
 
 def accuracy_by_steps(grid) -> pathlib.Path:

@@ -11,8 +11,9 @@ from collections.abc import Callable
 import torch
 
 from common.adapters import Adapter
-from common.model_files import ModelFolder, open_model
-from common.run_dir import UserError, atomic_dir, atomic_write_text, copy_files, save_tensors
+from common.inputs import HASHES, UserError
+from common.model_files import ModelFolder, open_intact
+from common.run_dir import atomic_dir, atomic_write_text, copy_files, save_tensors
 
 SHARD_BYTES = 10**9
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # of an entry, in the dtypes that can be merged into
@@ -83,7 +84,7 @@ def merge(
     `base`. Returns `Rounding.shares` of the matrices that are not in fp32, which merge.json holds too. `limit` is in bytes a file. Raises
     UserError where the adapter does not fit, see `check`.
     """
-    model = open_model(base)
+    model = open_intact(base)
     check(adapter, model)
     floating = {name for name, dtype in model.dtypes.items() if dtype in _BYTES}
     sizes = {
@@ -92,7 +93,7 @@ def merge(
     }
     shards, rounding, weight_map, total = plan_shards(sizes, limit), Rounding(), {}, 0
     with atomic_dir(out, overwrite=True) as folder:
-        own = ("config.json", "checkpoint.json")
+        own = ("config.json", "checkpoint.json", HASHES)
         beside = [path for path in base.iterdir() if path.suffix in _COPIED and path.name not in own]
         copy_files([path for path in beside if not path.name.endswith(".index.json")], folder)
         for i, names in enumerate(shards, 1):

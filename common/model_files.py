@@ -6,7 +6,7 @@ import pathlib
 import safetensors
 import torch
 
-from common.run_dir import UserError, read_json, reading, safe_name
+from common.inputs import UserError, check_intact, read_json, reading, safe_name
 
 WANTED = "a Hugging Face folder with safetensors weights"
 
@@ -62,6 +62,13 @@ def open_model(folder: pathlib.Path) -> ModelFolder:
         if files.get(name) != path:
             raise UserError(f"{path} does not hold {name}, as {index} says: want {WANTED}, complete")
     return ModelFolder(folder, config, files, shapes, dtypes)
+
+
+def open_intact(folder: pathlib.Path) -> ModelFolder:
+    """`open_model`, and raises UserError also where the weights are not what our code wrote there. Reads every file once."""
+    model = open_model(folder)
+    check_intact(folder)
+    return model
 
 
 def find_model(name: str) -> pathlib.Path:

@@ -7,8 +7,8 @@ import re
 import shlex
 
 from common.config import load_preset
+from common.inputs import UserError, safe_name
 from common.results import MAIN_ALPHA
-from common.run_dir import UserError, safe_name
 
 NEXT = f"next-weighted_alpha{MAIN_ALPHA:g}"
 ABLATIONS = [f"{recipe}-no-{role}" for recipe in ("paper", "aligned") for role in ("global", "local")]

@@ -8,8 +8,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from common import run_dir
-from common.results import LOGGED, NAMES, difference, method_name, trained_whole
+from common import inputs, run_dir
+from common.results import LOGGED, MAIN_ALPHA, NAMES, difference, method_name, trained_whole
 
 COLOURS = {
     "grpo": "#000000",
@@ -67,7 +67,7 @@ def training_curves(run: pathlib.Path) -> pathlib.Path:
     for path in sorted((run / "continued").glob("*/metrics.jsonl")):
         if (name := path.parent.name.split("_alpha")[0]) in COLOURS and not path.parent.name.endswith("_merged"):
             runs[name] = path.parent
-    rows = {name: logged for name, folder in runs.items() if (logged := run_dir.read_jsonl(folder / "metrics.jsonl", LOGGED))}
+    rows = {name: logged for name, folder in runs.items() if (logged := inputs.read_jsonl(folder / "metrics.jsonl", LOGGED))}
     jump = min((logged[0]["step"] - 1 for name, logged in rows.items() if name != "grpo"), default=None)
     window, full = min([10, *(len(logged) for logged in rows.values())]), trained_whole(run)
     for axis, key, title in zip(
@@ -92,7 +92,7 @@ def training_curves(run: pathlib.Path) -> pathlib.Path:
 
 def energy(run: pathlib.Path) -> pathlib.Path:
     """Fig. 2: the energy ratio of the global delta by step, mean over matrices with the range of the middle 80%."""
-    found = run_dir.read_json(run / "deltas" / "spectrum.json", "02_extract_deltas.py")
+    found = inputs.read_json(run / "deltas" / "spectrum.json", "02_extract_deltas.py")
     figure, axis = plt.subplots(figsize=(5.4, 3.4))
     by_step = [sorted(values) for values in zip(*found["energy_ratio_by_module"].values(), strict=True)]
     low, high = ([values[int(q * (len(values) - 1))] for values in by_step] for q in (0.1, 0.9))
@@ -107,7 +107,7 @@ def energy(run: pathlib.Path) -> pathlib.Path:
 
 def linear_fit(run: pathlib.Path) -> pathlib.Path:
     """Fig. 3: how many vectors fall into each R^2 bin, held out and in sample."""
-    rows = run_dir.read_json(run / "deltas" / "spectrum.json", "02_extract_deltas.py")["linear_fit"]
+    rows = inputs.read_json(run / "deltas" / "spectrum.json", "02_extract_deltas.py")["linear_fit"]
     figure, axis = plt.subplots(figsize=(5.4, 3.4))
     for offset, key, colour, name in (
         (-0.2, "held_out", "#0072B2", "held-out checkpoints"),
@@ -128,7 +128,7 @@ def predictor_loss(run: pathlib.Path, reports: list[pathlib.Path]) -> pathlib.Pa
     figure, axes = plt.subplots(1, len(reports), figsize=(4.6 * len(reports), 3.4), layout="constrained", sharey=True, squeeze=False)
     colours = plt.cm.viridis
     for axis, path in zip(axes[0], reports, strict=True):
-        found = run_dir.read_json(path, "03_train_predictor.py")
+        found = inputs.read_json(path, "03_train_predictor.py")
         for i, (family, losses) in enumerate(found["losses"].items()):
             if not found["loss_of_zeros"][family]:
                 continue  # no matrix of this family moved
@@ -160,35 +160,33 @@ def draw_cost(bars: dict[str, list[float]], path: pathlib.Path) -> pathlib.Path:
     return save(figure, path)
 
 
-def alpha_sweep(run: pathlib.Path, results: dict) -> pathlib.Path:
-    """Fig. 6: accuracy right after the jump by alpha, with the level before it. Error bars are those of the difference from that level."""
+def draw_sweeps(sweeps: dict[str, list[tuple[float, float, float]]], before: tuple[float, int] | None, errors: str, path: pathlib.Path):
+    """Fig. 6: sweeps[method] = [(alpha, accuracy %, its error)] in order; before = (accuracy %, step) of no jump; `errors` says of what."""
     figure, axis = plt.subplots(figsize=(8, 4.4), layout="constrained")
-    jumped = next(r for r in results.values() if r.policy.startswith("extrapolated/"))
-    before = results.get(f"train/step_{jumped.steps:04d}")
-    sweeps = {}
-    for name in COLOURS:
-        points = [r for r in results.values() if r.method == name and r.alpha is not None and r.policy.startswith("extrapolated/")]
-        if points:
-            sweeps[name] = sorted(points, key=lambda r: r.alpha)
-    for i, (name, sweep) in enumerate(sweeps.items()):
-        axis.errorbar(
-            [r.alpha + 0.03 * (i - len(sweeps) / 2) for r in sweep],  # side by side, so that none hides another
-            [100 * r.accuracy for r in sweep],
-            [100 * (difference(r, before)[1] if before else r.error) for r in sweep],
-            color=COLOURS[name],
-            marker=MARKS[name],
-            ms=4.5,
-            ls=LINES.get(name, "-"),
-            capsize=2,
-            lw=1.4,
-            label=NAMES[name],
-        )
+    for i, (name, points) in enumerate(sweeps.items()):
+        alphas, levels, bars = zip(*points, strict=True)
+        at = [alpha + 0.03 * (i - len(sweeps) / 2) for alpha in alphas]  # side by side, so that none hides another
+        look = {"color": COLOURS[name], "marker": MARKS[name], "ls": LINES.get(name, "-"), "ms": 4.5, "capsize": 2, "lw": 1.4}
+        axis.errorbar(at, levels, bars, label=NAMES[name], **look)
     if before:
-        axis.axhline(100 * before.accuracy, color="black", lw=1, ls=":", label=f"before the jump (step {before.steps})")
-    axis.set(xlabel=r"extending coefficient $\alpha$ (1.5 in the paper)", ylabel="accuracy % after the jump, ± paired s.e.")
+        axis.axhline(before[0], color="black", lw=1, ls=":", label=f"before the jump (step {before[1]})")
+    axis.set(xlabel=rf"extending coefficient $\alpha$ ({MAIN_ALPHA:g} in the paper)", ylabel=f"accuracy % after the jump, ± {errors}")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9, loc="lower left")
-    return save(figure, run / "figures" / "fig6_alpha.png")
+    return save(figure, path)
+
+
+def alpha_sweep(run: pathlib.Path, results: dict) -> pathlib.Path:
+    """Fig. 6: accuracy right after the jump by alpha, with the level before it. Error bars are those of the difference from that level."""
+    jumped = next(r for r in results.values() if r.policy.startswith("extrapolated/"))
+    before, sweeps = results.get(f"train/step_{jumped.steps:04d}"), {}
+    for name in COLOURS:
+        points = [r for r in results.values() if r.method == name and r.alpha is not None and r.policy.startswith("extrapolated/")]
+        errors = [difference(r, before)[1] if before else r.error for r in points]
+        if points:
+            sweeps[name] = sorted((r.alpha, 100 * r.accuracy, 100 * error) for r, error in zip(points, errors, strict=True))
+    level = (100 * before.accuracy, before.steps) if before else None
+    return draw_sweeps(sweeps, level, "paired s.e.", run / "figures" / "fig6_alpha.png")
 
 
 def draw_all(run: pathlib.Path, results: dict, bars: dict[str, list[float]]) -> dict[str, pathlib.Path]:
@@ -198,7 +196,7 @@ def draw_all(run: pathlib.Path, results: dict, bars: dict[str, list[float]]) -> 
         "Fig. 2: how much of the update is rank 1": energy(run),
         "Fig. 3: a straight line through the trajectory": linear_fit(run),
     }
-    reports = [path for path in sorted((run / "predictor").glob("*/report.json")) if run_dir.read_json(path, "03")["losses"]]
+    reports = [path for path in sorted((run / "predictor").glob("*/report.json")) if inputs.read_json(path, "03")["losses"]]
     if reports:
         figures["The predictors' training loss (Eq. 9)"] = predictor_loss(run, reports)
     if bars:

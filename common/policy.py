@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
-from common import adapters, model_files, run_dir
+from common import adapters, inputs, model_files, run_dir
 from common.adapters import is_adapter, is_model
-from common.run_dir import UserError, atomic_dir, atomic_write_text, first_line, read_json, writing
+from common.inputs import UserError, first_line, read_json
+from common.run_dir import atomic_dir, atomic_write_text, writing
 
 HEAD_CHUNK = 4096  # tokens whose [tokens, vocabulary] logits exist at one time
 
@@ -41,7 +42,7 @@ def load_backbone(name: str, dtype: torch.dtype | str = "auto"):
     if not pathlib.Path(name).is_dir() and (name.startswith((".", "/", "runs/")) or name.count("/") > 1):
         raise UserError(f"backbone folder {name} not found; {hint}")
     if pathlib.Path(name).is_dir():
-        model_files.open_model(pathlib.Path(name))  # refuses what transformers would load beside safetensors
+        model_files.open_intact(pathlib.Path(name))  # refuses what transformers would load beside safetensors
     with _loading(f"backbone {name}", hint):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -120,9 +121,10 @@ def is_sharded(policy) -> bool:
 
 
 def load_lora(backbone, folder: str | pathlib.Path):
-    """The adapter in `folder` on the backbone, trainable. Refuses one that was trained on another backbone."""
+    """The adapter in `folder` on the backbone, trainable. Refuses one that was trained on another backbone, or is not what was written."""
     folder = pathlib.Path(folder)
     refuse_foreign(folder, fingerprint(backbone))
+    inputs.check_intact(folder)
     adapters.try_patterns(folder, adapters.read_config(folder), [module for module, _ in backbone.named_modules()])
     with _loading(f"adapter {folder}", "the checkpoint is broken: delete it and resume the stage that wrote it"):
         return PeftModel.from_pretrained(backbone, folder, is_trainable=True)
@@ -159,8 +161,7 @@ def save_lora(policy, folder: pathlib.Path, info: dict) -> None:
         config.target_modules = sorted(config.target_modules)
     with writing(folder), atomic_dir(folder, overwrite=True) as temporary:
         run_dir.save_pretrained(temporary, policy, save_embedding_layers=False)
-        noted = info | {"sha256": run_dir.sha256(temporary / "adapter_model.safetensors")}  # for adapters.check_intact
-        atomic_write_text(temporary / "checkpoint.json", json.dumps(noted))
+        atomic_write_text(temporary / "checkpoint.json", json.dumps(info))
 
 
 def save_whole(policy, tokenizer, folder: pathlib.Path, info: dict) -> None:
@@ -232,7 +233,6 @@ def save_resume(folder: pathlib.Path, step: int, policy, optimizer) -> None:
         weights = {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
         run_dir.save_tensors(temporary / "weights.safetensors", weights, dtype=None)
         run_dir.save_state(temporary / "optimizer.pt", optimizer.state_dict())
-        run_dir.write_json(temporary / "sha256.json", {path.name: run_dir.sha256(path) for path in sorted(temporary.iterdir())})
     forget_resume(folder, but=step)
 
 
@@ -249,9 +249,7 @@ def load_resume(folder: pathlib.Path, policy, optimizer) -> int | None:
     if not states:
         return None
     with _loading(f"resume state {states[-1]}", "it is broken: start the stage again with --overwrite"):
-        written = read_json(states[-1] / "sha256.json", "this stage with --overwrite")
-        if any(run_dir.sha256(states[-1] / name) != written.get(name) for name in ("weights.safetensors", "optimizer.pt")):
-            raise ValueError("it is not as it was written")
+        inputs.check_intact(states[-1])
         weights = safetensors.torch.load_file(states[-1] / "weights.safetensors")
         optimizer_state = torch.load(states[-1] / "optimizer.pt", weights_only=True, map_location="cpu")
         trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 import safetensors.torch
 import torch
 
-from common.run_dir import UserError, matches, read_json, reading, safe_path
+from common.inputs import UserError, check_intact, matches, read_json, reading, safe_path
 
 ROLES = ("global", "local", "target")
 
@@ -155,6 +155,7 @@ def load_trajectory(folder: pathlib.Path) -> Trajectory:
     if not 1 <= k < len(steps) or not index["modules"] or steps[0] < 1 or steps != sorted({*steps}):
         raise UserError(f"{folder}/index.json has no usable steps, k and modules: run 02_extract_deltas.py --overwrite")
     path = folder / "rank1.safetensors"
+    check_intact(folder)
     with reading(path, "run 02_extract_deltas.py --overwrite"):
         tensors = safetensors.torch.load_file(path)
     deltas, counts = {}, {"global": len(steps), "local": len(steps), "target": len(steps) - k}

@@ -5,7 +5,7 @@ import json
 import math
 import pathlib
 
-from common import plots, run_dir
+from common import inputs, plots, run_dir
 from common.predictor import RECIPES
 from common.results import MAIN_ALPHA, NAMES, Result, cost_bars, difference, load_results, overhead
 
@@ -72,7 +72,7 @@ def fig6(results: dict[str, Result], method: str, before: str) -> str:
 
 def claims_section_3(run: pathlib.Path) -> list[str]:
     """What Sec. 3 says of the trajectory itself, as markdown lines."""
-    found = run_dir.read_json(run / "deltas" / "spectrum.json", "02_extract_deltas.py")
+    found = inputs.read_json(run / "deltas" / "spectrum.json", "02_extract_deltas.py")
     energy, steps, fits = found["energy_ratio"], found["steps"], found["linear_fit"]
     early = next((i for i, step in enumerate(steps) if step >= steps[-1] / 3), len(steps) - 1)
     rises = "holds" if energy[early] > energy[0] else "does not hold"
@@ -95,7 +95,7 @@ def recipes(run: pathlib.Path) -> list[str]:
 
 def claims(run: pathlib.Path, results: dict[str, Result]) -> list[tuple[str, ...]]:
     """What Sec. 5 says of NExt: (claim, cell for each recipe). Errors are over test problems, paired; there is one training seed."""
-    before = f"train/step_{run_dir.read_json(run / 'deltas' / 'index.json', '02_extract_deltas.py')['steps'][-1]:04d}"
+    before = f"train/step_{inputs.read_json(run / 'deltas' / 'index.json', '02_extract_deltas.py')['steps'][-1]:04d}"
     longest = max((key for key in results if key.startswith("train/")), default="")
     total = max((r.steps for r in results.values() if r.policy.startswith("continued/")), default=0)
     rows: dict[str, list[str]] = {}
@@ -135,7 +135,7 @@ def backtests(run: pathlib.Path) -> str:
     columns = ("predictor", "copy-global", "repeat-last", "recent-locals", "linear-fit", "oracle")
     lines = ["| recipe | " + " | ".join(columns) + " |", "|---|" + "--:|" * len(columns)]
     for path in sorted((run / "predictor").glob("*/report.json")):
-        tested = run_dir.read_json(path, "03_train_predictor.py")["backtest"]
+        tested = inputs.read_json(path, "03_train_predictor.py")["backtest"]
         if not tested:
             continue  # too few checkpoints for one
         lines.append(

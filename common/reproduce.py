@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 from common import config as configs
 from common import plans, tables
+from common.inputs import UserError, read_json
 from common.plans import Job
-from common.run_dir import UserError, claim, read_json, write_json
+from common.run_dir import claim, write_json
 
 PROGRESS = re.compile(r"(?:step )?(\d+)/(\d+) ")
 # Of every command, where nobody has set them: a thread each, and glibc keeps the memory of tensors that are gone, as they come again

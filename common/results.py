@@ -10,7 +10,7 @@ import re
 
 import torch
 
-from common import run_dir
+from common import inputs
 from common.predictor import RECIPES, split_name
 
 NAMES = {  # of each method, in tables and figures alike, in the order of the tables
@@ -77,19 +77,19 @@ def method_name(method: str, full: bool) -> str:
 def trained_whole(run: pathlib.Path) -> bool:
     """Whether stage 1 trained all parameters of the run (--tune full)."""
     path = run / "train" / "config.json"
-    return path.is_file() and run_dir.read_json(path, "01_train_lora_grpo.py")["config"].get("tune") == "full"
+    return path.is_file() and inputs.read_json(path, "01_train_lora_grpo.py")["config"].get("tune") == "full"
 
 
 def load_results(run: pathlib.Path) -> dict[str, Result]:
     """Every evaluated policy of the run, by its path; the accuracy of several tasks is their plain mean, as in the paper."""
     found = {}
     for folder in sorted((run / "eval").glob("*")):
-        tasks = [run_dir.read_json(path, "06_eval.py", KINDS) for path in sorted(folder.glob("*.json"))]
+        tasks = [inputs.read_json(path, "06_eval.py", KINDS) for path in sorted(folder.glob("*.json"))]
         if not tasks:
             continue
         policy = tasks[0]["policy"]
         if policy.replace("/", "__") != folder.name:
-            raise run_dir.UserError(f"{folder} holds results of {policy!r}: move it away")
+            raise inputs.UserError(f"{folder} holds results of {policy!r}: move it away")
         method, alpha, steps = "grpo", None, 0
         if policy != "backbone":
             steps = jump_info(run, policy)["step"]
@@ -120,7 +120,7 @@ def jump_info(run: pathlib.Path, policy: str) -> dict:
     name = policy.split("/", 1)[-1]
     places = [run / policy, run / "extrapolated" / name, run / "merged" / name]
     path = next((place / "checkpoint.json" for place in places if (place / "checkpoint.json").is_file()), run / policy / "checkpoint.json")
-    return run_dir.read_json(path, "the stage that wrote this checkpoint", {"step": int})
+    return inputs.read_json(path, "the stage that wrote this checkpoint", {"step": int})
 
 
 def difference(a: Result, b: Result) -> tuple[float, float]:
@@ -139,7 +139,7 @@ def rl_seconds(folder: pathlib.Path, last_step: int) -> float:
 @functools.lru_cache(maxsize=64)
 def _logged_seconds(path: pathlib.Path, changed: int) -> tuple[list[int], list[float]]:
     """The logged steps in order, and the seconds up to each, from 0 on. Kept, as each policy of a report asks; `changed` is its time."""
-    rows = sorted((row["step"], row["seconds"]) for row in run_dir.read_jsonl(path, LOGGED))
+    rows = sorted((row["step"], row["seconds"]) for row in inputs.read_jsonl(path, LOGGED))
     return [step for step, _ in rows], list(itertools.accumulate((seconds for _, seconds in rows), initial=0.0))
 
 
@@ -147,9 +147,9 @@ def overhead(run: pathlib.Path, recipe: str) -> dict[str, float]:
     """Wall seconds of what NExt adds to RL: the SVDs, the predictor's training (without its backtest), the jump."""
     jump = run / "extrapolated" / f"next-{recipe}_alpha{MAIN_ALPHA:g}" / "checkpoint.json"
     return {
-        "SVD": run_dir.read_json(run / "deltas" / "done.json", "02_extract_deltas.py")["seconds"],
-        "predictor": run_dir.read_json(run / "predictor" / recipe / "done.json", "03_train_predictor.py")["training_seconds"],
-        "extrapolation": run_dir.read_json(jump, "04_extrapolate.py")["seconds"],
+        "SVD": inputs.read_json(run / "deltas" / "done.json", "02_extract_deltas.py")["seconds"],
+        "predictor": inputs.read_json(run / "predictor" / recipe / "done.json", "03_train_predictor.py")["training_seconds"],
+        "extrapolation": inputs.read_json(jump, "04_extrapolate.py")["seconds"],
     }
 
 

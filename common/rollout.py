@@ -15,8 +15,8 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
+from common.inputs import UserError
 from common.policy import is_sharded, load_lora, merged
-from common.run_dir import UserError
 
 TRIED_VLLM = ("0.24", "0.32")
 

@@ -9,7 +9,7 @@ import dataclasses
 import pathlib
 import statistics
 
-from common import grid_figures, plans, run_dir
+from common import grid_figures, inputs, plans, run_dir
 from common.grid_results import Estimate, Grid, estimate, jump_cosines
 from common.predictor import split_name
 from common.results import MAIN_ALPHA, NAMES
@@ -126,7 +126,7 @@ def backtest(grid: Grid, run: str, recipe: str) -> Estimate | None:
     values = []
     for seed in grid.seeds:
         path = grid.root / f"seed{seed}" / run / "predictor" / recipe / "report.json"
-        tested = run_dir.read_json(path, "03_train_predictor.py")["backtest"] if path.is_file() else None
+        tested = inputs.read_json(path, "03_train_predictor.py")["backtest"] if path.is_file() else None
         if tested:
             values.append(tested["predictor"]["cosine"])
     return estimate(values) if values else None

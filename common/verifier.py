@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 
-from common.run_dir import UserError
+from common.inputs import UserError
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _NUMBER = re.compile(r"([+-]?)\s*(\d{1,400}\.?\d{0,400}|\.\d{1,400})(?:[eE]([+-]?\d{1,3}))?")

@@ -18,8 +18,8 @@ from peft import PeftModel
 from vllm.lora.request import LoRARequest
 
 from common import adapters
+from common.inputs import UserError
 from common.rollout import Rollout, end_tokens
-from common.run_dir import UserError
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM reserves room for one of these; smaller adapters are padded to it
 MEMORY_SHARE = 0.4  # of the device for weights and KV cache; the trainer lives on the same one

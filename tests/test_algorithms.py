@@ -5,7 +5,7 @@ import shutil
 import pytest
 from conftest import TINY, call_stage
 
-from common import run_dir
+from common import inputs
 
 # large steps on a small batch: half of what there is to learn in a few seconds
 FAST = "--steps 8 --save-every 8 --resume-every 8 --prompts-per-step 8 --rollouts 8 --learning-rate 3e-3"
@@ -19,7 +19,7 @@ def trained(empty_run, tmp_path, monkeypatch, capsys):
         shutil.copytree(empty_run, tmp_path / name)
         command = ["01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(tmp_path / name)]
         assert call_stage(monkeypatch, capsys, *command, *options.split())[0] == 0
-        return run_dir.read_jsonl(tmp_path / name / "train" / "metrics.jsonl")
+        return inputs.read_jsonl(tmp_path / name / "train" / "metrics.jsonl")
 
     return train
 

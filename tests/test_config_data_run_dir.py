@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 
 from common import config, data, plans, run_dir
-from common.run_dir import UserError
+from common.inputs import UserError
 
 
 @dataclasses.dataclass

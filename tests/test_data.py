@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from common import benchmarks, data, policy
-from common.run_dir import UserError
+from common.inputs import UserError
 
 
 @pytest.fixture(autouse=True)

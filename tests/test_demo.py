@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import demo, run_dir, verifier
+from common import demo, inputs, verifier
 
 
 def test_the_shipped_backbone_is_an_ordinary_small_qwen2():
@@ -64,8 +64,8 @@ def test_no_problem_is_in_two_of_the_three_files_in_either_order(empty_run):
 
 
 def test_training_and_test_problems_are_those_that_every_result_here_was_made_with(empty_run):
-    assert run_dir.sha256(empty_run / "data" / "train.jsonl") == "0cf3644b2a5ef53b"
-    assert run_dir.sha256(empty_run / "data" / "test.jsonl") == "1133dc90a6b3ceb4"
+    assert inputs.sha256(empty_run / "data" / "train.jsonl") == "0cf3644b2a5ef53b"
+    assert inputs.sha256(empty_run / "data" / "test.jsonl") == "1133dc90a6b3ceb4"
 
 
 def test_pretraining_never_sees_a_test_problem():

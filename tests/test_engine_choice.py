@@ -8,7 +8,7 @@ import torch
 from conftest import TINY, call_stage
 
 from common import rollout
-from common.run_dir import UserError
+from common.inputs import UserError
 
 
 @pytest.mark.parametrize(

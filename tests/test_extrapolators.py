@@ -12,7 +12,7 @@ import torch
 from conftest import call_on
 from peft import PeftModel
 
-from common import adapters, demo, extrapolators, merge, model_files, policy, rank1, run_dir
+from common import adapters, demo, extrapolators, inputs, merge, model_files, policy, rank1, run_dir
 
 SCALE = 0.5
 SHAPES = {"a": (24, 16), "b": (16, 40), "c": (40, 30)}
@@ -386,7 +386,7 @@ def test_peft_computes_with_what_stage_4_writes(run, backbone_dir, monkeypatch, 
         got, want = model(input_ids=IDS).logits, merged_logits(backbone_dir, dense(adapter))
         torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
         assert (want - merged_logits(backbone_dir, {})).abs().max() > 0.05
-        info = run_dir.read_json(run / "extrapolated" / name / "checkpoint.json", "04")
+        info = inputs.read_json(run / "extrapolated" / name / "checkpoint.json", "04")
         assert info["step"] == 80
         assert ("train/step_0010/adapter_model.safetensors" in info["inputs"]) == (name[:3] in ("rel", "wsm"))
         assert ("validation/train__step_0010/valid.json" in info["inputs"]) == (name == "alpharl-pls_alpha1.5")
@@ -407,7 +407,7 @@ def test_dare_is_written_as_a_model_and_again_only_when_an_option_changes(run, b
             moved = model.tensor(name) - base.tensor(name)
             want = moved if not update.any() else extrapolators.dare(update, name.removesuffix(".weight"), drop)
             torch.testing.assert_close(moved, want, atol=1e-6, rtol=0)
-    assert run_dir.read_json(run / "merged" / "dare_p0.25" / "checkpoint.json", "04")["dare_drop"] == 0.25
+    assert inputs.read_json(run / "merged" / "dare_p0.25" / "checkpoint.json", "04")["dare_drop"] == 0.25
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(merge, "merge", None)  # nothing is made
         assert call_on(monkeypatch, capsys, "04_extrapolate.py", run, "--methods", "dare", "--dare-drop", "0.5") == (0, "")
@@ -421,7 +421,7 @@ def test_the_soup_measures_its_candidates_on_the_validation_problems_with_stage_
     assert sorted(path.name for path in run.iterdir()) == ["data", "deltas", "train", "validation"]  # no eval/, no report
     for step in STEPS:
         path = run / "validation" / f"train__step_{step:04d}" / "valid.json"
-        run_dir.write_json(path, run_dir.read_json(path, "06") | {"accuracy": step / 100})
+        run_dir.write_json(path, inputs.read_json(path, "06") | {"accuracy": step / 100})
     asked, stage6 = [], importlib.import_module("06_eval")
 
     def run_eval(cfg):
@@ -429,7 +429,7 @@ def test_the_soup_measures_its_candidates_on_the_validation_problems_with_stage_
         if len(asked) == 1:
             return whole(cfg)
         path = run / "validation" / cfg.policies[0].replace("/", "__") / "valid.json"
-        before = run_dir.read_json(run / "validation" / "train__step_0080" / "valid.json", "06")
+        before = inputs.read_json(run / "validation" / "train__step_0080" / "valid.json", "06")
         return run_dir.write_json(path, before | {"accuracy": 0.9 if len(asked) == 3 else 0.5})
 
     whole = stage6.run_eval
@@ -437,7 +437,7 @@ def test_the_soup_measures_its_candidates_on_the_validation_problems_with_stage_
     assert call_on(monkeypatch, capsys, "04_extrapolate.py", run, "--methods", "greedy-soup")[0] == 0
     names = [f"validation/candidate_0{i}" for i in range(1, 8)]
     assert asked == [([name], ["{run_dir}/data/valid.jsonl"], "validation", 8, 1) for name in names]
-    first = run_dir.read_json(run / "validation" / "validation__candidate_01" / "valid.json", "06")
+    first = inputs.read_json(run / "validation" / "validation__candidate_01" / "valid.json", "06")
     assert (first["policy"], first["n"]) == (names[0], 4)
     assert not (run / "validation" / "candidate_01").exists()
     soup = dense(adapters.read_adapter(run / "extrapolated" / "greedy-soup"))

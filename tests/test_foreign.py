@@ -12,7 +12,7 @@ from conftest import call_on, extract_from
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from common import adapters, extrapolators, policy, rank1
-from common.run_dir import UserError
+from common.inputs import UserError
 
 PATTERNED = {
     "r": 4,

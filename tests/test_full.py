@@ -14,8 +14,8 @@ from test_policy_and_rollout import PROMPTS, encode, plain_logprobs
 from test_stages import metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import adapters, model_files, policy, rank1, results, run_dir
-from common.run_dir import UserError
+from common import adapters, inputs, model_files, policy, rank1, results
+from common.inputs import UserError
 
 RATE = 1e-4
 stage1, stage5, stage6 = (importlib.import_module(name) for name in ("01_train_lora_grpo", "05_continue_rl", "06_eval"))
@@ -211,7 +211,7 @@ def test_whole_models_are_measured_as_they_are(full_run):
         "continued/next-weighted_alpha1.5/step_0007",
         "continued/none/step_0007",
     }
-    rows = {name: run_dir.read_jsonl(full_run / "eval" / name.replace("/", "__") / "test.jsonl") for name in found}
+    rows = {name: inputs.read_jsonl(full_run / "eval" / name.replace("/", "__") / "test.jsonl") for name in found}
     assert rows["train/step_0006"] == rows["extrapolated/none"] == rows["merged/none"]
     assert rows["train/step_0006"] != rows["backbone"]
     assert rows["train/step_0006"] != rows["train/step_0007"]

@@ -22,7 +22,7 @@ import torch
 from hypothesis import strategies as st
 
 from common import adapters, config, data, demo, model_files, plans, policy, rank1, results, run_dir, verifier
-from common.run_dir import UserError
+from common.inputs import UserError
 
 SECONDS = 5  # of CPU time that a reader may take: wall time is the machine's load
 CASES = 40  # of each reader in the suite

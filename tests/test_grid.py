@@ -13,7 +13,7 @@ import torch
 import yaml
 from conftest import ROOT, TINY
 
-from common import adapters, config, grid_results, plans, reproduce, results, run_dir, tables
+from common import adapters, config, grid_results, inputs, plans, reproduce, results, run_dir, tables
 
 PARSED = {
     "01_train_lora_grpo": ("TrainConfig", "train"),
@@ -92,7 +92,7 @@ def test_a_grid_that_failed_goes_on_with_what_is_missing(tmp_path):
     count = f"import pathlib; p = pathlib.Path({str(tmp_path / 'count')!r}); p.write_text(p.read_text() + 'x' if p.exists() else 'x')"
     fail = f"import pathlib, sys; print('why it failed'); sys.exit(not pathlib.Path({str(tmp_path / 'mended')!r}).exists())"
     jobs = jobs_of(("a", count, []), ("b", fail, ["a"]), ("c", "print('end')", ["b"]))
-    with pytest.raises(run_dir.UserError, match="failed"):
+    with pytest.raises(inputs.UserError, match="failed"):
         run_jobs(tmp_path, jobs)
     assert "why it failed" in (tmp_path / "logs" / "b.log").read_text()
     (tmp_path / "mended").touch()

@@ -15,8 +15,8 @@ import safetensors.torch
 import torch
 from conftest import ROOT, call_on, call_stage
 
-from common import adapters, config, data, demo, model_files, plans, policy, rank1, run_dir
-from common.run_dir import UserError
+from common import adapters, config, data, demo, inputs, model_files, plans, policy, rank1, run_dir
+from common.inputs import UserError
 
 SMALL = (*("--prompt-template", "{prompt}", "--system-prompt", "", "--max-prompt-tokens", "64", "--max-new-tokens", "4", "--engine", "hf"),)
 TRAIN = (*SMALL, "--steps", "1", "--prompts-per-step", "2", "--mini-batch", "2", "--rollouts", "2", "--lora-rank", "2")
@@ -280,13 +280,13 @@ def test_a_preset_cannot_have_other_programs_typed(section):
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "a\\b", ".hidden", "a\0", "a\nb", "\ud800", "é" * 101, "x" * 201, "/etc"])
 def test_what_is_no_name_is_refused(name):
     with pytest.raises(UserError):
-        run_dir.safe_name(name, "it")
+        inputs.safe_name(name, "it")
 
 
 @pytest.mark.parametrize("name", ["a", "next-weighted_alpha1.5", "mmlu-pro-computer-science", "my test (2)", "数学", "--odd"])
 def test_an_ordinary_name_passes(name):
-    assert run_dir.safe_name(name, "it") == name
-    assert run_dir.safe_path(f"train/{name}", "it") == f"train/{name}"
+    assert inputs.safe_name(name, "it") == name
+    assert inputs.safe_path(f"train/{name}", "it") == f"train/{name}"
 
 
 def listing(folder: pathlib.Path) -> set:
@@ -360,7 +360,7 @@ def test_results_are_those_of_the_folder_they_are_in(run, monkeypatch, capsys):
         ('{"prompt": "1", "answer": true}', "no usable 'answer'"),
         ('{"prompt": "1", "answer": ' + "9" * 5000 + "}", "not valid JSON"),
         ('{"prompt": "1", "answer": 1, "x": ' + "[" * 200 + "]" * 200 + "}", "nested over 100 deep"),
-        ('{"prompt": "' + "x" * (run_dir.LINE_LIMIT + 1), "over 10 million characters"),
+        ('{"prompt": "' + "x" * (inputs.LINE_LIMIT + 1), "over 10 million characters"),
     ],
 )
 def test_a_hostile_problem_names_file_and_line(tmp_path, line, message):
@@ -384,10 +384,10 @@ def test_a_line_of_a_gigabyte_is_not_read_to_its_end(tmp_path):
 from common import data, run_dir
 used = int(re.search(r"VmSize:\\s*(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)
-for read in (data.load_problems, run_dir.read_jsonl):
+for read in (data.load_problems, inputs.read_jsonl):
     try:
         read(pathlib.Path({str(tmp_path / "p.jsonl")!r}))
-    except run_dir.UserError as error:
+    except inputs.UserError as error:
         print(error)
 """
     if not pathlib.Path("/proc/self/status").exists():
@@ -413,7 +413,7 @@ for read in (data.load_problems, run_dir.read_jsonl):
 def test_hostile_json_is_one_line_that_names_the_file(tmp_path, text, message):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UserError, match=message) as error:
-        run_dir.read_json(tmp_path / "x.json", "the stage", {"step": int})
+        inputs.read_json(tmp_path / "x.json", "the stage", {"step": int})
     assert str(error.value).startswith(f"{tmp_path}/x.json ")
 
 
@@ -421,7 +421,7 @@ def test_a_json_file_of_a_terabyte_is_not_read(tmp_path):
     with open(tmp_path / "x.json", "wb") as file:
         file.truncate(2**40)
     with pytest.raises(UserError, match="over the limit of 200"):
-        run_dir.read_json(tmp_path / "x.json", "the stage")
+        inputs.read_json(tmp_path / "x.json", "the stage")
 
 
 @pytest.mark.parametrize("line", ["[1]", "{}", '{"step": "1"}', '{"st', "[" * 100_000])
@@ -463,7 +463,7 @@ def test_a_hostile_preset_is_one_clear_error(tmp_path, monkeypatch, text, messag
 
 
 def test_what_unfolds_without_end_is_stopped(tmp_path, monkeypatch):
-    limit = run_dir.time_limit
+    limit = inputs.time_limit
     monkeypatch.setattr(config, "time_limit", lambda seconds, complaint: limit(0.5, complaint))
     (tmp_path / "p.yaml").write_text(LAUGHTER)
     began = time.process_time()
@@ -594,7 +594,7 @@ def test_an_adapter_config_with_nonsense_is_refused(run, monkeypatch, capsys, ch
 @pytest.mark.parametrize("key", ["rank_pattern", "target_modules"])
 def test_a_pattern_that_takes_for_ever_is_stopped(run, monkeypatch, key):
     """Nested quantifiers: the time to find that there is no match doubles with every letter of the module's name."""
-    limit, slow = run_dir.time_limit, r"(([a-z_0-9.])+)+X"
+    limit, slow = inputs.time_limit, r"(([a-z_0-9.])+)+X"
     monkeypatch.setattr(adapters, "time_limit", lambda seconds, complaint: limit(0.5, complaint))
     edit_json(run / "made" / "step_0003" / "adapter_config.json", **{key: {slow: 3} if key == "rank_pattern" else slow})
     with pytest.raises(UserError, match="take over 5 s to match"):
@@ -629,8 +629,8 @@ def test_a_predictor_with_other_tensors_is_refused(run, monkeypatch, capsys):
     jump(monkeypatch, capsys, run)
     (run / "predictor" / "aligned").mkdir(parents=True)
     run_dir.save_tensors(run / "predictor" / "aligned" / "model.safetensors", {"evil": torch.zeros(3)})
-    inputs = {"rank1.safetensors": run_dir.sha256(run / "deltas" / "rank1.safetensors")}
-    run_dir.write_json(run / "predictor" / "aligned" / "done.json", {"inputs": inputs})
+    hashes = {"rank1.safetensors": inputs.sha256(run / "deltas" / "rank1.safetensors")}
+    run_dir.write_json(run / "predictor" / "aligned" / "done.json", {"inputs": hashes})
     status, line = call_on(monkeypatch, capsys, "04_extrapolate.py", run, "--methods", "next", "--recipes", "aligned")
     assert (status, "aligned/model.safetensors is broken" in line) == (2, True), line
 

@@ -9,7 +9,7 @@ from conftest import call_stage
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from common import adapters, merge, model_files, policy, run_dir
-from common.run_dir import UserError
+from common.inputs import UserError
 
 IDS = torch.tensor([[2, 7, 8, 9, 3, 5]])
 

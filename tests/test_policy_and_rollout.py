@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common import policy, rollout
-from common.run_dir import UserError
+from common.inputs import UserError
 
 PROMPTS = ["<|user|>123+489<|assistant|>", "<|user|>7+12<|assistant|>", "<|user|>1<|assistant|>"]
 

@@ -18,14 +18,14 @@ import torch
 from conftest import ROOT, TINY, call_stage, run_stage, start_two
 from peft import PeftModel
 
-from common import adapters, extrapolators, policy, predictor, rank1, report, results, run_dir
+from common import adapters, extrapolators, inputs, policy, predictor, rank1, report, results
 
 
 def metrics(folder: pathlib.Path) -> list[dict]:
     """The metrics of a run without what depends on the clock."""
     return [
         {k: v for k, v in row.items() if "seconds" not in k and k != "tokens_per_second"}
-        for row in run_dir.read_jsonl(folder / "metrics.jsonl")
+        for row in inputs.read_jsonl(folder / "metrics.jsonl")
     ]
 
 
@@ -61,7 +61,7 @@ def test_training_leaves_a_checkpoint_and_a_line_of_metrics_a_step(finished_run)
 def test_training_changes_the_adapter_and_logs_samples(finished_run):
     one, two = (adapters.read_adapter(finished_run / "train" / f"step_000{i}") for i in (1, 2))
     assert all(not torch.equal(one.factors[m][0], two.factors[m][0]) for m in one.factors)
-    samples = run_dir.read_jsonl(finished_run / "train" / "samples.jsonl")
+    samples = inputs.read_jsonl(finished_run / "train" / "samples.jsonl")
     assert {"step", "prompt", "response", "answer", "reward"} == set(samples[0])
 
 
@@ -206,7 +206,7 @@ def test_evaluation_agrees_with_its_own_responses(finished_run):
     found = results.load_results(finished_run)
     assert len(found) == 3 + 15 + 2
     for name, result in found.items():
-        rows = run_dir.read_jsonl(finished_run / "eval" / name.replace("/", "__") / "test.jsonl")
+        rows = inputs.read_jsonl(finished_run / "eval" / name.replace("/", "__") / "test.jsonl")
         assert len(rows) == result.n == 256
         by_problem = [sum(r["score"] for r in rows if r["problem"] == i) for i in range(256)]
         mean = sum(by_problem) / 256
@@ -357,7 +357,7 @@ def test_two_processes_evaluate_like_one(finished_run, tmp_path):
     assert run.returncode == 0, output
     assert output.count("2 processes") == 1
     for policy_name in ("backbone", "train__step_0006"):
-        two, one = (run_dir.read_json(f / "eval" / policy_name / "test.json", "06") for f in (folder, finished_run))
+        two, one = (inputs.read_json(f / "eval" / policy_name / "test.json", "06") for f in (folder, finished_run))
         assert {**two, "seconds": None} == {**one, "seconds": None}
         assert (folder / "eval" / policy_name / "test.jsonl").read_text() == (
             finished_run / "eval" / policy_name / "test.jsonl"
@@ -410,7 +410,7 @@ score = verifier.Verifier.score
 def spoilt(self, *args):
     self.calls = getattr(self, "calls", 0) + 1
     if self.calls == 2 and os.environ["RANK"] == "1":
-        raise run_dir.UserError("the verifier of process 1 is gone")
+        raise inputs.UserError("the verifier of process 1 is gone")
     return score(self, *args)
 verifier.Verifier.score = spoilt
 config.run_stage(importlib.import_module("01_train_lora_grpo").main)
@@ -495,7 +495,7 @@ def spoil_tensor(path: pathlib.Path) -> None:
     tensors = safetensors.torch.load_file(path)
     tensors[sorted(tensors)[0]][0, 0] = float("nan")
     safetensors.torch.save_file(tensors, path)
-    edit_json(path.with_name("checkpoint.json"), sha256=run_dir.sha256(path))
+    edit_json(path.with_name("sha256.json"), **{path.name: inputs.sha256(path)})
 
 
 def edit_json(path: pathlib.Path, **changes):
@@ -597,7 +597,7 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(finished_run, cop
     state = copy / "train" / "resume" / "step_0008" / "weights.safetensors"
     tensors = safetensors.torch.load_file(state)
     safetensors.torch.save_file({name: torch.full_like(t, torch.inf) if "lora_B" in name else t for name, t in tensors.items()}, state)
-    edit_json(state.with_name("sha256.json"), **{state.name: run_dir.sha256(state)})
+    edit_json(state.with_name("sha256.json"), **{state.name: inputs.sha256(state)})
     code, line = call_stage(monkeypatch, capsys, "01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(copy), "--steps", "10")
     assert code == 2
     assert "non-finite loss" in line

@@ -19,13 +19,15 @@ import torch
 from conftest import ROOT, TINY, call_stage
 from test_stages import metrics, weights
 
-from common import config, policy, reproduce, rollout, run_dir
-from common.run_dir import UserError
+from common import config, inputs, policy, reproduce, rollout, run_dir
+from common.inputs import UserError
 
 sys.path.insert(0, str(ROOT / "tests" / "bench"))
 import torture
 
 stage1 = importlib.import_module("01_train_lora_grpo")
+MERGED = "continued/next-aligned_alpha1.5_merged"
+WRITTEN = "is not as it was written, by a bad disk or by hand"
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -233,7 +235,7 @@ def test_a_second_process_in_a_stages_folder_is_refused(finished_run, tmp_path, 
 
 
 def contents_hash(run: pathlib.Path) -> dict[str, str]:
-    return {str(path.relative_to(run)): run_dir.sha256(path) for path in run.rglob("*") if path.is_file()}
+    return {str(path.relative_to(run)): inputs.sha256(path) for path in run.rglob("*") if path.is_file()}
 
 
 def test_two_reproduce_in_one_run_directory_are_one_too_many(finished_run, monkeypatch, capsys):
@@ -356,17 +358,20 @@ def test_what_fails_while_the_optimizer_is_saved_is_one_line(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("script", "file", "flags", "message"),
     [
-        ("01_train_lora_grpo.py", "train/resume/step_0008/weights.safetensors", ["--steps", "9"], "step_0008: it is not as it was written"),
-        ("01_train_lora_grpo.py", "train/resume/step_0008/optimizer.pt", ["--steps", "9"], "step_0008: it is not as it was written"),
-        ("02_extract_deltas.py", "train/step_0003/adapter_model.safetensors", ["--overwrite"], "is not as it was written"),
-        ("03_train_predictor.py", "deltas/rank1.safetensors", [], "input rank1.safetensors"),
-        ("04_extrapolate.py", "train/step_0006/adapter_model.safetensors", ["--methods", "none"], "is not as it was written"),
-        ("04_extrapolate.py", "deltas/rank1.safetensors", ["--methods", "next"], "trained on other deltas"),
-        ("05_continue_rl.py", "extrapolated/none/adapter_model.safetensors", ["--start", "none"], "is not as it was written"),
-        ("06_eval.py", "train/step_0005/adapter_model.safetensors", ["--policies", "train/step_0005"], "is not as it was written"),
+        ("01_train_lora_grpo.py", "train/resume/step_0008/weights.safetensors", ["--steps", "9"], WRITTEN),
+        ("01_train_lora_grpo.py", "train/resume/step_0008/optimizer.pt", ["--steps", "9"], WRITTEN),
+        ("01_train_lora_grpo.py", "backbone/model.safetensors", ["--steps", "9"], WRITTEN),
+        ("02_extract_deltas.py", "train/step_0003/adapter_model.safetensors", ["--overwrite"], WRITTEN),
+        ("03_train_predictor.py", "deltas/rank1.safetensors", [], WRITTEN),
+        ("04_extrapolate.py", "train/step_0006/adapter_model.safetensors", ["--methods", "none"], WRITTEN),
+        ("04_extrapolate.py", "deltas/rank1.safetensors", ["--methods", "repeat-last"], WRITTEN),
+        ("04_extrapolate.py", "predictor/weighted/model.safetensors", ["--methods", "next", "--overwrite"], WRITTEN),
+        ("05_continue_rl.py", "extrapolated/none/adapter_model.safetensors", ["--start", "none"], WRITTEN),
+        ("06_eval.py", "train/step_0005/adapter_model.safetensors", ["--policies", "train/step_0005"], WRITTEN),
+        ("06_eval.py", f"{MERGED}/backbone/model.safetensors", ["--policies", f"{MERGED}/step_0007"], WRITTEN),
     ],
 )
-def test_a_flipped_bit_is_noticed(finished_run, tmp_path, monkeypatch, capsys, script, file, flags, message):
+def test_a_flipped_bit_of_weights_is_noticed(finished_run, tmp_path, monkeypatch, capsys, script, file, flags, message):
     shutil.copytree(finished_run, run := tmp_path / "run")
     content = bytearray((run / file).read_bytes())
     content[len(content) * 3 // 4] ^= 8

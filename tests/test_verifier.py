@@ -7,7 +7,7 @@ import time
 import pytest
 
 from common import verifier
-from common.run_dir import UserError
+from common.inputs import UserError
 
 BOXED = r"\boxed{%s}"
 

@@ -19,7 +19,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from common import adapters, extrapolators, predictor, rank1, run_dir
+from common import adapters, extrapolators, inputs, predictor, rank1, run_dir
 
 stage3, stage4 = importlib.import_module("03_train_predictor"), importlib.import_module("04_extrapolate")
 AT, K = 150, 50  # the jump, and the steps that a target spans
@@ -68,7 +68,7 @@ def complete(run: pathlib.Path, seed: int, alphas: list[str]) -> None:
         *alphas,
     )
     trajectory, last = rank1.load_trajectory(run / "deltas"), run / "train" / f"step_{AT:04d}"
-    info = run_dir.read_json(last / "checkpoint.json", "01_train_lora_grpo.py")
+    info = inputs.read_json(last / "checkpoint.json", "01_train_lora_grpo.py")
     for name, triples in stage3.controls(trajectory).items():
         for alpha in alphas:
             folder = run / "extrapolated" / f"{name}_alpha{float(alpha):g}"
@@ -89,7 +89,7 @@ def backtest(run: pathlib.Path, at: int) -> dict[str, dict]:
             models = stage4.load_predictors(run / "predictor" / name, whole, predictor.RECIPES[name])
             found[f"next-{name}"] = stage3.score(predictor.predict(models, whole, predictor.RECIPES[name]), now, future)
         else:  # stage 3's own backtest
-            report = run_dir.read_json(run / "predictor" / name / "report.json", "03_train_predictor.py")["backtest"]
+            report = inputs.read_json(run / "predictor" / name / "report.json", "03_train_predictor.py")["backtest"]
             assert report["at_step"] == at, report
             found[f"next-{name}"] = report["predictor"]
     true = {}
@@ -108,7 +108,7 @@ def measure(run: pathlib.Path, alphas: list[str]) -> dict[tuple[str, str], float
                 found[row, f"{column}, {at} → {at + K}"] = scores[key]
 
     def accuracy(policy: str) -> float:
-        return 100 * run_dir.read_json(run / "eval" / policy.replace("/", "__") / "test.json", "06_eval.py")["accuracy"]
+        return 100 * inputs.read_json(run / "eval" / policy.replace("/", "__") / "test.json", "06_eval.py")["accuracy"]
 
     for alpha in alphas:
         for row in ROWS:

@@ -13,7 +13,7 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from common import run_dir
+from common import inputs
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--steps", type=int, default=60, help="RL steps to time, after 10 that are not counted")
@@ -33,7 +33,7 @@ with tempfile.TemporaryDirectory() as scratch:
     run("-m", "common.demo", "--run-dir", scratch)
     # a higher rate, so that responses reach the length of a trained policy within the bench
     peak = {"01": run("01_train_lora_grpo.py", *where, "--steps", str(steps), "--learning-rate", "1e-4")}
-    rows = run_dir.read_jsonl(pathlib.Path(scratch) / "train" / "metrics.jsonl")[10:]
+    rows = inputs.read_jsonl(pathlib.Path(scratch) / "train" / "metrics.jsonl")[10:]
     for phase in ("sync", "rollout", "reward", "logprob", "update", "save"):
         print(f"{phase:8} {statistics.median(row['seconds_by_phase'][phase] for row in rows):.3f} s")
     print(f"step     {statistics.median(row['seconds'] for row in rows):.3f} s (median of {len(rows)})")

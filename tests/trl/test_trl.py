@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel
 sys.path.remove(str(ROOT / "tests"))  # where TRL would take the folder tests/vllm for the package vllm
 from trl import GRPOConfig, GRPOTrainer
 
-from common import adapters, policy, predictor, rank1, run_dir
+from common import adapters, inputs, policy, predictor, rank1
 
 STEPS = 9
 JUMPED = "extrapolated/next-weighted_alpha1.5"
@@ -129,4 +129,4 @@ def test_trl_trains_the_jumped_adapter_on(run):
     drift = max((end.factors[m][0] - start.factors[m][0]).abs().max().item() for m in start.factors)
     assert 0 < drift < 0.01
     assert all(end.scale(m) == pytest.approx(start.scale(m)) for m in start.factors)
-    assert run_dir.read_json(run / JUMPED / "checkpoint.json", "04")["step"] == STEPS
+    assert inputs.read_json(run / JUMPED / "checkpoint.json", "04")["step"] == STEPS

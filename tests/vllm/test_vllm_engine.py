@@ -13,8 +13,8 @@ import torch
 from conftest import TINY, lay_out, run_stage, start_two
 from vllm.config.lora import MaxLoRARanks
 
-from common import demo, policy, rollout, run_dir, vllm_engine
-from common.run_dir import UserError
+from common import demo, inputs, policy, rollout, vllm_engine
+from common.inputs import UserError
 
 # Starts faster, and the prefix cache works on blocks that are shorter than our prompts.
 SMALL = json.dumps({"enforce_eager": True, "kv_cache_memory_bytes": 2**27, "block_size": 32})
@@ -189,7 +189,7 @@ def trained(tmp_path_factory):
 def test_training_with_vllm_learns_like_training_with_hf(trained):
     start, end = {}, {}
     for name, folder in trained.items():
-        rows = run_dir.read_jsonl(folder / "train" / "metrics.jsonl")
+        rows = inputs.read_jsonl(folder / "train" / "metrics.jsonl")
         assert max(row["logprob_gap_mean"] for row in rows) < 1e-5
         assert max(row["logprob_gap_max"] for row in rows) < 1e-3
         assert rows[0]["seconds_by_phase"].keys() == {"sync", "rollout", "reward", "logprob", "update", "save"}
@@ -205,7 +205,7 @@ def test_evaluation_by_vllm_equals_evaluation_by_hf(trained):
         flags = ("--policies", "backbone", "train/step_0050", "--runs", "4", "--engine", name, "--vllm-options", SMALL)
         result = run_stage("06_eval.py", "--config", "demo", "--run-dir", str(folder), *flags)
         assert result.returncode == 0, result.stderr
-        results[name] = {p: run_dir.read_json(folder / "eval" / p / "test.json", "06") for p in ("backbone", "train__step_0050")}
+        results[name] = {p: inputs.read_json(folder / "eval" / p / "test.json", "06") for p in ("backbone", "train__step_0050")}
         shutil.rmtree(folder / "eval")
     for wanted, found in zip(results["hf"].values(), results["vllm"].values(), strict=True):
         error = math.hypot(wanted["standard_error"], found["standard_error"])
@@ -220,12 +220,12 @@ def test_training_all_parameters_samples_with_the_updated_weights(tmp_path):
     flags = ("--tune", "full", "--learning-rate", "1e-3", "--steps", "4", "--engine", "vllm", "--vllm-options", SMALL)
     result = run_stage("01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(folder), *flags)
     assert result.returncode == 0, result.stderr
-    rows = run_dir.read_jsonl(folder / "train" / "metrics.jsonl")
+    rows = inputs.read_jsonl(folder / "train" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert max(row["logprob_gap_mean"] for row in rows) < 1e-5
     result = run_stage("06_eval.py", *("--config", TINY, "--run-dir", str(folder), *flags[-4:], "--policies", "train/step_0004"))
     assert result.returncode == 0, result.stderr
-    measured = run_dir.read_json(folder / "eval" / "train__step_0004" / "test.json", "06")
+    measured = inputs.read_json(folder / "eval" / "train__step_0004" / "test.json", "06")
     assert measured["n"] == 256
 
 
@@ -237,7 +237,7 @@ def one_process(tmp_path_factory):
     folder = lay_out(tmp_path_factory.mktemp("one") / "run")
     result = run_stage("01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(folder), *TWO_STEPS)
     assert result.returncode == 0, result.stderr
-    return run_dir.read_jsonl(folder / "train" / "metrics.jsonl")
+    return inputs.read_jsonl(folder / "train" / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("accelerate_config", ["cpu_processes", "fsdp2"])
@@ -245,7 +245,7 @@ def test_two_processes_with_an_engine_each_train_like_one(one_process, tmp_path,
     folder = lay_out(tmp_path / "run")
     output, _ = (run := start_two("01_train_lora_grpo.py", folder, accelerate_config, *TWO_STEPS)).communicate(timeout=300)
     assert run.returncode == 0, output
-    for two, one in zip(run_dir.read_jsonl(folder / "train" / "metrics.jsonl"), one_process, strict=True):
+    for two, one in zip(inputs.read_jsonl(folder / "train" / "metrics.jsonl"), one_process, strict=True):
         assert two["logprob_gap_max"] < 1e-4
         for key in ("accuracy", "response_length", "loss", "entropy", "grad_norm"):
             assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5)
