@@ -2,6 +2,7 @@
 
     python tests/bench/torture.py --preset demo --kills 100 --out runs/torture
     python tests/bench/torture.py --preset tests/tiny.yaml --kills 8 --against runs/tiny --out runs/torture     # as the test suite does
+    python tests/bench/torture.py --preset tests/tiny.yaml --kills 30 --processes 2 --out runs/torture2
 
 The commands are those of `reproduce`, one after another. A kill is SIGKILL or SIGTERM; it comes at a random moment of the stage, or just
 before or after the n-th rename that the stage makes (n = 1, 2, ... is its start or resume), and every fourth is followed by a second one
@@ -9,10 +10,12 @@ right after the restart. Where a stage ends before its moment, the kill moves to
 Every file of both run directories is compared bit for bit; left out is what tells the time (keys with "seconds", report.md, Fig. 5).
 
 A stage is a fork of this process, which has the libraries loaded: a start costs no seconds of imports, and kills hit the stage's own work.
+With --processes the commands are typed as they are, `accelerate launch` with so many processes, and kills hit launcher and imports too.
 """
 
 import argparse
 import collections
+import contextlib
 import importlib
 import json
 import os
@@ -21,6 +24,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -40,6 +44,41 @@ NO_STAGES = ("reproduce.json", "printed.txt")  # written by others
 SIGNALS = {signal.SIGKILL: (-signal.SIGKILL,), signal.SIGTERM: (143, -signal.SIGTERM)}  # the second: before the stage's handler is there
 
 
+class Typed:
+    """A command of the experiment as it is typed. A signal goes to all its processes: the launcher's, the stage's, the verifier's."""
+
+    def __init__(self, argv: list[str], log: pathlib.Path, at_rename: None = None):
+        self.mark = f"TORTURE={log}:{time.monotonic_ns()}"  # in the environment of all of them, orphans too
+        name, value = self.mark.split("=")
+        path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        with open(log, "ab") as file:
+            self.launcher = subprocess.Popen(
+                argv, cwd=ROOT, stdout=file, stderr=file, start_new_session=True, env={**os.environ, name: value, "PATH": path}
+            )
+
+    def alive(self) -> list[int]:
+        found = []
+        for folder in pathlib.Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it ended just now
+                if self.mark.encode() in (folder / "environ").read_bytes():
+                    found.append(int(folder.name))
+        return found
+
+    def kill(self, number: int) -> None:
+        for pid in self.alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def wait(self, seconds: float) -> int | None:
+        """The launcher's exit code once all are gone, or None if any still runs after so many seconds."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self.launcher.poll() is not None and not self.alive():
+                return self.launcher.returncode
+            time.sleep(0.05)
+        return None
+
+
 class Stage:
     """A command of the experiment, started as a fork of this process in a process group of its own."""
 
@@ -56,6 +95,9 @@ class Stage:
             if at_rename:
                 signal_at_rename(*at_rename)
             os._exit(call(argv))
+
+    def kill(self, number: int) -> None:
+        os.killpg(self.pid, number)
 
     def wait(self, seconds: float) -> int | None:
         """The exit code (minus the signal's number for a killed one), or None if it still runs after so many seconds."""
@@ -98,34 +140,42 @@ def signal_at_rename(n: int, number: int, after: bool) -> None:
     os.replace = counted
 
 
-def commands(preset_name: str, run: pathlib.Path) -> list[list[str]]:
-    """[script or module, flags ...] of every command of the experiment, in order."""
+def commands(preset_name: str, run: pathlib.Path, processes: int) -> list[list[str]]:
+    """Every command of the experiment, in order: as typed with so many processes, or with 0 from the script or module on."""
     found = []
     for job in plans.single(preset_name, configs.load_preset(preset_name), str(run)):
-        first = next(i for i, word in enumerate(job.argv) if word.endswith(".py") or word.startswith("common."))
-        found.append(job.argv[first:])
+        first = script_at(job.argv)
+        more = ["--num_processes", str(processes)] if job.argv[0] == "accelerate" else []
+        found.append([*job.argv[:first], *more, *job.argv[first:]] if processes else job.argv[first:])
     return found
 
 
-def undisturbed(preset_name: str, run: pathlib.Path) -> list[float]:
+def script_at(argv: list[str]) -> int:
+    return next(i for i, word in enumerate(argv) if word.endswith(".py") or word.startswith("common."))
+
+
+def undisturbed(lines: list[list[str]], run: pathlib.Path, start: type) -> list[float]:
     """Runs every command; returns the seconds each took."""
     seconds = []
-    for argv in commands(preset_name, run):
+    for argv in lines:
         began = time.monotonic()
-        if code := Stage(argv, run.with_name("whole.log")).wait(36000):
+        if code := start(argv, run.with_name("whole.log")).wait(36000):
             raise SystemExit(f"exit code {code}: {' '.join(argv)}; see {run.with_name('whole.log')}")
         seconds.append(time.monotonic() - began)
         print(f"{seconds[-1]:6.1f} s  {' '.join(argv)}", flush=True)
     return seconds
 
 
-def disturbed(preset_name: str, run: pathlib.Path, seconds: list[float], kills: int, rng: random.Random) -> collections.Counter:
+def disturbed(
+    lines: list[list[str]], run: pathlib.Path, start: type, seconds: list[float], kills: int, rng: random.Random
+) -> collections.Counter:
     """Runs every command with `kills` kills spread over the stages; returns how many there were by (stage, signal, moment)."""
-    lines, log, done = commands(preset_name, run), run.with_name("killed.log"), collections.Counter()
+    log, done, moments = run.with_name("killed.log"), collections.Counter(), ["clock", "rename"] if start is Stage else ["clock"]
     stages = collections.defaultdict(list)
-    for i, argv in enumerate(lines):
-        if argv[0].endswith(".py"):
-            stages[argv[0][:2]].append(i)
+    names = [argv[script_at(argv)][:2] for argv in lines]
+    for i, name in enumerate(names):
+        if name.isdigit():
+            stages[name].append(i)
     planned = collections.Counter(rng.choice(stages[sorted(stages)[i % len(stages)]]) for i in range(kills))
     due = 0
     for i, argv in enumerate(lines):
@@ -133,22 +183,24 @@ def disturbed(preset_name: str, run: pathlib.Path, seconds: list[float], kills: 
         twice = False
         while True:
             number = rng.choice(list(SIGNALS))
-            moment = rng.choice(["clock", "rename"]) if due else None
+            moment = rng.choice(moments) if due else None
             at_rename = (rng.randint(1, 12), number, rng.random() < 0.5) if moment == "rename" else None
-            stage = Stage(argv, log, at_rename)
+            stage = start(argv, log, at_rename)
             wait = 36000.0
             if moment == "clock":
                 wait = rng.uniform(0, min(0.5, seconds[i]) if twice else seconds[i])
-            if stage.wait(wait) is None:
-                os.killpg(stage.pid, number)
+            sent = at_rename is not None or stage.wait(wait) is None
+            if sent and not at_rename:
+                stage.kill(number)
             code = stage.wait(36000)
             if code == 0:
                 if due and argv is lines[-1]:
                     continue
                 break  # done; a kill that came too late is still due
-            if not due or code not in SIGNALS[number]:
-                raise SystemExit(f"exit code {code} after signal {number if due else 'none'}: {' '.join(argv)}; see {log}")
-            done[argv[0][:2], number, moment + (", again at once" if twice else "")] += 1
+            known = start is Typed or code in SIGNALS[number]  # a launcher has exit codes of its own
+            if not (sent and known):
+                raise SystemExit(f"exit code {code} after signal {number if sent else 'none'}: {' '.join(argv)}; see {log}")
+            done[names[i], number, moment + (", again at once" if twice else "")] += 1
             due -= 1
             twice = not twice and due > 0 and rng.random() < 0.25
     return done
@@ -186,6 +238,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100, help="of which every stage gets its share")
     parser.add_argument("--seed", type=int, default=0, help="of stages, moments and signals")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the run directories; what is in it goes")
+    parser.add_argument("--processes", type=int, default=0, help="type the commands, with so many processes [forks of this process]")
     parser.add_argument("--against", type=pathlib.Path, help="a finished run of the preset [one is made]")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -193,10 +246,11 @@ def main() -> None:
     shutil.rmtree(args.out, ignore_errors=True)
     whole = args.against.absolute() if args.against else args.out / "whole" / "run"
     args.out.joinpath("whole").mkdir(parents=True)
-    seconds = [2.0] * len(commands(args.preset, whole)) if args.against else undisturbed(args.preset, whole)
-    run = args.out / "killed" / whole.name
+    run, start = args.out / "killed" / whole.name, Typed if args.processes else Stage
+    first, lines = (commands(args.preset, folder, args.processes) for folder in (whole, run))
+    seconds = [2.0] * len(lines) if args.against else undisturbed(first, whole, start)
     run.parent.mkdir()
-    done = disturbed(args.preset, run, seconds, args.kills, random.Random(args.seed))
+    done = disturbed(lines, run, start, seconds, args.kills, random.Random(args.seed))
     found = differences(whole, run)
     print("| stage | signal | moment | kills |\n|---|---|---|--:|")
     for (stage, number, moment), count in sorted(done.items()):
