@@ -87,9 +87,9 @@ def load_predictors(folder: pathlib.Path, trajectory: rank1.Trajectory, recipe: 
     done = inputs.read_json(folder / "done.json", "03_train_predictor.py", {"inputs": {"rank1.safetensors": str}})
     if done["inputs"]["rank1.safetensors"] != inputs.sha256(folder.parents[1] / "deltas" / "rank1.safetensors"):
         raise UserError(f"{folder} was trained on other deltas than those there now: run 03_train_predictor.py --overwrite")
-    inputs.check_intact(folder)
     with inputs.reading(folder / "model.safetensors", "run 03_train_predictor.py --overwrite"):
         weights = safetensors.torch.load_file(folder / "model.safetensors")
+        inputs.check_intact(folder)
         if "sum.weights" in weights:
             return {"sum": predictor.WeightedSum(weights["sum.weights"])}
         models = {}

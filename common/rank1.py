@@ -155,9 +155,9 @@ def load_trajectory(folder: pathlib.Path) -> Trajectory:
     if not 1 <= k < len(steps) or not index["modules"] or steps[0] < 1 or steps != sorted({*steps}):
         raise UserError(f"{folder}/index.json has no usable steps, k and modules: run 02_extract_deltas.py --overwrite")
     path = folder / "rank1.safetensors"
-    check_intact(folder)
     with reading(path, "run 02_extract_deltas.py --overwrite"):
         tensors = safetensors.torch.load_file(path)
+    check_intact(folder)
     deltas, counts = {}, {"global": len(steps), "local": len(steps), "target": len(steps) - k}
     for module in index["modules"]:
         parts = {role: [tensors.get(f"{role}.{module}.{part}", torch.empty(0)) for part in ("u", "sigma", "v")] for role in ROLES}

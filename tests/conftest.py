@@ -1,5 +1,6 @@
 """Shared fixtures: the tiny backbone, and one whole chain of stages on it that the stage tests look at."""
 
+import fcntl
 import importlib
 import os
 import pathlib
@@ -95,8 +96,21 @@ def empty_run(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory) -> pathlib.Path:
-    """All six stages on tests/tiny.yaml by `reproduce`, interrupted once by Ctrl-C and typed again. Read only; copy it to change it."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
+    """All six stages on tests/tiny.yaml by `reproduce`, interrupted once by Ctrl-C and typed again. Read only; copy it to change it.
+
+    Of pytest's processes the first that needs it makes it for all.
+    """
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "finished" / "run"
+    folder.parent.mkdir(exist_ok=True)
+    with open(folder.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "printed.txt").exists():
+            make_run(folder)
+    return folder
+
+
+def make_run(folder: pathlib.Path) -> None:
     command = [sys.executable, "-m", "common.reproduce", "--preset", TINY, "--run-dir", str(folder)]
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
     printed = []
@@ -109,4 +123,3 @@ def finished_run(tmp_path_factory) -> pathlib.Path:
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert again.returncode == 0, again.stdout + again.stderr
     (folder / "printed.txt").write_text("".join(printed) + again.stdout)
-    return folder

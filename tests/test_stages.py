@@ -118,6 +118,7 @@ def test_ablations_go_through_predictor_jump_and_report(copy, monkeypatch, capsy
     safetensors.torch.save_file({name: t[1:].clone() for name, t in tensors.items()}, other / "deltas" / "rank1.safetensors")
     checkpoints = {step: index["checkpoints"][str(step)] for step in index["steps"][1:]}
     edit_json(other / "deltas" / "index.json", steps=index["steps"][1:], checkpoints=checkpoints)
+    edit_json(other / "deltas" / "done.json", outputs={})
 
     def stage(script, run, *flags):
         assert call_stage(monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(run), *flags) == (0, "")
@@ -314,11 +315,24 @@ def test_a_longer_run_is_the_shorter_one_extended(finished_run, empty_run, tmp_p
     assert weights(folder / "train") == weights(finished_run / "train")
 
 
-def test_another_seed_gives_another_run(finished_run, empty_run, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(empty_run, folder)
-    assert run_stage("01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(folder), "--steps", "2", "--seed", "1").returncode == 0
-    assert metrics(folder / "train")[0] != metrics(finished_run / "train")[0]
+SEEDED = {  # stage -> flags, the file that must be the same again for the same seed and another for another
+    "01_train_lora_grpo.py": (["--steps", "1"], "train/step_0001/adapter_model.safetensors"),
+    "03_train_predictor.py": (["--recipes", "aligned"], "predictor/aligned/model.safetensors"),
+    "05_continue_rl.py": (["--start", "none", "--more-steps", "1"], "continued/none/step_0007/adapter_model.safetensors"),
+    "06_eval.py": (["--policies", "train/step_0006", "--output", "again"], "again/train__step_0006/test.jsonl"),
+}
+
+
+@pytest.mark.parametrize("script", SEEDED)
+def test_the_same_seed_gives_the_same_file_and_another_seed_another(copy, monkeypatch, capsys, script):
+    flags, file = SEEDED[script]
+    monkeypatch.setitem(predictor.RECIPES, "aligned", dataclasses.replace(predictor.RECIPES["aligned"], epochs=3))
+    found = []
+    for seed in ("0", "0", "1"):
+        shutil.rmtree(copy / pathlib.Path(file).parts[0], ignore_errors=script[:2] in ("05", "06"))
+        assert call_stage(monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(copy), *flags, "--seed", seed)[0] == 0
+        found.append((copy / file).read_bytes())
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.parametrize(
