@@ -18,12 +18,10 @@ def table_rows(results: dict[str, Result]) -> list[Result]:
         r
         for r in results.values()
         if r.method in ("backbone", "grpo")
-        or (r.alpha == MAIN_ALPHA and r.policy.startswith("extrapolated/"))
+        or (r.jumped and r.alpha in (MAIN_ALPHA, None) and r.method != "none")
         or (r.policy.startswith("continued/") and r.steps == last)
     ]
-    return sorted(
-        rows, key=lambda r: (r.policy.startswith("continued/"), r.policy.startswith("extrapolated/"), order.get(r.method, 99), r.steps)
-    )
+    return sorted(rows, key=lambda r: (r.policy.startswith("continued/"), r.jumped, order.get(r.method, 99), r.steps))
 
 
 def main_table(results: dict[str, Result]) -> str:

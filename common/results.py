@@ -66,7 +66,13 @@ class Result:
         name = "Backbone" if method == "backbone" else method_name(method, self.full)
         name += f", last {last} checkpoints" if last else ""
         name += ", merged restart" if self.method.endswith("_merged") else ""
-        return name + (", right after the jump" if self.policy.startswith("extrapolated/") and self.method != "none" else "")
+        name += ", merged" if self.policy.startswith("merged/") and self.alpha is not None else ""
+        return name + (", right after the jump" if self.jumped and self.method != "none" else "")
+
+    @property
+    def jumped(self) -> bool:
+        """Whether it is what stage 4 made, before any more RL."""
+        return self.policy.startswith(("extrapolated/", "merged/"))
 
 
 def method_name(method: str, full: bool) -> str:

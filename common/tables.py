@@ -98,7 +98,7 @@ def jumps_table(grid: Grid, cosines: dict[str, Estimate]) -> str:
     found = {}
     for runs in grid.results.values():
         for policy, result in runs.get("lora", {}).items():
-            if policy.split("/")[0] in ("extrapolated", "merged") and result.alpha in (MAIN_ALPHA, None, 0.5 if "expo" in policy else None):
+            if result.jumped and result.alpha in (MAIN_ALPHA, None, 0.5 if "expo" in policy else None):
                 found[policy] = result
     rows = []
     before, repeat = ("lora", grid.step(grid.prefix)), ("lora", f"extrapolated/repeat-last_alpha{MAIN_ALPHA:g}")

@@ -13,7 +13,7 @@ import torch
 import yaml
 from conftest import ROOT, TINY
 
-from common import adapters, config, grid_results, inputs, plans, reproduce, results, run_dir, tables
+from common import adapters, config, grid_results, inputs, plans, report, reproduce, results, run_dir, tables
 
 PARSED = {
     "01_train_lora_grpo": ("TrainConfig", "train"),
@@ -126,6 +126,8 @@ def test_a_model_without_an_adapter_and_a_merged_adapter_have_their_method_and_t
     dare, merged = found["merged/dare_p0.9"], found["merged/rl-extra_alpha1.5"]
     assert (dare.method, dare.alpha, dare.steps, dare.seconds) == ("dare_p0.9", None, 2, 4.0)
     assert (merged.method, merged.alpha, merged.steps, merged.seconds) == ("rl-extra", 1.5, 2, 4.0)
+    labels = ["RL-Extra, merged, right after the jump", "DARE, 90% dropped, right after the jump"]
+    assert [row.label for row in report.table_rows(found)] == labels
 
 
 @pytest.fixture
