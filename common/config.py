@@ -10,6 +10,7 @@ import difflib
 import math
 import os
 import pathlib
+import re
 import reprlib
 import signal
 import sys
@@ -146,6 +147,7 @@ def as_dict(config: StageConfig, leave_out: typing.Iterable[str] = ()) -> dict:
 def run_stage(main: typing.Callable[[], None], one_process: bool = False) -> None:
     """Calls a stage's `main`; a UserError becomes one line on stderr and exit code 2, Ctrl-C and SIGTERM a hint and 130 and 143.
 
+    So does the end of another process that this one talks to, exit code 1 (gloo's; NCCL ends the process itself).
     one_process: of the processes that `accelerate launch` started, only the first works; for stages whose work is seconds long.
     """
     first = os.environ.get("RANK", "0") == "0"
@@ -166,6 +168,11 @@ def run_stage(main: typing.Callable[[], None], one_process: bool = False) -> Non
         if first:
             print("\nstopped: type the same command to go on from the last complete step", file=sys.stderr)
         raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
+    except RuntimeError as error:
+        if not re.search("(closed|reset) by peer", str(error)):
+            raise
+        print("error: another process of this run has ended: type the same command to go on from the last complete step", file=sys.stderr)
+        raise SystemExit(1) from None
     finally:
         run_dir.release()
         for number, handler in zip(numbers, before, strict=True):

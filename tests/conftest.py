@@ -35,7 +35,7 @@ def start_two(script: str, folder: pathlib.Path, accelerate_config: str, *args: 
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
     )
 
 

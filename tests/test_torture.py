@@ -16,7 +16,7 @@ import types
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, TINY, call_stage
+from conftest import ROOT, TINY, call_stage, start_two
 from test_stages import metrics, weights
 
 from common import config, inputs, policy, reproduce, rollout, run_dir
@@ -218,6 +218,53 @@ def held(folder: pathlib.Path):
         lock.flush()
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def test_the_end_of_another_process_is_one_line_and_any_other_error_is_itself(capsys):
+    def main(message):
+        raise RuntimeError(message)
+
+    with pytest.raises(SystemExit) as stop:
+        config.run_stage(lambda: main("[pair.cc:553] Connection closed by peer [127.0.0.1]:37593. This is typically caused by"))
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.startswith("error: another process of this run has ended: type the same command")
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        config.run_stage(lambda: main("shape mismatch"))
+
+
+def process_of(rank: int, folder: pathlib.Path) -> int:
+    """The pid of this rank of the training in `folder`."""
+    for process in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            variables, command = ((process / name).read_bytes() for name in ("environ", "cmdline"))
+            if f"\0RANK={rank}\0".encode() in variables and str(folder).encode() in command:
+                return int(process.name)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def test_two_processes_lose_no_step_when_one_dies_or_the_launcher_is_stopped(empty_run, tmp_path):
+    shutil.copytree(empty_run, folder := tmp_path / "run")
+
+    def train(until: str) -> subprocess.Popen:
+        run = start_two("01_train_lora_grpo.py", folder, "cpu_processes", "--steps", "4")
+        next(line for line in run.stdout if line.startswith(until))
+        return run
+
+    run = train(until="step 1/4")
+    os.kill(process_of(1, folder), signal.SIGKILL)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 1
+    assert "type the same command to go on" in output  # of the other, which the launcher may have stopped before it noticed
+    run = train(until="step 2/4")
+    run.terminate()
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode not in (0, None)
+    assert "stopped: type the same command to go on" in output
+    assert not (folder / "train" / "done.json").exists()
+    run = train(until="done: 4 steps")
+    assert run.wait(timeout=120) == 0
+    assert [row["step"] for row in metrics(folder / "train")] == [1, 2, 3, 4]
+    assert sorted(path.name for path in (folder / "train" / "resume").iterdir()) == ["step_0004"]
 
 
 @pytest.mark.parametrize("script", STAGES)

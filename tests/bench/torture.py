@@ -240,6 +240,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the run directories; what is in it goes")
     parser.add_argument("--processes", type=int, default=0, help="type the commands, with so many processes [forks of this process]")
     parser.add_argument("--against", type=pathlib.Path, help="a finished run of the preset [one is made]")
+    parser.add_argument("--within", type=float, default=2.0, help="with --against: kills come so many seconds after a start at most [2]")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out = args.out.absolute()
@@ -248,7 +249,7 @@ def main() -> None:
     args.out.joinpath("whole").mkdir(parents=True)
     run, start = args.out / "killed" / whole.name, Typed if args.processes else Stage
     first, lines = (commands(args.preset, folder, args.processes) for folder in (whole, run))
-    seconds = [2.0] * len(lines) if args.against else undisturbed(first, whole, start)
+    seconds = [args.within] * len(lines) if args.against else undisturbed(first, whole, start)
     run.parent.mkdir()
     done = disturbed(lines, run, start, seconds, args.kills, random.Random(args.seed))
     found = differences(whole, run)
