@@ -49,6 +49,7 @@ def bake(backbone: str, start: pathlib.Path, out: pathlib.Path) -> None:
     """Writes the model `backbone` (a folder or hub id) with the jump to the folder `out`, all or nothing."""
     model, tokenizer = policy.load_backbone(backbone)
     jumped = with_jump(model, start)
+    policy.drop_sampling_defaults(jumped)
     with writing(out), atomic_dir(out) as folder:
         run_dir.save_pretrained(folder, jumped, tokenizer)
 

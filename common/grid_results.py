@@ -39,9 +39,10 @@ class Estimate:
         """Of "better" (or "not worse"): holds or does not hold where the whole 95% interval says so, else undecided."""
         if self.seeds < 2:
             return "undecided"
-        if self.mean + self.half < 0:
+        bound = -NOT_WORSE if not_worse else 0
+        if self.mean + self.half < bound:
             return "does not hold"
-        return "holds" if self.mean - self.half > (-NOT_WORSE if not_worse else 0) else "undecided"
+        return "holds" if self.mean - self.half > bound else "undecided"
 
 
 def estimate(values: list[float]) -> Estimate:

@@ -191,7 +191,7 @@ def check_intact(folder: pathlib.Path) -> None:
     else:
         return
     if not matches(written, dict[str, str]):
-        raise UserError(f"{folder} has no usable {HASHES}: put a good copy there, or make the folder again")
+        raise UserError(f"{folder} has no usable hashes of its files ({HASHES} or done.json): make the folder again")
     for name, wanted in written.items():
         path = folder / safe_name(name, f"{folder}/{HASHES}")
         if path.is_file() and sha256(path) != wanted:

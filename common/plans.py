@@ -76,8 +76,9 @@ class Plan:
                 continue
             for section in ("shared", "train", "eval"):
                 value = self.preset.get(section, {}).get(key, "")
-                values = [v.replace("{run_dir}", self.root) for v in (value if isinstance(value, list) else [value]) if "{run_dir}" in v]
-                found += [f"--{key.replace('_', '-')}", *values] if values else []
+                values = value if isinstance(value, list) else [value]
+                if any("{run_dir}" in v for v in values):
+                    found += [f"--{key.replace('_', '-')}", *(v.replace("{run_dir}", self.root) for v in values)]
         return found
 
     def prepare(self) -> None:

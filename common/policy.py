@@ -164,11 +164,15 @@ def save_lora(policy, folder: pathlib.Path, info: dict) -> None:
         atomic_write_text(temporary / "checkpoint.json", json.dumps(info))
 
 
+def drop_sampling_defaults(model) -> None:
+    """Those of the backbone are not how a policy is trained, and saving refuses some that loading takes."""
+    ends = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=ends.eos_token_id, pad_token_id=ends.pad_token_id)
+
+
 def save_whole(policy, tokenizer, folder: pathlib.Path, info: dict) -> None:
     """Saves all weights (in fp32 as they are trained) with config and tokenizer, an ordinary Hugging Face folder, all or nothing."""
-    ends = policy.generation_config
-    # the backbone's sampling defaults are not how this policy was trained, and saving refuses some that loading takes
-    policy.generation_config = GenerationConfig(eos_token_id=ends.eos_token_id, pad_token_id=ends.pad_token_id)
+    drop_sampling_defaults(policy)
     logging.disable_progress_bar()  # it would draw one over that of the steps
     with writing(folder), atomic_dir(folder, overwrite=True) as temporary:
         run_dir.save_pretrained(temporary, policy, tokenizer)
@@ -249,7 +253,10 @@ def load_resume(folder: pathlib.Path, policy, optimizer) -> int | None:
     if not states:
         return None
     with _loading(f"resume state {states[-1]}", "it is broken: start the stage again with --overwrite"):
-        inputs.check_intact(states[-1])
+        try:
+            inputs.check_intact(states[-1])
+        except UserError as error:
+            raise ValueError(error) from error
         weights = safetensors.torch.load_file(states[-1] / "weights.safetensors")
         optimizer_state = torch.load(states[-1] / "optimizer.pt", weights_only=True, map_location="cpu")
         trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}

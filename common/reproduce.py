@@ -12,6 +12,7 @@ preset's `gpus_per_job` gives every command its own.
 
 import argparse
 import collections
+import contextlib
 import hashlib
 import json
 import os
@@ -173,8 +174,10 @@ def lanes_of(preset: dict, jobs: int | None, grid: bool) -> list[str | None]:
 
 def made_with(args: argparse.Namespace) -> str:
     """The command and the commit of the code, for the page of tables."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=pathlib.Path(__file__).parent)
-    commit = git.stdout.strip() or "unknown"
+    commit = "unknown"
+    with contextlib.suppress(OSError):  # no git here
+        asked = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(asked, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent).stdout.strip() or commit
     flags = " ".join([*map(str, args.seeds), *(["--report"] if args.report else [])])
     return f"`python -m common.reproduce --preset {args.preset} --grid {args.grid} --seeds {flags}` at commit {commit}"
 

@@ -1,6 +1,7 @@
 """What a run came to: every evaluated policy with its accuracy, its steps and the seconds it took, from the files of the run directory."""
 
 import bisect
+import collections
 import dataclasses
 import functools
 import itertools
@@ -54,9 +55,10 @@ class Result:
     error: float
     n: int
     length: float
-    by_problem: list[torch.Tensor]  # a tensor a task
+    by_problem: dict[str, torch.Tensor]  # by task
     seconds: float | None = None  # RL, SVD, predictor and jump, wall
     full: bool = False  # all parameters were trained, not a LoRA
+    note: str = ""  # for the label
 
     @property
     def label(self) -> str:
@@ -66,8 +68,8 @@ class Result:
         name = "Backbone" if method == "backbone" else method_name(method, self.full)
         name += f", last {last} checkpoints" if last else ""
         name += ", merged restart" if self.method.endswith("_merged") else ""
-        name += ", merged" if self.policy.startswith("merged/") and self.alpha is not None else ""
-        return name + (", right after the jump" if self.jumped and self.method != "none" else "")
+        name += ", merged" if self.policy.startswith("merged/") and not method.startswith("dare") else ""
+        return name + (", right after the jump" if self.jumped and self.method != "none" else "") + self.note
 
     @property
     def jumped(self) -> bool:
@@ -87,10 +89,14 @@ def trained_whole(run: pathlib.Path) -> bool:
 
 
 def load_results(run: pathlib.Path) -> dict[str, Result]:
-    """Every evaluated policy of the run, by its path; the accuracy of several tasks is their plain mean, as in the paper."""
+    """Every evaluated policy of the run, by its path; the accuracy of several tasks is their plain mean, as in the paper.
+
+    What was measured on other tasks than most says so in its label.
+    """
     found = {}
     for folder in sorted((run / "eval").glob("*")):
-        tasks = [inputs.read_json(path, "06_eval.py", KINDS) for path in sorted(folder.glob("*.json"))]
+        paths = sorted(folder.glob("*.json"))
+        tasks = [inputs.read_json(path, "06_eval.py", KINDS) for path in paths]
         if not tasks:
             continue
         policy = tasks[0]["policy"]
@@ -111,13 +117,17 @@ def load_results(run: pathlib.Path) -> dict[str, Result]:
             steps,
             alpha,
             accuracy=sum(t["accuracy"] for t in tasks) / len(tasks),
-            error=math.sqrt(sum((t.get("standard_error") or math.nan) ** 2 for t in tasks)) / len(tasks),
+            error=math.sqrt(sum(math.nan if t.get("standard_error") is None else t["standard_error"] ** 2 for t in tasks)) / len(tasks),
             n=sum(t["n"] for t in tasks),
             length=sum(t["response_length"] for t in tasks) / len(tasks),
-            by_problem=[torch.tensor(t["by_problem"], dtype=torch.float64) for t in tasks],
+            by_problem={path.stem: torch.tensor(t["by_problem"], dtype=torch.float64) for path, t in zip(paths, tasks, strict=True)},
             full=trained_whole(run),
         )
         found[policy].seconds = wall_seconds(run, found[policy])
+    sets = collections.Counter(tuple(result.by_problem) for result in found.values())
+    for result in found.values():
+        if (tasks := tuple(result.by_problem)) != sets.most_common(1)[0][0]:
+            result.note = f" (on {', '.join(tasks)})"
     return found
 
 
@@ -130,8 +140,16 @@ def jump_info(run: pathlib.Path, policy: str) -> dict:
 
 
 def difference(a: Result, b: Result) -> tuple[float, float]:
-    """Accuracy of result a minus that of b and its standard error, paired by problem (both were sampled with the same seeds)."""
-    gaps = [x - y for x, y in zip(a.by_problem, b.by_problem, strict=True)]
+    """Accuracy of result a minus that of b and its standard error, paired by problem (both were sampled with the same seeds).
+
+    Over the tasks that both were measured on. Raises UserError where there is none.
+    """
+    pairs = [(scores, b.by_problem[task]) for task, scores in a.by_problem.items() if task in b.by_problem]
+    if not pairs or any(len(x) != len(y) for x, y in pairs):
+        raise inputs.UserError(
+            f"{a.policy} and {b.policy} were not measured on the same problems: run 06_eval.py on both with one --test-data"
+        )
+    gaps = [x - y for x, y in pairs]
     return sum(float(g.mean()) for g in gaps) / len(gaps), sum(float(g.var()) / len(g) for g in gaps) ** 0.5 / len(gaps)
 
 
@@ -149,9 +167,9 @@ def _logged_seconds(path: pathlib.Path, changed: int) -> tuple[list[int], list[f
     return [step for step, _ in rows], list(itertools.accumulate((seconds for _, seconds in rows), initial=0.0))
 
 
-def overhead(run: pathlib.Path, recipe: str) -> dict[str, float]:
-    """Wall seconds of what NExt adds to RL: the SVDs, the predictor's training (without its backtest), the jump."""
-    jump = run / "extrapolated" / f"next-{recipe}_alpha{MAIN_ALPHA:g}" / "checkpoint.json"
+def overhead(run: pathlib.Path, recipe: str, alpha: float | None = MAIN_ALPHA) -> dict[str, float]:
+    """Wall seconds of what NExt adds to RL: the SVDs, the predictor's training (without its backtest), the jump by `alpha`."""
+    jump = run / "extrapolated" / f"next-{recipe}_alpha{alpha:g}" / "checkpoint.json"
     return {
         "SVD": inputs.read_json(run / "deltas" / "done.json", "02_extract_deltas.py")["seconds"],
         "predictor": inputs.read_json(run / "predictor" / recipe / "done.json", "03_train_predictor.py")["training_seconds"],
@@ -187,7 +205,7 @@ def wall_seconds(run: pathlib.Path, result: Result) -> float | None:
         return None  # it looked into the future: no fair cost
     seconds = rl_seconds(run / "train", info["step"])
     if info["method"].startswith("next-"):
-        seconds += sum(overhead(run, info["method"].removeprefix("next-")).values())
+        seconds += sum(overhead(run, info["method"].removeprefix("next-"), result.alpha).values())
     if result.policy.startswith("continued/"):
         seconds += rl_seconds(run / "continued" / result.policy.split("/")[1], result.steps)
     return seconds

@@ -130,6 +130,26 @@ def test_a_model_without_an_adapter_and_a_merged_adapter_have_their_method_and_t
     assert [row.label for row in report.table_rows(found)] == labels
 
 
+def test_what_was_measured_on_other_tasks_says_so_and_is_compared_on_those_in_common(tmp_path):
+    for step, scores in ((1, [1.0, 0.0]), (2, [1.0, 1.0]), (3, [0.0, 0.0])):
+        record(tmp_path, f"train/step_{step:04d}", scores, step)
+    more = {"policy": "train/step_0002", "accuracy": 0.0, "standard_error": 0.0, "n": 3, "response_length": 5.0, "by_problem": [0.0] * 3}
+    run_dir.write_json(tmp_path / "eval" / "train__step_0002" / "aime24.json", more)
+    found = results.load_results(tmp_path)
+    one, two, three = found.values()
+    assert [r.label for r in (one, two, three)] == ["GRPO with LoRA", "GRPO with LoRA (on aime24, test)", "GRPO with LoRA"]
+    assert (two.accuracy, two.error) == (0.5, pytest.approx(0.005))  # an error of 0 is one
+    assert results.difference(two, one)[0] == 0.5
+    del two.by_problem["test"]
+    with pytest.raises(UserError, match="train/step_0002 and train/step_0001 were not measured on the same problems"):
+        results.difference(two, one)
+
+
+@pytest.mark.parametrize(("low", "high", "want"), [(-0.6, -0.2, "holds"), (-1.5, -0.2, "undecided"), (-1.5, -1.2, "does not hold")])
+def test_not_worse_is_an_interval_above_one_point_below(low, high, want):
+    assert grid_results.Estimate((low + high) / 200, 0.001, (high - low) / 200, 5).verdict(not_worse=True) == want
+
+
 @pytest.fixture
 def grid(tmp_path) -> grid_results.Grid:
     """Three seeds on 100 problems: GRPO right on 50, 60, 70 of them at 250 steps; NExt on 1, 2, 3 more; repeat-last on 7, 1, 1 fewer."""

@@ -381,7 +381,7 @@ def test_a_line_of_a_gigabyte_is_not_read_to_its_end(tmp_path):
     with open(tmp_path / "p.jsonl", "wb") as file:
         file.truncate(2**30)
     script = f"""import resource, pathlib, re
-from common import data, run_dir
+from common import data, inputs
 used = int(re.search(r"VmSize:\\s*(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)
 for read in (data.load_problems, inputs.read_jsonl):

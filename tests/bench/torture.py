@@ -10,7 +10,8 @@ right after the restart. Where a stage ends before its moment, the kill moves to
 Every file of both run directories is compared bit for bit; left out is what tells the time (keys with "seconds", report.md, Fig. 5).
 
 A stage is a fork of this process, which has the libraries loaded: a start costs no seconds of imports, and kills hit the stage's own work.
-With --processes the commands are typed as they are, `accelerate launch` with so many processes, and kills hit launcher and imports too.
+With --processes the commands are typed as they are, `accelerate launch` with so many processes, and kills hit launcher and imports too. (A
+run of two processes equals one of one process only to float tolerance: --against wants as many.)
 """
 
 import argparse
@@ -145,7 +146,8 @@ def commands(preset_name: str, run: pathlib.Path, processes: int) -> list[list[s
     found = []
     for job in plans.single(preset_name, configs.load_preset(preset_name), str(run)):
         first = script_at(job.argv)
-        more = ["--num_processes", str(processes)] if job.argv[0] == "accelerate" else []
+        more = ["--config_file", "common/accelerate/cpu_processes.yaml", "--num_processes", str(processes)] if processes > 1 else []
+        more = more if job.argv[0] == "accelerate" else []
         found.append([*job.argv[:first], *more, *job.argv[first:]] if processes else job.argv[first:])
     return found
 
