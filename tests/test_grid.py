@@ -141,7 +141,7 @@ def test_what_was_measured_on_other_tasks_says_so_and_is_compared_on_those_in_co
     assert (two.accuracy, two.error) == (0.5, pytest.approx(0.005))  # an error of 0 is one
     assert results.difference(two, one)[0] == 0.5
     del two.by_problem["test"]
-    with pytest.raises(UserError, match="train/step_0002 and train/step_0001 were not measured on the same problems"):
+    with pytest.raises(inputs.UserError, match="train/step_0002 and train/step_0001 were not measured on the same problems"):
         results.difference(two, one)
 
 
