@@ -431,6 +431,19 @@ def test_a_flipped_bit_of_weights_is_noticed(finished_run, tmp_path, monkeypatch
     assert {**contents_hash(run / "train"), "config.json": ""} == {**before, "config.json": ""}
 
 
+@pytest.mark.parametrize("record", ['{"../secret": "0"}', '{"w.safetensors": 1}', '["w.safetensors"]', '{"w.safetensors": '])
+def test_a_record_of_hashes_that_is_none_is_one_line(tmp_path, record):
+    with run_dir.atomic_dir(tmp_path / "step_0001") as folder:
+        run_dir.save_tensors(folder / "w.safetensors", {"w": torch.zeros(2)})
+    inputs.check_intact(tmp_path / "step_0001")
+    (tmp_path / "step_0001" / "sha256.json").write_text(record)
+    with pytest.raises(UserError) as error:
+        inputs.check_intact(tmp_path / "step_0001")
+    assert "\n" not in str(error.value)
+    (tmp_path / "step_0001" / "sha256.json").unlink()
+    inputs.check_intact(tmp_path / "step_0001")  # what others wrote has none
+
+
 # ---------------------------------------------------------------------------------------------------------------------------
 # Odd rollouts
 # ---------------------------------------------------------------------------------------------------------------------------
