@@ -14,7 +14,7 @@ NEXT = f"next-weighted_alpha{MAIN_ALPHA:g}"
 ABLATIONS = [f"{recipe}-no-{role}" for recipe in ("paper", "aligned") for role in ("global", "local")]
 OTHER_K, OTHER_RANKS, FEWER_CHECKPOINTS = (2, 8), (4, 64), 8  # beside the preset's own
 LOOP_ROUNDS, LOOP_CHECKPOINTS = 5, 5  # of RL-Extra: rounds, half of `more_steps` long each, and checkpoints in one
-SIDE_SEEDS = 3  # other algorithms and ranks are run for this many seeds, ranks up to the jump
+SIDE_SEEDS = 3  # other algorithms (without the steps to 400), ranks (up to the jump) and RL-Extra's loop are run for this many seeds
 GRIDS = ("main", "tables", "rl-extra")
 WITHOUT_LAUNCHER = ["env", "ACCELERATE_USE_CPU=true", "CUDA_VISIBLE_DEVICES=", "python"]  # a process on the CPU, four seconds earlier
 # What a preset may have typed: a module of ours, and options of the launcher that name no other program.
@@ -157,11 +157,11 @@ def grid(kind: str, preset_name: str, preset: dict, root: str, seeds: list[int])
         side_run(plan, seed, "full", full_flags(preset), ["weighted", "paper"], numbers(preset)[2])
         other_k(plan, seed)
     if kind != "main":
-        for seed in seeds:
+        for seed in seeds[:SIDE_SEEDS] if everything else seeds:
             rl_extra_loop(plan, seed)
     for seed in seeds[:SIDE_SEEDS] if everything else []:
         for algorithm in ("rloo", "reinforce++"):
-            side_run(plan, seed, algorithm, ["--algorithm", algorithm], ["weighted", "paper"], numbers(preset)[2])
+            side_run(plan, seed, algorithm, ["--algorithm", algorithm], ["weighted", "paper"], sum(numbers(preset)[:2]))
         for rank in OTHER_RANKS:
             side_run(plan, seed, f"rank{rank}", rank_flags(preset, rank), ["weighted"], 0)
     return plan.done()
