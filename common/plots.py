@@ -155,7 +155,7 @@ def draw_cost(bars: dict[str, list[float]], path: pathlib.Path) -> pathlib.Path:
         rest = ", ".join(f"{part} {value:.1f}" for part, value in list(zip(parts, values, strict=True))[1:] if value)
         axis.text(left, y, f" {left:.0f} s" + (f" ({rest})" if rest else ""), va="center", fontsize=9)
     axis.set_yticks(range(len(bars)), list(reversed(bars)))
-    axis.set(xlabel="wall seconds", xlim=(0, 2.3 * max(map(sum, bars.values()))))
+    axis.set(xlabel="wall seconds", xlim=(0, 2.7 * max(map(sum, bars.values()))))
     figure.legend(fontsize=9, ncol=4, loc="outside upper center", frameon=False)
     return save(figure, path)
 
