@@ -6,6 +6,7 @@ import os
 import pathlib
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -494,11 +495,11 @@ def test_a_chat_template_that_loops_is_stopped(backbone_dir, monkeypatch, templa
     _, tokenizer = policy.load_backbone(str(backbone_dir))
     tokenizer.chat_template = template
     monkeypatch.setattr(data, "CHAT_SECONDS", 0.5)
-    before = run_dir.signal.getsignal(run_dir.signal.SIGPROF)
+    before = signal.getsignal(signal.SIGPROF)
     with pytest.raises(UserError, match=r"chat template takes over 0\.5 s"):
         data.render_chats([str(i) for i in range(100)], tokenizer, "{prompt}", "", tokenize=True)
-    assert run_dir.signal.getsignal(run_dir.signal.SIGPROF) is before
-    assert run_dir.signal.getitimer(run_dir.signal.ITIMER_PROF) == (0, 0)
+    assert signal.getsignal(signal.SIGPROF) is before
+    assert signal.getitimer(signal.ITIMER_PROF) == (0, 0)
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,9 @@ def test_report_has_the_table_the_claims_and_the_figures(finished_run):
         assert f"| {8 / (100 * (last.accuracy - base.accuracy)):.1f} |" in row  # ICER
 
 
-def test_reproduce_goes_on_where_it_was_interrupted_and_skips_what_is_done(copy):
+def test_reproduce_goes_on_where_it_was_interrupted_and_skips_what_is_done(finished_run, copy):
+    done = copy / "reproduce.json"  # by command lines, which name the run directory
+    done.write_text(done.read_text().replace(str(finished_run), str(copy)))
     printed = (copy / "printed.txt").read_text()
     assert "first prompt: '<|user|>" in printed
     assert "done already: prepare\n" in printed
