@@ -4,10 +4,11 @@ import ast
 import dataclasses
 import pathlib
 import re
+import reprlib
 import shlex
 
-from common.config import load_preset
-from common.inputs import UserError, safe_name
+from common.config import load_preset, nearest
+from common.inputs import UserError, matches, safe_name
 from common.results import MAIN_ALPHA
 
 NEXT = f"next-weighted_alpha{MAIN_ALPHA:g}"
@@ -22,6 +23,21 @@ PREPARE = re.compile(r"(python -m common\.\w+)?")
 LAUNCH = re.compile(
     r"(--quiet\s*|--(config_file|num_processes|num_machines|machine_rank|main_process_ip|main_process_port|mixed_precision)[ =]\w\S*\s*)*"
 )
+
+KINDS = {  # of what a plan takes from a preset
+    "reproduce": {
+        **dict.fromkeys(("prepare", "launch", "full_preset", "validation_data"), str),
+        **dict.fromkeys(("jobs", "gpus_per_job", "reference_steps"), int),
+        "grid_without_launcher": bool,
+        "continue_from": list[str],
+    },
+    "shared": {"backbone": str},
+    "train": {"steps": int, "save_every": int, "lora_rank": int, "lora_alpha": float, "train_data": str},
+    "extract": {"k": int},
+    "predict": {"recipes": list[str]},
+    "continue": {"more_steps": int},
+    "eval": {"test_data": list[str] | str},
+}
 
 
 @dataclasses.dataclass
@@ -100,6 +116,19 @@ class Plan:
         return self.jobs
 
 
+def check(preset_name: str, preset: dict) -> None:
+    """Raises UserError where the preset's `reproduce` has a key that is none, or anything that a plan takes is of another kind."""
+    for key in preset.get("reproduce", {}):
+        if key not in KINDS["reproduce"]:
+            raise UserError(f"preset {preset_name}: unknown key reproduce.{key}; {nearest(key, KINDS['reproduce'])}")
+    for section, kinds in KINDS.items():
+        for key in kinds.keys() & preset.get(section, {}).keys():
+            kind, value = kinds[key], preset[section][key]
+            if not matches(value, kind) or (kind is int and value < (0 if key == "gpus_per_job" else 1)):
+                wanted = kind.__name__ if kind in (str, bool, float) else "a positive int" if kind is int else str(kind)
+                raise UserError(f"preset {preset_name}: {section}.{key}: want {wanted}, not {reprlib.repr(value)}")
+
+
 def numbers(preset: dict) -> tuple[int, int, int]:
     """(RL steps before the jump, RL steps after it, steps of the reference run without a jump)."""
     return (
@@ -116,6 +145,7 @@ def continuing(start: str) -> list[str]:
 
 def single(preset_name: str, preset: dict, run_dir: str) -> list[Job]:
     """The experiment: one shared prefix, the jump, every continuation, the references, the evaluation."""
+    check(preset_name, preset)
     (prefix, more, reference), wanted = numbers(preset), preset.get("reproduce", {})
     plan = Plan(preset_name, preset, run_dir, ["accelerate", "launch", *wanted.get("launch", "").split()])
     # Without it stage 2 takes all that is there, and the reference run beside it goes on making checkpoints.
@@ -146,6 +176,7 @@ def grid(kind: str, preset_name: str, preset: dict, root: str, seeds: list[int])
     """
     if kind not in GRIDS:
         raise UserError(f"unknown grid '{kind}'; known: {', '.join(GRIDS)}")
+    check(preset_name, preset)
     wanted, everything = preset.get("reproduce", {}), kind == "tables"
     launcher = ["accelerate", "launch", *wanted.get("launch", "").split()]
     plan = Plan(preset_name, preset, root, WITHOUT_LAUNCHER if wanted.get("grid_without_launcher") else launcher)

@@ -324,9 +324,10 @@ def linear_fit_r2(steps: torch.Tensor, y: torch.Tensor, fit: int) -> tuple[float
     steps [c], y [c, d]: one R^2 for the whole vector, sums over its entries; SST is around the mean of the same points, so a held-out
     R^2 below 0 is worse than knowing their mean. This is the paper's Fig. 3 as far as it says how (one vector is sigma u or sigma v).
     """
-    t, y = steps.double(), y.double()
-    design = torch.stack([torch.ones_like(t), t], 1)  # [c, 2]
-    residual = y - design @ torch.linalg.lstsq(design[:fit], y[:fit]).solution
+    t, y = steps.double() - steps[:fit].double().mean(), y.double()
+    mean = y[:fit].mean(0)
+    slope = (t[:fit, None] * (y[:fit] - mean)).sum(0) / t[:fit].square().sum()  # a formula: LAPACK's last digit is not always the same
+    residual = y - mean - t[:, None] * slope
 
     def r2(part: slice) -> float:
         total = (y[part] - y[part].mean(0)).square().sum()
