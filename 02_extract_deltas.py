@@ -31,11 +31,11 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from common import adapters, dense, inputs, rank1, run_dir
+from common import adapter_series, adapters, delta_files, dense, inputs, rank1, run_dir
 from common import config as configs
 from common.inputs import UserError
 
-Series = adapters.Series | dense.DenseSeries
+Series = adapter_series.Series | dense.DenseSeries
 GROUP = 8  # matrices a file that a killed run need not do again
 
 
@@ -63,7 +63,7 @@ class ExtractConfig(configs.StageConfig):
 
 def select(cfg: ExtractConfig, run: pathlib.Path) -> dict[int, pathlib.Path]:
     """The checkpoints to take, by step: all that are there, or those up to `last_step`."""
-    where, found = ", ".join(cfg.path(pattern) for pattern in cfg.checkpoints), adapters.find_checkpoints(cfg.checkpoints, run)
+    where, found = ", ".join(cfg.path(pattern) for pattern in cfg.checkpoints), adapter_series.find_checkpoints(cfg.checkpoints, run)
     if not found:
         raise UserError(f"no folder matches {where}: run 01_train_lora_grpo.py first, or name other checkpoints with --checkpoints")
     last = cfg.last_step or max(found)
@@ -82,7 +82,7 @@ def open_series(cfg: ExtractConfig, paths: dict[int, pathlib.Path]) -> Series:
     """The checkpoints in `paths` as a series of adapters, or of whole models on `cfg.backbone`."""
     wholes = [path for path in paths.values() if not adapters.is_adapter(path)]
     if not wholes:
-        return adapters.open_series(paths)
+        return adapter_series.open_series(paths)
     if len(wholes) < len(paths):
         raise UserError(f"{wholes[0]} is a whole model, others are adapters: name one series alone")
     cfg.backbone = cfg.backbone or adapters.read_info(wholes[0]).get("backbone", "")
@@ -216,7 +216,7 @@ def main() -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         spectra = collect(series, cfg.k, folder, run)
-        found = measure(rank1.load_trajectory(folder), spectra, cfg.fit_checkpoints)
+        found = measure(delta_files.load_trajectory(folder), spectra, cfg.fit_checkpoints)
         run_dir.write_json(folder / "spectrum.json", found)
         stage.finish(decompositions=len(spectra) * (3 * count - cfg.k))
         run_dir.remove(folder / "parts")

@@ -20,7 +20,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from common import adapters, dense, extrapolators, model_files, predictor, rank1, run_dir
+from common import adapters, delta_files, dense, extrapolators, model_files, predictor, rank1, run_dir
 from common import config as configs
 from common.inputs import UserError
 from common.model_files import ModelFolder
@@ -174,8 +174,8 @@ def main() -> None:
     cfg = configs.parse(PredictorConfig, "predict", __doc__)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     run = pathlib.Path(cfg.run_dir)
-    trajectory = rank1.load_trajectory(run / "deltas")
-    paths = rank1.checkpoint_paths(run)
+    trajectory = delta_files.load_trajectory(run / "deltas")
+    paths = delta_files.checkpoint_paths(run)
     holdout, checkpoints = cut(cfg, trajectory)
     for recipe_name in cfg.recipes:
         recipe, name = predictor.RECIPES[recipe_name], recipe_name + (f"-last{cfg.checkpoints}" if cfg.checkpoints else "")
@@ -185,7 +185,7 @@ def main() -> None:
         )
         if stage.is_done(cfg.overwrite):
             continue
-        kind = rank1.kind_of(run)
+        kind = delta_files.kind_of(run)
         tested = backtest(trajectory, recipe, cfg.seed, holdout, checkpoints, paths, kind) if holdout else None
         began = time.perf_counter()
         models, losses, loss_of_zeros = train_all(trajectory.last(checkpoints), recipe, cfg.seed, f"predictor {name}")

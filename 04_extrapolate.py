@@ -32,7 +32,7 @@ from typing import Literal
 import safetensors.torch
 import torch
 
-from common import adapters, dense, extrapolators, inputs, merge, model_files, predictor, rank1, run_dir
+from common import adapter_series, adapters, delta_files, dense, extrapolators, inputs, merge, model_files, predictor, rank1, run_dir
 from common import config as configs
 from common.inputs import UserError
 
@@ -110,15 +110,15 @@ def load_predictors(folder: pathlib.Path, trajectory: rank1.Trajectory, recipe: 
 
 def find_future(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Trajectory):
     """The checkpoint k after the last one. From whole models: the rank 1 of what it moves, as `next` takes it."""
-    step, full = trajectory.steps[-1], rank1.kind_of(run) == "full"
+    step, full = trajectory.steps[-1], delta_files.kind_of(run) == "full"
     ahead = step + trajectory.k * (step - trajectory.steps[-2])
     patterns = inputs.read_json(run / "deltas" / "done.json", "02_extract_deltas.py")["config"]["checkpoints"]
-    folder = adapters.find_checkpoints(patterns, run).get(ahead)
+    folder = adapter_series.find_checkpoints(patterns, run).get(ahead)
     if folder is None:
         raise UserError(f"oracle needs the checkpoint of step {ahead}: train on (01_train_lora_grpo.py with a larger --steps)")
     if not full:
         return [folder / "adapter_model.safetensors"], lambda: adapters.read_adapter(folder)
-    now, future = model_files.open_intact(rank1.checkpoint_paths(run)[step]), model_files.open_intact(folder)
+    now, future = model_files.open_intact(delta_files.checkpoint_paths(run)[step]), model_files.open_intact(folder)
 
     def triples() -> dict[str, tuple]:
         true = {module: dense.leading_of_dense(dense.difference(future, now, module)) for module in trajectory.deltas}
@@ -128,7 +128,7 @@ def find_future(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Tra
 
 
 def find_series(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Trajectory):
-    series = adapters.open_series(rank1.checkpoint_paths(run))
+    series = adapter_series.open_series(delta_files.checkpoint_paths(run))
     return [path / "adapter_model.safetensors" for path in series.paths.values()], lambda: series
 
 
@@ -152,7 +152,7 @@ def validation_results(cfg: ExtrapolateConfig, run: pathlib.Path, policy: str) -
 
 def find_accuracies(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Trajectory):
     """Accuracy of each checkpoint, the plain mean of several tasks, from results that were all made alike."""
-    names = [run_dir.within(path, run) for path in rank1.checkpoint_paths(run).values()]
+    names = [run_dir.within(path, run) for path in delta_files.checkpoint_paths(run).values()]
     files = {name: validation_results(cfg, run, name) for name in names}
     rows = {name: [inputs.read_json(path, "06_eval.py") for path in paths] for name, paths in files.items()}
     made = {name: [(path.stem, row["data"], row["settings"]) for path, row in zip(files[name], rows[name], strict=True)] for name in names}
@@ -167,7 +167,7 @@ def find_measure(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Tr
     """A function from an adapter to its accuracy: stage 6 on the validation problems, as it measured the checkpoints."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("greedy-soup measures its candidates as it goes: start stage 4 on one process")
-    last = rank1.checkpoint_paths(run)[trajectory.steps[-1]]
+    last = delta_files.checkpoint_paths(run)[trajectory.steps[-1]]
     stage6, numbers = importlib.import_module("06_eval"), iter(range(1, len(trajectory.steps)))
     before = [inputs.read_json(path, "06_eval.py") for path in validation_results(cfg, run, run_dir.within(last, run))]
     settings, problems = before[0]["settings"], [row["data"] for row in before]
@@ -227,7 +227,7 @@ def find_needs(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Traj
 
 def variants(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Trajectory) -> list[Variant]:
     """What to make: each method once, `next` once for each recipe."""
-    found, full = [], rank1.kind_of(run) == "full"
+    found, full = [], delta_files.kind_of(run) == "full"
     for method in cfg.methods:
         if method == "next":
             for recipe in cfg.recipes:
@@ -309,11 +309,11 @@ def main() -> None:
     cfg = configs.parse(ExtrapolateConfig, "extrapolate", __doc__)
     run = pathlib.Path(cfg.run_dir)
     inputs.read_json(run / "deltas" / "done.json", "02_extract_deltas.py")
-    trajectory = rank1.load_trajectory(run / "deltas")
+    trajectory = delta_files.load_trajectory(run / "deltas")
     step = trajectory.steps[-1]
-    checkpoint = rank1.checkpoint_paths(run)[step]
+    checkpoint = delta_files.checkpoint_paths(run)[step]
     aligned, sources = trajectory.aligned(), [run / "deltas" / "rank1.safetensors"]
-    if rank1.kind_of(run) == "full":
+    if delta_files.kind_of(run) == "full":
         last = dense.empty_adapter(checkpoint, list(trajectory.deltas))
         base = {"step": step, "backbone": run_dir.within(checkpoint, run, "{run_dir}")}
     else:

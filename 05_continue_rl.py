@@ -21,7 +21,7 @@ import pathlib
 from typing import Literal
 
 from common import config as configs
-from common import data, inputs, model_files, policy, rank1, run_dir
+from common import data, delta_files, inputs, model_files, policy, run_dir
 from common.inputs import UserError
 from common.run_dir import atomic_dir, writing
 
@@ -65,7 +65,7 @@ def main() -> None:
     first_step = begun.get("step")
     if first_step is None or first_step < 0:
         raise UserError(f"{start}/checkpoint.json has no usable step: run 04_extrapolate.py --overwrite")
-    whole = rank1.kind_of(run) == "full"
+    whole = delta_files.kind_of(run) == "full"
     name = (begun.get("backbone") or cfg.backbone) if whole else cfg.backbone  # what the adapter is on
     below = {*model_files.open_model(model_files.find_model(cfg.path(name))).files.values()} if whole else {}
     if cfg.tune == "full" and cfg.restart == "merged":

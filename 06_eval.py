@@ -103,7 +103,7 @@ def find_policies(cfg: EvalConfig) -> list[str]:
         names = (
             ["backbone"]
             if pattern == "backbone"
-            else sorted(str(path.relative_to(run)) for path in run.glob(pattern) if adapters.is_adapter(path) or adapters.is_model(path))
+            else sorted(str(path.relative_to(run)) for path in run.glob(pattern) if adapters.is_adapter(path) or model_files.is_model(path))
         )
         names = [name for name in names if "/." not in name]  # what a killed stage 4 left under a temporary name
         if not names:

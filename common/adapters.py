@@ -1,29 +1,23 @@
 """LoRA adapters as files: read the factors, write new ones. No model is loaded for this, so it works at any model size.
 
 Ours, TRL's and verl's checkpoints are all what PEFT writes: adapter_config.json beside adapter_model.safetensors. In general each module
-has a rank and a scale of its own (rank_pattern, alpha_pattern, rsLoRA); a `Series` is a whole run of them, left on the disk.
+has a rank and a scale of its own (rank_pattern, alpha_pattern, rsLoRA).
 """
 
 import dataclasses
-import glob
-import hashlib
 import json
 import math
-import os
 import pathlib
 import re
 import statistics
-import sys
 
 import safetensors
 import safetensors.torch
 import torch
 
-from common import rank1
 from common.inputs import UserError, check_intact, matches, read_json, reading, time_limit
 from common.run_dir import atomic_dir, atomic_write_text, save_tensors, writing
 
-ROUNDED = {"BF16": torch.bfloat16, "F16": torch.float16}  # dtypes in which a step of RL is near the rounding, by safetensors' names
 TRAINING = "the training that writes it (here: 01_train_lora_grpo.py)"
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
 _EMBEDDING = re.compile(r"base_model\.model\.(.+)\.lora_embedding_A")
@@ -98,7 +92,7 @@ def with_ranks(config: dict, ranks: dict[str, int], kept: list[str] = ()) -> dic
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# One adapter
+# The files
 # ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -113,6 +107,10 @@ class Adapter:
     def scale(self, module: str) -> float:
         """s of `module`, see `module_scale`."""
         return module_scale(self.config, module)
+
+
+def is_adapter(folder: pathlib.Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
 
 
 def _reading(path: pathlib.Path):
@@ -211,6 +209,13 @@ def _factors(file, module: str) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(file.get_tensor(f"base_model.model.{module}.lora_{half}.weight").float() for half in "BA")
 
 
+def read_factors(folder: pathlib.Path, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B [m, r], A [r, n]) of one module of the adapter in `folder` in fp32. Reads these two tensors and nothing else."""
+    path = folder / "adapter_model.safetensors"
+    with _reading(path), safetensors.safe_open(path, "pt") as file:
+        return _factors(file, module)
+
+
 def read_adapter(folder: pathlib.Path) -> Adapter:
     """The adapter in `folder`, intact (`inputs.check_intact`), factors in fp32 on the CPU, its other tensors as they are."""
     header, path = read_header(folder), folder / "adapter_model.safetensors"
@@ -239,134 +244,3 @@ def extended(last: Adapter, factors: dict[str, tuple[torch.Tensor, torch.Tensor]
     """`last` with other factors, of whatever rank, at the same scales. A LoRA on an embedding is among `others` and keeps its rank."""
     kept = [match[1] for key in last.others if (match := _EMBEDDING.fullmatch(key))]
     return Adapter(with_ranks(last.config, {module: b.shape[1] for module, (b, _) in factors.items()}, kept), factors, last.others)
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# A series of adapters
-# ---------------------------------------------------------------------------------------------------------------------------
-
-
-def step_of(path: pathlib.Path) -> int | None:
-    """The last number in the last component of `path` that has one: checkpoint-20, step_0020, global_step_20/actor/lora_adapter."""
-    for part in reversed(path.parts):
-        if numbers := re.findall(r"\d+", part):
-            return int(numbers[-1])
-    return None
-
-
-def is_adapter(folder: pathlib.Path) -> bool:
-    return (folder / "adapter_config.json").is_file()
-
-
-def is_model(folder: pathlib.Path) -> bool:
-    """Whether `folder` has a whole model's config and weights."""
-    weights = ("model.safetensors", "model.safetensors.index.json")
-    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in weights)
-
-
-def find_checkpoints(patterns: list[str], run: pathlib.Path) -> dict[int, pathlib.Path]:
-    """The folders that match any of `patterns` (with * and ~; {run_dir} is `run`) by step, in order.
-
-    Each must hold an adapter, or else a whole model (config.json and safetensors).
-    """
-    found, seen = {}, set()
-    for pattern in patterns:
-        names = glob.glob(os.path.expanduser(pattern.replace("{run_dir}", glob.escape(str(run)))))
-        for path in (path for path in map(pathlib.Path, sorted(names)) if path.is_dir() and path not in seen):
-            seen.add(path)
-            if not is_adapter(path) and not is_model(path):
-                raise UserError(f"{path} has no adapter_config.json: name the adapters alone (verl's are global_step_*/actor/lora_adapter)")
-            step = step_of(path)
-            if step is None:
-                raise UserError(f"no step in the name {path}: want checkpoint-20, step_20, global_step_20/actor/lora_adapter")
-            if step in found:
-                raise UserError(f"{found[step]} and {path} are both of step {step}: name one series alone")
-            found[step] = path
-    return dict(sorted(found.items()))
-
-
-@dataclasses.dataclass
-class Series:
-    """A run's adapters by step, checked to be one trajectory. The tensors stay on the disk."""
-
-    paths: dict[int, pathlib.Path]
-    config: dict
-    shapes: dict[str, tuple[int, int, int]]  # module -> (m, r, n)
-    scales: dict[str, float]  # module -> s
-    dtypes: set[str]  # of the factors: F32, BF16 ...
-    others: list[str]  # keys of the tensors that are no factors and take no part
-
-    kind = "lora"
-
-    @property
-    def steps(self) -> list[int]:
-        return list(self.paths)
-
-    def factors(self, module: str, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B [m, r], A [r, n]) of `module` at `step` in fp32. Reads these two tensors and nothing else."""
-        path = self.paths[step] / "adapter_model.safetensors"
-        with _reading(path), safetensors.safe_open(path, "pt") as file:
-            b, a = _factors(file, module)
-        if not (b.isfinite().all() and a.isfinite().all()):
-            raise UserError(f"{path}: {module} is not finite: the training diverged; leave this checkpoint out (--last-step)")
-        return b, a
-
-    def trajectory(self, module: str, k: int):
-        """All deltas of `module`, see `rank1.rank1_trajectory`."""
-        return rank1.rank1_trajectory((self.factors(module, step) for step in self.steps), k, self.scales[module])
-
-    def files(self) -> dict[str, pathlib.Path]:
-        """What the deltas are made from, by a name that does not depend on where it is."""
-        return {f"step_{step:04d}": path / "adapter_model.safetensors" for step, path in self.paths.items()}
-
-    def settings(self) -> dict[str, str]:
-        """What the deltas depend on beside the files' tensors."""
-        return {"scales": hashlib.sha256(json.dumps(self.scales, sort_keys=True).encode()).hexdigest()[:16]}
-
-    def warn_of_rounding(self, k: int) -> None:
-        """Says on stderr what part of the deltas is rounding, if factors are stored with 16 bits."""
-        for name in sorted(self.dtypes & ROUNDED.keys()):
-            last, shares = self.steps[-1], []
-            for before in (self.steps[-2], self.steps[-1 - k]):
-                pairs = [(self.factors(module, last), self.factors(module, before)) for module in self.shapes]
-                shares.append(torch.tensor([rank1.rounding_share(now, then, ROUNDED[name]) for now, then in pairs]).median())
-            print(
-                f"warning: factors in {name}. If they were rounded on saving, that is {shares[0]:.1%} of the norm of the last local delta "
-                f"and {shares[1]:.1%} of the last target (median of {len(self.shapes)} matrices): save them in fp32",
-                file=sys.stderr,
-            )
-
-
-def check_spacing(steps: list[int]) -> None:
-    """Raises UserError where `steps` are not evenly spaced from step 0 on (the backbone)."""
-    if len({b - a for a, b in zip([0, *steps], steps, strict=False)}) > 1:
-        raise UserError(f"checkpoints are not evenly spaced: {steps}, counted from step 0, the backbone; leave out what is in between")
-
-
-def open_series(paths: dict[int, pathlib.Path]) -> Series:
-    """The adapters in `paths`, step -> folder in order, as one series. Hashes every file, reads configs and headers.
-
-    Raises UserError where they are not evenly spaced from step 0 on (the backbone), not all of one training, or not what was written.
-    """
-    steps, first, dtypes = list(paths), None, set()
-    check_spacing(steps)
-    for path in paths.values():
-        header, info = read_header(path), read_info(path)
-        check_intact(path)
-        scales = {module: module_scale(header.config, module) for module in header.shapes}
-        facts = {
-            "use_rslora": bool(header.config.get("use_rslora")),
-            "modules": set(header.shapes),
-            "shapes or ranks": header.shapes,
-            "scales": scales,
-            "tensors beside the LoRA": header.others,
-        }
-        backbone = info.get("backbone_fingerprint") or header.config.get("base_model_name_or_path")  # a name may change with the folder
-        first = first or (facts, backbone)
-        if backbone != first[1]:
-            raise UserError(f"{path} was trained on another backbone ({backbone}) than {paths[steps[0]]} ({first[1]})")
-        for what, value in facts.items():
-            if value != first[0][what]:
-                raise UserError(f"{path} has other {what} than {paths[steps[0]]}: a series is one adapter, trained on")
-        dtypes |= header.dtypes
-    return Series(paths, header.config, header.shapes, scales, dtypes, header.others)

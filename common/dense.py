@@ -12,7 +12,8 @@ import sys
 import torch
 
 from common import rank1
-from common.adapters import Adapter, check_spacing
+from common.adapter_series import check_spacing
+from common.adapters import Adapter
 from common.inputs import UserError, first_line
 from common.model_files import ModelFolder, find_model, open_intact, open_model
 
@@ -95,7 +96,7 @@ def linear_layers(model: ModelFolder) -> list[str]:
 
 @dataclasses.dataclass
 class DenseSeries:
-    """A run's whole models by step, checked to be one trajectory; what `adapters.Series` is for LoRA. The tensors stay on the disk."""
+    """A run's whole models by step, checked to be one trajectory; what `adapter_series.Series` is for LoRA. Tensors stay on the disk."""
 
     paths: dict[int, pathlib.Path]
     models: dict[int, ModelFolder]  # by step; that of step 0 is the backbone

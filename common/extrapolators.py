@@ -5,7 +5,7 @@ A method is a function in METHODS, and its parameters are what it asks stage 4 f
     last              Adapter: the last checkpoint, W_c = W_0 + s B A
     trajectory        rank1.Trajectory: the rank-1 deltas, signs made consistent
     alpha             the extending coefficient. One that does not ask for it is made once, not once for each alpha
-    series            adapters.Series: every checkpoint's factors, which stay on the disk until they are asked for
+    series            adapter_series.Series: every checkpoint's factors, which stay on the disk until they are asked for
     over_time         `leading_over_time(series)`, computed once for all alphas
     accuracies        [c]: measured accuracy of every checkpoint on validation problems
     measure           Adapter -> its accuracy on the same problems
@@ -28,7 +28,8 @@ from collections.abc import Callable
 
 import torch
 
-from common.adapters import Adapter, Series, extended
+from common.adapter_series import Series
+from common.adapters import Adapter, extended
 from common.rank1 import Trajectory, Triples, delta_factors, rank1_of_sum, svd_of_product
 
 METHODS: dict[str, Callable] = {}

@@ -31,6 +31,12 @@ def _reading(path: pathlib.Path):
     return reading(path, f"want {WANTED}, complete")
 
 
+def is_model(folder: pathlib.Path) -> bool:
+    """Whether `folder` has a whole model's config and weights."""
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in weights)
+
+
 def open_model(folder: pathlib.Path) -> ModelFolder:
     """The model in `folder`: model.safetensors, or the shards that model.safetensors.index.json names. Reads headers, no tensor.
 

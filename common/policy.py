@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
-from common import adapters, inputs, model_files, run_dir
-from common.adapters import is_adapter, is_model
+from common import adapter_series, adapters, inputs, model_files, run_dir
+from common.adapters import is_adapter
 from common.inputs import UserError, first_line, read_json
+from common.model_files import is_model
 from common.run_dir import atomic_dir, atomic_write_text, writing
 
 HEAD_CHUNK = 4096  # tokens whose [tokens, vocabulary] logits exist at one time
@@ -249,7 +250,7 @@ def forget_resume(folder: pathlib.Path, but: int) -> None:
 
 def load_resume(folder: pathlib.Path, policy, optimizer) -> int | None:
     """Puts back the newest state that `save_resume` left; returns its step, None if there is none."""
-    states = sorted((folder / "resume").glob("step_[0-9]*"), key=adapters.step_of)
+    states = sorted((folder / "resume").glob("step_[0-9]*"), key=adapter_series.step_of)
     if not states:
         return None
     with _loading(f"resume state {states[-1]}", "it is broken: start the stage again with --overwrite"):
@@ -268,4 +269,4 @@ def load_resume(folder: pathlib.Path, policy, optimizer) -> int | None:
         optimizer.load_state_dict(optimizer_state)
         if any(state[key].shape != p.shape for p, state in optimizer.state.items() for key in ("exp_avg", "exp_avg_sq")):
             raise ValueError("its optimizer is not this policy's")
-    return adapters.step_of(states[-1])
+    return adapter_series.step_of(states[-1])

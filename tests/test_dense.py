@@ -9,7 +9,7 @@ import torch
 from conftest import call_on, extract_from
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from common import adapters, dense, merge, model_files, policy, rank1
+from common import adapters, delta_files, dense, merge, model_files, policy, rank1
 
 STEPS = range(10, 90, 10)
 IDS = torch.tensor([[2, 7, 8, 9, 3, 5]])
@@ -131,7 +131,7 @@ def extracted(runs, backbone_dir, tmp_path, monkeypatch, capsys):
 
 def test_whole_models_have_the_deltas_of_the_lora_they_were_merged_from(runs, extracted, tmp_path, monkeypatch, capsys):
     assert extract_from(monkeypatch, capsys, tmp_path / "lora", runs / "lora" / "checkpoint-*") == (0, "")
-    want, got = (rank1.load_trajectory(run / "deltas") for run in (tmp_path / "lora", extracted))
+    want, got = (delta_files.load_trajectory(run / "deltas") for run in (tmp_path / "lora", extracted))
     assert got.steps == want.steps == list(STEPS)
     assert got.deltas.keys() == want.deltas.keys()
     for module, roles in want.deltas.items():
@@ -151,7 +151,7 @@ def test_the_jump_is_an_adapter_of_rank_1_on_the_last_model(runs, extracted, mon
     assert call_on(monkeypatch, capsys, "03_train_predictor.py", extracted, "--recipes", "weighted")[0] == 0
     flags = ["--methods", "next", "repeat-last", "--recipes", "weighted", "--merge", "fp32"]
     assert call_on(monkeypatch, capsys, "04_extrapolate.py", extracted, *flags) == (0, "")
-    trajectory, last = rank1.load_trajectory(extracted / "deltas"), runs / "full" / "checkpoint-80"
+    trajectory, last = delta_files.load_trajectory(extracted / "deltas"), runs / "full" / "checkpoint-80"
     folder = extracted / "extrapolated" / "repeat-last_alpha1.5"
     config = adapters.read_config(folder)
     assert (config["r"], config["base_model_name_or_path"]) == (1, str(last))
@@ -176,7 +176,7 @@ def test_the_backtest_scores_against_the_dense_delta(runs, extracted, monkeypatc
     tested = json.loads((extracted / "predictor" / "weighted" / "report.json").read_text())["backtest"]
     assert (tested["at_step"], tested["predicts_step"]) == (60, 80)
     now, future = (model_files.open_model(runs / "full" / f"checkpoint-{step}") for step in (60, 80))
-    trajectory = rank1.load_trajectory(extracted / "deltas")
+    trajectory = delta_files.load_trajectory(extracted / "deltas")
     cosines = []
     for module, roles in trajectory.deltas.items():
         sigma = torch.linalg.svdvals(future.tensor(f"{module}.weight").double() - now.tensor(f"{module}.weight").double())
@@ -221,7 +221,7 @@ def test_rounded_models_are_read_with_a_warning_that_counts_what_did_not_move(ru
     for before, role in ((70, "local"), (60, "target")):
         same = [
             (models[80].tensor(f"{module}.weight") == models[before].tensor(f"{module}.weight")).double().mean()
-            for module in rank1.load_trajectory(tmp_path / "run" / "deltas").deltas
+            for module in delta_files.load_trajectory(tmp_path / "run" / "deltas").deltas
         ]
         assert 0.05 < torch.stack(same).median() < 0.95
         assert f"{torch.stack(same).median():.1%} of the" in line, role

@@ -12,7 +12,7 @@ import torch
 from conftest import call_on
 from peft import PeftModel
 
-from common import adapters, demo, extrapolators, inputs, merge, model_files, policy, rank1, run_dir
+from common import adapter_series, adapters, demo, extrapolators, inputs, merge, model_files, policy, rank1, run_dir
 
 SCALE = 0.5
 SHAPES = {"a": (24, 16), "b": (16, 40), "c": (40, 30)}
@@ -166,7 +166,7 @@ def save_series(points, folder):
     paths = {10 * i: folder / f"step_{10 * i:04d}" for i in range(1, len(points) + 1)}
     for path, point in zip(paths.values(), points, strict=True):
         adapters.write_adapter(path, point, {})
-    return adapters.open_series(paths)
+    return adapter_series.open_series(paths)
 
 
 def straight_line(c=5):

@@ -11,7 +11,7 @@ import torch
 from conftest import call_on, extract_from
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from common import adapters, extrapolators, policy, rank1
+from common import adapter_series, adapters, delta_files, extrapolators, policy
 from common.inputs import UserError
 
 PATTERNED = {
@@ -49,7 +49,7 @@ def dense_delta(backbone_dir, folder):
 
 
 def open_all(pattern, run):
-    return adapters.open_series(adapters.find_checkpoints([str(pattern)], run))
+    return adapter_series.open_series(adapter_series.find_checkpoints([str(pattern)], run))
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -74,7 +74,7 @@ def test_deltas_and_jump_of_a_patterned_series_equal_the_merged_weights(backbone
     run = tmp_path / "run"
     assert extract_from(monkeypatch, capsys, run, tmp_path / "out" / "checkpoint-*") == (0, "")
     dense = {step: dense_delta(backbone_dir, tmp_path / "out" / f"checkpoint-{step}") for step in (60, 70, 80)}
-    trajectory = rank1.load_trajectory(run / "deltas")
+    trajectory = delta_files.load_trajectory(run / "deltas")
     for module, roles in trajectory.deltas.items():
         for role, delta in (
             ("global", dense[80][module]),
@@ -119,12 +119,12 @@ def test_verls_layout_is_read_and_written_back(backbone_dir, tmp_path, monkeypat
         as_verl(folder)
     run = tmp_path / "run"
     assert extract_from(monkeypatch, capsys, run, tmp_path / "global_step_*/actor/lora_adapter") == (0, "")
-    assert rank1.load_trajectory(run / "deltas").steps == list(STEPS)
+    assert delta_files.load_trajectory(run / "deltas").steps == list(STEPS)
     assert call_on(monkeypatch, capsys, "04_extrapolate.py", run, "--methods", "repeat-last", "none") == (0, "")
     last = dense_delta(backbone_dir, tmp_path / "global_step_80/actor/lora_adapter")
     for name, far in (("none", 0.0), ("repeat-last_alpha1.5", 1.5)):
         jumped = dense_delta(backbone_dir, run / "extrapolated" / name)
-        for module, roles in rank1.load_trajectory(run / "deltas").deltas.items():
+        for module, roles in delta_files.load_trajectory(run / "deltas").deltas.items():
             target = roles["target"]
             move = far * target.sigma[-1].double() * torch.outer(target.u[-1].double(), target.v[-1].double())
             torch.testing.assert_close(jumped[module], last[module] + move, atol=1e-6, rtol=1e-5)
@@ -167,7 +167,7 @@ def test_what_is_no_lora_takes_no_part_and_stays_as_it_last_was(backbone_dir, tm
         assert torch.equal(before[key], after[key])
     old, new = dense_delta(backbone_dir, last), dense_delta(backbone_dir, jumped)
     changed = {name for name, delta in new.items() if not torch.allclose(delta, old[name], atol=1e-12)}
-    assert changed == set(rank1.load_trajectory(tmp_path / "run" / "deltas").deltas)
+    assert changed == set(delta_files.load_trajectory(tmp_path / "run" / "deltas").deltas)
 
 
 @pytest.fixture(scope="module")
@@ -225,22 +225,22 @@ def test_a_pattern_that_matches_no_whole_name_changes_no_scale(small_series, tmp
     ],
 )
 def test_the_step_is_the_last_number_of_the_last_name_that_has_one(name, step):
-    assert adapters.step_of(pathlib.Path(name)) == step
+    assert adapter_series.step_of(pathlib.Path(name)) == step
 
 
 def test_patterns_are_relative_to_the_current_folder_and_know_the_home_folder(small_series, tmp_path, monkeypatch):
     monkeypatch.chdir(small_series)
-    assert list(adapters.find_checkpoints(["checkpoint-[12]0"], tmp_path)) == [10, 20]
+    assert list(adapter_series.find_checkpoints(["checkpoint-[12]0"], tmp_path)) == [10, 20]
     monkeypatch.setenv("HOME", str(small_series))
     monkeypatch.chdir(tmp_path)
-    assert list(adapters.find_checkpoints(["~/checkpoint-10", "~/checkpoint-3*"], tmp_path)) == [10, 30]
+    assert list(adapter_series.find_checkpoints(["~/checkpoint-10", "~/checkpoint-3*"], tmp_path)) == [10, 30]
 
 
 def test_only_the_last_step_named_is_taken_or_the_last_there(small_series, tmp_path, monkeypatch, capsys):
     for flags, steps in (([], list(STEPS)), (["--last-step", "70"], list(STEPS)[:-1])):
         code, line = extract_from(monkeypatch, capsys, tmp_path / "run", small_series / "checkpoint-*", "--overwrite", *flags)
         assert (code, line) == (0, "")
-        assert rank1.load_trajectory(tmp_path / "run" / "deltas").steps == steps
+        assert delta_files.load_trajectory(tmp_path / "run" / "deltas").steps == steps
 
 
 def test_the_run_directory_may_be_moved_and_checkpoints_elsewhere_may_not(small_series, tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ from test_policy_and_rollout import PROMPTS, encode, plain_logprobs
 from test_stages import metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import adapters, inputs, model_files, policy, rank1, results
+from common import adapters, delta_files, inputs, model_files, policy, results
 from common.inputs import UserError
 
 RATE = 1e-4
@@ -167,9 +167,9 @@ def test_extraction_finds_the_backbone_in_the_checkpoints(full_run, tmp_path, mo
     shutil.rmtree(run / "deltas")
     monkeypatch.setattr(sys, "argv", ["02", "--run-dir", str(run), "--k", "2", "--last-step", "6", "--fit-checkpoints", "4"])
     importlib.import_module("02_extract_deltas").main()
-    assert rank1.kind_of(run) == "full"
+    assert delta_files.kind_of(run) == "full"
     start, end = (tensors(folder) for folder in (run / "backbone", run / "train" / "step_0006"))
-    deltas = rank1.load_trajectory(run / "deltas").deltas
+    deltas = delta_files.load_trajectory(run / "deltas").deltas
     assert len(deltas) == 21
     for module, roles in deltas.items():
         sigma = torch.linalg.svdvals(end[f"{module}.weight"].double() - start[f"{module}.weight"].double())[0]

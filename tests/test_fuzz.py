@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from hypothesis import strategies as st
 
-from common import adapters, config, data, demo, model_files, plans, policy, rank1, results, run_dir, verifier
+from common import adapters, config, data, delta_files, demo, model_files, plans, policy, results, run_dir, verifier
 from common.inputs import UserError
 
 SECONDS = 5  # of CPU time that a reader may take: wall time is the machine's load
@@ -253,17 +253,17 @@ def read_checkpoint_info(place: Place, content: bytes):
 def read_index(place: Place, content: bytes):
     place.write("deltas/index.json", content)
     safetensors.torch.save_file(rank1_files()[1], place.run / "deltas" / "rank1.safetensors")
-    rank1.load_trajectory(place.run / "deltas").aligned()
-    for path in rank1.checkpoint_paths(place.run).values():
+    delta_files.load_trajectory(place.run / "deltas").aligned()
+    for path in delta_files.checkpoint_paths(place.run).values():
         assert path.is_relative_to(place.run) or path.is_absolute()
         assert ".." not in path.relative_to(place.run).parts if path.is_relative_to(place.run) else True
-    rank1.kind_of(place.run)
+    delta_files.kind_of(place.run)
 
 
 def read_rank1(place: Place, content: bytes):
     place.write("deltas/index.json", rank1_files()[0])
     place.write("deltas/rank1.safetensors", content)
-    rank1.load_trajectory(place.run / "deltas").aligned()
+    delta_files.load_trajectory(place.run / "deltas").aligned()
 
 
 def read_done(place: Place, contents):

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from conftest import ROOT, call_on, call_stage
 
-from common import adapters, config, data, demo, inputs, model_files, plans, policy, rank1, run_dir
+from common import adapters, config, data, delta_files, demo, inputs, model_files, plans, policy, run_dir
 from common.inputs import UserError
 
 SMALL = (*("--prompt-template", "{prompt}", "--system-prompt", "", "--max-prompt-tokens", "64", "--max-new-tokens", "4", "--engine", "hf"),)
@@ -324,7 +324,7 @@ def test_deltas_name_checkpoints_inside_the_run_or_by_their_whole_path(run, monk
     jump(monkeypatch, capsys, run)
     shutil.copytree(run / "made" / "step_0006", run.parent / "elsewhere")
     index = json.loads((run / "deltas" / "index.json").read_text())
-    assert rank1.checkpoint_paths(run)[6] == run / "made" / "step_0006"
+    assert delta_files.checkpoint_paths(run)[6] == run / "made" / "step_0006"
     edit_json(run / "deltas" / "index.json", checkpoints={**index["checkpoints"], "6": where})
     status, line = call_on(monkeypatch, capsys, "04_extrapolate.py", run, "--methods", "repeat-last")
     assert (status, "cannot be a name here" in line) == (2, True), line

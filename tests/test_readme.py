@@ -1,5 +1,6 @@
 """The README says what the commands wrote, and names what is there."""
 
+import ast
 import re
 
 import pytest
@@ -24,6 +25,29 @@ def test_files_pictures_and_functions_that_the_readme_names_exist():
     names = [name for name in re.findall(r"`([A-Za-z_0-9]+)`", mapped)]
     assert len(names) > 15
     assert [name for name in names if not re.search(rf"(def|class) {name}\b", code)] == []
+
+
+def needed(module: str) -> set[str]:
+    """The modules of ours without which `module` cannot be imported."""
+    tree = ast.parse((ROOT / "common" / f"{module}.py").read_text(encoding="utf-8"))
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "common"]
+    direct = {name for node in imports for name in (node.module.split(".")[1:] or [alias.name for alias in node.names])}
+    return direct.union(*(needed(other) for other in direct))
+
+
+@pytest.mark.parametrize(
+    ("module", "others"),
+    [
+        ("grpo", set()),
+        ("rank1", set()),
+        ("predictor", {"rank1"}),
+        ("extrapolators", {"rank1", "adapters", "adapter_series", "inputs", "model_files", "run_dir"}),
+    ],
+)
+def test_a_copied_module_needs_what_the_readme_says(module, others):
+    assert needed(module) == others
+    paragraph = README.split("To copy one stage: ")[1].split("\n\n")[0]
+    assert all(f"{name}.py" in paragraph for name in {module, *others})
 
 
 @pytest.mark.parametrize(("section", "results"), [("Is there a better predictor?", "predictor_demo"), ("How fast, how exact", "extract")])

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, TINY, call_stage, run_stage, start_two
 from peft import PeftModel
 
-from common import adapters, extrapolators, inputs, policy, predictor, rank1, report, results
+from common import adapter_series, adapters, delta_files, extrapolators, inputs, policy, predictor, rank1, report, results
 
 
 def metrics(folder: pathlib.Path) -> list[dict]:
@@ -44,7 +44,7 @@ def copy(finished_run, tmp_path):
 
 
 def test_training_leaves_a_checkpoint_and_a_line_of_metrics_a_step(finished_run):
-    assert list(adapters.find_checkpoints(["{run_dir}/train/step_*"], finished_run)) == list(range(1, 9))
+    assert list(adapter_series.find_checkpoints(["{run_dir}/train/step_*"], finished_run)) == list(range(1, 9))
     rows = metrics(finished_run / "train")
     assert [row["step"] for row in rows] == list(range(1, 9))
     for row in rows:
@@ -64,7 +64,7 @@ def test_training_changes_the_adapter_and_logs_samples(finished_run):
 
 
 def test_extraction_equals_dense_svds_of_the_merged_differences(finished_run):
-    trajectory = rank1.load_trajectory(finished_run / "deltas")
+    trajectory = delta_files.load_trajectory(finished_run / "deltas")
     assert trajectory.steps == [1, 2, 3, 4, 5, 6]
     dense = []
     for step in trajectory.steps:
@@ -182,7 +182,7 @@ def test_oracle_looks_at_the_run_that_went_on(finished_run):
 
 def test_continuing_counts_steps_on_and_trains_the_jumped_adapter(finished_run):
     folder = finished_run / "continued" / "next-aligned_alpha1.5"
-    assert list(adapters.find_checkpoints(["{run_dir}/step_*"], folder)) == [7, 8]
+    assert list(adapter_series.find_checkpoints(["{run_dir}/step_*"], folder)) == [7, 8]
     start, end = adapters.read_adapter(finished_run / "extrapolated" / "next-aligned_alpha1.5"), adapters.read_adapter(folder / "step_0008")
     assert end.config["r"] == start.config["r"] == 5
     assert all(end.scale(m) == pytest.approx(start.scale(m)) for m in start.factors)

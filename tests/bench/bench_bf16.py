@@ -15,7 +15,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from common import adapters, rank1
+from common import adapters, delta_files, rank1
 
 
 def shares(now: adapters.Adapter, before: adapters.Adapter) -> tuple[float, float]:
@@ -34,7 +34,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=pathlib.Path, default=pathlib.Path("runs/demo"))
     run = parser.parse_args().run_dir
-    paths, k = list(rank1.checkpoint_paths(run).items()), rank1.load_trajectory(run / "deltas").k
+    paths, k = list(delta_files.checkpoint_paths(run).items()), delta_files.load_trajectory(run / "deltas").k
     print("| delta | measured | predicted |\n|---|--:|--:|")
     for back in (1, k):
         (last, now), (first, before) = paths[-1], paths[-1 - back]

@@ -19,7 +19,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from common import adapters, extrapolators, inputs, predictor, rank1, run_dir
+from common import adapters, delta_files, extrapolators, inputs, predictor, rank1, run_dir
 
 stage3, stage4 = importlib.import_module("03_train_predictor"), importlib.import_module("04_extrapolate")
 AT, K = 150, 50  # the jump, and the steps that a target spans
@@ -67,7 +67,7 @@ def complete(run: pathlib.Path, seed: int, alphas: list[str]) -> None:
         "--alphas",
         *alphas,
     )
-    trajectory, last = rank1.load_trajectory(run / "deltas"), run / "train" / f"step_{AT:04d}"
+    trajectory, last = delta_files.load_trajectory(run / "deltas"), run / "train" / f"step_{AT:04d}"
     info = inputs.read_json(last / "checkpoint.json", "01_train_lora_grpo.py")
     for name, triples in stage3.controls(trajectory).items():
         for alpha in alphas:
@@ -80,7 +80,7 @@ def complete(run: pathlib.Path, seed: int, alphas: list[str]) -> None:
 
 def backtest(run: pathlib.Path, at: int) -> dict[str, dict]:
     """Row -> stage 3's scores of the prediction made at step `at`, every recipe fitted on what was known there."""
-    whole = rank1.load_trajectory(run / "deltas")
+    whole = delta_files.load_trajectory(run / "deltas")
     past = whole.until(whole.steps.index(at) + 1)
     now, future = (adapters.read_adapter(run / "train" / f"step_{step:04d}") for step in (at, at + K))
     found = {name: stage3.score(triples, now, future) for name, triples in stage3.controls(past).items()}

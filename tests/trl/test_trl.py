@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel
 sys.path.remove(str(ROOT / "tests"))  # where TRL would take the folder tests/vllm for the package vllm
 from trl import GRPOConfig, GRPOTrainer
 
-from common import adapters, inputs, policy, predictor, rank1
+from common import adapter_series, adapters, delta_files, inputs, policy, predictor
 
 STEPS = 9
 JUMPED = "extrapolated/next-weighted_alpha1.5"
@@ -71,8 +71,8 @@ def load(run, dtype=torch.float64):
 
 
 def test_trl_trained_and_every_checkpoint_was_read(run):
-    assert rank1.load_trajectory(run / "deltas").steps == list(range(1, STEPS + 1))
-    series = adapters.open_series(rank1.checkpoint_paths(run))
+    assert delta_files.load_trajectory(run / "deltas").steps == list(range(1, STEPS + 1))
+    series = adapter_series.open_series(delta_files.checkpoint_paths(run))
     moved = [module for module in series.shapes if not torch.equal(series.factors(module, 1)[0], series.factors(module, STEPS)[0])]
     assert len(moved) == len(series.shapes) == 21
     assert {shape[1] for shape in series.shapes.values()} == {4, 6}
@@ -82,7 +82,7 @@ def test_trl_trained_and_every_checkpoint_was_read(run):
 
 def predicted(run):
     """Module -> (u, sigma, v) of the trained predictor, straight from its file."""
-    trajectory = rank1.load_trajectory(run / "deltas")
+    trajectory = delta_files.load_trajectory(run / "deltas")
     models = importlib.import_module("04_extrapolate").load_predictors(
         run / "predictor" / "weighted", trajectory, predictor.RECIPES["weighted"]
     )
@@ -91,7 +91,7 @@ def predicted(run):
 
 def last_known(run):
     """Module -> (u, sigma, v) of the last target."""
-    targets = {module: roles["target"] for module, roles in rank1.load_trajectory(run / "deltas").deltas.items()}
+    targets = {module: roles["target"] for module, roles in delta_files.load_trajectory(run / "deltas").deltas.items()}
     return {module: (t.u[-1], t.sigma[-1], t.v[-1]) for module, t in targets.items()}
 
 
