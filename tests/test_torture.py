@@ -411,7 +411,9 @@ def test_what_fails_while_the_optimizer_is_saved_is_one_line(tmp_path, monkeypat
         ("01_train_lora_grpo.py", "backbone/model.safetensors", ["--steps", "9"], WRITTEN),
         ("02_extract_deltas.py", "train/step_0003/adapter_model.safetensors", ["--overwrite"], WRITTEN),
         ("03_train_predictor.py", "deltas/rank1.safetensors", [], WRITTEN),
+        ("03_train_predictor.py", "train/step_0006/adapter_model.safetensors", ["--overwrite"], WRITTEN),  # its backtest looks ahead there
         ("04_extrapolate.py", "train/step_0006/adapter_model.safetensors", ["--methods", "none"], WRITTEN),
+        ("04_extrapolate.py", "backbone/model.safetensors", ["--methods", "none", "--merge", "fp32"], WRITTEN),
         ("04_extrapolate.py", "deltas/rank1.safetensors", ["--methods", "repeat-last"], WRITTEN),
         ("04_extrapolate.py", "predictor/weighted/model.safetensors", ["--methods", "next", "--overwrite"], WRITTEN),
         ("05_continue_rl.py", "extrapolated/none/adapter_model.safetensors", ["--start", "none"], WRITTEN),
