@@ -289,11 +289,15 @@ def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: 
     if cfg.gradient_checkpointing:
         policy.checkpoint_gradients(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
-    start = policy.load_resume(folder, model, optimizer) or first_step
+    stands_on = {"backbone_fingerprint": info["backbone_fingerprint"], **hashes}
+    start = policy.load_resume(folder, model, optimizer, stands_on)
+    if start is None and (reached := policy.reached(folder)) > first_step + cfg.resume_every:
+        raise UserError(f"{folder} has come to step {reached}, but its resume/ is gone: put it back, or start again with --overwrite")
+    start = start or first_step
     if accelerator.is_main_process:
-        policy.forget_resume(folder, but=start)  # an older one stays where a kill came before its removal
+        policy.forget_resume(folder, after=start)
     frozen = policy.load_backbone(cfg.path(cfg.backbone))[0].to(accelerator.device) if cfg.tune == "full" and cfg.kl_coef else None
-    log = run_dir.StepLog(folder / "metrics.jsonl", keep_to=start, active=accelerator.is_main_process)
+    log = run_dir.StepLog(folder / "metrics.jsonl", keep_to=start, active=accelerator.is_main_process, begins=first_step + 1)
     samples = run_dir.StepLog(folder / "samples.jsonl", keep_to=start, active=accelerator.is_main_process)
     longest, rank = cfg.max_prompt_tokens + cfg.max_new_tokens, policy.lora_rank(model)
     engine = rollout.make_engine(cfg.engine, model, tokenizer, cfg.path(info["backbone"]), longest, rank, cfg.vllm_options)
@@ -319,7 +323,7 @@ def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: 
         with timer("update"):
             stats = [update(cfg, step, model, optimizer, batch, advantage, sequences, accelerator) for sequences in batch.updates]
         line = {"step": step, **metrics.of_step(cfg, batch, sums, stats, judge, accelerator)}
-        if line["logprob_gap_mean"] > cfg.max_logprob_gap:
+        if not line["logprob_gap_mean"] <= cfg.max_logprob_gap:  # nan is no agreement either
             raise UserError(
                 f"step {step}: engine and trainer disagree by {line['logprob_gap_mean']:.3f} nats a token (limit "
                 f"{cfg.max_logprob_gap}): stale weights, another temperature, or a head that post-processes its logits"
@@ -341,7 +345,7 @@ def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: 
         if (step % cfg.resume_every == 0 or step == cfg.steps) and accelerator.is_main_process:
             log.keep()
             samples.keep()
-            policy.save_resume(folder, step, model, optimizer)
+            policy.save_resume(folder, step, model, optimizer, stands_on)
         accelerator.log({key: value for key, value in line.items() if isinstance(value, int | float)}, step=step)
         bar.set_postfix(acc=f"{line['accuracy']:.2f}", len=f"{line['response_length']:.0f}", refresh=False)
         if accelerator.is_main_process and (step % cfg.log_every == 0 or step == cfg.steps):

@@ -112,16 +112,18 @@ def extract_matrix(series: Series, module: str, k: int) -> dict[str, torch.Tenso
 
 
 def extract(series: Series, k: int, parts: pathlib.Path, pool: concurrent.futures.Executor, state: PartialState) -> None:
-    """Leaves a file in `parts` for every group of matrices, those of this process. What an interrupted run left there is kept."""
+    """Leaves a folder in `parts` for every group of matrices, those of this process. What an interrupted run left there is kept."""
     modules, per_module = list(series.shapes), 3 * len(series.steps) - k
     groups = [modules[start : start + GROUP] for start in range(0, len(modules), GROUP)]
-    paths = {i: parts / f"group_{i:04d}.safetensors" for i in range(state.process_index, len(groups), state.num_processes)}
-    work = {i: [pool.submit(extract_matrix, series, m, k) for m in groups[i]] for i, path in paths.items() if not path.is_file()}
+    paths = {i: parts / f"group_{i:04d}" for i in range(state.process_index, len(groups), state.num_processes)}
+    work = {i: [pool.submit(extract_matrix, series, m, k) for m in groups[i]] for i, path in paths.items() if not path.is_dir()}
     todo = sum(len(groups[i]) for i in work) * per_module
     with tqdm(total=todo, desc="rank-1 SVDs", disable=None if state.is_main_process else True) as bar:  # None: shown on a terminal
         try:
             for i in list(work):
-                run_dir.save_tensors(paths[i], {name: tensor for job in work.pop(i) for name, tensor in job.result().items()})
+                made = {name: tensor for job in work.pop(i) for name, tensor in job.result().items()}
+                with run_dir.atomic_dir(paths[i]) as group:  # with its hash beside it
+                    run_dir.save_tensors(group / "rank1.safetensors", made)
                 bar.update(len(groups[i]) * per_module)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # else leaving the pool waits for all that is still to do
@@ -131,9 +133,10 @@ def extract(series: Series, k: int, parts: pathlib.Path, pool: concurrent.future
 def collect(series: Series, k: int, folder: pathlib.Path, run: pathlib.Path) -> dict[str, torch.Tensor]:
     """Joins the groups into rank1.safetensors and index.json. Returns module -> singular values of its global deltas [checkpoints, r]."""
     tensors, modules = {}, list(series.shapes)
-    for path in sorted((folder / "parts").glob("group_*.safetensors")):
+    for path in sorted((folder / "parts").glob("group_*")):
         with inputs.reading(path, "delete it and run 02_extract_deltas.py again"):
-            tensors |= safetensors.torch.load_file(path)
+            inputs.check_intact(path)
+            tensors |= safetensors.torch.load_file(path / "rank1.safetensors")
     if not any(tensors[f"global.{module}.sigma"][-1] > 0 for module in modules):
         raise UserError(f"no matrix has moved up to step {series.steps[-1]}: every reward was the same, or the learning rate is 0")
     triples = [f"{role}.{module}.{part}" for module in modules for role in rank1.ROLES for part in ("u", "sigma", "v")]

@@ -112,7 +112,8 @@ def find_future(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Tra
     """The checkpoint k after the last one. From whole models: the rank 1 of what it moves, as `next` takes it."""
     step, full = trajectory.steps[-1], delta_files.kind_of(run) == "full"
     ahead = step + trajectory.k * (step - trajectory.steps[-2])
-    patterns = inputs.read_json(run / "deltas" / "done.json", "02_extract_deltas.py")["config"]["checkpoints"]
+    kinds = {"config": {"checkpoints": list[str]}}
+    patterns = inputs.read_json(run / "deltas" / "done.json", "02_extract_deltas.py", kinds)["config"]["checkpoints"]
     folder = adapter_series.find_checkpoints(patterns, run).get(ahead)
     if folder is None:
         raise UserError(f"oracle needs the checkpoint of step {ahead}: train on (01_train_lora_grpo.py with a larger --steps)")
@@ -150,11 +151,14 @@ def validation_results(cfg: ExtrapolateConfig, run: pathlib.Path, policy: str) -
     return found
 
 
+MEASURED = {"accuracy": float, "data": str, "settings": dict}  # of stage 6's results
+
+
 def find_accuracies(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Trajectory):
     """Accuracy of each checkpoint, the plain mean of several tasks, from results that were all made alike."""
     names = [run_dir.within(path, run) for path in delta_files.checkpoint_paths(run).values()]
     files = {name: validation_results(cfg, run, name) for name in names}
-    rows = {name: [inputs.read_json(path, "06_eval.py") for path in paths] for name, paths in files.items()}
+    rows = {name: [inputs.read_json(path, "06_eval.py", MEASURED) for path in paths] for name, paths in files.items()}
     made = {name: [(path.stem, row["data"], row["settings"]) for path, row in zip(files[name], rows[name], strict=True)] for name in names}
     for name in names:
         if made[name] != made[names[0]]:
@@ -169,7 +173,7 @@ def find_measure(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Tr
         raise UserError("greedy-soup measures its candidates as it goes: start stage 4 on one process")
     last = delta_files.checkpoint_paths(run)[trajectory.steps[-1]]
     stage6, numbers = importlib.import_module("06_eval"), iter(range(1, len(trajectory.steps)))
-    before = [inputs.read_json(path, "06_eval.py") for path in validation_results(cfg, run, run_dir.within(last, run))]
+    before = [inputs.read_json(path, "06_eval.py", MEASURED) for path in validation_results(cfg, run, run_dir.within(last, run))]
     settings, problems = before[0]["settings"], [row["data"] for row in before]
 
     def measure(adapter: adapters.Adapter) -> float:
@@ -180,10 +184,14 @@ def find_measure(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Tr
         named = adapters.read_info(last).get("backbone")
         flags += ["--backbone", named] if named else []
         wanted = configs.parse(stage6.EvalConfig, "eval", "", [*flags, "--test-data", *cfg.validation_data])
+        source = f"{run}/validation, settings"  # a file's, so: known keys of the right kinds, and none that says where
+        if not settings.keys() <= stage6.settings_of(wanted).keys():
+            raise UserError(f"{source}: unknown {', '.join(sorted(settings.keys() - stage6.settings_of(wanted).keys()))}: measure again")
+        configs.preset_values(stage6.EvalConfig, {"eval": settings}, ("eval",), source)
         stage6.run_eval(dataclasses.replace(wanted, **settings))
         run_dir.remove(run / name)
         found = validation_results(cfg, run, name)
-        rows = [inputs.read_json(path, "06_eval.py") for path in found]
+        rows = [inputs.read_json(path, "06_eval.py", MEASURED) for path in found]
         if [row["data"] for row in rows] != problems:
             raise UserError(f"{run}/validation has results on other problems than --validation-data {shlex.join(cfg.validation_data)}")
         return sum(row["accuracy"] for row in rows) / len(rows)
@@ -335,7 +343,7 @@ def main() -> None:
             if (folder / "checkpoint.json").is_file() and not cfg.overwrite:
                 before = inputs.read_json(folder / "checkpoint.json", "04_extrapolate.py --overwrite")
             own = {"seconds": None}  # of what was written, not of what it was made from
-            if before | own == info | own:
+            if before | own == info | own and run_dir.is_complete(folder):
                 run_dir.tidy(folder)
                 kept += 1
             else:

@@ -56,6 +56,8 @@ def bake(backbone: str, start: pathlib.Path, out: pathlib.Path) -> None:
 
 def main() -> None:
     cfg = configs.parse(ContinueConfig, ("train", "continue"), __doc__)
+    if cfg.more_steps < 1:
+        raise UserError(f"more_steps must be at least 1, not {cfg.more_steps}")
     run = pathlib.Path(cfg.run_dir)
     start = run / "extrapolated" / inputs.safe_name(cfg.start, "--start")
     if not start.is_dir():

@@ -87,10 +87,12 @@ class EvalConfig(configs.StageConfig):
     )
 
     def __post_init__(self):
-        if pathlib.Path(self.output).name != self.output or self.output in ("", ".", "..", *NOT_RESULTS):
+        odd = not self.output.isprintable() or pathlib.Path(self.output).name != self.output or self.output.startswith(".")
+        if odd or self.output in ("", *NOT_RESULTS):
             raise UserError(f"--output {self.output}: want the name of a folder below the run directory for results, such as validation")
-        if self.runs < 1 or self.temperature <= 0:
-            raise UserError("runs must be at least 1 and temperature above 0")
+        for name in ("runs", "batch_size", "max_new_tokens", "temperature"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} must be positive, not {getattr(self, name)}")
         rollout.vllm_options(self.vllm_options)  # refuses what is not a JSON object
 
 
@@ -113,11 +115,12 @@ def find_policies(cfg: EvalConfig) -> list[str]:
 
 
 def weights_hash(folder: pathlib.Path) -> str:
-    """The hash of the weights in `folder`: of its adapter, or of all safetensors files of a whole model."""
+    """The hash of the weights in `folder`, intact: of its adapter, or of all safetensors files of a whole model."""
     if adapters.is_adapter(folder):
         adapters.read_header(folder)  # refuses what is more than a LoRA in safetensors
+        inputs.check_intact(folder)
         return inputs.sha256(folder / "adapter_model.safetensors")
-    hashes = [inputs.sha256(path) for path in sorted({*model_files.open_model(folder).files.values()})]
+    hashes = [inputs.sha256(path) for path in sorted({*model_files.open_intact(folder).files.values()})]
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:16]
 
 
@@ -176,14 +179,19 @@ def summarise(rows: list[dict], problems: int) -> dict:
     }
 
 
+def settings_of(cfg: EvalConfig) -> dict:
+    """The options that decide how a policy is measured: not which, on what (its hash is kept), with what memory, nor where to."""
+    elsewhere = ("policies", "test_data", "prompt_column", "answer_column", "data_split", "batch_size", "vllm_options", "backbone")
+    return configs.as_dict(cfg, leave_out=(*elsewhere, "output"))
+
+
 def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None:
     """Evaluates every policy on every task, one after another; the policies of a backbone share the loaded model."""
     run = pathlib.Path(cfg.run_dir)
     columns = {"prompt_column": cfg.prompt_column, "answer_column": cfg.answer_column, "split": cfg.data_split}
     tasks = data.load_tasks([cfg.path(spec) for spec in cfg.test_data], **columns)
     hashes = {task: data.fingerprint(problems) for task, problems in tasks.items()}
-    elsewhere = ("policies", "test_data", "prompt_column", "answer_column", "data_split", "batch_size", "vllm_options", "backbone")
-    settings = configs.as_dict(cfg, leave_out=(*elsewhere, "output"))
+    settings = settings_of(cfg)
     hashed = functools.cache(weights_hash)  # a whole model takes its time, and many jumps stand on one
     adapted = [name for name in names if name != "backbone" and adapters.is_adapter(run / name)]
     rank = max((adapters.highest_rank(adapters.read_config(run / name)) for name in adapted), default=0)

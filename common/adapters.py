@@ -18,6 +18,7 @@ import torch
 from common.inputs import UserError, check_intact, matches, read_json, reading, time_limit
 from common.run_dir import atomic_dir, atomic_write_text, save_tensors, writing
 
+ANOTHER = "put a good copy there, leave this checkpoint out, or have the stage that wrote it make it again"
 TRAINING = "the training that writes it (here: 01_train_lora_grpo.py)"
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
 _EMBEDDING = re.compile(r"base_model\.model\.(.+)\.lora_embedding_A")
@@ -33,6 +34,8 @@ _KINDS = {
     "alpha_pattern": dict[str, float] | None,
     "target_modules": list[str] | str | None,
     "exclude_modules": list[str] | str | None,
+    "modules_to_save": list[str] | None,
+    "layers_pattern": list[str] | str | None,
     "base_model_name_or_path": str | None,
 }
 INFO = {"step": int | None, "backbone": str | None, "backbone_fingerprint": str | None, "template_hash": str | None}  # of checkpoint.json
@@ -114,7 +117,7 @@ def is_adapter(folder: pathlib.Path) -> bool:
 
 
 def _reading(path: pathlib.Path):
-    return reading(path, "delete its folder and resume the stage that wrote it")
+    return reading(path, ANOTHER)
 
 
 def read_config(folder: pathlib.Path) -> dict:
@@ -140,7 +143,9 @@ def read_config(folder: pathlib.Path) -> dict:
 def try_patterns(folder: pathlib.Path, config: dict, modules: list[str]) -> None:
     """Raises UserError where a regular expression in adapter_config.json is none, or takes seconds to match one of `modules`."""
     patterns = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
-    patterns += [config[key] for key in ("target_modules", "exclude_modules") if isinstance(config.get(key), str)]
+    patterns += [config[key] for key in ("target_modules", "exclude_modules", "layers_pattern") if isinstance(config.get(key), str)]
+    for key in ("modules_to_save", "layers_pattern"):
+        patterns += config[key] if isinstance(config.get(key), list) else []
     with time_limit(5, f"{folder}/adapter_config.json: its patterns {patterns} take over 5 s to match"):
         for pattern in patterns:
             try:
@@ -175,7 +180,7 @@ def read_header(folder: pathlib.Path) -> Header:
     if not path.is_file():
         if (folder / "adapter_model.bin").is_file():
             raise UserError(f"{folder} has its weights in adapter_model.bin, a pickle, which can run code: train with save_safetensors")
-        raise UserError(f"{path} is missing: delete {folder} and resume the stage that wrote it")
+        raise UserError(f"{path} is missing: {ANOTHER}")
     with _reading(path), safetensors.safe_open(path, "pt") as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (a safe_open is no dict)
         sizes = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
@@ -201,6 +206,8 @@ def read_header(folder: pathlib.Path) -> Header:
         if not (b[0] and a[1]):
             raise UserError(f"{path}: {module} has no rows or no columns (B {b}, A {a})")
         shapes[module] = (b[0], r, a[1])
+    if highest_rank(config) > max(max(shape) for shape in shapes.values()):  # PEFT would make tensors of it for what the file lacks
+        raise UserError(f"{path}: its config says rank {highest_rank(config)}, more than any of its matrices has rows or columns")
     return Header(config, shapes, dtypes, sorted(sizes.keys() - factors))
 
 
@@ -228,6 +235,8 @@ def read_adapter(folder: pathlib.Path) -> Adapter:
 def write_adapter(folder: pathlib.Path, adapter: Adapter, info: dict) -> None:
     """Writes `adapter` to `folder` as PEFT lays it out (ranks must be those its config says), with `info` in checkpoint.json."""
     tensors = dict(adapter.others)
+    if not all(half.isfinite().all() for halves in adapter.factors.values() for half in halves):
+        raise UserError(f"{folder} would not be finite: lower alpha")
     for module, (b, a) in adapter.factors.items():
         rank = module_rank(adapter.config, module)
         if b.shape[1] != rank or a.shape[0] != rank:

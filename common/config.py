@@ -20,9 +20,11 @@ import yaml
 from transformers import HfArgumentParser
 
 from common import run_dir
-from common.inputs import UserError, first_line, matches, time_limit
+from common.inputs import UserError, first_line, matches, same_command, time_limit
 
 SECTIONS = ("shared", "train", "extract", "predict", "extrapolate", "continue", "eval", "reproduce")
+COMMAND_LINE_ONLY = {"config", "run_dir", "overwrite"}  # what a preset, which may be another's, does not decide
+INTEGERS = 2**31  # options are below it, and above its negative
 PRESETS = pathlib.Path(__file__).parent / "presets"
 PRESET_LIMIT = 100_000  # bytes; ours have 3,000, and PyYAML needs a second for 100,000
 
@@ -66,6 +68,18 @@ def nearest(word: str, known: typing.Iterable[str], most: int = 20) -> str:
     return f"did you mean {close[0]}?" + (f" (known: {', '.join(known)})" if len(known) <= most else "")
 
 
+def is_plain(value: object, most: int) -> bool:
+    """Whether `value` unfolds to at most `most` values, all of them such as JSON has. Aliases count as often as they stand."""
+    level = [value]
+    while level and most > 0:
+        most -= len(level)
+        if not all(item is None or isinstance(item, bool | int | float | str | list | dict) for item in level):
+            return False
+        folds = [[*item, *item.values()] if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
+        level = [item for fold in folds for item in fold] if sum(map(len, folds)) <= most else [None] * (most + 1)
+    return most >= 0 and not level
+
+
 def load_preset(name: str, above: tuple[pathlib.Path, ...] = ()) -> dict:
     """The preset as a dict of sections. `name` is a file, or the name of one in common/presets.
 
@@ -83,6 +97,8 @@ def load_preset(name: str, above: tuple[pathlib.Path, ...] = ()) -> dict:
     try:
         with time_limit(5, f"{path} takes over 5 s to read: no preset"):  # aliases can make a small file unfold without end
             preset = yaml.safe_load(path.read_text(encoding="utf-8"))
+            if not is_plain(preset, PRESET_LIMIT):
+                raise UserError(f"{path} holds what is no mapping, list, text, number or truth value (quote dates), or far too much of it")
     except UserError:
         raise
     except yaml.YAMLError as error:
@@ -102,6 +118,9 @@ def preset_values(cls: type, preset: dict, sections: tuple[str, ...], source: st
     for section in preset:
         if section not in SECTIONS:
             raise UserError(f"{source}: unknown section '{section}'; {nearest(section, SECTIONS)}")
+    for section in ("shared", *sections):
+        for key in COMMAND_LINE_ONLY & preset.get(section, {}).keys():
+            raise UserError(f"{source}: {key} is for the command line alone, not for section {section}")
     values = {key: value for key, value in preset.get("shared", {}).items() if key in kinds}
     for section in sections:
         for key, value in preset.get(section, {}).items():
@@ -135,6 +154,10 @@ def parse(cls: type[StageConfig], section: str | tuple[str, ...], description: s
     for key, value in dataclasses.asdict(config).items():
         if not all(math.isfinite(number) for number in (value if isinstance(value, list) else [value]) if isinstance(number, float)):
             raise UserError(f"{key} must be finite, not {value}")
+        if isinstance(value, int) and abs(value) >= INTEGERS:
+            raise UserError(f"{key} must be below {INTEGERS}, not {value}")
+    if config.threads < 0:
+        raise UserError(f"threads must be 0 or more, not {config.threads}")
     return config
 
 
@@ -166,12 +189,12 @@ def run_stage(main: typing.Callable[[], None], one_process: bool = False) -> Non
         for number in numbers:
             signal.signal(number, signal.SIG_IGN)  # a launcher passes a signal on to a group that has it already
         if first:
-            print("\nstopped: type the same command to go on from the last complete step", file=sys.stderr)
+            print(f"\nstopped: type {same_command()} to go on from the last complete step", file=sys.stderr)
         raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
     except RuntimeError as error:
         if not re.search("(closed|reset) by peer", str(error)):
             raise
-        print("error: another process of this run has ended: type the same command to go on from the last complete step", file=sys.stderr)
+        print(f"error: another process of this run has ended: type {same_command()} to go on from the last complete step", file=sys.stderr)
         raise SystemExit(1) from None
     finally:
         run_dir.release()

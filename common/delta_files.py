@@ -49,3 +49,20 @@ def checkpoint_paths(run: pathlib.Path) -> dict[int, pathlib.Path]:
 def kind_of(run: pathlib.Path) -> str:
     """What the deltas of the run directory `run` were made from: "lora" or "full"."""
     return read_json(run / "deltas" / "index.json", "02_extract_deltas.py").get("kind", "lora")
+
+
+def read_spectrum(folder: pathlib.Path) -> dict:
+    """What stage 2 measured of the deltas in `folder` (Sec. 3): energy ratios by step, and the R^2 of every vector."""
+    kinds = {
+        "steps": list[int],
+        **dict.fromkeys(("energy_ratio", "energy_ratio_squared"), list[float]),
+        "energy_ratio_by_module": dict[str, list[float]],
+        "linear_fit": list[dict],
+    }
+    found = read_json(folder / "spectrum.json", "02_extract_deltas.py --overwrite", kinds)
+    numbers = [row.get(key) for row in found["linear_fit"] for key in ("held_out", "in_sample")]  # -inf too, for what does not move
+    lengths = {len(found["steps"])} | {len(row) for row in [found["energy_ratio"], *found["energy_ratio_by_module"].values()]}
+    some = found["steps"] and found["linear_fit"] and found["energy_ratio_by_module"]
+    if not some or len(lengths) > 1 or not all(isinstance(number, int | float) for number in numbers):
+        raise UserError(f"{folder}/spectrum.json has not one number a step: run 02_extract_deltas.py --overwrite")
+    return found

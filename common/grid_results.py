@@ -7,7 +7,7 @@ import statistics
 
 import torch
 
-from common import adapters, inputs, plans
+from common import adapters, delta_files, plans
 from common.results import Result, load_results
 
 # Student's t, 97.5%, by degrees of freedom
@@ -88,7 +88,7 @@ class Grid:
     def spectra(self, run: str) -> dict[int, dict]:
         """Stage 2's spectrum.json of this run for every seed that has it."""
         paths = {seed: self.root / f"seed{seed}" / run / "deltas" / "spectrum.json" for seed in self.seeds}
-        return {seed: inputs.read_json(path, "02_extract_deltas.py") for seed, path in paths.items() if path.is_file()}
+        return {seed: delta_files.read_spectrum(path.parent) for seed, path in paths.items() if path.is_file()}
 
     def step(self, step: int) -> str:
         return f"train/step_{step:04d}"

@@ -9,13 +9,14 @@ import hashlib
 import json
 import pathlib
 import signal
+import sys
 import threading
 import types
 import typing
 
 import safetensors
 
-JSON_LIMIT = 200 * 2**20  # bytes of a JSON file; an index.json of ours has 0.2 kB a matrix and checkpoint
+JSON_LIMIT = 50 * 2**20  # bytes of a JSON file; an index.json of ours has 0.2 kB a matrix and checkpoint
 LINE_LIMIT = 10 * 2**20  # characters of a line of JSONL
 DEPTH = 100  # of nested JSON; ours has 4. Python's own limit is that of its stack, which differs from place to place
 HASHES = "sha256.json"  # beside weights of ours: file -> its hash
@@ -23,6 +24,11 @@ HASHES = "sha256.json"  # beside weights of ours: file -> its hash
 
 class UserError(Exception):
     """Something the user can put right. Shown as one line with exit code 2, never as a traceback."""
+
+
+def same_command() -> str:
+    """How to go on after an interruption: with --overwrite what has been made so far would be discarded again."""
+    return "the same command" + (" without --overwrite" if "--overwrite" in sys.argv else "")
 
 
 def safe_name(name: str, what: str) -> str:
@@ -82,8 +88,10 @@ def parse_json(text: str) -> object:
 
 
 def _is_shallow(value: object, depth: int) -> bool:
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return depth > 0 and all(_is_shallow(item, depth - 1) for item in items if isinstance(item, dict | list))
+    level = [value] if isinstance(value, dict | list) else []  # all that is nested so deep; without recursion, it may be millions
+    for _ in range(depth):
+        level = [part for item in level for part in (item.values() if isinstance(item, dict) else item) if isinstance(part, dict | list)]
+    return not level
 
 
 def read_json(path: pathlib.Path, made_by: str, wanted: dict | None = None) -> dict:

@@ -8,8 +8,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from common import inputs, run_dir
-from common.results import LOGGED, MAIN_ALPHA, NAMES, difference, method_name, trained_whole
+from common import delta_files, inputs, run_dir
+from common.results import LOGGED, MAIN_ALPHA, NAMES, difference, method_name, read_predictor_report, trained_whole
 
 COLOURS = {
     "grpo": "#000000",
@@ -92,7 +92,7 @@ def training_curves(run: pathlib.Path) -> pathlib.Path:
 
 def energy(run: pathlib.Path) -> pathlib.Path:
     """Fig. 2: the energy ratio of the global delta by step, mean over matrices with the range of the middle 80%."""
-    found = inputs.read_json(run / "deltas" / "spectrum.json", "02_extract_deltas.py")
+    found = delta_files.read_spectrum(run / "deltas")
     figure, axis = plt.subplots(figsize=(5.4, 3.4))
     by_step = [sorted(values) for values in zip(*found["energy_ratio_by_module"].values(), strict=True)]
     low, high = ([values[int(q * (len(values) - 1))] for values in by_step] for q in (0.1, 0.9))
@@ -107,7 +107,7 @@ def energy(run: pathlib.Path) -> pathlib.Path:
 
 def linear_fit(run: pathlib.Path) -> pathlib.Path:
     """Fig. 3: how many vectors fall into each R^2 bin, held out and in sample."""
-    rows = inputs.read_json(run / "deltas" / "spectrum.json", "02_extract_deltas.py")["linear_fit"]
+    rows = delta_files.read_spectrum(run / "deltas")["linear_fit"]
     figure, axis = plt.subplots(figsize=(5.4, 3.4))
     for offset, key, colour, name in (
         (-0.2, "held_out", "#0072B2", "held-out checkpoints"),
@@ -128,7 +128,7 @@ def predictor_loss(run: pathlib.Path, reports: list[pathlib.Path]) -> pathlib.Pa
     figure, axes = plt.subplots(1, len(reports), figsize=(4.6 * len(reports), 3.4), layout="constrained", sharey=True, squeeze=False)
     colours = plt.cm.viridis
     for axis, path in zip(axes[0], reports, strict=True):
-        found = inputs.read_json(path, "03_train_predictor.py")
+        found = read_predictor_report(path)
         for i, (family, losses) in enumerate(found["losses"].items()):
             if not found["loss_of_zeros"][family]:
                 continue  # no matrix of this family moved
@@ -196,7 +196,7 @@ def draw_all(run: pathlib.Path, results: dict, bars: dict[str, list[float]]) -> 
         "Fig. 2: how much of the update is rank 1": energy(run),
         "Fig. 3: a straight line through the trajectory": linear_fit(run),
     }
-    reports = [path for path in sorted((run / "predictor").glob("*/report.json")) if inputs.read_json(path, "03")["losses"]]
+    reports = [path for path in sorted((run / "predictor").glob("*/report.json")) if read_predictor_report(path)["losses"]]
     if reports:
         figures["The predictors' training loss (Eq. 9)"] = predictor_loss(run, reports)
     if bars:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
+import sys
 
 import safetensors.torch
 import torch
@@ -127,7 +128,7 @@ def load_lora(backbone, folder: str | pathlib.Path):
     refuse_foreign(folder, fingerprint(backbone))
     inputs.check_intact(folder)
     adapters.try_patterns(folder, adapters.read_config(folder), [module for module, _ in backbone.named_modules()])
-    with _loading(f"adapter {folder}", "the checkpoint is broken: delete it and resume the stage that wrote it"):
+    with _loading(f"adapter {folder}", f"the checkpoint is broken: {adapters.ANOTHER}"):
         return PeftModel.from_pretrained(backbone, folder, is_trainable=True)
 
 
@@ -231,35 +232,70 @@ def _head(head, hidden, targets, temperature, with_entropy):
     return logprobs.gather(1, targets[:, None])[:, 0], entropy
 
 
-def save_resume(folder: pathlib.Path, step: int, policy, optimizer) -> None:
-    """What an interrupted run goes on from: folder/resume/step_NNNN with the trained weights and the optimizer. Older ones go."""
+def save_resume(folder: pathlib.Path, step: int, policy, optimizer, info: dict) -> None:
+    """What an interrupted run goes on from: folder/resume/step_NNNN with the trained weights and the optimizer.
+
+    `info` is what the run must still stand on then (hashes of backbone, template, data). The state before stays, should this one be
+    spoilt; what is older goes first, so that there are never more than two.
+    """
     state = folder / "resume" / f"step_{step:04d}"
+    for old in resume_states(folder)[:-1]:
+        run_dir.remove(old)
     with writing(state), atomic_dir(state, overwrite=True) as temporary:
         weights = {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
         run_dir.save_tensors(temporary / "weights.safetensors", weights, dtype=None)
         run_dir.save_state(temporary / "optimizer.pt", optimizer.state_dict())
-    forget_resume(folder, but=step)
+        atomic_write_text(temporary / "info.json", json.dumps(info))
 
 
-def forget_resume(folder: pathlib.Path, but: int) -> None:
-    """Removes all states that `save_resume` left, but that of step `but`."""
-    for old in (folder / "resume").glob("step_*"):
-        if old.name != f"step_{but:04d}":
-            run_dir.remove(old)
+def resume_states(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The states that `save_resume` left in `folder`, the newest last."""
+    return sorted((folder / "resume").glob("step_[0-9]*"), key=adapter_series.step_of)
 
 
-def load_resume(folder: pathlib.Path, policy, optimizer) -> int | None:
-    """Puts back the newest state that `save_resume` left; returns its step, None if there is none."""
-    states = sorted((folder / "resume").glob("step_[0-9]*"), key=adapter_series.step_of)
-    if not states:
-        return None
-    with _loading(f"resume state {states[-1]}", "it is broken: start the stage again with --overwrite"):
+def reached(folder: pathlib.Path) -> int:
+    """The last step of which `folder` has a line of metrics or a checkpoint, 0 without any."""
+    rows = inputs.read_jsonl(folder / "metrics.jsonl", {"step": int}) if (folder / "metrics.jsonl").is_file() else []
+    return max([0, *(row["step"] for row in rows), *map(adapter_series.step_of, folder.glob("step_[0-9]*"))])
+
+
+def forget_resume(folder: pathlib.Path, after: int) -> None:
+    """Removes the states of steps after `after`: broken ones."""
+    for state in resume_states(folder):
+        if adapter_series.step_of(state) > after:
+            run_dir.remove(state)
+
+
+def load_resume(folder: pathlib.Path, policy, optimizer, info: dict) -> int | None:
+    """Puts back the newest state that `save_resume` left, or if that is broken the one before; returns its step, None if there is none.
+
+    Raises UserError where all are broken, or were made with other `info`.
+    """
+    states = resume_states(folder)
+    for i, state in enumerate(reversed(states), 1):
         try:
-            inputs.check_intact(states[-1])
+            _put_back(state, policy, optimizer)
+        except UserError as error:
+            if i == len(states):
+                raise
+            print(f"warning: {error}; going on from {states[-i - 1].name}", file=sys.stderr)
+            continue
+        made_with = read_json(state / "info.json", "this stage with --overwrite") if (state / "info.json").is_file() else {}
+        for key in made_with.keys() & info.keys():
+            if made_with[key] != info[key]:
+                raise UserError(f"{folder} was begun with {key} = {made_with[key]!r}, now it is {info[key]!r}: bring back what it was")
+        return adapter_series.step_of(state)
+    return None
+
+
+def _put_back(state: pathlib.Path, policy, optimizer) -> None:
+    with _loading(f"resume state {state}", "it is broken: start the stage again with --overwrite"):
+        try:
+            inputs.check_intact(state)
         except UserError as error:
             raise ValueError(error) from error
-        weights = safetensors.torch.load_file(states[-1] / "weights.safetensors")
-        optimizer_state = torch.load(states[-1] / "optimizer.pt", weights_only=True, map_location="cpu")
+        weights = safetensors.torch.load_file(state / "weights.safetensors")
+        optimizer_state = torch.load(state / "optimizer.pt", weights_only=True, map_location="cpu")
         trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         if {name: t.shape for name, t in weights.items()} != {name: p.shape for name, p in trained.items()}:
             raise ValueError("its tensors are not this policy's")
@@ -269,4 +305,3 @@ def load_resume(folder: pathlib.Path, policy, optimizer) -> int | None:
         optimizer.load_state_dict(optimizer_state)
         if any(state[key].shape != p.shape for p, state in optimizer.state.items() for key in ("exp_avg", "exp_avg_sq")):
             raise ValueError("its optimizer is not this policy's")
-    return adapter_series.step_of(states[-1])

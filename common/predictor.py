@@ -66,7 +66,7 @@ def split_name(name: str) -> tuple[str, int]:
     >>> split_name("aligned-last8"), split_name("aligned-no-local")
     (('aligned', 8), ('aligned-no-local', 0))
     """
-    recipe, last = re.fullmatch(r"(.*?)(?:-last(\d+))?", name).groups()
+    recipe, last = re.fullmatch(r"(.*?)(?:-last(\d+))?", name, re.DOTALL).groups()
     return recipe, int(last or 0)
 
 

@@ -5,9 +5,9 @@ import json
 import math
 import pathlib
 
-from common import inputs, plots, run_dir
+from common import delta_files, plots, run_dir
 from common.predictor import RECIPES
-from common.results import MAIN_ALPHA, NAMES, Result, cost_bars, difference, load_results, overhead
+from common.results import MAIN_ALPHA, NAMES, TESTED, Result, cost_bars, difference, load_results, overhead, read_predictor_report
 
 
 def table_rows(results: dict[str, Result]) -> list[Result]:
@@ -70,7 +70,7 @@ def fig6(results: dict[str, Result], method: str, before: str) -> str:
 
 def claims_section_3(run: pathlib.Path) -> list[str]:
     """What Sec. 3 says of the trajectory itself, as markdown lines."""
-    found = inputs.read_json(run / "deltas" / "spectrum.json", "02_extract_deltas.py")
+    found = delta_files.read_spectrum(run / "deltas")
     energy, steps, fits = found["energy_ratio"], found["steps"], found["linear_fit"]
     early = next((i for i, step in enumerate(steps) if step >= steps[-1] / 3), len(steps) - 1)
     rises = "holds" if energy[early] > energy[0] else "does not hold"
@@ -93,7 +93,7 @@ def recipes(run: pathlib.Path) -> list[str]:
 
 def claims(run: pathlib.Path, results: dict[str, Result]) -> list[tuple[str, ...]]:
     """What Sec. 5 says of NExt: (claim, cell for each recipe). Errors are over test problems, paired; there is one training seed."""
-    before = f"train/step_{inputs.read_json(run / 'deltas' / 'index.json', '02_extract_deltas.py')['steps'][-1]:04d}"
+    before = f"train/step_{max(delta_files.checkpoint_paths(run)):04d}"
     longest = max((key for key in results if key.startswith("train/")), default="")
     total = max((r.steps for r in results.values() if r.policy.startswith("continued/")), default=0)
     rows: dict[str, list[str]] = {}
@@ -130,15 +130,14 @@ def claims(run: pathlib.Path, results: dict[str, Result]) -> list[tuple[str, ...
 
 def backtests(run: pathlib.Path) -> str:
     """Markdown: what each recipe's predictor is worth on a target it has not seen, beside the controls."""
-    columns = ("predictor", "copy-global", "repeat-last", "recent-locals", "linear-fit", "oracle")
-    lines = ["| recipe | " + " | ".join(columns) + " |", "|---|" + "--:|" * len(columns)]
+    lines = ["| recipe | " + " | ".join(TESTED) + " |", "|---|" + "--:|" * len(TESTED)]
     for path in sorted((run / "predictor").glob("*/report.json")):
-        tested = inputs.read_json(path, "03_train_predictor.py")["backtest"]
+        tested = read_predictor_report(path)["backtest"]
         if not tested:
             continue  # too few checkpoints for one
         lines.append(
             f"| {path.parent.name} ({tested['at_step']} → {tested['predicts_step']}) | "
-            + " | ".join(f"{tested[c]['cosine']:.3f}" for c in columns)
+            + " | ".join(f"{tested[c]['cosine']:.3f}" for c in TESTED)
             + " |"
         )
     return "\n".join(lines)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from common import config as configs
 from common import plans, tables
-from common.inputs import UserError, read_json
+from common.inputs import UserError, read_json, safe_name
 from common.plans import Job
 from common.run_dir import claim, write_json
 
@@ -197,7 +197,8 @@ def main() -> None:
     if args.report and not args.grid:
         raise UserError("--report writes the tables of a grid: say which with --grid")
     preset = configs.load_preset(args.preset)
-    root = args.run_dir or f"runs/{pathlib.Path(args.preset).stem}" + (f"_{args.grid}" if args.grid else "")
+    name = safe_name(pathlib.Path(args.preset).stem, "the preset's name")
+    root = args.run_dir or f"runs/{name}" + (f"_{args.grid}" if args.grid else "")
     jobs = plans.grid(args.grid, args.preset, preset, root, args.seeds) if args.grid else plans.single(args.preset, preset, root)
     if args.print:
         print("\n".join(job.line for job in jobs))

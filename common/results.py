@@ -40,6 +40,7 @@ NAMES = {  # of each method, in tables and figures alike, in the order of the ta
 FULL_GRPO = "GRPO, full parameters"  # of "grpo" in a run without LoRA
 KINDS = {"policy": str, "accuracy": float, "standard_error": float | None, "n": int, "response_length": float, "by_problem": list[float]}
 LOGGED = {"step": int, "seconds": float, "accuracy": float, "response_length": float}  # what is looked at of metrics.jsonl
+TESTED = ("predictor", "copy-global", "repeat-last", "recent-locals", "linear-fit", "oracle")  # in stage 3's backtest
 MAIN_ALPHA = 1.5  # the paper's extending coefficient: the alpha of the tables
 
 
@@ -85,7 +86,7 @@ def method_name(method: str, full: bool) -> str:
 def trained_whole(run: pathlib.Path) -> bool:
     """Whether stage 1 trained all parameters of the run (--tune full)."""
     path = run / "train" / "config.json"
-    return path.is_file() and inputs.read_json(path, "01_train_lora_grpo.py")["config"].get("tune") == "full"
+    return path.is_file() and inputs.read_json(path, "01_train_lora_grpo.py", {"config": dict})["config"].get("tune") == "full"
 
 
 def load_results(run: pathlib.Path) -> dict[str, Result]:
@@ -167,13 +168,27 @@ def _logged_seconds(path: pathlib.Path, changed: int) -> tuple[list[int], list[f
     return [step for step, _ in rows], list(itertools.accumulate((seconds for _, seconds in rows), initial=0.0))
 
 
+def read_predictor_report(path: pathlib.Path) -> dict:
+    """What stage 3 wrote of one predictor: losses by family, and its backtest, None where there were too few checkpoints."""
+    kinds = {"losses": dict[str, list[float]], "loss_of_zeros": dict[str, float], "loss_stride": int, "backtest": dict | None}
+    found = inputs.read_json(path, "03_train_predictor.py --overwrite", kinds)
+    tested, scores = found["backtest"], {key: {"cosine": float} for key in TESTED}
+    if found["losses"].keys() - found["loss_of_zeros"].keys():
+        raise inputs.UserError(f"{path} has losses without a loss_of_zeros: run 03_train_predictor.py --overwrite")
+    if tested and not inputs.matches(tested, {"at_step": int, "predicts_step": int, **scores}):
+        raise inputs.UserError(f"{path} has no usable backtest: run 03_train_predictor.py --overwrite")
+    return found
+
+
 def overhead(run: pathlib.Path, recipe: str, alpha: float | None = MAIN_ALPHA) -> dict[str, float]:
     """Wall seconds of what NExt adds to RL: the SVDs, the predictor's training (without its backtest), the jump by `alpha`."""
+    inputs.safe_name(recipe, "a recipe")
     jump = run / "extrapolated" / f"next-{recipe}_alpha{alpha:g}" / "checkpoint.json"
+    trained = run / "predictor" / recipe / "done.json"
     return {
-        "SVD": inputs.read_json(run / "deltas" / "done.json", "02_extract_deltas.py")["seconds"],
-        "predictor": inputs.read_json(run / "predictor" / recipe / "done.json", "03_train_predictor.py")["training_seconds"],
-        "extrapolation": inputs.read_json(jump, "04_extrapolate.py")["seconds"],
+        "SVD": inputs.read_json(run / "deltas" / "done.json", "02_extract_deltas.py", {"seconds": float})["seconds"],
+        "predictor": inputs.read_json(trained, "03_train_predictor.py", {"training_seconds": float})["training_seconds"],
+        "extrapolation": inputs.read_json(jump, "04_extrapolate.py", {"seconds": float})["seconds"],
     }
 
 
@@ -201,6 +216,8 @@ def wall_seconds(run: pathlib.Path, result: Result) -> float | None:
         return rl_seconds(run / "train", result.steps) if result.steps else 0.0
     jumped = result.policy.split("/")[1].removesuffix("_merged")
     info = jump_info(run, f"extrapolated/{jumped}")
+    if not inputs.matches(info, {"method": str}):
+        raise inputs.UserError(f"{run}/extrapolated/{jumped}/checkpoint.json has no usable method: run 04_extrapolate.py --overwrite")
     if info["method"] == "oracle":
         return None  # it looked into the future: no fair cost
     seconds = rl_seconds(run / "train", info["step"])

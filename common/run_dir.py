@@ -24,7 +24,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from common.inputs import HASHES, UserError, first_line, read_json, read_jsonl, sha256
+from common.inputs import HASHES, UserError, first_line, read_json, read_jsonl, same_command, sha256
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # Writing
@@ -49,7 +49,7 @@ def writing(path: pathlib.Path):
         yield
     except (OSError, safetensors.SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"cannot write {path} ({reason}): make room or allow it, then type the same command again to go on") from error
+        raise UserError(f"cannot write {path} ({reason}): make room or allow it, then type {same_command()} to go on") from error
     finally:
         _going_on["writes"] -= 1
         number = 0 if _going_on["writes"] else _going_on["signal"]
@@ -158,7 +158,7 @@ def copy_files(paths: Iterable[pathlib.Path], folder: pathlib.Path) -> None:
 def atomic_dir(path: pathlib.Path, overwrite: bool = False):
     """Yields an empty temporary folder beside `path`, which becomes `path` when the block ends without an error.
 
-    The hashes of the weights in it go into its sha256.json, for `inputs.check_intact`.
+    The hashes of the weights in it and of their configs go into its sha256.json, for `inputs.check_intact`.
 
     With `overwrite` an older `path` makes way: between two renames there is none, so what can't be made again is not for `overwrite`.
     """
@@ -169,7 +169,7 @@ def atomic_dir(path: pathlib.Path, overwrite: bool = False):
     try:
         yield temporary
         with writing(path):
-            if hashes := hashes_of(temporary):
+            if hashes := hashes_of(temporary, ("config.json", "adapter_config.json")):
                 write_json(temporary / HASHES, hashes)
             _flush(temporary)
             if path.exists() and not overwrite:
@@ -184,9 +184,22 @@ def atomic_dir(path: pathlib.Path, overwrite: bool = False):
         raise
 
 
-def hashes_of(folder: pathlib.Path) -> dict[str, str]:
-    """The hash of every file of weights or optimizer states in `folder`, by name."""
-    return {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".pt")}
+def hashes_of(folder: pathlib.Path, also: tuple[str, ...] = ()) -> dict[str, str]:
+    """The hash of every file of weights or optimizer states in `folder`, and beside such of the files named `also`, by name."""
+    files = sorted(folder.iterdir())
+    weights = [path for path in files if path.suffix in (".safetensors", ".pt")]
+    return {path.name: sha256(path) for path in files if weights and (path in weights or path.name in also)}
+
+
+def is_complete(folder: pathlib.Path) -> bool:
+    """Whether every file is there whose hash was written when `folder` was: by its sha256.json, or a stage's done.json."""
+    if (folder / HASHES).is_file():
+        written = read_json(folder / HASHES, "whatever wrote it")
+    elif (folder / "done.json").is_file():
+        written = read_json(folder / "done.json", "this stage with --overwrite", {"outputs": dict[str, str] | None}).get("outputs") or {}
+    else:
+        written = {}
+    return all((folder / name).is_file() for name in written)
 
 
 def claim(folder: pathlib.Path) -> None:
@@ -296,7 +309,12 @@ class Stage:
         if (self.folder / "done.json").exists():
             kinds = {"config": {at_least[0]: float} if at_least else dict}
             done = read_json(self.folder / "done.json", "this stage with --overwrite", kinds)
-            if at_least is None or done["config"][at_least[0]] >= at_least[1]:
+            if not is_complete(self.folder):
+                if writer:
+                    print(f"{self.folder} was done, but files of it are gone: it is made again", file=sys.stderr)
+                    claim(self.folder)
+                    remove(self.folder / "done.json")
+            elif at_least is None or done["config"][at_least[0]] >= at_least[1]:
                 if writer:
                     tidy(self.folder)
                     print(f"{self.folder} is done already; --overwrite makes it again")
@@ -335,13 +353,18 @@ class Timer:
 
 
 class StepLog:
-    """A JSONL file of rows with a "step": one process appends; rows after `keep_to`, from before an interruption, are dropped."""
+    """A JSONL file of rows with a "step": one process appends; rows after `keep_to`, from before an interruption, are dropped.
 
-    def __init__(self, path: pathlib.Path, keep_to: int, active: bool = True):
+    With `begins` there is to be a row for each step from there to `keep_to`; where a hand has changed that, it is said on stderr.
+    """
+
+    def __init__(self, path: pathlib.Path, keep_to: int, active: bool = True, begins: int | None = None):
         self.path, self.active = path, active
         if active:
-            kept = [json.dumps(row) + "\n" for row in read_jsonl(path, {"step": int}) if row["step"] <= keep_to] if path.exists() else []
-            atomic_write_text(path, "".join(kept))
+            rows = [row for row in read_jsonl(path, {"step": int}) if row["step"] <= keep_to] if path.exists() else []
+            if begins is not None and [row["step"] for row in rows] != list(range(begins, keep_to + 1)):
+                print(f"warning: {path} had not one row for each of the steps {begins} to {keep_to}; it stays so", file=sys.stderr)
+            atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append(self, *rows: dict) -> None:
         if self.active:

@@ -9,10 +9,10 @@ import dataclasses
 import pathlib
 import statistics
 
-from common import grid_figures, inputs, plans, run_dir
+from common import grid_figures, plans, run_dir
 from common.grid_results import Estimate, Grid, estimate, jump_cosines
 from common.predictor import split_name
-from common.results import MAIN_ALPHA, NAMES
+from common.results import MAIN_ALPHA, NAMES, read_predictor_report
 
 
 def cell(found: Estimate | None, how: str = "points") -> str:
@@ -126,7 +126,7 @@ def backtest(grid: Grid, run: str, recipe: str) -> Estimate | None:
     values = []
     for seed in grid.seeds:
         path = grid.root / f"seed{seed}" / run / "predictor" / recipe / "report.json"
-        tested = inputs.read_json(path, "03_train_predictor.py")["backtest"] if path.is_file() else None
+        tested = read_predictor_report(path)["backtest"] if path.is_file() else None
         if tested:
             values.append(tested["predictor"]["cosine"])
     return estimate(values) if values else None

@@ -178,7 +178,8 @@ def small_series(tmp_path_factory):
         config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "some/model"}
         factors = {"q_proj": (torch.full((6, 2), float(step)), torch.ones(2, 5))}
         adapters.write_adapter(folder / f"checkpoint-{step}", adapters.Adapter(config, factors), {})
-        (folder / f"checkpoint-{step}" / "checkpoint.json").unlink()
+        for ours in ("checkpoint.json", "sha256.json"):
+            (folder / f"checkpoint-{step}" / ours).unlink()
     return folder
 
 

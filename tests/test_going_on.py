@@ -1,0 +1,246 @@
+"""What is lost or spoilt by hand is noticed, nothing good is thrown away for it, and the stage goes on."""
+
+import importlib
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import signal
+
+import pytest
+from conftest import TINY, call_stage
+from test_stages import metrics, weights
+
+from common import config, inputs, run_dir
+from common import metrics as step_metrics
+from common.inputs import UserError
+
+
+@pytest.fixture
+def run(finished_run, tmp_path) -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+@pytest.fixture
+def stage(run, monkeypatch, capsys):
+    """Calls a stage on `run`: its exit code and the last line it wrote to stderr."""
+
+    def call(script: str, *flags: str) -> tuple[int, str]:
+        capsys.readouterr()
+        return call_stage(monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(run), *flags)
+
+    return call
+
+
+def spoil(path: pathlib.Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 8
+    path.write_bytes(content)
+
+
+def edit(path: pathlib.Path, **changes) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.pt"])
+def test_training_goes_on_from_the_state_before_a_spoilt_one(run, finished_run, stage, file):
+    spoil(run / "train" / "resume" / "step_0008" / file)
+    (run / "train" / "done.json").unlink()
+    code, line = stage("01_train_lora_grpo.py", "--steps", "8")
+    assert (code, "is not as it was written" in line, "going on from step_0007" in line) == (0, True, True)
+    assert metrics(run / "train") == metrics(finished_run / "train")
+    assert weights(run / "train") == weights(finished_run / "train")
+
+
+def test_training_does_not_begin_again_where_its_resume_states_are_gone(run, stage):
+    before = weights(run / "train")
+    shutil.rmtree(run / "train" / "resume")
+    code, line = stage("01_train_lora_grpo.py", "--steps", "9")
+    assert (code, "has come to step 8, but its resume/ is gone" in line) == (2, True)
+    assert weights(run / "train") == before
+    assert [row["step"] for row in metrics(run / "train")] == list(range(1, 9))
+
+
+def test_no_more_than_two_resume_states_are_kept(run, stage):
+    for step in (5, 6):
+        shutil.copytree(run / "train" / "resume" / "step_0008", run / "train" / "resume" / f"step_000{step}")
+    assert stage("01_train_lora_grpo.py", "--steps", "9")[0] == 0
+    assert sorted(path.name for path in (run / "train" / "resume").iterdir()) == ["step_0008", "step_0009"]
+
+
+def test_lines_of_metrics_that_a_hand_removed_are_missed(run, stage):
+    path = run / "train" / "metrics.jsonl"
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if '"step": 4,' not in line))
+    code, line = stage("01_train_lora_grpo.py", "--steps", "9")
+    assert (code, "had not one row for each of the steps 1 to 8" in line) == (0, True)
+    assert [row["step"] for row in metrics(run / "train")] == [1, 2, 3, 5, 6, 7, 8, 9]
+
+
+def test_training_does_not_go_on_on_another_backbone(run, stage):
+    made_with = run / "train" / "resume" / "step_0008" / "info.json"
+    edit(made_with, backbone_fingerprint="0")
+    code, line = stage("01_train_lora_grpo.py", "--steps", "9")
+    assert (code, "was begun with backbone_fingerprint = '0', now it is" in line) == (2, True)
+
+
+@pytest.mark.parametrize("gap", [float("nan"), 1e9])
+def test_an_engine_that_disagrees_with_the_trainer_ends_the_run(run, stage, monkeypatch, gap):
+    real = step_metrics.of_step
+    monkeypatch.setattr(step_metrics, "of_step", lambda *a: {**real(*a), "logprob_gap_mean": gap})
+    code, line = stage("01_train_lora_grpo.py", "--steps", "9")
+    assert (code, "step 9: engine and trainer disagree by" in line) == (2, True)
+    assert not (run / "train" / "step_0009").exists()
+
+
+def test_a_stage_that_was_to_overwrite_is_gone_on_with_without(run, stage, monkeypatch, capsys):
+    real, policy = run_dir.StepLog.append, importlib.import_module("common.policy")
+
+    def stop_after(log, *rows):
+        real(log, *rows)
+        if rows and rows[0]["step"] == 3 and log.path.name == "metrics.jsonl":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_dir.StepLog, "append", stop_after)
+        code, line = stage("01_train_lora_grpo.py", "--overwrite")
+    assert (code, line) == (143, "stopped: type the same command without --overwrite to go on from the last complete step")
+    assert sorted(path.name for path in policy.resume_states(run / "train"))[-1] == "step_0002"
+    assert stage("01_train_lora_grpo.py")[0] == 0
+    assert [row["step"] for row in metrics(run / "train")] == list(range(1, 7))
+
+
+@pytest.mark.parametrize("steps", ["0", "-5"])
+def test_steps_after_the_jump_are_at_least_one(run, stage, steps):
+    code, line = stage("05_continue_rl.py", "--start", "none", "--more-steps", steps)
+    assert (code, line) == (2, f"error: more_steps must be at least 1, not {steps}")
+    assert not (run / "continued" / "none").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# What is made again
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "file", "flags"),
+    [
+        ("02_extract_deltas.py", "deltas/rank1.safetensors", []),
+        ("03_train_predictor.py", "predictor/weighted/model.safetensors", ["--recipes", "weighted"]),
+        ("04_extrapolate.py", "extrapolated/none/adapter_model.safetensors", ["--methods", "none"]),
+    ],
+)
+def test_a_file_that_is_gone_is_made_again(run, finished_run, stage, script, file, flags):
+    (run / file).unlink()
+    assert stage(script, *flags)[0] == 0
+    assert (run / file).read_bytes() == (finished_run / file).read_bytes()
+
+
+def test_a_spoilt_group_of_deltas_is_not_used(run, stage, monkeypatch):
+    shutil.rmtree(run / "deltas")
+    stage2 = importlib.import_module("02_extract_deltas")
+    with monkeypatch.context() as patched:
+
+        def stop(*_):
+            raise KeyboardInterrupt
+
+        patched.setattr(stage2, "collect", stop)
+        assert stage("02_extract_deltas.py")[0] == 130
+    spoil(run / "deltas" / "parts" / "group_0001" / "rank1.safetensors")
+    code, line = stage("02_extract_deltas.py")
+    assert (code, "group_0001/rank1.safetensors is not as it was written" in line) == (2, True)
+    shutil.rmtree(run / "deltas" / "parts" / "group_0001")
+    assert stage("02_extract_deltas.py")[0] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# What files say
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "file", "flags"),
+    [
+        ("06_eval.py", "deltas/spectrum.json", []),
+        ("06_eval.py", "deltas/done.json", []),
+        ("06_eval.py", "predictor/aligned/report.json", []),
+        ("06_eval.py", "predictor/aligned/done.json", []),
+        ("06_eval.py", "train/config.json", []),
+        ("04_extrapolate.py", "deltas/done.json", ["--methods", "oracle"]),
+    ],
+)
+def test_an_empty_record_is_one_line(run, stage, script, file, flags):
+    (run / file).write_text("{}")
+    code, line = stage(script, *flags)
+    assert (code, line[:7], file.split("/")[-1] in line) == (2, "error: ", True)
+
+
+@pytest.mark.parametrize(("setting", "value"), [("run_dir", "elsewhere"), ("backbone", "x"), ("surprise", 1), ("seed", "x")])
+def test_what_was_measured_does_not_say_where_to_measure(run, stage, tmp_path, setting, value):
+    stage6 = importlib.import_module("06_eval")
+    settings = stage6.settings_of(config.parse(stage6.EvalConfig, "eval", "", ["--config", TINY, "--run-dir", str(run)]))
+    for step in range(1, 7):
+        record = {"accuracy": step / 10, "data": "d", "settings": {**settings, setting: value}}
+        run_dir.write_json(run / "validation" / f"train__step_{step:04d}" / "valid.json", record)
+    code, line = stage("04_extrapolate.py", "--methods", "greedy-soup", "--validation-data", str(run / "data" / "valid.jsonl"))
+    assert (code, line[:7], "validation, settings: " in line, setting in line) == (2, "error: ", True, True)
+
+
+@pytest.mark.parametrize("key", ["modules_to_save", "layers_pattern"])
+def test_a_pattern_of_an_adapter_does_not_loop(run, stage, key):
+    folder = run / "extrapolated" / "none"
+    edit(folder / "adapter_config.json", **{key: ["(([a-z_0-9.])+)+X"], "layers_to_transform": None})
+    (folder / "sha256.json").unlink()
+    code, line = stage("05_continue_rl.py", "--start", "none")
+    assert (code, "over 5 s to match" in line) == (2, True)
+
+
+def test_a_rank_beyond_every_matrix_is_refused(run, stage):
+    folder = run / "extrapolated" / "none"
+    old = json.loads((folder / "adapter_config.json").read_text())
+    edit(folder / "adapter_config.json", r=20_000_000, rank_pattern=dict.fromkeys(old["target_modules"], old["r"]))
+    (folder / "sha256.json").unlink()
+    code, line = stage("05_continue_rl.py", "--start", "none")
+    assert (code, "its config says rank 20000000, more than any" in line) == (2, True)
+
+
+def test_a_jump_out_of_the_numbers_is_not_written(run, stage):
+    code, line = stage("04_extrapolate.py", "--methods", "rl-extra", "--alphas", "1e60")
+    assert (code, "would not be finite: lower alpha" in line) == (2, True)
+    assert not (run / "extrapolated" / "rl-extra_alpha1e+60").exists()
+
+
+DOUBLING = "".join(f"  {x}: &{x} [{', '.join(['*' + y] * 10)}]\n" for y, x in itertools.pairwise("abcdefghijkl"))  # 10^11 ones
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("shared: {note: 2024-01-01}", "quote dates"),
+        (f"shared:\n  a: &a [1, 1]\n{DOUBLING}", "far too much"),
+        ("shared: {overwrite: true}", "overwrite is for the command line alone"),
+        ("train: {run_dir: elsewhere}", "run_dir is for the command line alone"),
+        (f"train: {{seed: {2**62}}}", "seed must be below"),
+        ("shared: {threads: -1}", "threads must be 0 or more"),
+    ],
+)  # fmt: skip
+def test_a_preset_that_says_too_much_is_one_line(tmp_path, text, message):
+    (tmp_path / "p.yaml").write_text(text)
+    stage1 = importlib.import_module("01_train_lora_grpo")
+    with pytest.raises(UserError, match=message):
+        config.parse(stage1.TrainConfig, "train", "", ["--config", str(tmp_path / "p.yaml")])
+
+
+@pytest.mark.parametrize("depth", [inputs.DEPTH, inputs.DEPTH + 1])
+def test_json_is_nested_no_deeper_than_the_limit(depth):
+    text = '{"a": ' * (depth - 1) + "[]" + "}" * (depth - 1)
+    if depth <= inputs.DEPTH:
+        assert inputs.parse_json(text)
+    else:
+        with pytest.raises(ValueError, match="nested over"):
+            inputs.parse_json(text)
