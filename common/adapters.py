@@ -206,7 +206,9 @@ def read_header(folder: pathlib.Path) -> Header:
         if not (b[0] and a[1]):
             raise UserError(f"{path}: {module} has no rows or no columns (B {b}, A {a})")
         shapes[module] = (b[0], r, a[1])
-    if highest_rank(config) > max(max(shape) for shape in shapes.values()):  # PEFT would make tensors of it for what the file lacks
+    if highest_rank(config) > max(
+        1024, *(max(shape) for shape in shapes.values())
+    ):  # PEFT would make tensors of it for what the file lacks
         raise UserError(f"{path}: its config says rank {highest_rank(config)}, more than any of its matrices has rows or columns")
     return Header(config, shapes, dtypes, sorted(sizes.keys() - factors))
 

@@ -20,7 +20,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from common import run_dir
-from common.inputs import UserError, first_line, matches, same_command, time_limit
+from common.inputs import UserError, first_line, matches, time_limit
 
 SECTIONS = ("shared", "train", "extract", "predict", "extrapolate", "continue", "eval", "reproduce")
 COMMAND_LINE_ONLY = {"config", "run_dir", "overwrite"}  # what a preset, which may be another's, does not decide
@@ -189,12 +189,15 @@ def run_stage(main: typing.Callable[[], None], one_process: bool = False) -> Non
         for number in numbers:
             signal.signal(number, signal.SIG_IGN)  # a launcher passes a signal on to a group that has it already
         if first:
-            print(f"\nstopped: type {same_command()} to go on from the last complete step", file=sys.stderr)
+            print(f"\nstopped: type {run_dir.same_command()} to go on from the last complete step", file=sys.stderr)
         raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
     except RuntimeError as error:
         if not re.search("(closed|reset) by peer", str(error)):
             raise
-        print(f"error: another process of this run has ended: type {same_command()} to go on from the last complete step", file=sys.stderr)
+        print(
+            f"error: another process of this run has ended: type {run_dir.same_command()} to go on from the last complete step",
+            file=sys.stderr,
+        )
         raise SystemExit(1) from None
     finally:
         run_dir.release()

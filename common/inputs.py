@@ -9,7 +9,6 @@ import hashlib
 import json
 import pathlib
 import signal
-import sys
 import threading
 import types
 import typing
@@ -24,11 +23,6 @@ HASHES = "sha256.json"  # beside weights of ours: file -> its hash
 
 class UserError(Exception):
     """Something the user can put right. Shown as one line with exit code 2, never as a traceback."""
-
-
-def same_command() -> str:
-    """How to go on after an interruption: with --overwrite what has been made so far would be discarded again."""
-    return "the same command" + (" without --overwrite" if "--overwrite" in sys.argv else "")
 
 
 def safe_name(name: str, what: str) -> str:

@@ -24,13 +24,14 @@ import safetensors
 import safetensors.torch
 import torch
 
-from common.inputs import HASHES, UserError, first_line, read_json, read_jsonl, same_command, sha256
+from common.inputs import HASHES, UserError, first_line, read_json, read_jsonl, sha256
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # Writing
 # ---------------------------------------------------------------------------------------------------------------------------
 
 _going_on = {"writes": 0, "signal": 0}  # writes begun and not ended, and the signal that came during one
+_anew: set[pathlib.Path] = set()  # folders of training that --overwrite has begun again
 _claimed: dict[pathlib.Path, int] = {}  # folder -> its lock file, open
 
 
@@ -39,6 +40,11 @@ def interrupt(number: int, frame: object = None) -> None:
     if not _going_on["writes"]:
         raise KeyboardInterrupt(number)
     _going_on["signal"] = number
+
+
+def same_command() -> str:
+    """What to type to go on: not --overwrite again, which would discard the steps made since."""
+    return "the same command" + (" without --overwrite" if _anew else "")
 
 
 @contextlib.contextmanager
@@ -251,6 +257,7 @@ def _locked(lock: pathlib.Path, folder: pathlib.Path) -> int:
 
 def release() -> None:
     """Gives back all that this process has claimed."""
+    _anew.clear()
     while _claimed:
         folder, handle = _claimed.popitem()
         with contextlib.suppress(OSError):
@@ -301,6 +308,8 @@ class Stage:
         if overwrite and writer:
             claim(self.folder)
             remove(self.folder)
+        if overwrite and at_least:
+            _anew.add(self.folder)
         if (self.folder / "config.json").exists():
             kinds = {"config": dict, "inputs": dict}
             self._check_same(read_json(self.folder / "config.json", "this stage with --overwrite", kinds))

@@ -256,7 +256,7 @@ def test_two_processes_lose_no_step_when_one_dies_or_the_launcher_is_stopped(emp
     run = train(until="done: 4 steps")
     assert run.wait(timeout=120) == 0
     assert [row["step"] for row in metrics(folder / "train")] == [1, 2, 3, 4]
-    assert sorted(path.name for path in (folder / "train" / "resume").iterdir()) == ["step_0004"]
+    assert sorted(path.name for path in (folder / "train" / "resume").iterdir()) == ["step_0003", "step_0004"]
 
 
 @pytest.mark.parametrize("script", STAGES)
@@ -341,7 +341,7 @@ def test_a_disk_that_refuses_is_one_line_that_names_the_file(finished_run, tmp_p
         code, line = call_stage(monkeypatch, capsys, *command)
     assert code == 2
     assert line.startswith(f"error: cannot write {run}/extrapolated/")
-    assert line.endswith(f"({os.strerror(number)}): make room or allow it, then type the same command again to go on")
+    assert line.endswith(f"({os.strerror(number)}): make room or allow it, then type the same command to go on")
     assert contents_hash(run) == before
     assert call_stage(monkeypatch, capsys, *command) == (0, "")
 
