@@ -1,9 +1,11 @@
 """Killed, starved and crowded: what was whole stays whole, the message is one line, and the same command goes on."""
 
+import collections
 import contextlib
 import errno
 import fcntl
 import importlib
+import itertools
 import os
 import pathlib
 import resource
@@ -38,10 +40,37 @@ WRITTEN = "is not as it was written, by a bad disk or by hand"
 def test_killed_at_random_moments_every_stage_makes_what_it_makes_in_peace(finished_run, tmp_path):
     """The short form of tests/bench/torture.py. It also shows that the same seed gives the same files: finished_run is another run."""
     command = [sys.executable, "tests/bench/torture.py", "--preset", TINY, "--against", str(finished_run), "--out", str(tmp_path / "out")]
-    result = subprocess.run([*command, "--kills", "8"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    result = subprocess.run([*command, "--kills", "8", "--seed", "425"], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "8 kills" in result.stdout
     assert "differences: 0" in result.stdout
+    for number, moment in itertools.product(("SIGKILL", "SIGTERM"), ("clock", "rename")):
+        assert f"| {number} | {moment}" in result.stdout
+    assert "again at once" in result.stdout
+
+
+def test_training_killed_before_each_rename_of_two_steps_goes_on_after_the_last_whole_one(empty_run, tmp_path, monkeypatch, capsys):
+    """A kill leaves what is renamed, and the log. Each restart is killed one rename later than the one before it."""
+    small = ["--steps", "2", "--prompts-per-step", "2", "--mini-batch", "2", "--rollouts", "2", "--max-new-tokens", "4"]
+    small += ["--backbone", str(empty_run / "backbone"), "--train-data", str(empty_run / "data" / "train.jsonl")]
+    whole, run, log = tmp_path / "whole" / "run", tmp_path / "killed" / "run", tmp_path / "log"
+    command = ["01_train_lora_grpo.py", "--config", TINY, *small, "--run-dir"]
+    assert call_stage(monkeypatch, capsys, *command, str(whole))[0] == 0  # the forks then have loaded all that it loads
+    n, kills, code = 0, collections.Counter(), None
+    while code != 0:
+        wanted, n = torture.whole_until(run / "train"), n + 1
+        log.write_text("")
+        code = torture.Stage([*command, str(run)], log, (n, signal.SIGKILL, False)).wait(300)
+        printed = log.read_text()
+        assert code in (0, -signal.SIGKILL), printed
+        assert torture.too_far_back(wanted, printed) is None, (wanted, n)
+        assert not (run / "train" / f"step_{wanted + 2:04d}").exists()
+        kills[wanted] += 1
+        n *= torture.whole_until(run / "train") == wanted  # the next step is whole: from the first rename again
+    assert [row["step"] for row in metrics(run / "train")] == [1, 2]
+    assert torture.differences(whole, run) == []
+    assert sorted(kills) == [0, 1, 2]
+    assert min(kills[0], kills[1]) > 10  # three renames at a start, three of a checkpoint, four of a resume state
 
 
 def test_the_comparison_sees_a_changed_bit_a_row_too_many_and_what_is_left_behind(finished_run, tmp_path):
