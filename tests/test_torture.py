@@ -195,6 +195,14 @@ def test_a_signal_ends_a_stage_with_a_hint_how_to_go_on(capsys, number, want):
     assert signal.getsignal(number) == before
 
 
+def test_a_second_signal_while_a_stage_ends_changes_nothing(monkeypatch):
+    """A launcher passes a signal on to a group that has it already."""
+    monkeypatch.setattr(run_dir, "release", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(BaseException) as stop:  # noqa: PT011
+        config.run_stage(lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert (stop.type, stop.value.code) == (SystemExit, 130)
+
+
 def test_a_signal_waits_for_the_end_of_a_write(tmp_path):
     def main():
         with run_dir.writing(tmp_path / "step"), run_dir.atomic_dir(tmp_path / "step") as folder:
@@ -311,6 +319,24 @@ def test_a_second_process_in_a_stages_folder_is_refused(finished_run, tmp_path, 
     assert contents_hash(run) == before
 
 
+def test_what_another_process_is_writing_is_not_overwritten(tmp_path):
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "stage" / "half").write_text("precious")
+    with held(tmp_path / "stage"), pytest.raises(UserError, match="written by process 4711"):
+        run_dir.Stage(tmp_path / "stage", {}).is_done(overwrite=True)
+    assert contents(tmp_path / "stage") == {"half": "precious"}
+
+
+def test_a_second_process_in_a_merged_models_folder_is_refused(finished_run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished_run, run := tmp_path / "run")
+    (run / "merged").mkdir()
+    flags = ["--config", TINY, "--run-dir", str(run), "--methods", "none", "--merge", "fp32"]
+    with held(run / "merged" / "none"):
+        code, line = call_stage(monkeypatch, capsys, "04_extrapolate.py", *flags)
+    assert (code, line.split(": wait")[0]) == (2, f"error: {run}/merged/none is being written by process 4711 on elsewhere")
+    assert not (run / "merged" / "none").exists()
+
+
 def contents_hash(run: pathlib.Path) -> dict[str, str]:
     return {str(path.relative_to(run)): inputs.sha256(path) for path in run.rglob("*") if path.is_file()}
 
@@ -382,6 +408,31 @@ def test_a_disk_that_refuses_is_one_line_that_names_the_file(finished_run, tmp_p
     assert line.endswith(f"({os.strerror(number)}): make room or allow it, then type the same command again to go on")
     assert contents_hash(run) == before
     assert call_stage(monkeypatch, capsys, *command) == (0, "")
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """What the disk is told to keep and what is renamed, in order: ("fsync", path) and ("replace", old path, new path)."""
+    events, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (events.append(("fsync", os.readlink(f"/proc/self/fd/{handle}"))), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (events.append(("replace", *map(str, paths))), replace(*paths)))
+    return events
+
+
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, disk):
+    with run_dir.atomic_dir(tmp_path / "step") as folder:
+        (folder / "weights").write_text("x")
+    assert sorted(disk[:-1]) == [("fsync", str(folder)), ("fsync", str(folder / "weights"))]
+    assert disk[-1] == ("replace", str(folder), str(tmp_path / "step"))
+
+
+def test_the_log_is_on_the_disk_before_the_resume_state_that_counts_on_it(empty_run, tmp_path, monkeypatch, capsys, disk):
+    shutil.copytree(empty_run, run := tmp_path / "run")
+    assert call_stage(monkeypatch, capsys, "01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(run), "--steps", "1")[0] == 0
+    state = next(i for i, event in enumerate(disk) if event[-1] == str(run / "train" / "resume" / "step_0001"))
+    checkpoint = next(i for i, event in enumerate(disk) if event[-1] == str(run / "train" / "step_0001"))
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert ("fsync", str(run / "train" / name)) in disk[checkpoint:state]
 
 
 @contextlib.contextmanager
@@ -541,9 +592,9 @@ def vllm_engine(monkeypatch):
     sys.modules.pop("common.vllm_engine", None)
 
 
-def response(*completions: list[int]) -> types.SimpleNamespace:
+def response(*completions: list[int], missing: int = 0) -> types.SimpleNamespace:
     made = [
-        types.SimpleNamespace(token_ids=c, logprobs=types.SimpleNamespace(logprobs=[-1.0] * len(c)), finish_reason="stop")
+        types.SimpleNamespace(token_ids=c, logprobs=types.SimpleNamespace(logprobs=[-1.0] * (len(c) - missing)), finish_reason="stop")
         for c in completions
     ]
     return types.SimpleNamespace(outputs=made)
@@ -555,6 +606,7 @@ def response(*completions: list[int]) -> types.SimpleNamespace:
         ([response([5, 1])], "vLLM returned 1 responses to 2 prompts"),
         ([response([5, 1]), response()], "vLLM returned 0 responses to one prompt"),
         ([response([5, 1]), response([])], "or one without a token"),
+        ([response([5, 1]), response([5, 1], missing=1)], "vLLM returned 1 log-probabilities to 2 tokens"),
         (
             RuntimeError("EngineCore encountered an issue.\nSee stack trace"),
             "vLLM failed while sampling (RuntimeError: EngineCore encountered",
