@@ -73,6 +73,20 @@ def test_training_killed_before_each_rename_of_two_steps_goes_on_after_the_last_
     assert min(kills[0], kills[1]) > 10  # three renames at a start, three of a checkpoint, four of a resume state
 
 
+def test_a_training_that_began_too_far_back_is_noticed(tmp_path):
+    (tmp_path / "resume" / "step_0004").mkdir(parents=True)
+    (tmp_path / "config.json").write_text('{"config": {"resume_every": 2}}')
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 7)))
+    assert torture.whole_until(tmp_path) == 4  # of step 6 there is the row, the state may have been on its way
+    (tmp_path / "resume" / "step_0004").rmdir()
+    assert torture.whole_until(tmp_path) == 4  # what was there counts
+    begun = "1 process(es) on cpu\n"
+    assert torture.too_far_back(4, begun + "going on after step 4\nstep 5/8") is None
+    assert torture.too_far_back(4, begun + "going on after step 2\n") == "went on after step 2, not 4"
+    assert torture.too_far_back(4, begun + "step 1/8") == "went on after step 0, not 4"
+    assert torture.too_far_back(4, begun) is None  # killed before it said so
+
+
 def test_the_comparison_sees_a_changed_bit_a_row_too_many_and_what_is_left_behind(finished_run, tmp_path):
     one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
     for run in (one, two):
@@ -471,6 +485,51 @@ def test_training_on_a_full_disk_stops_in_one_line_and_goes_on_when_there_is_roo
         assert call_stage(monkeypatch, capsys, *command)[0] == 0
         assert weights(folder) == {name: content for name, content in whole.items() if name < "step_0005"}
         assert metrics(folder) == metrics(finished_run / "train")[:4]
+
+
+@pytest.fixture
+def disk_of_40_mb(tmp_path):
+    """A file system of its own, and what mounts it anew with other options."""
+    (tmp_path / "disk").mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=40m", "none", str(tmp_path / "disk")], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("may not mount")
+    yield tmp_path / "disk", lambda how: subprocess.run(["mount", "-o", f"remount,{how}", str(tmp_path / "disk")], check=True)
+    subprocess.run(["umount", "-l", str(tmp_path / "disk")], check=True)
+
+
+@pytest.mark.parametrize(
+    ("script", "missing", "flags"),
+    [
+        ("02_extract_deltas.py", "deltas", []),
+        ("03_train_predictor.py", "predictor/weighted", ["--recipes", "weighted"]),
+        ("04_extrapolate.py", "extrapolated/none", ["--methods", "none"]),
+        ("05_continue_rl.py", "continued/none", ["--start", "none", "--more-steps", "1", "--max-new-tokens", "4"]),
+        ("06_eval.py", "short", ["--policies", "train/step_0006", "--max-new-tokens", "4", "--output", "short"]),
+    ],
+)
+def test_a_full_and_a_read_only_disk_are_one_line_and_change_nothing(
+    finished_run, monkeypatch, capsys, disk_of_40_mb, script, missing, flags
+):
+    disk, remount = disk_of_40_mb
+    shutil.copytree(finished_run, run := disk / "run")
+    shutil.rmtree(run / missing, ignore_errors=True)
+    before, command = contents_hash(run), [script, "--config", TINY, "--run-dir", str(run), *flags]
+    with contextlib.suppress(OSError), open(disk / "others", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    code, line = call_stage(monkeypatch, capsys, *command)
+    assert (code, line[:20], "No space left on device" in line, "): make room" in line) == (2, "error: cannot write ", True, True), line
+    assert contents_hash(run) == before
+    (disk / "others").unlink()
+    remount("ro")
+    code, line = call_stage(monkeypatch, capsys, *command)
+    assert (code, line[:20], "(Read-only file system): make room" in line) == (2, "error: cannot write ", True), line
+    remount("rw")
+    assert contents_hash(run) == before
+    assert call_stage(monkeypatch, capsys, *command)[0] == 0
+    assert (run / missing).is_dir()
 
 
 def test_what_fails_while_the_optimizer_is_saved_is_one_line(tmp_path, monkeypatch):
