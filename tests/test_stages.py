@@ -5,10 +5,12 @@ import importlib
 import itertools
 import json
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import safetensors.torch
@@ -16,7 +18,7 @@ import torch
 from conftest import ROOT, TINY, call_stage, run_stage, start_two
 from peft import PeftModel
 
-from common import adapter_series, adapters, delta_files, extrapolators, inputs, policy, predictor, rank1, report, results
+from common import adapter_series, adapters, delta_files, extrapolators, grpo, inputs, policy, predictor, rank1, report, results
 
 
 def metrics(folder: pathlib.Path) -> list[dict]:
@@ -600,6 +602,62 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(finished_run, cop
     assert "non-finite loss" in line
     assert "in step 9;" in line
     assert weights(copy / "train") == weights(finished_run / "train")
+
+
+def nan_gradient(monkeypatch):
+    """The first matrix of the adapter gets a gradient of NaN, whatever the loss."""
+    add_lora = policy.add_lora
+
+    def spoilt(*args):
+        model = add_lora(*args)
+        next(p for p in model.parameters() if p.requires_grad).register_hook(lambda gradient: gradient * torch.nan)
+        return model
+
+    monkeypatch.setattr(policy, "add_lora", spoilt)
+
+
+def infinite_loss(monkeypatch):
+    """The loss is infinite, its gradient what it would be."""
+    clipped_loss = grpo.clipped_loss
+    monkeypatch.setattr(grpo, "clipped_loss", lambda *args: (lambda loss, clipped: (loss + torch.inf, clipped))(*clipped_loss(*args)))
+
+
+@pytest.mark.parametrize(("spoil", "message"), [(nan_gradient, r"loss \(-?\d.*norm nan"), (infinite_loss, r"loss \(inf.*norm \d")])
+def test_a_loss_or_a_gradient_alone_that_is_not_finite_stops_too(finished_run, copy, monkeypatch, capsys, spoil, message):
+    spoil(monkeypatch)
+    code, line = call_stage(monkeypatch, capsys, "01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(copy), "--steps", "9")
+    assert code == 2
+    assert re.search(f"non-finite {message}.* in step 9; the last checkpoint is good", line), line
+    assert weights(copy / "train") == weights(finished_run / "train")
+    assert metrics(copy / "train") == metrics(finished_run / "train")
+
+
+CLOCKS = ("time", "monotonic", "perf_counter")
+
+
+def test_clocks_that_jump_change_nothing(finished_run, empty_run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(empty_run, run := tmp_path / "run")
+    jumps = itertools.cycle([0, 3 * 86400, -2 * 86400, 86400.5, -86400])
+    calls = dict.fromkeys(CLOCKS, 0)
+
+    def jumping(name):
+        real = getattr(time, name)
+
+        def clock():
+            calls[name] += 1
+            return real() + next(jumps)
+
+        return clock
+
+    with monkeypatch.context() as patch:
+        for name in CLOCKS:
+            patch.setattr(time, name, jumping(name))
+        for script in ("01_train_lora_grpo.py", "02_extract_deltas.py"):
+            assert call_stage(patch, capsys, script, "--config", TINY, "--run-dir", str(run))[0] == 0
+    assert calls["perf_counter"] > 50
+    assert metrics(run / "train") == metrics(finished_run / "train")[:6]
+    assert weights(run / "train").items() <= weights(finished_run / "train").items()
+    assert (run / "deltas" / "rank1.safetensors").read_bytes() == (finished_run / "deltas" / "rank1.safetensors").read_bytes()
 
 
 def test_reproduce_prints_commands_that_can_be_typed_by_hand():

@@ -1,9 +1,11 @@
 """Killed, starved and crowded: what was whole stays whole, the message is one line, and the same command goes on."""
 
+import collections
 import contextlib
 import errno
 import fcntl
 import importlib
+import itertools
 import os
 import pathlib
 import resource
@@ -38,10 +40,51 @@ WRITTEN = "is not as it was written, by a bad disk or by hand"
 def test_killed_at_random_moments_every_stage_makes_what_it_makes_in_peace(finished_run, tmp_path):
     """The short form of tests/bench/torture.py. It also shows that the same seed gives the same files: finished_run is another run."""
     command = [sys.executable, "tests/bench/torture.py", "--preset", TINY, "--against", str(finished_run), "--out", str(tmp_path / "out")]
-    result = subprocess.run([*command, "--kills", "8"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    result = subprocess.run([*command, "--kills", "8", "--seed", "425"], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "8 kills" in result.stdout
     assert "differences: 0" in result.stdout
+    for number, moment in itertools.product(("SIGKILL", "SIGTERM"), ("clock", "rename")):
+        assert f"| {number} | {moment}" in result.stdout
+    assert "again at once" in result.stdout
+
+
+def test_training_killed_before_each_rename_of_two_steps_goes_on_after_the_last_whole_one(empty_run, tmp_path, monkeypatch, capsys):
+    """A kill leaves what is renamed, and the log. Each restart is killed one rename later than the one before it."""
+    small = ["--steps", "2", "--prompts-per-step", "2", "--mini-batch", "2", "--rollouts", "2", "--max-new-tokens", "4"]
+    small += ["--backbone", str(empty_run / "backbone"), "--train-data", str(empty_run / "data" / "train.jsonl")]
+    whole, run, log = tmp_path / "whole" / "run", tmp_path / "killed" / "run", tmp_path / "log"
+    command = ["01_train_lora_grpo.py", "--config", TINY, *small, "--run-dir"]
+    assert call_stage(monkeypatch, capsys, *command, str(whole))[0] == 0  # the forks then have loaded all that it loads
+    n, kills, code = 0, collections.Counter(), None
+    while code != 0:
+        wanted, n = torture.whole_until(run / "train"), n + 1
+        log.write_text("")
+        code = torture.Stage([*command, str(run)], log, (n, signal.SIGKILL, False)).wait(300)
+        printed = log.read_text()
+        assert code in (0, -signal.SIGKILL), printed
+        assert torture.too_far_back(wanted, printed) is None, (wanted, n)
+        assert not (run / "train" / f"step_{wanted + 2:04d}").exists()
+        kills[wanted] += 1
+        n *= torture.whole_until(run / "train") == wanted  # the next step is whole: from the first rename again
+    assert [row["step"] for row in metrics(run / "train")] == [1, 2]
+    assert torture.differences(whole, run) == []
+    assert sorted(kills) == [0, 1, 2]
+    assert min(kills[0], kills[1]) > 10  # three renames at a start, three of a checkpoint, four of a resume state
+
+
+def test_a_training_that_began_too_far_back_is_noticed(tmp_path):
+    (tmp_path / "resume" / "step_0004").mkdir(parents=True)
+    (tmp_path / "config.json").write_text('{"config": {"resume_every": 2}}')
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 7)))
+    assert torture.whole_until(tmp_path) == 4  # of step 6 there is the row, the state may have been on its way
+    (tmp_path / "resume" / "step_0004").rmdir()
+    assert torture.whole_until(tmp_path) == 4  # what was there counts
+    begun = "1 process(es) on cpu\n"
+    assert torture.too_far_back(4, begun + "going on after step 4\nstep 5/8") is None
+    assert torture.too_far_back(4, begun + "going on after step 2\n") == "went on after step 2, not 4"
+    assert torture.too_far_back(4, begun + "step 1/8") == "went on after step 0, not 4"
+    assert torture.too_far_back(4, begun) is None  # killed before it said so
 
 
 def test_the_comparison_sees_a_changed_bit_a_row_too_many_and_what_is_left_behind(finished_run, tmp_path):
@@ -155,6 +198,14 @@ def test_a_signal_ends_a_stage_with_a_hint_how_to_go_on(capsys, number, want):
     assert stop.value.code == want
     assert capsys.readouterr().err == "\nstopped: type the same command to go on from the last complete step\n"
     assert signal.getsignal(number) == before
+
+
+def test_a_second_signal_while_a_stage_ends_changes_nothing(monkeypatch):
+    """A launcher passes a signal on to a group that has it already."""
+    monkeypatch.setattr(run_dir, "release", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(BaseException) as stop:  # noqa: PT011
+        config.run_stage(lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert (stop.type, stop.value.code) == (SystemExit, 130)
 
 
 def test_a_signal_waits_for_the_end_of_a_write(tmp_path):
@@ -273,6 +324,24 @@ def test_a_second_process_in_a_stages_folder_is_refused(finished_run, tmp_path, 
     assert contents_hash(run) == before
 
 
+def test_what_another_process_is_writing_is_not_overwritten(tmp_path):
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "stage" / "half").write_text("precious")
+    with held(tmp_path / "stage"), pytest.raises(UserError, match="written by process 4711"):
+        run_dir.Stage(tmp_path / "stage", {}).is_done(overwrite=True)
+    assert contents(tmp_path / "stage") == {"half": "precious"}
+
+
+def test_a_second_process_in_a_merged_models_folder_is_refused(finished_run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished_run, run := tmp_path / "run")
+    (run / "merged").mkdir()
+    flags = ["--config", TINY, "--run-dir", str(run), "--methods", "none", "--merge", "fp32"]
+    with held(run / "merged" / "none"):
+        code, line = call_stage(monkeypatch, capsys, "04_extrapolate.py", *flags)
+    assert (code, line.split(": wait")[0]) == (2, f"error: {run}/merged/none is being written by process 4711 on elsewhere")
+    assert not (run / "merged" / "none").exists()
+
+
 def contents_hash(run: pathlib.Path) -> dict[str, str]:
     return {str(path.relative_to(run)): inputs.sha256(path) for path in run.rglob("*") if path.is_file()}
 
@@ -346,6 +415,31 @@ def test_a_disk_that_refuses_is_one_line_that_names_the_file(finished_run, tmp_p
     assert call_stage(monkeypatch, capsys, *command) == (0, "")
 
 
+@pytest.fixture
+def disk(monkeypatch):
+    """What the disk is told to keep and what is renamed, in order: ("fsync", path) and ("replace", old path, new path)."""
+    events, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (events.append(("fsync", os.readlink(f"/proc/self/fd/{handle}"))), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (events.append(("replace", *map(str, paths))), replace(*paths)))
+    return events
+
+
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, disk):
+    with run_dir.atomic_dir(tmp_path / "step") as folder:
+        (folder / "weights").write_text("x")
+    assert sorted(disk[:-1]) == [("fsync", str(folder)), ("fsync", str(folder / "weights"))]
+    assert disk[-1] == ("replace", str(folder), str(tmp_path / "step"))
+
+
+def test_the_log_is_on_the_disk_before_the_resume_state_that_counts_on_it(empty_run, tmp_path, monkeypatch, capsys, disk):
+    shutil.copytree(empty_run, run := tmp_path / "run")
+    assert call_stage(monkeypatch, capsys, "01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(run), "--steps", "1")[0] == 0
+    state = next(i for i, event in enumerate(disk) if event[-1] == str(run / "train" / "resume" / "step_0001"))
+    checkpoint = next(i for i, event in enumerate(disk) if event[-1] == str(run / "train" / "step_0001"))
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert ("fsync", str(run / "train" / name)) in disk[checkpoint:state]
+
+
 @contextlib.contextmanager
 def small_disk(folder: pathlib.Path):
     """`folder` on a disk of 450 kB, or where that takes rights we lack, no file over 100 kB; yields what makes room."""
@@ -382,6 +476,51 @@ def test_training_on_a_full_disk_stops_in_one_line_and_goes_on_when_there_is_roo
         assert call_stage(monkeypatch, capsys, *command)[0] == 0
         assert weights(folder) == {name: content for name, content in whole.items() if name < "step_0005"}
         assert metrics(folder) == metrics(finished_run / "train")[:4]
+
+
+@pytest.fixture
+def disk_of_40_mb(tmp_path):
+    """A file system of its own, and what mounts it anew with other options."""
+    (tmp_path / "disk").mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=40m", "none", str(tmp_path / "disk")], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("may not mount")
+    yield tmp_path / "disk", lambda how: subprocess.run(["mount", "-o", f"remount,{how}", str(tmp_path / "disk")], check=True)
+    subprocess.run(["umount", "-l", str(tmp_path / "disk")], check=True)
+
+
+@pytest.mark.parametrize(
+    ("script", "missing", "flags"),
+    [
+        ("02_extract_deltas.py", "deltas", []),
+        ("03_train_predictor.py", "predictor/weighted", ["--recipes", "weighted"]),
+        ("04_extrapolate.py", "extrapolated/none", ["--methods", "none"]),
+        ("05_continue_rl.py", "continued/none", ["--start", "none", "--more-steps", "1", "--max-new-tokens", "4"]),
+        ("06_eval.py", "short", ["--policies", "train/step_0006", "--max-new-tokens", "4", "--output", "short"]),
+    ],
+)
+def test_a_full_and_a_read_only_disk_are_one_line_and_change_nothing(
+    finished_run, monkeypatch, capsys, disk_of_40_mb, script, missing, flags
+):
+    disk, remount = disk_of_40_mb
+    shutil.copytree(finished_run, run := disk / "run")
+    shutil.rmtree(run / missing, ignore_errors=True)
+    before, command = contents_hash(run), [script, "--config", TINY, "--run-dir", str(run), *flags]
+    with contextlib.suppress(OSError), open(disk / "others", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    code, line = call_stage(monkeypatch, capsys, *command)
+    assert (code, line[:20], "No space left on device" in line, "): make room" in line) == (2, "error: cannot write ", True, True), line
+    assert contents_hash(run) == before
+    (disk / "others").unlink()
+    remount("ro")
+    code, line = call_stage(monkeypatch, capsys, *command)
+    assert (code, line[:20], "(Read-only file system): make room" in line) == (2, "error: cannot write ", True), line
+    remount("rw")
+    assert contents_hash(run) == before
+    assert call_stage(monkeypatch, capsys, *command)[0] == 0
+    assert (run / missing).is_dir()
 
 
 def test_what_fails_while_the_optimizer_is_saved_is_one_line(tmp_path, monkeypatch):
@@ -508,9 +647,9 @@ def vllm_engine(monkeypatch):
     sys.modules.pop("common.vllm_engine", None)
 
 
-def response(*completions: list[int]) -> types.SimpleNamespace:
+def response(*completions: list[int], missing: int = 0) -> types.SimpleNamespace:
     made = [
-        types.SimpleNamespace(token_ids=c, logprobs=types.SimpleNamespace(logprobs=[-1.0] * len(c)), finish_reason="stop")
+        types.SimpleNamespace(token_ids=c, logprobs=types.SimpleNamespace(logprobs=[-1.0] * (len(c) - missing)), finish_reason="stop")
         for c in completions
     ]
     return types.SimpleNamespace(outputs=made)
@@ -522,6 +661,7 @@ def response(*completions: list[int]) -> types.SimpleNamespace:
         ([response([5, 1])], "vLLM returned 1 responses to 2 prompts"),
         ([response([5, 1]), response()], "vLLM returned 0 responses to one prompt"),
         ([response([5, 1]), response([])], "or one without a token"),
+        ([response([5, 1]), response([5, 1], missing=1)], "vLLM returned 1 log-probabilities to 2 tokens"),
         (
             RuntimeError("EngineCore encountered an issue.\nSee stack trace"),
             "vLLM failed while sampling (RuntimeError: EngineCore encountered",

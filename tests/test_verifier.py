@@ -1,5 +1,8 @@
 """Answers: what counts, what does not, and what must not hang."""
 
+import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -201,12 +204,25 @@ def test_no_box_or_a_cut_response_scores_zero(judge):
 def test_a_power_tower_costs_its_limit_and_nothing_else():
     judge = verifier.Verifier(time_limit=1.0, workers=1)
     judge.score([r"\boxed{x^{2}}"], ["x^2"], [True])  # the worker is up
+    judge._idle.put(worker := judge._idle.get())
     began = time.perf_counter()
     scores = judge.score([r"\boxed{9^{9^{9^{9}}}}", r"\boxed{\frac{2}{4}}", r"\boxed{5}"], ["612", r"\frac{1}{2}", "5"], [True] * 3)
     judge.close()
     assert scores == [0.0, 1.0, 1.0]
     assert (judge.timeouts, judge.errors) == (1, 0)
+    assert worker.returncode == -signal.SIGKILL
     assert time.perf_counter() - began < 60
+
+
+def test_a_worker_that_nobody_waits_for_ends_by_itself_and_no_ctrl_c_reaches_it():
+    worker = verifier._start_worker()
+    try:
+        assert os.getsid(worker.pid) == worker.pid
+        worker.stdin.write(json.dumps({"answer": "9^{9^{9^{9}}}", "gold": "612", "limit": -4}) + "\n")  # alarm comes 5 s after the limit
+        worker.stdin.flush()
+        assert worker.wait(timeout=60) == -signal.SIGALRM
+    finally:
+        worker.kill()
 
 
 def test_a_worker_that_died_is_replaced():

@@ -8,6 +8,7 @@ The commands are those of `reproduce`, one after another. A kill is SIGKILL or S
 before or after the n-th rename that the stage makes (n = 1, 2, ... is its start or resume), and every fourth is followed by a second one
 right after the restart. Where a stage ends before its moment, the kill moves to the next command; the last is typed until all are spent.
 Every file of both run directories is compared bit for bit; left out is what tells the time (keys with "seconds", report.md, Fig. 5).
+A training that began further back than it had to is a difference too, though it makes the same files.
 
 A stage is a fork of this process, which has the libraries loaded: a start costs no seconds of imports, and kills hit the stage's own work.
 With --processes the commands are typed as they are, `accelerate launch` with so many processes, and kills hit launcher and imports too. (A
@@ -18,6 +19,7 @@ import argparse
 import collections
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import pathlib
@@ -54,7 +56,12 @@ class Typed:
         path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         with open(log, "ab") as file:
             self.launcher = subprocess.Popen(
-                argv, cwd=ROOT, stdout=file, stderr=file, start_new_session=True, env={**os.environ, name: value, "PATH": path}
+                argv,
+                cwd=ROOT,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+                env={**os.environ, name: value, "PATH": path, "PYTHONUNBUFFERED": "1"},
             )
 
     def alive(self) -> list[int]:
@@ -92,6 +99,7 @@ class Stage:
             handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(handle, 1)
             os.dup2(handle, 2)
+            sys.stdout.reconfigure(line_buffering=True)  # what it printed is not to die with it
             os.chdir(ROOT)
             if at_rename:
                 signal_at_rename(*at_rename)
@@ -168,44 +176,91 @@ def undisturbed(lines: list[list[str]], run: pathlib.Path, start: type) -> list[
     return seconds
 
 
+Kill = collections.namedtuple("Kill", "number moment at_once")  # the signal, "clock" or "rename", right after the kill before it?
+
+
+def plan(names: list[str], moments: list[str], kills: int, rng: random.Random) -> dict[int, list[Kill]]:
+    """The kills due from each command on: the stages take turns, so do a stage's commands, and all kinds come equally often."""
+    stages = [[i for i, name in enumerate(names) if name == stage] for stage in sorted(set(names)) if stage.isdigit()]
+    found, kinds, turn = collections.defaultdict(list), [], 0
+    for i in range(kills):
+        kinds = kinds or rng.sample([*itertools.product(SIGNALS, moments)], 2 * len(moments))
+        at_once = i % 5 == 4
+        if not at_once:
+            own, again = stages[turn % len(stages)], turn // len(stages)
+            at, turn = own[again % len(own)], turn + 1
+        found[at].append(Kill(*kinds.pop(), at_once))
+    return found
+
+
 def disturbed(
     lines: list[list[str]], run: pathlib.Path, start: type, seconds: list[float], kills: int, rng: random.Random
-) -> collections.Counter:
-    """Runs every command with `kills` kills spread over the stages; returns how many there were by (stage, signal, moment)."""
-    log, done, moments = run.with_name("killed.log"), collections.Counter(), ["clock", "rename"] if start is Stage else ["clock"]
-    stages = collections.defaultdict(list)
+) -> tuple[collections.Counter, list[str]]:
+    """Runs every command with `kills` kills. Returns how many by (stage, signal, moment), and each training that began too far back."""
+    log, done, astray = run.with_name("killed.log"), collections.Counter(), []
+    log.touch()
     names = [argv[script_at(argv)][:2] for argv in lines]
-    for i, name in enumerate(names):
-        if name.isdigit():
-            stages[name].append(i)
-    planned = collections.Counter(rng.choice(stages[sorted(stages)[i % len(stages)]]) for i in range(kills))
-    due = 0
+    planned = plan(names, ["clock", "rename"] if start is Stage else ["clock"], kills, rng)
+    due: list[Kill] = []
     for i, argv in enumerate(lines):
         due += planned[i]
-        twice = False
+        killed = False
         while True:
-            number = rng.choice(list(SIGNALS))
-            moment = rng.choice(moments) if due else None
-            at_rename = (rng.randint(1, 12), number, rng.random() < 0.5) if moment == "rename" else None
+            kill, again = due[0] if due else None, bool(due) and due[0].at_once and killed
+            at_rename = (rng.randint(1, 2 if again else 12), kill.number, rng.random() < 0.5) if kill and kill.moment == "rename" else None
+            folder, printed = trained_in(run, argv), log.stat().st_size
+            wanted = whole_until(folder) if folder else 0
             stage = start(argv, log, at_rename)
-            wait = 36000.0
-            if moment == "clock":
-                wait = rng.uniform(0, min(0.5, seconds[i]) if twice else seconds[i])
+            wait = rng.uniform(0, min(0.5, seconds[i]) if again else seconds[i]) if kill and not at_rename else 36000.0
             sent = at_rename is not None or stage.wait(wait) is None
             if sent and not at_rename:
-                stage.kill(number)
+                stage.kill(kill.number)
             code = stage.wait(36000)
+            if folder and (wrong := too_far_back(wanted, log.read_bytes()[printed:].decode(errors="replace"))):
+                astray.append(f"{wrong}: {' '.join(argv)}")
             if code == 0:
                 if due and argv is lines[-1]:
                     continue
                 break  # done; a kill that came too late is still due
-            known = start is Typed or code in SIGNALS[number]  # a launcher has exit codes of its own
+            known = start is Typed or (sent and code in SIGNALS[kill.number])  # a launcher has exit codes of its own
             if not (sent and known):
-                raise SystemExit(f"exit code {code} after signal {number if sent else 'none'}: {' '.join(argv)}; see {log}")
-            done[names[i], number, moment + (", again at once" if twice else "")] += 1
-            due -= 1
-            twice = not twice and due > 0 and rng.random() < 0.25
-    return done
+                raise SystemExit(f"exit code {code} after signal {kill.number if sent else 'none'}: {' '.join(argv)}; see {log}")
+            done[names[i], kill.number, kill.moment + (", again at once" if again else "")] += 1
+            due.pop(0)
+            killed = True
+    return done, astray
+
+
+def trained_in(run: pathlib.Path, argv: list[str]) -> pathlib.Path | None:
+    """The folder in which this command trains a policy, if it does."""
+    script = argv[script_at(argv)][:2]
+    if script == "05":
+        return run / "continued" / (argv[argv.index("--start") + 1] + ("_merged" if "merged" in argv else ""))
+    return run / "train" if script == "01" else None
+
+
+def whole_until(folder: pathlib.Path) -> int:
+    """The step that a training in `folder` has to go on after, 0 if it has to begin.
+
+    It is that of the last resume state, and there has to be one for every step before the last one in the log, at which one is due.
+    """
+    steps = [int(path.name.removeprefix("step_")) for path in (folder / "resume").glob("step_*")]
+    if (folder / "metrics.jsonl").exists() and (rows := (folder / "metrics.jsonl").read_text().splitlines()):
+        every = json.loads((folder / "config.json").read_text())["config"]["resume_every"]
+        last, first = (json.loads(rows[i])["step"] for i in (-1, 0))
+        steps.append(before if (before := (last - 1) // every * every) >= first else 0)
+    return max(steps, default=0)
+
+
+def too_far_back(wanted: int, printed: str) -> str | None:
+    """What is wrong if a training that had whatever it needs to go on after step `wanted` printed this."""
+    if "process(es) on" not in printed:  # it did not get so far
+        return None
+    found = re.search(r"going on after step (\d+)", printed)
+    if not found and not re.search(r"step \d+/|done:", printed):  # nor so far
+        return None
+    step = int(found[1]) if found else 0
+    return None if step == wanted else f"went on after step {step}, not {wanted}"
 
 
 def plain(path: pathlib.Path, run: pathlib.Path) -> object:
@@ -253,8 +308,8 @@ def main() -> None:
     first, lines = (commands(args.preset, folder, args.processes) for folder in (whole, run))
     seconds = [args.within] * len(lines) if args.against else undisturbed(first, whole, start)
     run.parent.mkdir()
-    done = disturbed(lines, run, start, seconds, args.kills, random.Random(args.seed))
-    found = differences(whole, run)
+    done, found = disturbed(lines, run, start, seconds, args.kills, random.Random(args.seed))
+    found += differences(whole, run)
     print("| stage | signal | moment | kills |\n|---|---|---|--:|")
     for (stage, number, moment), count in sorted(done.items()):
         print(f"| {stage} | {signal.Signals(number).name} | {moment} | {count} |")
