@@ -403,6 +403,40 @@ def test_what_fails_while_the_optimizer_is_saved_is_one_line(tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+@contextlib.contextmanager
+def files_up_to(size: int):
+    """To this process the disk is full where a file has `size` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))  # Python ignores the signal that goes with it
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_that_is_full_of_all_but_the_tokenizer_is_one_line(lora_policy, tmp_path):
+    """tokenizers raises a bare Exception there."""
+    with files_up_to(1000), pytest.raises(UserError, match=r"cannot write .*/model \(File too large \(os error 27\)\): make room"):
+        run_dir.save_pretrained(tmp_path / "model", lora_policy[1])
+
+
+@pytest.mark.parametrize("error", [Exception("shape mismatch"), RuntimeError("x (os error 28)"), KeyError("x")])
+def test_an_error_that_is_no_disks_is_itself_while_writing(tmp_path, error):
+    with pytest.raises(type(error)) as found, run_dir.writing(tmp_path):
+        raise error
+    assert found.value is error
+
+
+def test_a_full_disk_under_the_logs_of_reproduce_is_one_line(tmp_path, capsys):
+    (tmp_path / "01.log").symlink_to("/dev/full")
+    job = reproduce.Job("01", [sys.executable, "-c", "print('a line')"], [], 1)
+    runner = reproduce.Runner([job], [None], tmp_path / "reproduce.json", "stamp", tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        config.run_stage(runner.run)
+    assert stop.value.code == 2
+    assert f"error: cannot write {tmp_path}/01.log (No space left on device): make room" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("script", "file", "flags", "message"),
     [
