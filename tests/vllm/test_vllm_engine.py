@@ -170,7 +170,7 @@ def test_every_option_that_is_allowed_is_one_of_this_vllm():
 
 def test_an_option_that_vllm_refuses_is_one_line(tokenizer):
     backbone, _ = policy.load_backbone(str(demo.SHIPPED))
-    with pytest.raises(UserError, match=r"vLLM does not start \(.*kv_cache_dtype.*see --vllm-options"):
+    with pytest.raises(UserError, match=r"vLLM does not start \(.*cache_dtype.*see --vllm-options"):
         rollout.make_engine("vllm", backbone, tokenizer, str(demo.SHIPPED), LIMIT, 4, '{"kv_cache_dtype": "int3"}')
 
 
