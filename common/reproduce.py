@@ -32,7 +32,7 @@ from common import config as configs
 from common import plans, tables
 from common.inputs import UserError, read_json, safe_name
 from common.plans import Job
-from common.run_dir import claim, write_json
+from common.run_dir import claim, write_json, writing
 
 PROGRESS = re.compile(r"(?:step )?(\d+)/(\d+) ")
 # Of every command, where nobody has set them: a thread each, and glibc keeps the memory of tensors that are gone, as they come again
@@ -141,7 +141,8 @@ class Runner:
             self.progress[job.name] = job.work * (at - first) / max(last - first, 1)
         self.last_lines[job.name].append(line)
         if self.logs:
-            with open(self.logs / f"{job.name.replace('/', '.').replace(' ', '_')}.log", "a", encoding="utf-8") as file:
+            log = self.logs / f"{job.name.replace('/', '.').replace(' ', '_')}.log"
+            with writing(log), open(log, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
         elif line.strip():
             bar.write(f"[{job.name}] {line}")
@@ -207,7 +208,8 @@ def main() -> None:
     claim(pathlib.Path(root) / "reproduce.json")
     logs = pathlib.Path(root) / "logs" if args.grid else None
     if logs:
-        logs.mkdir(parents=True, exist_ok=True)
+        with writing(logs):
+            logs.mkdir(parents=True, exist_ok=True)
     if not args.report:
         Runner(jobs, lanes_of(preset, args.jobs, bool(args.grid)), pathlib.Path(root) / "reproduce.json", stamp, logs).run()
     if args.grid:

@@ -7,7 +7,6 @@ number of processes, or on what was sampled before: a resumed run draws what the
 import dataclasses
 import hashlib
 import importlib.util
-import json
 import pathlib
 import sys
 
@@ -15,10 +14,17 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
-from common.inputs import UserError
+from common.config import nearest
+from common.inputs import UserError, matches, parse_json
 from common.policy import is_sharded, load_lora, merged
 
 TRIED_VLLM = ("0.24", "0.32")
+VLLM_OPTIONS = {  # memory and speed; nothing that names code, weights or files, or that the stages have options for themselves
+    **dict.fromkeys(("gpu_memory_utilization", "cpu_offload_gb"), float),
+    **dict.fromkeys(("kv_cache_memory_bytes", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"), int),
+    **dict.fromkeys(("enforce_eager", "enable_sleep_mode", "enable_prefix_caching", "enable_chunked_prefill"), bool),
+    **dict.fromkeys(("dtype", "kv_cache_dtype"), str),
+}
 
 
 @dataclasses.dataclass
@@ -59,13 +65,21 @@ def warn_if_untried(version: str) -> None:
 
 
 def vllm_options(text: str) -> dict:
-    """The engine options in a JSON object: '{"gpu_memory_utilization": 0.4}' -> {"gpu_memory_utilization": 0.4}."""
+    """The engine options in a JSON object: '{"gpu_memory_utilization": 0.4}' -> {"gpu_memory_utilization": 0.4}.
+
+    Only those of `VLLM_OPTIONS`: others would have vLLM load code or weights that nobody named.
+    """
     try:
-        options = json.loads(text)
+        options = parse_json(text)
     except ValueError as error:
         raise UserError(f"vllm_options {text!r} is not JSON ({error})") from error
     if not isinstance(options, dict):
         raise UserError(f'vllm_options must be a JSON object like {{"gpu_memory_utilization": 0.4}}, not {text!r}')
+    for key, value in options.items():
+        if key not in VLLM_OPTIONS:
+            raise UserError(f"vllm_options: {key!r} is not allowed here; {nearest(key, VLLM_OPTIONS)}")
+        if not matches(value, VLLM_OPTIONS[key]):
+            raise UserError(f"vllm_options: {key} must be {VLLM_OPTIONS[key].__name__}, not {value!r}")
     return options
 
 

@@ -53,7 +53,10 @@ def writing(path: pathlib.Path):
     _going_on["writes"] += 1
     try:
         yield
-    except (OSError, safetensors.SafetensorError) as error:
+    except Exception as error:
+        bare = type(error) is Exception and "(os error " in str(error)  # of tokenizers, which has no class for a full disk
+        if not bare and not isinstance(error, OSError | safetensors.SafetensorError):
+            raise
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"cannot write {path} ({reason}): make room or allow it, then type {same_command()} to go on") from error
     finally:

@@ -20,8 +20,12 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 
 from common.inputs import UserError
+
+START_LIMIT = 60  # seconds that a worker may take to import math-verify; it takes one
+DIED = "the worker died"
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _NUMBER = re.compile(r"([+-]?)\s*(\d{1,400}\.?\d{0,400}|\.\d{1,400})(?:[eE]([+-]?\d{1,3}))?")
@@ -160,33 +164,30 @@ class Verifier:
         return [correct for correct, _ in replies]
 
     def _ask(self, answer: str, gold: str) -> tuple[bool, str | None]:
-        """(correct, error) from one worker process; one over the time limit is killed, and its slot gets a new one next time."""
+        """(correct, error) from one worker process; one over the time limit is killed, and its slot gets a new one next time.
+
+        One that dies on the way may have been killed by others, which must not turn a right answer into a 0: a new one is asked once more.
+        """
+        question = json.dumps({"answer": normalise(answer), "gold": normalise(gold), "limit": self.time_limit}) + "\n"
         worker = self._idle.get()
-        reply, error = "", "the worker died"
-        if worker is None or worker.poll() is not None:
-            worker = _start_worker()
-        with contextlib.suppress(BrokenPipeError):  # it died before it read the question: no reply
-            worker.stdin.write(json.dumps({"answer": normalise(answer), "gold": normalise(gold), "limit": self.time_limit}) + "\n")
-            worker.stdin.flush()
-            if select.select([worker.stdout], [], [], self.time_limit)[0]:
-                reply = worker.stdout.readline()
-            else:
-                error = "timeout"
-        if not reply:
-            worker.kill()
-            worker.wait()
-            self._idle.put(None)
-            return False, error
-        self._idle.put(worker)
-        verdict = json.loads(reply)
-        return verdict["correct"], verdict["error"]
+        try:
+            for _ in range(2):
+                if worker is None or worker.poll() is not None:
+                    worker = _start_worker()
+                correct, error = _reply(worker, question, self.time_limit)
+                if error in ("timeout", DIED):
+                    _end(worker)
+                if error != DIED:
+                    break
+        finally:
+            self._idle.put(worker)
+        return correct, error
 
     def close(self) -> None:
         """Ends the worker processes."""
         while self._idle is not None and not self._idle.empty():
             if (worker := self._idle.get()) is not None:
-                worker.kill()
-                worker.wait()
+                _end(worker)
         self._idle = None
 
 
@@ -228,20 +229,55 @@ def _start_worker() -> subprocess.Popen:
         env={**os.environ, "PYTHONPATH": str(root)},
         start_new_session=True,  # so that Ctrl-C reaches the training loop alone
     )
-    worker.stdout.readline()  # it says "ready" when math-verify is imported; that is not the answer's time
+    late = threading.Event()
+    watch = threading.Timer(START_LIMIT, lambda: (late.set(), worker.kill()))
+    watch.start()
+    try:
+        ready = "ready\n" in iter(worker.stdout.readline, "")  # when math-verify is imported; that is not the answer's time
+    finally:
+        watch.cancel()
+    if late.is_set() and not ready:
+        _end(worker)
+        raise UserError(
+            f"math-verify was not imported within {START_LIMIT} s: a machine or a disk at its limit? Type the same command again to go on"
+        )
     return worker
+
+
+def _reply(worker: subprocess.Popen, question: str, limit: float) -> tuple[bool, str | None]:
+    """(correct, error) as `worker` answers, or where it takes longer than `limit` or dies."""
+    reply = ""
+    with contextlib.suppress(BrokenPipeError):  # it died before it read the question
+        worker.stdin.write(question)
+        worker.stdin.flush()
+        if not select.select([worker.stdout], [], [], limit)[0]:
+            return False, "timeout"
+        reply = worker.stdout.readline()
+    if not reply.endswith("\n"):
+        return False, DIED
+    verdict = json.loads(reply)
+    return verdict["correct"], verdict["error"]
+
+
+def _end(worker: subprocess.Popen) -> None:
+    worker.kill()
+    worker.wait()
 
 
 def _worker() -> None:
     """Answers {"answer", "gold", "limit"} lines from stdin with {"correct", "error"} lines, until stdin closes."""
+    pipe = os.fdopen(os.dup(1), "w")  # for the answers alone: what a library prints goes to stderr
+    os.dup2(2, 1)
+    signal.alarm(START_LIMIT + 5)  # the end of this process, here and below, should the one that would kill it be gone
     from math_verify import parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns, every time, that its own time limit is off
-    print("ready", flush=True)
+    signal.alarm(0)
+    print("ready", file=pipe, flush=True)
     for line in sys.stdin:
         question = json.loads(line)
         correct, error = False, None
-        signal.alarm(int(question["limit"]) + 5)  # the end of this process, should the one that would kill it be gone
+        signal.alarm(int(question["limit"]) + 5)
         try:  # the limit is enforced from outside, by killing this process: math-verify's own works in main threads only
             gold = parse(f"\\boxed{{{question['gold']}}}", parsing_timeout=None)
             answer = parse(f"\\boxed{{{question['answer']}}}", parsing_timeout=None)
@@ -249,7 +285,7 @@ def _worker() -> None:
         except Exception as failure:  # whatever sympy or its parser raises on garbage: reported, and counted by the caller
             error = f"{type(failure).__name__}: {failure}"[:200]
         signal.alarm(0)
-        print(json.dumps({"correct": correct, "error": error}), flush=True)
+        print(json.dumps({"correct": correct, "error": error}), file=pipe, flush=True)
 
 
 if __name__ == "__main__":

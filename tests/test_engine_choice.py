@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TINY, call_stage
 
-from common import rollout
+from common import config, rollout
 from common.inputs import UserError
 
 
@@ -46,6 +46,46 @@ def test_options_are_a_json_object():
     for text in ("gpu_memory_utilization=0.4", "", "[1]", "0.4"):
         with pytest.raises(UserError, match="vllm_options"):
             rollout.vllm_options(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"trust_remote_code": true}', r"'trust_remote_code' is not allowed here; .*block_size, .*gpu_memory_utilization"),
+        ('{"block_size": 32, "load_format": "pt"}', "'load_format' is not allowed"),
+        ('{"worker_extension_cls": "evil.X"}', "'worker_extension_cls' is not allowed"),
+        ('{"worker_cls": "evil.X"}', "'worker_cls' is not allowed"),
+        ('{"tokenizer": "evil/x"}', "'tokenizer' is not allowed"),
+        ('{"model": "evil/x"}', "'model' is not allowed"),
+        ('{"speculative_config": {"model": "evil/x"}}', "'speculative_config' is not allowed"),
+        ('{"compilation_config": {"backend": "evil.X"}}', "'compilation_config' is not allowed"),
+        ('{"hf_overrides": {}}', "'hf_overrides' is not allowed"),
+        ('{"logits_processors": ["evil.X"]}', "'logits_processors' is not allowed"),
+        ('{"download_dir": "../x"}', "'download_dir' is not allowed"),
+        ('{"seed": 1}', "'seed' is not allowed"),
+        ('{"gpu_memory_utilisation": 0.4}', "did you mean gpu_memory_utilization"),
+        ('{"gpu_memory_utilization": "0.4"}', "gpu_memory_utilization must be float, not '0.4'"),
+        ('{"enforce_eager": 1}', "enforce_eager must be bool, not 1"),
+        ('{"dtype": ["evil"]}', "dtype must be str"),
+        ("[" * 100_000, "is not JSON"),
+    ],
+)
+def test_options_can_load_no_other_code_and_no_other_weights(text, message):
+    with pytest.raises(UserError, match=message):
+        rollout.vllm_options(text)
+
+
+@pytest.mark.parametrize("script", ["01_train_lora_grpo.py", "06_eval.py"])
+def test_a_preset_cannot_open_that_door_either(tmp_path, monkeypatch, capsys, script):
+    (tmp_path / "evil.yaml").write_text("""base: demo\nshared: {vllm_options: '{"trust_remote_code": true}'}\n""")
+    code, line = call_stage(monkeypatch, capsys, script, "--config", str(tmp_path / "evil.yaml"), "--run-dir", str(tmp_path))
+    assert (code, line[:55]) == (2, "error: vllm_options: 'trust_remote_code' is not allowed")
+
+
+@pytest.mark.parametrize("path", sorted(config.PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_options_of_our_presets_are_allowed(path):
+    for section in config.load_preset(str(path)).values():
+        rollout.vllm_options(section.get("vllm_options", "{}"))
 
 
 @pytest.mark.parametrize(

@@ -533,6 +533,40 @@ def test_what_fails_while_the_optimizer_is_saved_is_one_line(tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+@contextlib.contextmanager
+def files_up_to(size: int):
+    """To this process the disk is full where a file has `size` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))  # Python ignores the signal that goes with it
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_that_is_full_of_all_but_the_tokenizer_is_one_line(lora_policy, tmp_path):
+    """tokenizers raises a bare Exception there."""
+    with files_up_to(1000), pytest.raises(UserError, match=r"cannot write .*/model \(File too large \(os error 27\)\): make room"):
+        run_dir.save_pretrained(tmp_path / "model", lora_policy[1])
+
+
+@pytest.mark.parametrize("error", [Exception("shape mismatch"), RuntimeError("x (os error 28)"), KeyError("x")])
+def test_an_error_that_is_no_disks_is_itself_while_writing(tmp_path, error):
+    with pytest.raises(type(error)) as found, run_dir.writing(tmp_path):
+        raise error
+    assert found.value is error
+
+
+def test_a_full_disk_under_the_logs_of_reproduce_is_one_line(tmp_path, capsys):
+    (tmp_path / "01.log").symlink_to("/dev/full")
+    job = reproduce.Job("01", [sys.executable, "-c", "print('a line')"], [], 1)
+    runner = reproduce.Runner([job], [None], tmp_path / "reproduce.json", "stamp", tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        config.run_stage(runner.run)
+    assert stop.value.code == 2
+    assert f"error: cannot write {tmp_path}/01.log (No space left on device): make room" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("script", "file", "flags", "message"),
     [
@@ -633,7 +667,7 @@ def test_rollouts_that_teach_nothing_leave_the_policy_alone_and_the_run_goes_on(
 
 
 @pytest.fixture
-def vllm_engine(monkeypatch):
+def vllm_engine(monkeypatch, tmp_path):
     """common.vllm_engine on a vLLM that is not there, and an engine of it whose `llm` the test gives."""
     fake, request = types.ModuleType("vllm"), types.ModuleType("vllm.lora.request")
     fake.LLM, fake.SamplingParams, request.LoRARequest = object, dict, object
@@ -642,7 +676,9 @@ def vllm_engine(monkeypatch):
     monkeypatch.delitem(sys.modules, "common.vllm_engine", raising=False)
     module = importlib.import_module("common.vllm_engine")
     engine = object.__new__(module.VLLMEngine)
-    engine.ends, engine.lora, engine.sleeps, engine.asleep = [1], None, False, False
+    engine.ends, engine.lora, engine.sleeps, engine.asleep, engine.synced = [1], None, False, False, 0
+    monkeypatch.setattr(module, "RAM_DISK", str(tmp_path))
+    engine.ram, engine.ram_lock = module.ram_folder()
     yield engine
     sys.modules.pop("common.vllm_engine", None)
 
@@ -685,3 +721,97 @@ def test_a_vllm_that_answers_is_taken_at_its_word(vllm_engine):
     vllm_engine.llm = types.SimpleNamespace(generate=lambda *_, **__: [response([5, 1]), response([1])])
     found = vllm_engine.generate([[2], [3]], [0, 1], 8)
     assert [(r.tokens, r.logprobs, r.finished) for r in found] == [([5, 1], [-1.0, -1.0], True), ([1], [-1.0], True)]
+
+
+def broken(*_, **__):
+    raise RuntimeError("Engine core initialization failed.\nSee root cause above.")
+
+
+def ended_core() -> types.SimpleNamespace:
+    return types.SimpleNamespace(engine_core=types.SimpleNamespace(shutdown=broken))
+
+
+@pytest.mark.parametrize(
+    ("llm", "call", "message"),
+    [
+        ({"collective_rpc": broken}, "sync", "failed while taking over the weights"),
+        ({"wake_up": broken}, "sync", "failed while waking up"),
+        ({"wake_up": broken}, "generate", "failed while waking up"),
+        ({"sleep": broken, "generate": lambda *_, **__: [response([1])]}, "generate", "failed while going to sleep"),
+        ({"llm_engine": ended_core()}, "close", "failed while ending"),
+    ],
+)
+def test_a_vllm_that_fails_at_anything_is_one_line(vllm_engine, llm, call, message):
+    vllm_engine.llm, vllm_engine.sleeps, vllm_engine.asleep = types.SimpleNamespace(**llm), True, "wake_up" in llm
+    arguments = {"sync": (torch.nn.Linear(2, 2),), "generate": ([[2]], [0], 8), "close": ()}[call]
+    with pytest.raises(UserError) as error:
+        getattr(vllm_engine, call)(*arguments)
+    want = f"vLLM {message} (RuntimeError: Engine core initialization failed. See root cause above.): type the same command again to go on"
+    assert str(error.value) == want
+
+
+def test_a_vllm_that_does_not_start_is_one_line(vllm_engine, lora_policy, monkeypatch):
+    monkeypatch.setattr(sys.modules["vllm"], "LLM", broken)
+    with pytest.raises(UserError, match=r"^vLLM does not start \(RuntimeError: Engine core .*: see --vllm-options, then type the same"):
+        type(vllm_engine)(*lora_policy, "backbone", 100, 4, {})
+
+
+def test_an_error_of_ours_beside_vllm_is_itself(vllm_engine):
+    with pytest.raises(AttributeError):
+        vllm_engine.sync("no model")
+
+
+def test_a_full_ram_disk_is_one_line(vllm_engine, lora_policy):
+    with files_up_to(1000), pytest.raises(UserError, match=r"cannot write .*/next-lora-\w+/1 \(.*File too large.*\): make room"):
+        vllm_engine.sync(lora_policy[0])
+
+
+def test_what_a_killed_engine_left_on_the_ram_disk_goes_and_nothing_else(vllm_engine, tmp_path):
+    module = sys.modules["common.vllm_engine"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("")
+    (tmp_path / "next-lora-link").symlink_to(tmp_path / "mine")
+    (tmp_path / "next-lora-file").write_text("")
+    stay = {*tmp_path.iterdir()}
+    if (pid := os.fork()) == 0:
+        try:
+            folder, _ = module.ram_folder()
+            pathlib.Path(folder.name, "1").mkdir()
+            pathlib.Path(folder.name, "link").symlink_to(tmp_path / "mine")
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert len({*tmp_path.iterdir()} - stay) == 1
+    folder, lock = module.ram_folder()
+    assert {*tmp_path.iterdir()} == stay | {pathlib.Path(folder.name)}  # that of vllm_engine, which lives, is among those that stay
+    assert (tmp_path / "mine" / "file").exists()
+    folder.cleanup()
+    os.close(lock)
+
+
+def test_a_folder_on_the_ram_disk_that_another_takes_for_a_dead_ones_is_made_anew(vllm_engine, monkeypatch):
+    real, taken = fcntl.flock, []
+
+    def flock(handle, how):
+        if how == fcntl.LOCK_EX and not taken:  # another's removal ends just before our lock
+            taken.append(os.readlink(f"/proc/self/fd/{handle}"))
+            shutil.rmtree(taken[0])
+        real(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    folder, lock = sys.modules["common.vllm_engine"].ram_folder()
+    assert os.path.isdir(folder.name)
+    assert taken
+    assert folder.name not in taken
+    folder.cleanup()
+    os.close(lock)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a folder to another user")
+def test_another_users_folder_on_the_ram_disk_stays(vllm_engine, tmp_path):
+    (tmp_path / "next-lora-theirs").mkdir()
+    os.chown(tmp_path / "next-lora-theirs", 12345, -1)
+    folder, lock = sys.modules["common.vllm_engine"].ram_folder()
+    assert (tmp_path / "next-lora-theirs").is_dir()
+    folder.cleanup()
+    os.close(lock)

@@ -236,15 +236,62 @@ def test_a_worker_that_died_is_replaced():
     judge.close()
 
 
-def test_a_worker_that_dies_is_an_error_that_is_counted(monkeypatch):
+def started_with(monkeypatch, *programs: str | None) -> list:
+    """The next workers run these Python programs, None is the real one; those after them too. Returns what was started."""
+    popen, left, started = subprocess.Popen, iter(programs), []
+
+    def start(command, **how):
+        program = next(left, None)
+        started.append(popen([sys.executable, "-c", program] if program else command, **how))
+        return started[-1]
+
+    monkeypatch.setattr(verifier.subprocess, "Popen", start)
+    return started
+
+
+DIES = "print('ready', flush=True); input()"  # when it is asked
+
+
+@pytest.mark.parametrize(("deaths", "want"), [(1, [1.0, 1.0]), (2, [0.0, 1.0])])
+def test_an_answer_whose_worker_was_killed_is_asked_once_more_and_one_that_kills_two_is_an_error(monkeypatch, deaths, want):
     judge = verifier.Verifier(workers=1)
-    dead = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    working = verifier._start_worker
-    starts = iter([lambda: dead, working])
-    monkeypatch.setattr(verifier, "_start_worker", lambda: next(starts)())
-    assert judge.score([r"\boxed{x^{2}}", r"\boxed{y+z}"], ["x^2", "z+y"], [True, True]) == [0.0, 1.0]
-    assert (judge.timeouts, judge.errors) == (0, 1)
+    started = started_with(monkeypatch, *[DIES] * deaths)
+    assert judge.score([r"\boxed{x^{2}+1}", r"\boxed{y+z}"], ["1+x^2", "z+y"], [True, True]) == want
+    assert (judge.timeouts, judge.errors) == (0, deaths - 1)
+    assert len(started) == deaths + 1
     judge.close()
+
+
+def test_a_worker_that_hangs_at_its_start_is_killed_and_named_and_holds_up_no_other_question(monkeypatch):
+    monkeypatch.setattr(verifier, "START_LIMIT", 0.1)
+    started = started_with(monkeypatch, *["import time; print('import', flush=True); time.sleep(600)"] * 4)
+    judge = verifier.Verifier(workers=1)
+    with pytest.raises(UserError, match=r"math-verify was not imported within 0.1 s: .*Type the same command again"):
+        judge.score([r"\boxed{x+1}", r"\boxed{y+z}"], ["1+x", "z+y"], [True, True])
+    judge.close()
+    assert {worker.poll() for worker in started} == {-signal.SIGKILL}
+
+
+LOUD = """
+print("a banner")
+def parse(text, **_):
+    print("parsing", flush=True)
+    return text
+def verify(*_, **__):
+    return True
+"""
+
+
+def test_what_a_library_prints_in_a_worker_is_no_answer(monkeypatch, tmp_path, capfd):
+    """On its import, while it is asked, and before our code runs at all."""
+    (tmp_path / "math_verify.py").write_text(LOUD)
+    run = "import runpy; runpy.run_module('common.verifier', run_name='__main__')"
+    started_with(monkeypatch, f"import sys; sys.path.insert(0, {str(tmp_path)!r}); print('hello'); {run}")
+    judge = verifier.Verifier(workers=1)
+    assert judge.score([r"\boxed{x+1}", r"\boxed{y+z}"], ["1+x", "z+y"], [True, True]) == [1.0, 1.0]
+    judge.close()
+    assert judge.errors == 0
+    assert "parsing" in capfd.readouterr().err
 
 
 def test_a_verifier_that_fails_on_everything_says_so_instead_of_scoring_zero(monkeypatch):

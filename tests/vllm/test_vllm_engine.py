@@ -1,5 +1,6 @@
 """Rollouts by vLLM against the trainer's own log-probabilities. Needs vLLM: python -m pytest tests/vllm -c .pytest.ini -o addopts=-q"""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import TINY, lay_out, run_stage, start_two
 from vllm.config.lora import MaxLoRARanks
+from vllm.engine.arg_utils import EngineArgs
 
 from common import demo, inputs, policy, rollout, vllm_engine
 from common.inputs import UserError
@@ -162,10 +164,14 @@ def test_a_closed_engine_leaves_nothing_behind_and_another_can_follow(tokenizer)
         assert not pathlib.Path(made.ram.name).exists()
 
 
-def test_an_option_that_vllm_does_not_know_is_one_line(tokenizer):
+def test_every_option_that_is_allowed_is_one_of_this_vllm():
+    assert rollout.VLLM_OPTIONS.keys() <= {field.name for field in dataclasses.fields(EngineArgs)}
+
+
+def test_an_option_that_vllm_refuses_is_one_line(tokenizer):
     backbone, _ = policy.load_backbone(str(demo.SHIPPED))
-    with pytest.raises(UserError, match=r"vLLM does not start: .*gpu_memory_utilisation"):
-        rollout.make_engine("vllm", backbone, tokenizer, str(demo.SHIPPED), LIMIT, 4, '{"gpu_memory_utilisation": 0.4}')
+    with pytest.raises(UserError, match=r"vLLM does not start \(.*cache_dtype.*see --vllm-options"):
+        rollout.make_engine("vllm", backbone, tokenizer, str(demo.SHIPPED), LIMIT, 4, '{"kv_cache_dtype": "int3"}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
