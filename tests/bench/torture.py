@@ -41,6 +41,7 @@ import transformers.models.qwen2.tokenization_qwen2  # noqa: F401  (these two: w
 
 from common import config as configs
 from common import plans
+from common.inputs import HASHES
 
 TELLS_TIME = ("report.md", "fig5_cost.png")
 NO_STAGES = ("reproduce.json", "printed.txt")  # written by others
@@ -276,7 +277,10 @@ def plain(path: pathlib.Path, run: pathlib.Path) -> object:
         content = re.sub(re.escape(str(run)).encode(), b"{run_dir}", content)
     if path.suffix == ".jsonl":
         return [timeless(json.loads(line)) for line in content.splitlines()]
-    return timeless(json.loads(content)) if path.suffix == ".json" else content
+    value = timeless(json.loads(content)) if path.suffix == ".json" else content
+    if path.name == HASHES:  # a config names the run directory's place, so its hash is its own; it is compared itself
+        value = {name: found for name, found in value.items() if not name.endswith("config.json")}
+    return value
 
 
 def differences(one: pathlib.Path, two: pathlib.Path) -> list[str]:
