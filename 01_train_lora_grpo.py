@@ -281,6 +281,22 @@ def load_prompts(cfg: TrainConfig, tokenizer) -> tuple[list[data.Problem], list[
     return problems, prompts, {"template_hash": template_hash, "data_hash": data.fingerprint(problems)}
 
 
+def go_on(
+    cfg: TrainConfig, folder: pathlib.Path, model, optimizer, first_step: int, stands_on: dict, accelerator
+) -> tuple[int, run_dir.StepLog, run_dir.StepLog]:
+    """Puts `model` and `optimizer` to where an interrupted run was: that step (else `first_step`), and its two logs, cut there."""
+    start = policy.load_resume(folder, model, optimizer, stands_on)
+    if start is None and (reached := policy.reached(folder)) > first_step + cfg.resume_every:
+        raise UserError(f"{folder} has come to step {reached}, but its resume/ is gone: put it back, or start again with --overwrite")
+    start, writer = start or first_step, accelerator.is_main_process
+    if writer:
+        policy.forget_resume(folder, after=start)
+    if start > first_step:
+        accelerator.print(f"going on after step {start}")
+    log = run_dir.StepLog(folder / "metrics.jsonl", keep_to=start, active=writer, begins=first_step + 1)
+    return start, log, run_dir.StepLog(folder / "samples.jsonl", keep_to=start, active=writer)
+
+
 def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: pathlib.Path, first_step: int, info: dict) -> None:
     """RL steps first_step + 1 ... cfg.steps on `model`, everything under `folder`. Stage 5 calls it too."""
     problems, prompts, hashes = load_prompts(cfg, tokenizer)
@@ -290,30 +306,15 @@ def train(cfg: TrainConfig, model, tokenizer, accelerator: Accelerator, folder: 
         policy.checkpoint_gradients(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
     stands_on = {"backbone_fingerprint": info["backbone_fingerprint"], **hashes}
-    start = policy.load_resume(folder, model, optimizer, stands_on)
-    if start is None and (reached := policy.reached(folder)) > first_step + cfg.resume_every:
-        raise UserError(f"{folder} has come to step {reached}, but its resume/ is gone: put it back, or start again with --overwrite")
-    start = start or first_step
-    if accelerator.is_main_process:
-        policy.forget_resume(folder, after=start)
+    start, log, samples = go_on(cfg, folder, model, optimizer, first_step, stands_on, accelerator)
     frozen = policy.load_backbone(cfg.path(cfg.backbone))[0].to(accelerator.device) if cfg.tune == "full" and cfg.kl_coef else None
-    log = run_dir.StepLog(folder / "metrics.jsonl", keep_to=start, active=accelerator.is_main_process, begins=first_step + 1)
-    samples = run_dir.StepLog(folder / "samples.jsonl", keep_to=start, active=accelerator.is_main_process)
     longest, rank = cfg.max_prompt_tokens + cfg.max_new_tokens, policy.lora_rank(model)
     engine = rollout.make_engine(cfg.engine, model, tokenizer, cfg.path(info["backbone"]), longest, rank, cfg.vllm_options)
     judge = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format)
     accelerator.print(f"{accelerator.num_processes} process(es) on {accelerator.device.type}, rollouts by {cfg.engine}")
     accelerator.print(f"{len(problems)} problems; first prompt: {tokenizer.decode(prompts[0])!r}  answer: {problems[0].answer!r}")
-    if start > first_step:
-        accelerator.print(f"going on after step {start}")
-    bar = tqdm(
-        range(start + 1, cfg.steps + 1),
-        initial=start - first_step,
-        total=cfg.steps - first_step,
-        unit="step",
-        desc=folder.name,
-        disable=None if accelerator.is_main_process else True,
-    )
+    steps, off = range(start + 1, cfg.steps + 1), None if accelerator.is_main_process else True  # None: shown on a terminal
+    bar = tqdm(steps, desc=folder.name, initial=start - first_step, total=cfg.steps - first_step, unit="step", disable=off)
     for step in bar:
         timer, began = run_dir.Timer(), time.perf_counter()
         batch, shown = sample(cfg, step, model, engine, judge, problems, prompts, tokenizer, accelerator, timer)  # sync, rollout, reward
