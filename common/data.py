@@ -11,7 +11,7 @@ import re
 import torch
 
 from common.benchmarks import MMLU_PRO_CATEGORIES, SOURCES, Source, dapo_question
-from common.inputs import LINE_LIMIT, UserError, first_line, parse_json, safe_name, text_lines, time_limit
+from common.inputs import LINE_LIMIT, UserError, first_line, parse_json, safe_name, text_lines
 
 # One template for training and evaluation: what RL teaches about the format has to hold where it is measured.
 PROMPT_TEMPLATE = "{prompt}\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -22,7 +22,7 @@ SYSTEM_PROMPT = "You are Qwen, created by Alibaba Cloud. You are a helpful assis
 KINDS = ("number", "latex", "letter")
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 HUB_ID = r"[\w.-]+/[\w.-]+(:[\w.-]+)?"
-CHATS, CHAT_SECONDS = 64, 5  # chats rendered at a time, and how long that may take: an honest template needs some milliseconds
+CHATS = 64  # rendered at a time
 _CJK = re.compile("[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]")
 
 
@@ -238,7 +238,7 @@ def _text(value: object) -> str | None:
 def render_chats(prompts: list[str], tokenizer, template: str, system: str, tokenize: bool) -> list:
     """Every prompt in `template`, as a user turn of the tokenizer's chat template: token ids, or text.
 
-    The chat template is a program of the backbone's maker. It runs in Jinja's sandbox, which reaches no files, and here for a limited time.
+    The chat template is a program of the backbone's maker. It runs in Jinja's sandbox, which reaches no files.
     """
     if "{prompt}" not in template:
         raise UserError(f"prompt_template {template!r} has no {{prompt}} in it")
@@ -248,8 +248,7 @@ def render_chats(prompts: list[str], tokenizer, template: str, system: str, toke
     try:
         for start in range(0, len(chats), CHATS):
             part = chats[start : start + CHATS]
-            with time_limit(CHAT_SECONDS, f"the backbone's chat template takes over {CHAT_SECONDS} s for {len(part)} prompts"):
-                texts += tokenizer.apply_chat_template(part, add_generation_prompt=True, tokenize=False)
+            texts += tokenizer.apply_chat_template(part, add_generation_prompt=True, tokenize=False)
             if max(map(len, texts[start:])) > LINE_LIMIT:
                 raise UserError(f"the backbone's chat template makes a prompt of over {LINE_LIMIT >> 20} million characters")
         return tokenizer(texts, add_special_tokens=False)["input_ids"] if tokenize else texts

@@ -1,15 +1,13 @@
 """Reading what others may have written, or a bad disk may have spoilt: checked before it is used, and what is wrong is one line.
 
 Names are checked before they become paths (`safe_name`), JSON for its size, depth and types, weights for being what was written
-(`check_intact`), and what could run for ever has a `time_limit`.
+(`check_intact`).
 """
 
 import contextlib
 import hashlib
 import json
 import pathlib
-import signal
-import threading
 import types
 import typing
 
@@ -150,29 +148,6 @@ def reading(path: pathlib.Path, advice: str):
         yield
     except (OSError, safetensors.SafetensorError, RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is broken ({first_line(error)}): {advice}") from error
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float, complaint: str):
-    """Raises UserError(complaint) in the block after so many seconds of CPU time. In the main thread; elsewhere there is no limit.
-
-    It interrupts Python and regular expressions, for what comes from a file and may loop. A single long call into C ends first. CPU time,
-    because on a busy machine an honest file may wait for its turn.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_):
-        raise UserError(complaint)
-
-    before = signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, seconds, 1)  # and each second again: an exception raised in a __del__ is lost
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
 
 
 def sha256(path: pathlib.Path) -> str:
