@@ -31,9 +31,10 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from common import config as configs
-from common import data, grpo, metrics, policy, rollout, run_dir, verifier
-from common.inputs import UserError
+from common import UserError, grpo
+from common.files import config as configs
+from common.files import write as run_dir
+from common.rl import data, metrics, policy, rollout, verifier
 
 
 def option(default, text):

@@ -31,9 +31,13 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from common import adapter_series, adapters, delta_files, dense, inputs, rank1, run_dir
-from common import config as configs
-from common.inputs import UserError
+from common import UserError, rank1
+from common.files import adapters, dense
+from common.files import config as configs
+from common.files import deltas as delta_files
+from common.files import read as inputs
+from common.files import series as adapter_series
+from common.files import write as run_dir
 
 Series = adapter_series.Series | dense.DenseSeries
 GROUP = 8  # matrices a file that a killed run need not do again

@@ -20,10 +20,14 @@ import time
 import torch
 from tqdm import tqdm
 
-from common import adapters, delta_files, dense, extrapolators, model_files, predictor, rank1, run_dir
-from common import config as configs
-from common.inputs import UserError
-from common.model_files import ModelFolder
+from common import UserError, predictor, rank1
+from common.baselines import methods as extrapolators
+from common.files import adapters, dense
+from common.files import config as configs
+from common.files import deltas as delta_files
+from common.files import models as model_files
+from common.files import write as run_dir
+from common.files.models import ModelFolder
 
 LOSS_STRIDE = 5  # epochs between the losses that report.json keeps
 

@@ -32,9 +32,15 @@ from typing import Literal
 import safetensors.torch
 import torch
 
-from common import adapter_series, adapters, delta_files, dense, extrapolators, inputs, merge, model_files, predictor, rank1, run_dir
-from common import config as configs
-from common.inputs import UserError
+from common import UserError, predictor, rank1
+from common.baselines import methods as extrapolators
+from common.files import adapters, dense, merge
+from common.files import config as configs
+from common.files import deltas as delta_files
+from common.files import models as model_files
+from common.files import read as inputs
+from common.files import series as adapter_series
+from common.files import write as run_dir
 
 _BACKBONE = "replaces the whole update, so its adapter belongs on the backbone"
 _ALL_RANKS = "moves by the update itself, all ranks of it"
@@ -229,7 +235,7 @@ def find_needs(cfg: ExtrapolateConfig, run: pathlib.Path, trajectory: rank1.Traj
         elif need in options:
             found.options[need] = getattr(cfg, need)
         elif need not in ("last", "trajectory", "alpha", "delta", "module"):
-            raise UserError(f"method {method} asks for '{need}', which stage 4 does not have; it has what common/extrapolators.py lists")
+            raise UserError(f"method {method} asks for '{need}', which stage 4 does not have; common/baselines/methods.py lists what it has")
     return found
 
 

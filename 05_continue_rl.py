@@ -20,10 +20,14 @@ import importlib
 import pathlib
 from typing import Literal
 
-from common import config as configs
-from common import data, delta_files, inputs, model_files, policy, run_dir
-from common.inputs import UserError
-from common.run_dir import atomic_dir, writing
+from common import UserError
+from common.files import config as configs
+from common.files import deltas as delta_files
+from common.files import models as model_files
+from common.files import read as inputs
+from common.files import write as run_dir
+from common.files.write import atomic_dir, writing
+from common.rl import data, policy
 
 stage1 = importlib.import_module("01_train_lora_grpo")
 

@@ -34,9 +34,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from common import adapters, data, inputs, model_files, policy, report, rollout, run_dir, verifier
-from common import config as configs
-from common.inputs import UserError
+from common import UserError
+from common.files import adapters
+from common.files import config as configs
+from common.files import models as model_files
+from common.files import read as inputs
+from common.files import write as run_dir
+from common.reproduce import report
+from common.rl import data, policy, rollout, verifier
 
 NOT_RESULTS = ("backbone", "data", "train", "deltas", "predictor", "extrapolated", "merged", "continued", "figures")
 

@@ -16,7 +16,9 @@ sys.path.insert(0, str(ROOT))
 TINY = str(ROOT / "tests" / "tiny.yaml")
 torch.set_num_threads(1)
 
-from common import config, demo, policy
+from common import demo
+from common.files import config
+from common.rl import policy
 
 
 def run_stage(script: str, *args: str, env: dict | None = None) -> subprocess.CompletedProcess:

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from conftest import TINY, call_stage
 
-from common import inputs
+from common.files import read as inputs
 
 # large steps on a small batch: half of what there is to learn in a few seconds
 FAST = "--steps 8 --save-every 8 --resume-every 8 --prompts-per-step 8 --rollouts 8 --learning-rate 3e-3"

@@ -7,8 +7,11 @@ from typing import Literal
 
 import pytest
 
-from common import config, data, plans, run_dir
-from common.inputs import UserError
+from common import UserError
+from common.files import config
+from common.files import write as run_dir
+from common.reproduce import plans
+from common.rl import data
 
 
 @dataclasses.dataclass

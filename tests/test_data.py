@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from common import benchmarks, data, policy
-from common.inputs import UserError
+from common import UserError
+from common.rl import benchmarks, data, policy
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import demo, inputs, verifier
+from common import demo
+from common.files import read as inputs
+from common.rl import verifier
 
 
 def test_the_shipped_backbone_is_an_ordinary_small_qwen2():

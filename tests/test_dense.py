@@ -9,7 +9,11 @@ import torch
 from conftest import call_on, extract_from
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from common import adapters, delta_files, dense, merge, model_files, policy, rank1
+from common import rank1
+from common.files import adapters, dense, merge
+from common.files import deltas as delta_files
+from common.files import models as model_files
+from common.rl import policy
 
 STEPS = range(10, 90, 10)
 IDS = torch.tensor([[2, 7, 8, 9, 3, 5]])

@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import TINY, call_stage
 
-from common import config, rollout
-from common.inputs import UserError
+from common import UserError
+from common.files import config
+from common.rl import rollout
 
 
 @pytest.mark.parametrize(

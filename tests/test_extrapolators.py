@@ -12,7 +12,14 @@ import torch
 from conftest import call_on
 from peft import PeftModel
 
-from common import adapter_series, adapters, demo, extrapolators, inputs, merge, model_files, policy, rank1, run_dir
+from common import demo, rank1
+from common.baselines import methods as extrapolators
+from common.files import adapters, merge
+from common.files import models as model_files
+from common.files import read as inputs
+from common.files import series as adapter_series
+from common.files import write as run_dir
+from common.rl import policy
 
 SCALE = 0.5
 SHAPES = {"a": (24, 16), "b": (16, 40), "c": (40, 30)}

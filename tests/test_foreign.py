@@ -11,8 +11,12 @@ import torch
 from conftest import call_on, extract_from
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from common import adapter_series, adapters, delta_files, extrapolators, policy
-from common.inputs import UserError
+from common import UserError
+from common.baselines import methods as extrapolators
+from common.files import adapters
+from common.files import deltas as delta_files
+from common.files import series as adapter_series
+from common.rl import policy
 
 PATTERNED = {
     "r": 4,

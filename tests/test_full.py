@@ -14,8 +14,13 @@ from test_policy_and_rollout import PROMPTS, encode, plain_logprobs
 from test_stages import metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import adapters, delta_files, inputs, model_files, policy, results
-from common.inputs import UserError
+from common import UserError
+from common.files import adapters
+from common.files import deltas as delta_files
+from common.files import models as model_files
+from common.files import read as inputs
+from common.reproduce import results
+from common.rl import policy
 
 RATE = 1e-4
 stage1, stage5, stage6 = (importlib.import_module(name) for name in ("01_train_lora_grpo", "05_continue_rl", "06_eval"))

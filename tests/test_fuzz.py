@@ -21,8 +21,13 @@ import safetensors.torch
 import torch
 from hypothesis import strategies as st
 
-from common import adapters, config, data, delta_files, demo, model_files, plans, policy, results, run_dir, verifier
-from common.inputs import UserError
+from common import UserError, demo
+from common.files import adapters, config
+from common.files import deltas as delta_files
+from common.files import models as model_files
+from common.files import write as run_dir
+from common.reproduce import plans, results
+from common.rl import data, policy, verifier
 
 SECONDS = 5  # that a reader may take; one of thousands takes a tenth
 PARSER = "answers for math-verify"  # a process that hangs is killed after 2 s, and the next one needs seconds to start
@@ -365,7 +370,7 @@ def _watch(event: str, args: tuple) -> None:
         inside = pathlib.Path(where).is_relative_to(_allowed[0]) or where == "/dev/null"
         if ".." in pathlib.Path(where).parts or not inside:
             _outside.append(f"{event} {where}")
-    if event in ("subprocess.Popen", "os.system", "os.exec") and "common.verifier" not in str(args):
+    if event in ("subprocess.Popen", "os.system", "os.exec") and "common.rl.verifier" not in str(args):
         _outside.append(f"{event} {args}")
 
 

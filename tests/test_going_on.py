@@ -12,9 +12,11 @@ import pytest
 from conftest import TINY, call_stage
 from test_stages import metrics, weights
 
-from common import config, inputs, run_dir
-from common import metrics as step_metrics
-from common.inputs import UserError
+from common import UserError
+from common.files import config
+from common.files import read as inputs
+from common.files import write as run_dir
+from common.rl import metrics as step_metrics
 
 
 @pytest.fixture
@@ -99,7 +101,7 @@ def test_an_engine_that_disagrees_with_the_trainer_ends_the_run(run, stage, monk
 
 
 def test_a_stage_that_was_to_overwrite_is_gone_on_with_without(run, stage, monkeypatch, capsys):
-    real, policy = run_dir.StepLog.append, importlib.import_module("common.policy")
+    real, policy = run_dir.StepLog.append, importlib.import_module("common.rl.policy")
 
     def stop_after(log, *rows):
         real(log, *rows)

@@ -13,7 +13,11 @@ import torch
 import yaml
 from conftest import ROOT, TINY
 
-from common import adapters, config, grid_results, inputs, plans, report, reproduce, results, run_dir, tables
+from common import UserError
+from common.files import adapters, config
+from common.files import write as run_dir
+from common.reproduce import __main__ as reproduce
+from common.reproduce import grid_results, plans, report, results, tables
 
 PARSED = {
     "01_train_lora_grpo": ("TrainConfig", "train"),
@@ -92,7 +96,7 @@ def test_a_grid_that_failed_goes_on_with_what_is_missing(tmp_path):
     count = f"import pathlib; p = pathlib.Path({str(tmp_path / 'count')!r}); p.write_text(p.read_text() + 'x' if p.exists() else 'x')"
     fail = f"import pathlib, sys; print('why it failed'); sys.exit(not pathlib.Path({str(tmp_path / 'mended')!r}).exists())"
     jobs = jobs_of(("a", count, []), ("b", fail, ["a"]), ("c", "print('end')", ["b"]))
-    with pytest.raises(inputs.UserError, match="failed"):
+    with pytest.raises(UserError, match="failed"):
         run_jobs(tmp_path, jobs)
     assert "why it failed" in (tmp_path / "logs" / "b.log").read_text()
     (tmp_path / "mended").touch()
@@ -141,7 +145,7 @@ def test_what_was_measured_on_other_tasks_says_so_and_is_compared_on_those_in_co
     assert (two.accuracy, two.error) == (0.5, pytest.approx(0.005))  # an error of 0 is one
     assert results.difference(two, one)[0] == 0.5
     del two.by_problem["test"]
-    with pytest.raises(inputs.UserError, match="train/step_0002 and train/step_0001 were not measured on the same problems"):
+    with pytest.raises(UserError, match="train/step_0002 and train/step_0001 were not measured on the same problems"):
         results.difference(two, one)
 
 

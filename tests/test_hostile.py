@@ -14,8 +14,14 @@ import safetensors.torch
 import torch
 from conftest import ROOT, call_on, call_stage
 
-from common import config, data, delta_files, demo, inputs, model_files, plans, policy, run_dir
-from common.inputs import UserError
+from common import UserError, demo
+from common.files import config
+from common.files import deltas as delta_files
+from common.files import models as model_files
+from common.files import read as inputs
+from common.files import write as run_dir
+from common.reproduce import plans
+from common.rl import data, policy
 
 SMALL = (*("--prompt-template", "{prompt}", "--system-prompt", "", "--max-prompt-tokens", "64", "--max-new-tokens", "4", "--engine", "hf"),)
 TRAIN = (*SMALL, "--steps", "1", "--prompts-per-step", "2", "--mini-batch", "2", "--rollouts", "2", "--lora-rank", "2")
@@ -380,13 +386,14 @@ def test_a_line_of_a_gigabyte_is_not_read_to_its_end(tmp_path):
     with open(tmp_path / "p.jsonl", "wb") as file:
         file.truncate(2**30)
     script = f"""import resource, pathlib, re
-from common import data, inputs
+from common.files import read as inputs
+from common.rl import data
 used = int(re.search(r"VmSize:\\s*(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)
 for read in (data.load_problems, inputs.read_jsonl):
     try:
         read(pathlib.Path({str(tmp_path / "p.jsonl")!r}))
-    except inputs.UserError as error:
+    except UserError as error:
         print(error)
 """
     if not pathlib.Path("/proc/self/status").exists():

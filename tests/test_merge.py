@@ -8,8 +8,11 @@ import torch
 from conftest import call_stage
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from common import adapters, merge, model_files, policy, run_dir
-from common.inputs import UserError
+from common import UserError
+from common.files import adapters, merge
+from common.files import models as model_files
+from common.files import write as run_dir
+from common.rl import policy
 
 IDS = torch.tensor([[2, 7, 8, 9, 3, 5]])
 

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
-from common import policy, rollout
-from common.inputs import UserError
+from common import UserError
+from common.rl import policy, rollout
 
 PROMPTS = ["<|user|>123+489<|assistant|>", "<|user|>7+12<|assistant|>", "<|user|>1<|assistant|>"]
 

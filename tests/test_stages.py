@@ -18,7 +18,14 @@ import torch
 from conftest import ROOT, TINY, call_stage, run_stage, start_two
 from peft import PeftModel
 
-from common import adapter_series, adapters, delta_files, extrapolators, grpo, inputs, policy, predictor, rank1, report, results
+from common import grpo, predictor, rank1
+from common.baselines import methods as extrapolators
+from common.files import adapters
+from common.files import deltas as delta_files
+from common.files import read as inputs
+from common.files import series as adapter_series
+from common.reproduce import report, results
+from common.rl import policy
 
 
 def metrics(folder: pathlib.Path) -> list[dict]:
@@ -421,12 +428,13 @@ def test_a_failing_process_brings_all_down_with_its_own_error(empty_run, tmp_pat
     script.write_text(
         f"""import importlib, os, sys
 sys.path.insert(0, {str(ROOT)!r})
-from common import config, inputs, verifier
+from common.files import config, read as inputs
+from common.rl import verifier
 score = verifier.Verifier.score
 def spoilt(self, *args):
     self.calls = getattr(self, "calls", 0) + 1
     if self.calls == 2 and os.environ["RANK"] == "1":
-        raise inputs.UserError("the verifier of process 1 is gone")
+        raise UserError("the verifier of process 1 is gone")
     return score(self, *args)
 verifier.Verifier.score = spoilt
 config.run_stage(importlib.import_module("01_train_lora_grpo").main)

@@ -21,8 +21,12 @@ import torch
 from conftest import ROOT, TINY, call_stage, start_two
 from test_stages import metrics, weights
 
-from common import config, inputs, policy, reproduce, rollout, run_dir
-from common.inputs import UserError
+from common import UserError
+from common.files import config
+from common.files import read as inputs
+from common.files import write as run_dir
+from common.reproduce import __main__ as reproduce
+from common.rl import policy, rollout
 
 sys.path.insert(0, str(ROOT / "tests" / "bench"))
 import torture
@@ -673,14 +677,14 @@ def vllm_engine(monkeypatch, tmp_path):
     fake.LLM, fake.SamplingParams, request.LoRARequest = object, dict, object
     for name, module in {"vllm": fake, "vllm.lora": types.ModuleType("vllm.lora"), "vllm.lora.request": request}.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "common.vllm_engine", raising=False)
-    module = importlib.import_module("common.vllm_engine")
+    monkeypatch.delitem(sys.modules, "common.rl.vllm_engine", raising=False)
+    module = importlib.import_module("common.rl.vllm_engine")
     engine = object.__new__(module.VLLMEngine)
     engine.ends, engine.lora, engine.sleeps, engine.asleep, engine.synced = [1], None, False, False, 0
     monkeypatch.setattr(module, "RAM_DISK", str(tmp_path))
     engine.ram, engine.ram_lock = module.ram_folder()
     yield engine
-    sys.modules.pop("common.vllm_engine", None)
+    sys.modules.pop("common.rl.vllm_engine", None)
 
 
 def response(*completions: list[int], missing: int = 0) -> types.SimpleNamespace:
@@ -767,7 +771,7 @@ def test_a_full_ram_disk_is_one_line(vllm_engine, lora_policy):
 
 
 def test_what_a_killed_engine_left_on_the_ram_disk_goes_and_nothing_else(vllm_engine, tmp_path):
-    module = sys.modules["common.vllm_engine"]
+    module = sys.modules["common.rl.vllm_engine"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("")
     (tmp_path / "next-lora-link").symlink_to(tmp_path / "mine")
@@ -799,7 +803,7 @@ def test_a_folder_on_the_ram_disk_that_another_takes_for_a_dead_ones_is_made_ane
         real(handle, how)
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    folder, lock = sys.modules["common.vllm_engine"].ram_folder()
+    folder, lock = sys.modules["common.rl.vllm_engine"].ram_folder()
     assert os.path.isdir(folder.name)
     assert taken
     assert folder.name not in taken
@@ -811,7 +815,7 @@ def test_a_folder_on_the_ram_disk_that_another_takes_for_a_dead_ones_is_made_ane
 def test_another_users_folder_on_the_ram_disk_stays(vllm_engine, tmp_path):
     (tmp_path / "next-lora-theirs").mkdir()
     os.chown(tmp_path / "next-lora-theirs", 12345, -1)
-    folder, lock = sys.modules["common.vllm_engine"].ram_folder()
+    folder, lock = sys.modules["common.rl.vllm_engine"].ram_folder()
     assert (tmp_path / "next-lora-theirs").is_dir()
     folder.cleanup()
     os.close(lock)

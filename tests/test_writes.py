@@ -100,7 +100,7 @@ import tempfile|made().save(x)
 HARMLESS = """
 open('x')|open('x', 'rb')|open('x', encoding='utf-8')|path.open()|'a'.replace('b', 'c')|dataclasses.replace(config)|self.pool.run()
 os.path.join(a)|run_dir.remove(x)|from common import run_dir; run_dir.save_pretrained(x, model)
-from common.run_dir import save_state; save_state(x, {})|names.remove(x)|json.dumps(x)|tensor.copy_(x)|model.eval()|os.environ.get('X')
+from common.files.write import save_state; save_state(x, {})|names.remove(x)|json.dumps(x)|tensor.copy_(x)|model.eval()|os.environ.get('X')
 sys.stdout.write(x)|importlib.import_module('06_eval')
 """
 

@@ -15,7 +15,9 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from common import adapters, delta_files, rank1
+from common import rank1
+from common.files import adapters
+from common.files import deltas as delta_files
 
 
 def shares(now: adapters.Adapter, before: adapters.Adapter) -> tuple[float, float]:

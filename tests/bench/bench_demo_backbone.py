@@ -15,7 +15,8 @@ import safetensors.torch
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
-from common import demo, policy
+from common import demo
+from common.rl import policy
 
 torch.set_num_threads(1)
 with tempfile.TemporaryDirectory() as scratch:

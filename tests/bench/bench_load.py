@@ -23,7 +23,11 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from common import adapters, data, demo, grpo, plots, policy, results, run_dir, verifier
+from common import demo, grpo
+from common.files import adapters
+from common.files import write as run_dir
+from common.reproduce import plots, results
+from common.rl import data, policy, verifier
 
 STEPS, PER_STEP, ROLLOUTS = 157, 128, 8  # one epoch of 20,096 problems
 

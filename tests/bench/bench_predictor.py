@@ -19,7 +19,12 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from common import adapters, delta_files, extrapolators, inputs, predictor, rank1, run_dir
+from common import predictor, rank1
+from common.baselines import methods as extrapolators
+from common.files import adapters
+from common.files import deltas as delta_files
+from common.files import read as inputs
+from common.files import write as run_dir
 
 stage3, stage4 = importlib.import_module("03_train_predictor"), importlib.import_module("04_extrapolate")
 AT, K = 150, 50  # the jump, and the steps that a target spans

@@ -10,7 +10,7 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from common import verifier
+from common.rl import verifier
 
 # (gold, right answer, wrong answer): the spread of a maths benchmark, two thirds numbers, and no two answers of a row alike
 ROWS = []

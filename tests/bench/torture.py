@@ -39,9 +39,9 @@ import torch
 import transformers.models.qwen2.modeling_qwen2
 import transformers.models.qwen2.tokenization_qwen2  # noqa: F401  (these two: what a stage would load after the fork)
 
-from common import config as configs
-from common import plans
-from common.inputs import HASHES
+from common.files import config as configs
+from common.files.read import HASHES
+from common.reproduce import plans
 
 TELLS_TIME = ("report.md", "fig5_cost.png")
 NO_STAGES = ("reproduce.json", "printed.txt")  # written by others

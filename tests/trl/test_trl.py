@@ -13,7 +13,12 @@ from peft import LoraConfig, PeftModel
 sys.path.remove(str(ROOT / "tests"))  # where TRL would take the folder tests/vllm for the package vllm
 from trl import GRPOConfig, GRPOTrainer
 
-from common import adapter_series, adapters, delta_files, inputs, policy, predictor
+from common import predictor
+from common.files import adapters
+from common.files import deltas as delta_files
+from common.files import read as inputs
+from common.files import series as adapter_series
+from common.rl import policy
 
 STEPS = 9
 JUMPED = "extrapolated/next-weighted_alpha1.5"

@@ -15,8 +15,9 @@ from conftest import TINY, lay_out, run_stage, start_two
 from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import EngineArgs
 
-from common import demo, inputs, policy, rollout, vllm_engine
-from common.inputs import UserError
+from common import UserError, demo
+from common.files import read as inputs
+from common.rl import policy, rollout, vllm_engine
 
 # Starts faster, and the prefix cache works on blocks that are shorter than our prompts.
 SMALL = json.dumps({"enforce_eager": True, "kv_cache_memory_bytes": 2**27, "block_size": 32})

@@ -18,11 +18,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
-from common import adapter_series, adapters, inputs, model_files, run_dir
-from common.adapters import is_adapter
-from common.inputs import UserError, first_line, read_json
-from common.model_files import is_model
-from common.run_dir import atomic_dir, atomic_write_text, writing
+from common import UserError
+from common.files import adapters
+from common.files import models as model_files
+from common.files import read as inputs
+from common.files import series as adapter_series
+from common.files import write as run_dir
+from common.files.adapters import is_adapter
+from common.files.models import is_model
+from common.files.read import first_line, read_json
+from common.files.write import atomic_dir, atomic_write_text, writing
 
 HEAD_CHUNK = 4096  # tokens whose [tokens, vocabulary] logits exist at one time
 

@@ -7,8 +7,10 @@ import statistics
 
 import torch
 
-from common import adapters, delta_files, plans
-from common.results import Result, load_results
+from common.files import adapters
+from common.files import deltas as delta_files
+from common.reproduce import plans
+from common.reproduce.results import Result, load_results
 
 # Student's t, 97.5%, by degrees of freedom
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)

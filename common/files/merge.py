@@ -10,10 +10,11 @@ from collections.abc import Callable
 
 import torch
 
-from common.adapters import Adapter
-from common.inputs import HASHES, UserError
-from common.model_files import ModelFolder, open_intact
-from common.run_dir import atomic_dir, atomic_write_text, copy_files, save_tensors
+from common import UserError
+from common.files.adapters import Adapter
+from common.files.models import ModelFolder, open_intact
+from common.files.read import HASHES
+from common.files.write import atomic_dir, atomic_write_text, copy_files, save_tensors
 
 SHARD_BYTES = 10**9
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # of an entry, in the dtypes that can be merged into

@@ -14,9 +14,10 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
-from common.config import nearest
-from common.inputs import UserError, matches, parse_json
-from common.policy import is_sharded, load_lora, merged
+from common import UserError
+from common.files.config import nearest
+from common.files.read import matches, parse_json
+from common.rl.policy import is_sharded, load_lora, merged
 
 TRIED_VLLM = ("0.24", "0.32")
 VLLM_OPTIONS = {  # memory and speed; nothing that names code, weights or files, or that the stages have options for themselves
@@ -91,7 +92,7 @@ def make_engine(name: str, model, tokenizer, path: str, max_tokens: int, lora_ra
     """
     if name == "hf":
         return HFEngine(model, tokenizer, batch_size)
-    from common import vllm_engine  # here, because vLLM is optional and takes seconds to import
+    from common.rl import vllm_engine  # here, because vLLM is optional and takes seconds to import
 
     warn_if_untried(vllm_engine.vllm.__version__)
     return vllm_engine.VLLMEngine(model, tokenizer, path, max_tokens, lora_rank, vllm_options(options))

@@ -5,9 +5,11 @@ import json
 import math
 import pathlib
 
-from common import delta_files, plots, run_dir
+from common.files import deltas as delta_files
+from common.files import write as run_dir
 from common.predictor import RECIPES
-from common.results import MAIN_ALPHA, NAMES, TESTED, Result, cost_bars, difference, load_results, overhead, read_predictor_report
+from common.reproduce import plots
+from common.reproduce.results import MAIN_ALPHA, NAMES, TESTED, Result, cost_bars, difference, load_results, overhead, read_predictor_report
 
 
 def table_rows(results: dict[str, Result]) -> list[Result]:

@@ -6,7 +6,8 @@ import pathlib
 import safetensors
 import torch
 
-from common.inputs import UserError, check_intact, read_json, reading, safe_name
+from common import UserError
+from common.files.read import check_intact, read_json, reading, safe_name
 
 WANTED = "a Hugging Face folder with safetensors weights"
 

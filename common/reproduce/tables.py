@@ -9,10 +9,11 @@ import dataclasses
 import pathlib
 import statistics
 
-from common import grid_figures, plans, run_dir
-from common.grid_results import Estimate, Grid, estimate, jump_cosines
+from common.files import write as run_dir
 from common.predictor import split_name
-from common.results import MAIN_ALPHA, NAMES, read_predictor_report
+from common.reproduce import grid_figures, plans
+from common.reproduce.grid_results import Estimate, Grid, estimate, jump_cosines
+from common.reproduce.results import MAIN_ALPHA, NAMES, read_predictor_report
 
 
 def cell(found: Estimate | None, how: str = "points") -> str:

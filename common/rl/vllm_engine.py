@@ -19,9 +19,10 @@ import vllm
 from peft import PeftModel
 from vllm.lora.request import LoRARequest
 
-from common import adapters, run_dir
-from common.inputs import UserError
-from common.rollout import Rollout, end_tokens
+from common import UserError
+from common.files import adapters
+from common.files import write as run_dir
+from common.rl.rollout import Rollout, end_tokens
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM reserves room for one of these; smaller adapters are padded to it
 MEMORY_SHARE = 0.4  # of the device for weights and KV cache; the trainer lives on the same one

@@ -15,8 +15,9 @@ import safetensors
 import safetensors.torch
 import torch
 
-from common.inputs import UserError, check_intact, matches, read_json, reading
-from common.run_dir import atomic_dir, atomic_write_text, save_tensors, writing
+from common import UserError
+from common.files.read import check_intact, matches, read_json, reading
+from common.files.write import atomic_dir, atomic_write_text, save_tensors, writing
 
 ANOTHER = "put a good copy there, leave this checkpoint out, or have the stage that wrote it make it again"
 TRAINING = "the training that writes it (here: 01_train_lora_grpo.py)"

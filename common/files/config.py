@@ -19,13 +19,14 @@ import typing
 import yaml
 from transformers import HfArgumentParser
 
-from common import run_dir
-from common.inputs import UserError, first_line, matches
+from common import UserError
+from common.files import write as run_dir
+from common.files.read import first_line, matches
 
 SECTIONS = ("shared", "train", "extract", "predict", "extrapolate", "continue", "eval", "reproduce")
 COMMAND_LINE_ONLY = {"config", "run_dir", "overwrite"}  # what a preset, which may be another's, does not decide
 INTEGERS = 2**31  # options are below it, and above its negative
-PRESETS = pathlib.Path(__file__).parent / "presets"
+PRESETS = pathlib.Path(__file__).parents[1] / "presets"
 
 
 @dataclasses.dataclass

@@ -7,9 +7,10 @@ import re
 import reprlib
 import shlex
 
-from common.config import load_preset, nearest
-from common.inputs import UserError, matches, safe_name
-from common.results import MAIN_ALPHA
+from common import UserError
+from common.files.config import load_preset, nearest
+from common.files.read import matches, safe_name
+from common.reproduce.results import MAIN_ALPHA
 
 NEXT = f"next-weighted_alpha{MAIN_ALPHA:g}"
 ABLATIONS = [f"{recipe}-no-{role}" for recipe in ("paper", "aligned") for role in ("global", "local")]

@@ -11,10 +11,10 @@ import sys
 
 import torch
 
-from common import rank1
-from common.adapters import is_adapter, module_scale, read_factors, read_header, read_info
-from common.inputs import UserError, check_intact
-from common.model_files import is_model
+from common import UserError, rank1
+from common.files.adapters import is_adapter, module_scale, read_factors, read_header, read_info
+from common.files.models import is_model
+from common.files.read import check_intact
 
 ROUNDED = {"BF16": torch.bfloat16, "F16": torch.float16}  # dtypes in which a step of RL is near the rounding, by safetensors' names
 

@@ -28,8 +28,8 @@ from collections.abc import Callable
 
 import torch
 
-from common.adapter_series import Series
-from common.adapters import Adapter, extended
+from common.files.adapters import Adapter, extended
+from common.files.series import Series
 from common.rank1 import Trajectory, Triples, delta_factors, rank1_of_sum, svd_of_product
 
 METHODS: dict[str, Callable] = {}

@@ -10,8 +10,9 @@ import re
 
 import torch
 
-from common.benchmarks import MMLU_PRO_CATEGORIES, SOURCES, Source, dapo_question
-from common.inputs import LINE_LIMIT, UserError, first_line, parse_json, safe_name, text_lines
+from common import UserError
+from common.files.read import LINE_LIMIT, first_line, parse_json, safe_name, text_lines
+from common.rl.benchmarks import MMLU_PRO_CATEGORIES, SOURCES, Source, dapo_question
 
 # One template for training and evaluation: what RL teaches about the format has to hold where it is measured.
 PROMPT_TEMPLATE = "{prompt}\nPlease reason step by step, and put your final answer within \\boxed{}."

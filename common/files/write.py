@@ -24,7 +24,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from common.inputs import HASHES, UserError, first_line, read_json, read_jsonl, sha256
+from common import UserError
+from common.files.read import HASHES, first_line, read_json, read_jsonl, sha256
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # Writing

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 
-from common.inputs import UserError
+from common import UserError
 
 START_LIMIT = 60  # seconds that a worker may take to import math-verify; it takes one
 DIED = "the worker died"
@@ -219,9 +219,9 @@ def _spelling(text: str) -> str:
 
 
 def _start_worker() -> subprocess.Popen:
-    root = pathlib.Path(__file__).resolve().parents[1]
+    root = pathlib.Path(__file__).resolve().parents[2]
     worker = subprocess.Popen(
-        [sys.executable, "-m", "common.verifier"],
+        [sys.executable, "-m", "common.rl.verifier"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

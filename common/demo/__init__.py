@@ -25,10 +25,9 @@ from tokenizers import AddedToken
 from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from common import config as configs
-from common.run_dir import atomic_dir, atomic_write_text, copy_files, save_pretrained
+from common.files.write import atomic_dir, atomic_write_text, copy_files, save_pretrained
 
-SHIPPED = pathlib.Path(__file__).parent / "demo_backbone"
+SHIPPED = pathlib.Path(__file__).parent / "backbone"
 CAREFUL_SHARE, SLIP, WRONG_DIGIT = 0.30, 0.05, 0.35
 STEPS, BATCH, PEAK_LR, WARMUP = 3000, 128, 3e-3, 100
 TRAIN_PROBLEMS, TEST_PROBLEMS, VALID_PROBLEMS = 4096, 256, 256
@@ -213,6 +212,3 @@ def main() -> None:
         f"and {args.run_dir}/data ({TRAIN_PROBLEMS:,} training, {TEST_PROBLEMS} test and {VALID_PROBLEMS} validation problems)"
     )
 
-
-if __name__ == "__main__":
-    configs.run_stage(main)

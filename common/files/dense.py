@@ -11,11 +11,11 @@ import sys
 
 import torch
 
-from common import rank1
-from common.adapter_series import check_spacing
-from common.adapters import Adapter
-from common.inputs import UserError, first_line
-from common.model_files import ModelFolder, find_model, open_intact, open_model
+from common import UserError, rank1
+from common.files.adapters import Adapter
+from common.files.models import ModelFolder, find_model, open_intact, open_model
+from common.files.read import first_line
+from common.files.series import check_spacing
 
 KEEP = 64  # singular values of a delta that are looked at
 SPARE = 8  # columns of the block beside these, which speed up the last ones

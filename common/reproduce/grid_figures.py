@@ -9,8 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from common.plots import COLOURS, MARKS, R2_BINS, draw_cost, draw_sweeps, save
-from common.results import NAMES, cost_bars
+from common.reproduce.plots import COLOURS, MARKS, R2_BINS, draw_cost, draw_sweeps, save
+from common.reproduce.results import NAMES, cost_bars
 
 RUNS = {"lora": ("LoRA", "#0072B2", "o"), "rank4": ("LoRA, rank 4", "#56B4E9", "^"), "rank64": ("LoRA, rank 64", "#5D3A9B", "v")}
 RUNS |= {"full": ("all parameters", "#D55E00", "s")}

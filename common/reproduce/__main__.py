@@ -28,11 +28,12 @@ import time
 import torch
 from tqdm import tqdm
 
-from common import config as configs
-from common import plans, tables
-from common.inputs import UserError, read_json, safe_name
-from common.plans import Job
-from common.run_dir import claim, write_json, writing
+from common import UserError
+from common.files import config as configs
+from common.files.read import read_json, safe_name
+from common.files.write import claim, write_json, writing
+from common.reproduce import plans, tables
+from common.reproduce.plans import Job
 
 PROGRESS = re.compile(r"(?:step )?(\d+)/(\d+) ")
 # Of every command, where nobody has set them: a thread each, and glibc keeps the memory of tensors that are gone, as they come again

@@ -8,8 +8,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from common import delta_files, inputs, run_dir
-from common.results import LOGGED, MAIN_ALPHA, NAMES, difference, method_name, read_predictor_report, trained_whole
+from common.files import deltas as delta_files
+from common.files import read as inputs
+from common.files import write as run_dir
+from common.reproduce.results import LOGGED, MAIN_ALPHA, NAMES, difference, method_name, read_predictor_report, trained_whole
 
 COLOURS = {
     "grpo": "#000000",

@@ -6,7 +6,8 @@ import pathlib
 import safetensors.torch
 import torch
 
-from common.inputs import UserError, check_intact, matches, read_json, reading, safe_path
+from common import UserError
+from common.files.read import check_intact, matches, read_json, reading, safe_path
 from common.rank1 import ROLES, Trajectory, Triples
 
 

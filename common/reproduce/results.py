@@ -11,7 +11,8 @@ import re
 
 import torch
 
-from common import inputs
+from common import UserError
+from common.files import read as inputs
 from common.predictor import RECIPES, split_name
 
 NAMES = {  # of each method, in tables and figures alike, in the order of the tables
@@ -102,7 +103,7 @@ def load_results(run: pathlib.Path) -> dict[str, Result]:
             continue
         policy = tasks[0]["policy"]
         if policy.replace("/", "__") != folder.name:
-            raise inputs.UserError(f"{folder} holds results of {policy!r}: move it away")
+            raise UserError(f"{folder} holds results of {policy!r}: move it away")
         method, alpha, steps = "grpo", None, 0
         if policy != "backbone":
             steps = jump_info(run, policy)["step"]
@@ -147,7 +148,7 @@ def difference(a: Result, b: Result) -> tuple[float, float]:
     """
     pairs = [(scores, b.by_problem[task]) for task, scores in a.by_problem.items() if task in b.by_problem]
     if not pairs or any(len(x) != len(y) for x, y in pairs):
-        raise inputs.UserError(
+        raise UserError(
             f"{a.policy} and {b.policy} were not measured on the same problems: run 06_eval.py on both with one --test-data"
         )
     gaps = [x - y for x, y in pairs]
@@ -174,9 +175,9 @@ def read_predictor_report(path: pathlib.Path) -> dict:
     found = inputs.read_json(path, "03_train_predictor.py --overwrite", kinds)
     tested, scores = found["backtest"], {key: {"cosine": float} for key in TESTED}
     if found["losses"].keys() - found["loss_of_zeros"].keys():
-        raise inputs.UserError(f"{path} has losses without a loss_of_zeros: run 03_train_predictor.py --overwrite")
+        raise UserError(f"{path} has losses without a loss_of_zeros: run 03_train_predictor.py --overwrite")
     if tested and not inputs.matches(tested, {"at_step": int, "predicts_step": int, **scores}):
-        raise inputs.UserError(f"{path} has no usable backtest: run 03_train_predictor.py --overwrite")
+        raise UserError(f"{path} has no usable backtest: run 03_train_predictor.py --overwrite")
     return found
 
 
@@ -217,7 +218,7 @@ def wall_seconds(run: pathlib.Path, result: Result) -> float | None:
     jumped = result.policy.split("/")[1].removesuffix("_merged")
     info = jump_info(run, f"extrapolated/{jumped}")
     if not inputs.matches(info, {"method": str}):
-        raise inputs.UserError(f"{run}/extrapolated/{jumped}/checkpoint.json has no usable method: run 04_extrapolate.py --overwrite")
+        raise UserError(f"{run}/extrapolated/{jumped}/checkpoint.json has no usable method: run 04_extrapolate.py --overwrite")
     if info["method"] == "oracle":
         return None  # it looked into the future: no fair cost
     seconds = rl_seconds(run / "train", info["step"])

@@ -1,0 +1,1 @@
+"""Every other method of the paper's tables, and the controls."""

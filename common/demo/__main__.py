@@ -1,0 +1,6 @@
+"""`python -m common.demo`, see common/demo/__init__.py."""
+
+from common import demo
+from common.files.config import run_stage
+
+run_stage(demo.main)

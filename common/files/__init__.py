@@ -1,0 +1,1 @@
+"""What is on the disk: read with checks, written whole."""

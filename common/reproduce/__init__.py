@@ -1,0 +1,1 @@
+"""The whole experiment: plans, runner, results, tables, figures."""

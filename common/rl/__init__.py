@@ -1,0 +1,1 @@
+"""What samples, scores and updates a policy."""
