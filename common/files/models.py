@@ -9,7 +9,7 @@ import safetensors
 import torch
 
 from common import UserError
-from common.files.read import check_intact, read_json, reading, safe_name
+from common.files.read import check_intact, first_line, read_json, reading, safe_name
 
 WANTED = "a Hugging Face folder with safetensors weights"
 WRITER = f"whatever writes {WANTED}"
@@ -118,3 +118,21 @@ def quick_hash(name: str) -> str | None:
             most = min(int.from_bytes(size, "little") + START, path.stat().st_size)
             found.update(path.name.encode() + size + file.read(most))
     return found.hexdigest()[:16]
+
+
+def linear_layers(model: ModelFolder) -> list[str]:
+    """The linear layers but the head, which a LoRA on "all-linear" has. Loads no weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(model.path, trust_remote_code=False)
+        with torch.device("meta"):
+            built = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # transformers may raise anything on an odd config.json
+        raise UserError(f"cannot build the model of {model.path}: {first_line(error)}") from error
+    head, layers = built.get_output_embeddings(), built.named_modules()
+    linear = [name for name, x in layers if isinstance(x, torch.nn.Linear) and x is not head]
+    found = sorted(name for name in linear if f"{name}.weight" in model.shapes)
+    if not found:
+        raise UserError(f"{model.path} has no linear layers with the names of transformers")
+    return found
