@@ -309,7 +309,13 @@ def make(cfg: ExtrapolateConfig, folder: pathlib.Path, method: str, given: dict,
     run_dir.claim(folder)
     call = functools.partial(extrapolators.METHODS[method], **{key: given[key] for key in extrapolators.asks_for(method) if key in given})
     if is_whole(method):
-        warn_of_rounding(folder, merge.merge(folder, given["last"], given["backbone"], cfg.merge != "backbone", {}, change=call))
+        last = given["last"]
+
+        def change(module):
+            b, a = last.factors[module]
+            return call(last.scale(module) * (b @ a), module)
+
+        warn_of_rounding(folder, merge.merge(folder, last, given["backbone"], cfg.merge != "backbone", {}, change))
         run_dir.write_json(folder / "checkpoint.json", {**info, "seconds": round(time.perf_counter() - began, 3)})
     else:
         adapters.write_adapter(folder, call(), {**info, "seconds": round(time.perf_counter() - began, 3)})
