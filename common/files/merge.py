@@ -77,11 +77,11 @@ def merge(
     fp32: bool,
     record: dict,
     limit: int = SHARD_BYTES,
-    change: Callable[[torch.Tensor, str], torch.Tensor] = lambda update, module: update,
+    change: Callable[[str], torch.Tensor] | None = None,
 ) -> dict:
     """Writes the model in the folder `base` with `adapter` added to `out`, all or nothing, with `record` in merge.json.
 
-    `change` (s B A [m, n] in fp32, module) gives what is added in place of s B A. Weights in fp32, or rounded to the dtype each has in
+    `change` (module) gives what is added [m, n], in place of s B A. Weights in fp32, or rounded to the dtype each has in
     `base`. Returns `Rounding.shares` of the matrices that are not in fp32, which merge.json holds too. `limit` is in bytes a file. Raises
     UserError where the adapter does not fit, see `check`.
     """
@@ -104,7 +104,7 @@ def merge(
                 dtype = torch.float32 if fp32 and name in floating else weight.dtype
                 if module in adapter.factors:
                     b, a = adapter.factors[module]
-                    update = change(adapter.scale(module) * (b @ a), module)
+                    update = change(module).float() if change else adapter.scale(module) * (b @ a)
                     tensors[name] = (weight.float() + update).to(dtype)
                     if dtype != torch.float32:
                         rounding.add(weight, update, tensors[name])
