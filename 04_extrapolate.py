@@ -26,7 +26,7 @@ import torch
 from common import UserError
 from common.baselines.given import Known
 from common.baselines.methods import METHODS, Matrix, Method
-from common.files import adapters, config, deltas, merge, series, write
+from common.files import adapters, config, deltas, merge, models, series, write
 from common.files.config import option
 from common.files.read import read_json, sha256
 from common.files.stage import run_stage, within
@@ -93,14 +93,13 @@ def make(known: Known, label: str, method: Method, given: object, info: dict) ->
         info["seconds"] = round(time.perf_counter() - began, 3)
         adapters.write_adapter(folder, adapters.extended(last, factors), info)
     else:
-        folder = known.run / "merged" / label
-        write.claim(folder)
+        folder, fp32 = known.run / "merged" / label, known.cfg.merge != "backbone"
         base = models.find_model(known.cfg.path(info["backbone"]))
-        merge.merge(
-            folder, last, base, known.cfg.merge != "backbone", {},
-            change=lambda m: jumped(m) - known.series.base(m),
-        )
-        write.write_json(folder / "checkpoint.json", {**info, "seconds": seconds(began)})
+        write.claim(folder)
+        change = lambda module: jumped(module) - known.series.base(module)  # noqa: E731
+        merge.warn_of_rounding(folder, merge.merge(folder, last, base, fp32, {}, change))
+        info["seconds"] = round(time.perf_counter() - began, 3)
+        write.write_json(folder / "checkpoint.json", info)
 
 
 def main() -> None:
@@ -124,7 +123,7 @@ def main() -> None:
                 make(known, label, method, get(), info)
                 made += 1
             if cfg.merge and adapters.is_adapter(folders[0]):
-                merge.merge_jump(cfg, folders[0], folders[1])
+                merge.merge_jump(*folders, cfg)
             write.release()
     print(f"done: {made} made from step {step}, {kept} were there already, in {run}/extrapolated")
 
