@@ -6,15 +6,16 @@ about four times the largest matrix in fp32.
 
 import json
 import pathlib
+import sys
 from collections.abc import Callable
 
 import torch
 
 from common import UserError
-from common.files.adapters import Adapter
-from common.files.models import ModelFolder, open_intact
-from common.files.read import HASHES
-from common.files.write import atomic_dir, copy_files, save_tensors, write_text
+from common.files.adapters import Adapter, read_adapter, read_info
+from common.files.models import ModelFolder, find_model, open_intact, open_model
+from common.files.read import HASHES, read_json, sha256
+from common.files.write import atomic_dir, claim, copy_files, save_tensors, tidy, write_text
 
 SHARD_BYTES = 10**9  # a single tensor may be larger
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # of an entry, in the dtypes to merge into
@@ -125,3 +126,32 @@ def merge(
         write_text(folder / "config.json", json.dumps(config, indent=2))
         write_text(folder / "merge.json", json.dumps(record | rounding.shares()))
     return rounding.shares()
+
+
+def warn_of_rounding(out: pathlib.Path, lost: dict[str, float]) -> None:
+    """Says on stderr what a model in 16 bits has lost of its update."""
+    rounded = sorted({*open_model(out).dtypes.values()} & {"BF16", "F16"})
+    if rounded:
+        print(
+            f"warning: {out} is in {', '.join(rounded)}: rounding leaves {lost['entries_lost']:.1%} of "
+            "the entries that the adapter changes as they were, and loses "
+            f"{lost['norm_lost']:.1%} of the norm of its update; --merge fp32 loses nothing",
+            file=sys.stderr,
+        )
+
+
+def merge_jump(source: pathlib.Path, out: pathlib.Path, cfg) -> None:
+    """Merges the adapter in `source` into its backbone, in the folder `out`, unless that is there.
+
+    cfg is stage 4's: --merge, --overwrite, and the run directory that {run_dir} stands for.
+    """
+    backbone = read_info(source)["backbone"]
+    adapter = sha256(source / "adapter_model.safetensors")
+    record = {"backbone": backbone, "dtype": cfg.merge, "adapter": adapter}
+    there = (out / "merge.json").is_file() and not cfg.overwrite
+    if there and record.items() <= read_json(out / "merge.json", "04_extrapolate.py").items():
+        tidy(out)
+        return
+    claim(out)
+    base = find_model(cfg.path(backbone))
+    warn_of_rounding(out, merge(out, read_adapter(source), base, cfg.merge == "fp32", record))
