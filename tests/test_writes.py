@@ -1,5 +1,5 @@
 """Whatever writes a file, starts a process or deletes something stands in few modules, so that what
-is promised of all writes can be read there. The source is searched, and stages that run are watched.
+is promised of all writes can be read there. The source is searched, stages that run are watched.
 """
 
 import ast
@@ -12,8 +12,10 @@ import sys
 import pytest
 from conftest import ROOT, TINY, call_stage
 
+# write: the folders of a run; ram: vLLM's adapter; policy: in an open folder; given: runs stage 6.
 ALLOWED = re.compile(
-    r"common/(files/write|rl/(verifier\w*|rollout|vllm_engine)|reproduce/(__main__|run\w*))\.py"
+    r"common/(files/(write|ram)|rl/(policy|verifier\w*|rollout|vllm_engine)|baselines/given"
+    r"|reproduce/(__main__|run\w*))\.py"
 )
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "common").rglob("*.py")])
 MODULES = {  # nothing else may name them
@@ -22,9 +24,10 @@ MODULES = {  # nothing else may name them
 }
 OF_OS = {"environ", "path", "cpu_count", "getpid"}  # what others may use of os
 NAMES = re.compile(  # of functions and methods
-    "save(?!_every).*|imsave|write_(?!json).*|touch|mkdir|rename|symlink_to|unlink|rmdir|chmod"
-    "|truncate|tofile|memmap|dump|to_(csv|json|parquet|pickle).*|.*FileHandler|ZipFile"
-    "|ProcessPoolExecutor|Popen|Process|push_to_hub|exec|eval|__import__"
+    r"save|save_(pretrained|state|file|vocabulary|to_disk)|savez\w*|save(fig|txt)|imsave|touch|mkdir"
+    "|write_(text|bytes)|rename|symlink_to|unlink|rmdir|chmod|truncate|tofile|memmap|dump|ZipFile"
+    "|to_(csv|json|parquet|pickle).*|.*FileHandler|ProcessPoolExecutor|Popen|Process|push_to_hub"
+    "|exec|eval|__import__"
 )
 OURS = ("common", "stage", "write", "run_dir", "out")  # what these do is looked for where it stands
 
@@ -42,10 +45,10 @@ def offences(source: str) -> list[str]:
             bad = [alias.name for alias in node.names if MODULES & {*alias.name.split(".")}]
             found += [f"{node.lineno}: {name}" for name in bad]
         elif isinstance(node, ast.ImportFrom):
-            names = {
-                alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names
-            }
-            known |= names
+            for alias in node.names:
+                known[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+        elif isinstance(node, ast.FunctionDef):
+            known[node.name] = f"common.{node.name}"
         elif isinstance(node, ast.Attribute):
             inner.add(node.value)
         elif isinstance(node, ast.Call):
@@ -67,10 +70,9 @@ def is_bad(name: list[str], call: ast.Call | None) -> bool:
         return False
     words = {keyword.arg: keyword.value for keyword in call.keywords} if call else {}
     if last == "open":
-        modes = (
-            [words["mode"]] if "mode" in words else call.args[len(name) == 1 :] if call else [None]
-        )
-        mode = modes[0] if modes else ast.Constant("r")
+        at = 1 if len(name) == 1 else 0  # a method's first argument is the mode
+        mode = words.get("mode") or (call.args[at] if call and len(call.args) > at else None)
+        mode = mode or (ast.Constant("r") if call else None)
         return not isinstance(mode, ast.Constant) or bool({*"wax+"} & {*mode.value})
     if last == "replace":  # that of str takes two arguments, that of a path one
         return name[0] != "dataclasses" and not (call and len(call.args) >= 2 and not words)
@@ -96,12 +98,12 @@ def test_no_result_depends_on_the_wall_clock():
 CAUGHT = """
 open('x', 'w')|path.open('ab')|open('x', mode='r+')|open(p, mode)|map(open, names)|import gzip as g
 path.write_text('x')|temporary.replace(path)|path.replace(target=b)|os.replace(a, b)|f = os.remove
-from os import replace; replace(a, b)|from os import remove as forget; forget(x)|import os as o; o.rename(a, b)
-from shutil import copy; copy(a, b)|shutil.rmtree(x)|pool.submit(shutil.rmtree, p)|exec('x')|os.fork()
+from os import replace; replace(a, b)|from os import remove as f; f(x)|import os as o; o.link(a)
+from shutil import copy; copy(a, b)|shutil.rmtree(x)|do(shutil.rmtree, p)|exec('x')|os.fork()
 subprocess.run(['ls'])|import subprocess as sp|from subprocess import run; run(c)|os.system('x')
 from concurrent.futures import ProcessPoolExecutor as P; P()|__import__('os')|torch.save(x, 'y')
-from torch import save; save(x, 'y')|model.save_pretrained(x)|accelerator.save_state(x)|figure.savefig(x)
-np.savez(x)|frame.to_csv(x)|np.memmap(x)|json.dump(x, file)|logging.FileHandler(x)|path.mkdir()
+from torch import save; save(x, 'y')|model.save_pretrained(x)|accelerator.save_state(x)
+figure.savefig(x)|np.savez(x)|frame.to_csv(x)|np.memmap(x)|json.dump(x, file)|path.mkdir()
 """
 HARMLESS = """
 open('x')|open('x', 'rb')|open('x', encoding='utf-8')|path.open()|'a'.replace('b', 'c')|model.eval()
@@ -117,12 +119,9 @@ def test_the_search_finds_what_it_should(lot):
 
 
 _watching: list[list[str]] = []
-EVENTS = {
-    f"os.{name}"
-    for name in ["rename", "remove", "mkdir", "rmdir", "symlink", "link", "truncate", "chmod"]
-}
-EVENTS |= {f"os.{name}" for name in ["system", "exec", "posix_spawn", "fork", "kill", "killpg"]}
-EVENTS |= {"shutil.rmtree", "subprocess.Popen"}
+OF_FILES = ("rename", "remove", "mkdir", "rmdir", "symlink", "link", "truncate", "chmod")
+OF_PROCESSES = ("system", "exec", "posix_spawn", "fork", "kill", "killpg")
+EVENTS = {f"os.{name}" for name in OF_FILES + OF_PROCESSES} | {"shutil.rmtree", "subprocess.Popen"}
 
 
 def _watch(event: str, args: tuple) -> None:
@@ -145,9 +144,7 @@ def _watch(event: str, args: tuple) -> None:
 sys.addaudithook(_watch)
 
 
-def test_stages_that_run_write_from_those_modules_alone(
-    finished_run, tmp_path, monkeypatch, capsys
-):
+def test_stages_that_run_write_there_alone(finished_run, tmp_path, monkeypatch, capsys):
     shutil.copytree(finished_run, run := tmp_path / "run")
     merged = ["--methods", "none", "--merge", "fp32", "--overwrite"]
     flags = [["--steps", "9"], ["--overwrite"], ["--overwrite"], merged, ["--more-steps", "3"]]
