@@ -1,4 +1,4 @@
-"""Checkpoints that other trainers made: PEFT's merged weights are the oracle for ranks, scales and the jump."""
+"""Checkpoints of other trainers: PEFT's merged weights are the oracle for ranks, scales and jumps."""
 
 import dataclasses
 import json
@@ -12,17 +12,20 @@ from conftest import call_on, extract_from
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from common import UserError
-from common.baselines import methods as extrapolators
 from common.files import adapters
 from common.files import deltas as delta_files
-from common.files import series as adapter_series
+from common.files import series
 from common.rl import policy
 
 PATTERNED = {
     "r": 4,
     "lora_alpha": 6,
     "target_modules": ["q_proj", "v_proj", "down_proj"],
-    "rank_pattern": {"v_proj": 2, r"layers\.[12]\.self_attn\.q_proj": 6, "^model.layers.0.mlp.down_proj": 3},
+    "rank_pattern": {
+        "v_proj": 2,
+        r"layers\.[12]\.self_attn\.q_proj": 6,
+        "^model.layers.0.mlp.down_proj": 3,
+    },
     "alpha_pattern": {"down_proj": 3, r"layers\.1\..*": 5},
 }
 STEPS = range(10, 90, 10)
@@ -33,7 +36,7 @@ def load(backbone_dir):
 
 
 def save_series(backbone_dir, name, dtype=torch.float32, **options):
-    """Eight checkpoints of a random walk of all trainable parameters, each saved by PEFT to name.format(step)."""
+    """Eight checkpoints of a random walk, each saved by PEFT to name.format(step)."""
     torch.manual_seed(0)
     model = get_peft_model(load(backbone_dir), LoraConfig(task_type="CAUSAL_LM", **options))
     for step in STEPS:
@@ -47,37 +50,54 @@ def save_series(backbone_dir, name, dtype=torch.float32, **options):
 
 def dense_delta(backbone_dir, folder):
     """Module -> W(folder) - W_0 in float64, as PEFT merges it."""
-    merged = PeftModel.from_pretrained(load(backbone_dir).double(), folder, autocast_adapter_dtype=False).double().merge_and_unload()
+    merged = (
+        PeftModel.from_pretrained(load(backbone_dir).double(), folder, autocast_adapter_dtype=False)
+        .double()
+        .merge_and_unload()
+    )
     before = dict(load(backbone_dir).double().named_parameters())
-    return {name.removesuffix(".weight"): (p - before[name]).detach() for name, p in merged.named_parameters()}
+    return {
+        name.removesuffix(".weight"): (p - before[name]).detach()
+        for name, p in merged.named_parameters()
+    }
 
 
 def open_all(pattern, run):
-    return adapter_series.open_series(adapter_series.find_checkpoints([str(pattern)], run))
+    return series.open_series(series.find_checkpoints([str(pattern)], str(run)), "", str(run))
 
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_every_module_has_the_rank_and_scale_that_peft_gives_it(backbone_dir, tmp_path, rslora):
     model = save_series(backbone_dir, tmp_path / "checkpoint-{}", use_rslora=rslora, **PATTERNED)
-    series = open_all(tmp_path / "checkpoint-*", tmp_path)
-    layers = {name.removeprefix("base_model.model."): m for name, m in model.named_modules() if hasattr(m, "lora_A")}
-    assert series.steps == list(STEPS)
-    assert {shape[1] for shape in series.shapes.values()} == {2, 3, 4, 6}
-    assert len(set(series.scales.values())) > 4
-    assert series.shapes.keys() == layers.keys()
+    found = open_all(tmp_path / "checkpoint-*", tmp_path)
+    layers = {
+        name.removeprefix("base_model.model."): m
+        for name, m in model.named_modules()
+        if hasattr(m, "lora_A")
+    }
+    assert found.steps == list(STEPS)
+    assert {shape[1] for shape in found.shapes.values()} == {2, 3, 4, 6}
+    assert len(set(found.scales.values())) > 4
+    assert found.shapes.keys() == layers.keys()
     for module, layer in layers.items():
-        assert series.shapes[module][1] == layer.r["default"]
-        assert series.scales[module] == layer.scaling["default"]
-        for ours, peft in zip(series.factors(module, STEPS[-1]), (layer.lora_B, layer.lora_A), strict=True):
-            assert torch.equal(ours, peft["default"].weight)
+        assert found.shapes[module][1] == layer.r["default"]
+        assert found.scales[module] == layer.scaling["default"]
+        [term] = found.weights(module)[-1].terms
+        for ours, peft in ((term.left, layer.lora_B), (term.right, layer.lora_A)):
+            assert torch.equal(ours.float(), peft["default"].weight)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_deltas_and_jump_of_a_patterned_series_equal_the_merged_weights(backbone_dir, tmp_path, monkeypatch, capsys, rslora):
+def test_deltas_and_jump_of_a_patterned_series_equal_the_merged_weights(
+    backbone_dir, tmp_path, monkeypatch, capsys, rslora
+):
     save_series(backbone_dir, tmp_path / "out" / "checkpoint-{}", use_rslora=rslora, **PATTERNED)
     run = tmp_path / "run"
     assert extract_from(monkeypatch, capsys, run, tmp_path / "out" / "checkpoint-*") == (0, "")
-    dense = {step: dense_delta(backbone_dir, tmp_path / "out" / f"checkpoint-{step}") for step in (60, 70, 80)}
+    dense = {
+        step: dense_delta(backbone_dir, tmp_path / "out" / f"checkpoint-{step}")
+        for step in (60, 70, 80)
+    }
     trajectory = delta_files.load_trajectory(run / "deltas")
     for module, roles in trajectory.deltas.items():
         for role, delta in (
@@ -90,7 +110,9 @@ def test_deltas_and_jump_of_a_patterned_series_equal_the_merged_weights(backbone
             along = roles[role].u[-1].double() @ delta @ roles[role].v[-1].double()
             assert along.item() == pytest.approx(sigma.item(), rel=1e-5)
 
-    assert call_on(monkeypatch, capsys, "04_extrapolate.py", run, "--methods", "repeat-last", "rl-extra") == (0, "")
+    assert call_on(
+        monkeypatch, capsys, "04_extrapolate.py", run, "--methods", "repeat-last", "rl-extra"
+    ) == (0, "")
     jumped = dense_delta(backbone_dir, run / "extrapolated" / "repeat-last_alpha1.5")
     line = dense_delta(backbone_dir, run / "extrapolated" / "rl-extra_alpha1.5")
     for module, delta in dense[80].items():
@@ -99,78 +121,134 @@ def test_deltas_and_jump_of_a_patterned_series_equal_the_merged_weights(backbone
             assert not jumped[module].any()
             continue
         u, s, vh = torch.linalg.svd(delta - dense[60][module])
-        torch.testing.assert_close(jumped[module], delta + 1.5 * s[0] * torch.outer(u[:, 0], vh[0]), atol=1e-7, rtol=1e-5)
+        torch.testing.assert_close(
+            jumped[module], delta + 1.5 * s[0] * torch.outer(u[:, 0], vh[0]), atol=1e-7, rtol=1e-5
+        )
         torch.testing.assert_close(line[module], 11 / 8 * delta, atol=1e-7, rtol=1e-5)
-    info = json.loads((run / "extrapolated" / "repeat-last_alpha1.5" / "checkpoint.json").read_text())
+    info = json.loads(
+        (run / "extrapolated" / "repeat-last_alpha1.5" / "checkpoint.json").read_text()
+    )
     assert info["step"] == 80
     assert info["backbone"] == str(backbone_dir)
-    grown, last = (adapters.read_header(path) for path in (run / "extrapolated" / "repeat-last_alpha1.5", tmp_path / "out/checkpoint-80"))
-    assert {m: r for m, (_, r, _) in grown.shapes.items()} == {m: r + 1 for m, (_, r, _) in last.shapes.items()}
+    grown, last = (
+        adapters.read_header(path)
+        for path in (run / "extrapolated" / "repeat-last_alpha1.5", tmp_path / "out/checkpoint-80")
+    )
+    assert {m: r for m, (_, r, _) in grown.shapes.items()} == {
+        m: r + 1 for m, (_, r, _) in last.shapes.items()
+    }
 
 
 def as_verl(folder):
-    """The adapter in `folder` as verl's FSDP workers write it: the whole dataclass as JSON, the tensors without metadata."""
+    """The adapter in `folder` as verl writes it: a whole dataclass as JSON, tensors without metadata."""
     config = dataclasses.asdict(LoraConfig.from_pretrained(folder))
-    config |= {"task_type": "CAUSAL_LM", "peft_type": "LORA", "target_modules": sorted(config["target_modules"])}
+    config |= {
+        "task_type": "CAUSAL_LM",
+        "peft_type": "LORA",
+        "target_modules": sorted(config["target_modules"]),
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config, ensure_ascii=False, indent=4))
-    safetensors.torch.save_file(safetensors.torch.load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.safetensors")
+    safetensors.torch.save_file(
+        safetensors.torch.load_file(folder / "adapter_model.safetensors"),
+        folder / "adapter_model.safetensors",
+    )
     (folder / "README.md").unlink()
 
 
 def test_verls_layout_is_read_and_written_back(backbone_dir, tmp_path, monkeypatch, capsys):
-    save_series(backbone_dir, tmp_path / "global_step_{}" / "actor" / "lora_adapter", r=4, lora_alpha=8, target_modules="all-linear")
+    save_series(
+        backbone_dir,
+        tmp_path / "global_step_{}" / "actor" / "lora_adapter",
+        r=4,
+        lora_alpha=8,
+        target_modules="all-linear",
+    )
     for folder in tmp_path.glob("global_step_*/actor/lora_adapter"):
         as_verl(folder)
     run = tmp_path / "run"
-    assert extract_from(monkeypatch, capsys, run, tmp_path / "global_step_*/actor/lora_adapter") == (0, "")
+    assert extract_from(
+        monkeypatch, capsys, run, tmp_path / "global_step_*/actor/lora_adapter"
+    ) == (0, "")
     assert delta_files.load_trajectory(run / "deltas").steps == list(STEPS)
-    assert call_on(monkeypatch, capsys, "04_extrapolate.py", run, "--methods", "repeat-last", "none") == (0, "")
+    assert call_on(
+        monkeypatch, capsys, "04_extrapolate.py", run, "--methods", "repeat-last", "none"
+    ) == (0, "")
     last = dense_delta(backbone_dir, tmp_path / "global_step_80/actor/lora_adapter")
     for name, far in (("none", 0.0), ("repeat-last_alpha1.5", 1.5)):
         jumped = dense_delta(backbone_dir, run / "extrapolated" / name)
         for module, roles in delta_files.load_trajectory(run / "deltas").deltas.items():
             target = roles["target"]
-            move = far * target.sigma[-1].double() * torch.outer(target.u[-1].double(), target.v[-1].double())
+            move = (
+                far
+                * target.sigma[-1].double()
+                * torch.outer(target.u[-1].double(), target.v[-1].double())
+            )
             torch.testing.assert_close(jumped[module], last[module] + move, atol=1e-6, rtol=1e-5)
 
 
-def test_rounded_factors_are_read_with_a_warning_that_says_what_it_costs(backbone_dir, tmp_path, monkeypatch, capsys):
+def test_rounded_factors_are_read_with_a_warning_that_says_what_it_costs(
+    backbone_dir, tmp_path, monkeypatch, capsys
+):
     options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
     save_series(backbone_dir, tmp_path / "exact" / "checkpoint-{}", **options)
-    save_series(backbone_dir, tmp_path / "rounded" / "checkpoint-{}", dtype=torch.bfloat16, **options)
-    code, line = extract_from(monkeypatch, capsys, tmp_path / "run", tmp_path / "rounded" / "checkpoint-*")
+    save_series(
+        backbone_dir, tmp_path / "rounded" / "checkpoint-{}", dtype=torch.bfloat16, **options
+    )
+    code, line = extract_from(
+        monkeypatch, capsys, tmp_path / "run", tmp_path / "rounded" / "checkpoint-*"
+    )
     assert code == 0
     assert line.startswith("warning: factors in BF16")
-    series = open_all(tmp_path / "rounded" / "checkpoint-*", tmp_path)
-    assert series.dtypes == {"BF16"}
-    assert all(half.dtype == torch.float32 for half in series.factors(next(iter(series.shapes)), 10))
+    found = open_all(tmp_path / "rounded" / "checkpoint-*", tmp_path)
+    assert found.dtypes == {"BF16"}
+    assert found.weights(next(iter(found.shapes)))[1].terms[0].left.dtype == torch.float64
     exact, rounded = (
-        [dense_delta(backbone_dir, tmp_path / kind / f"checkpoint-{step}") for step in (70, 80)] for kind in ("exact", "rounded")
+        [dense_delta(backbone_dir, tmp_path / kind / f"checkpoint-{step}") for step in (70, 80)]
+        for kind in ("exact", "rounded")
     )
     shares = []
-    for module in series.shapes:
+    for module in found.shapes:
         true, seen = exact[1][module] - exact[0][module], rounded[1][module] - rounded[0][module]
         shares.append(float((seen - true).norm() / true.norm()))
     said = float(line.split("that is ")[1].split("%")[0]) / 100
     assert said == pytest.approx(torch.tensor(shares).median().item(), rel=0.1)
 
 
-def test_what_is_no_lora_takes_no_part_and_stays_as_it_last_was(backbone_dir, tmp_path, monkeypatch, capsys):
-    options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["norm"], "bias": "lora_only"}
+def test_what_is_no_lora_takes_no_part_and_stays_as_it_last_was(
+    backbone_dir, tmp_path, monkeypatch, capsys
+):
+    options = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "embed_tokens"],
+        "modules_to_save": ["norm"],
+        "bias": "lora_only",
+    }
     save_series(backbone_dir, tmp_path / "checkpoint-{}", **options)
     code, line = extract_from(monkeypatch, capsys, tmp_path / "run", tmp_path / "checkpoint-*")
     assert code == 0
     assert "take no part in the jump" in line
-    assert call_on(monkeypatch, capsys, "04_extrapolate.py", tmp_path / "run", "--methods", "repeat-last") == (0, "")
-    last, jumped = tmp_path / "checkpoint-80", tmp_path / "run" / "extrapolated" / "repeat-last_alpha1.5"
-    before, after = (safetensors.torch.load_file(path / "adapter_model.safetensors") for path in (last, jumped))
+    assert call_on(
+        monkeypatch, capsys, "04_extrapolate.py", tmp_path / "run", "--methods", "repeat-last"
+    ) == (0, "")
+    last, jumped = (
+        tmp_path / "checkpoint-80",
+        tmp_path / "run" / "extrapolated" / "repeat-last_alpha1.5",
+    )
+    before, after = (
+        safetensors.torch.load_file(path / "adapter_model.safetensors") for path in (last, jumped)
+    )
     assert before.keys() == after.keys()
     others = adapters.read_header(last).others
-    assert {"norm", "bias", "lora_embedding_A"} <= {part for key in others for part in key.split(".")}
+    assert {"norm", "bias", "lora_embedding_A"} <= {
+        part for key in others for part in key.split(".")
+    }
     for key in others:
         assert torch.equal(before[key], after[key])
     old, new = dense_delta(backbone_dir, last), dense_delta(backbone_dir, jumped)
-    changed = {name for name, delta in new.items() if not torch.allclose(delta, old[name], atol=1e-12)}
+    changed = {
+        name for name, delta in new.items() if not torch.allclose(delta, old[name], atol=1e-12)
+    }
     assert changed == set(delta_files.load_trajectory(tmp_path / "run" / "deltas").deltas)
 
 
@@ -179,7 +257,12 @@ def small_series(tmp_path_factory):
     """Eight hand-made adapters of one matrix. Copy them to change them."""
     folder = tmp_path_factory.mktemp("small")
     for step in STEPS:
-        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "some/model"}
+        config = {
+            "peft_type": "LORA",
+            "r": 2,
+            "lora_alpha": 4,
+            "base_model_name_or_path": "some/model",
+        }
         factors = {"q_proj": (torch.full((6, 2), float(step)), torch.ones(2, 5))}
         adapters.write_adapter(folder / f"checkpoint-{step}", adapters.Adapter(config, factors), {})
         for ours in ("checkpoint.json", "sha256.json"):
@@ -190,10 +273,10 @@ def small_series(tmp_path_factory):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"base_model_name_or_path": "some/other"}, "trained on another backbone (some/other) than"),
-        ({"use_rslora": True}, "has other use_rslora than"),
-        ({"lora_alpha": 2}, "has other scales than"),
-        ({"alpha_pattern": {"proj": 8, "q_proj": 8}}, "has other scales than"),
+        ({"base_model_name_or_path": "some/other"}, "has another backbone than"),
+        ({"use_rslora": True}, "has another scales than"),
+        ({"lora_alpha": 2}, "has another scales than"),
+        ({"alpha_pattern": {"proj": 8, "q_proj": 8}}, "has another scales than"),
         ({"rank_pattern": {"q_proj": 3}}, "has factors of rank 2 and 2, its config says 3"),
         ({"use_dora": True}, "(use_dora)"),
         ({"peft_type": "IA3"}, "(peft_type IA3)"),
@@ -201,7 +284,9 @@ def small_series(tmp_path_factory):
         ({"target_parameters": ["experts.down"]}, "(target_parameters)"),
     ],
 )
-def test_a_mixed_or_other_series_is_refused_with_the_reason(small_series, tmp_path, change, message):
+def test_a_mixed_or_other_series_is_refused_with_the_reason(
+    small_series, tmp_path, change, message
+):
     shutil.copytree(small_series, tmp_path / "run")
     path = tmp_path / "run" / "checkpoint-30" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -215,7 +300,11 @@ def test_a_mixed_or_other_series_is_refused_with_the_reason(small_series, tmp_pa
 def test_a_pattern_that_matches_no_whole_name_changes_no_scale(small_series, tmp_path):
     shutil.copytree(small_series, tmp_path / "run")
     path = tmp_path / "run" / "checkpoint-30" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha_pattern": {"proj": 8}, "rank_pattern": {"q": 8}}))
+    path.write_text(
+        json.dumps(
+            json.loads(path.read_text()) | {"alpha_pattern": {"proj": 8}, "rank_pattern": {"q": 8}}
+        )
+    )
     assert open_all(tmp_path / "run" / "checkpoint-*", tmp_path).scales == {"q_proj": 2.0}
 
 
@@ -230,43 +319,79 @@ def test_a_pattern_that_matches_no_whole_name_changes_no_scale(small_series, tmp
     ],
 )
 def test_the_step_is_the_last_number_of_the_last_name_that_has_one(name, step):
-    assert adapter_series.step_of(pathlib.Path(name)) == step
+    assert series.step_of(pathlib.Path(name)) == step
 
 
-def test_patterns_are_relative_to_the_current_folder_and_know_the_home_folder(small_series, tmp_path, monkeypatch):
+def test_patterns_are_relative_to_the_current_folder_and_know_the_home_folder(
+    small_series, tmp_path, monkeypatch
+):
     monkeypatch.chdir(small_series)
-    assert list(adapter_series.find_checkpoints(["checkpoint-[12]0"], tmp_path)) == [10, 20]
+    assert list(series.find_checkpoints(["checkpoint-[12]0"], tmp_path)) == [10, 20]
     monkeypatch.setenv("HOME", str(small_series))
     monkeypatch.chdir(tmp_path)
-    assert list(adapter_series.find_checkpoints(["~/checkpoint-10", "~/checkpoint-3*"], tmp_path)) == [10, 30]
+    assert list(series.find_checkpoints(["~/checkpoint-10", "~/checkpoint-3*"], tmp_path)) == [
+        10,
+        30,
+    ]
 
 
-def test_only_the_last_step_named_is_taken_or_the_last_there(small_series, tmp_path, monkeypatch, capsys):
+def test_only_the_last_step_named_is_taken_or_the_last_there(
+    small_series, tmp_path, monkeypatch, capsys
+):
     for flags, steps in (([], list(STEPS)), (["--last-step", "70"], list(STEPS)[:-1])):
-        code, line = extract_from(monkeypatch, capsys, tmp_path / "run", small_series / "checkpoint-*", "--overwrite", *flags)
+        code, line = extract_from(
+            monkeypatch,
+            capsys,
+            tmp_path / "run",
+            small_series / "checkpoint-*",
+            "--overwrite",
+            *flags,
+        )
         assert (code, line) == (0, "")
         assert delta_files.load_trajectory(tmp_path / "run" / "deltas").steps == steps
 
 
-def test_the_run_directory_may_be_moved_and_checkpoints_elsewhere_may_not(small_series, tmp_path, monkeypatch, capsys):
+def test_the_run_directory_may_be_moved_and_checkpoints_elsewhere_may_not(
+    small_series, tmp_path, monkeypatch, capsys
+):
     shutil.copytree(small_series, tmp_path / "one" / "mine")
     shutil.copytree(small_series, tmp_path / "elsewhere")
-    for name, pattern in (("one", "{run_dir}/mine/checkpoint-*"), ("two", tmp_path / "elsewhere" / "checkpoint-*")):
+    for name, pattern in (
+        ("one", "{run_dir}/mine/checkpoint-*"),
+        ("two", tmp_path / "elsewhere" / "checkpoint-*"),
+    ):
         assert extract_from(monkeypatch, capsys, tmp_path / name, pattern) == (0, "")
         (tmp_path / name).rename(tmp_path / f"{name}_moved")
-        assert call_on(monkeypatch, capsys, "04_extrapolate.py", tmp_path / f"{name}_moved", "--methods", "repeat-last") == (0, "")
+        assert call_on(
+            monkeypatch,
+            capsys,
+            "04_extrapolate.py",
+            tmp_path / f"{name}_moved",
+            "--methods",
+            "repeat-last",
+        ) == (0, "")
     shutil.rmtree(tmp_path / "elsewhere" / "checkpoint-80")
-    code, line = call_on(monkeypatch, capsys, "04_extrapolate.py", tmp_path / "two_moved", "--methods", "repeat-last")
+    code, line = call_on(
+        monkeypatch, capsys, "04_extrapolate.py", tmp_path / "two_moved", "--methods", "repeat-last"
+    )
     assert code == 2
-    assert "elsewhere/checkpoint-80/adapter_config.json is missing" in line
+    assert "elsewhere/checkpoint-80 is missing" in line
 
 
-def test_the_oracle_looks_for_its_future_where_the_checkpoints_are(small_series, tmp_path, monkeypatch, capsys):
-    assert extract_from(monkeypatch, capsys, tmp_path, small_series / "checkpoint-*", "--last-step", "60") == (0, "")
-    assert call_on(monkeypatch, capsys, "04_extrapolate.py", tmp_path, "--methods", "oracle", "--alphas", "1") == (0, "")
+def test_the_oracle_looks_for_its_future_where_the_checkpoints_are(
+    small_series, tmp_path, monkeypatch, capsys
+):
+    assert extract_from(
+        monkeypatch, capsys, tmp_path, small_series / "checkpoint-*", "--last-step", "60"
+    ) == (0, "")
+    assert call_on(
+        monkeypatch, capsys, "04_extrapolate.py", tmp_path, "--methods", "oracle", "--alphas", "1"
+    ) == (0, "")
     got = adapters.read_adapter(tmp_path / "extrapolated" / "oracle_alpha1")
     want = adapters.read_adapter(small_series / "checkpoint-80")  # all of it is rank 1
-    torch.testing.assert_close(*(x.scale("q_proj") * x.factors["q_proj"][0] @ x.factors["q_proj"][1] for x in (got, want)))
+    torch.testing.assert_close(
+        *(x.scale("q_proj") * x.factors["q_proj"][0] @ x.factors["q_proj"][1] for x in (got, want))
+    )
 
 
 def test_a_uniform_adapter_gets_a_plain_config_without_patterns():
@@ -274,5 +399,15 @@ def test_a_uniform_adapter_gets_a_plain_config_without_patterns():
     grown = adapters.with_ranks(config, {"a.q_proj": 5, "b.q_proj": 5})
     assert (grown["r"], grown["rank_pattern"], grown["alpha_pattern"]) == (5, {}, {})
     assert grown["lora_alpha"] == pytest.approx(4 * 5**0.5)
-    last = adapters.Adapter(config, {"q": (torch.ones(3, 4), torch.ones(4, 2))})
-    assert extrapolators.add_rank1(last, {}, 1.0).scale("q") == pytest.approx(4.0)
+
+
+def test_the_update_of_a_module_is_s_b_a():
+    config = {"r": 2, "lora_alpha": 6, "alpha_pattern": {"down": 3}}
+    factors = {
+        "q": (torch.randn(3, 2), torch.randn(2, 4)),
+        "down": (torch.ones(3, 2), torch.ones(2, 4)),
+    }
+    adapter = adapters.Adapter(config, factors)
+    b, a = (half.double() for half in factors["q"])
+    torch.testing.assert_close(adapter.update("q").dense(), 3 * b @ a)
+    assert adapter.update("down").dense().tolist() == [[3.0] * 4] * 3

@@ -236,6 +236,8 @@ def open_series(paths: dict[int, pathlib.Path], backbone: str, run_dir: str) -> 
     backbone: of whole models, folder or hub id; without it the one that they name. {run_dir} in it
     stands for `run_dir`.
     """
+    if gone := [path for path in paths.values() if not path.is_dir()]:
+        raise UserError(f"{gone[0]} is missing: put it back, or run 02_extract_deltas.py again")
     whole = [path for path in paths.values() if not adapters.is_adapter(path)]
     if not whole:
         return AdapterSeries(paths)
