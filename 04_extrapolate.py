@@ -1,18 +1,17 @@
 """Stage 4: jump.                                Paper: Sec. 4.2 (predict-extend); Eq. 10; Fig. 6
 
     accelerate launch 04_extrapolate.py --config demo --run-dir runs/demo
-    accelerate launch 04_extrapolate.py --config demo --run-dir runs/demo --methods weighted rl-extra
-    accelerate launch 04_extrapolate.py --config demo --run-dir runs/demo --alphas 1.5 --merge fp32
+    accelerate launch 04_extrapolate.py --config demo --run-dir runs/demo --methods weighted none
 
 Reads   <run-dir>/deltas, the checkpoints that these were made from, <run-dir>/predictor/<recipe>
 Writes  <run-dir>/extrapolated/<method>_alpha1.5   an adapter, exact in fp32; `next` once a recipe:
                                                    next-aligned_alpha1.5, next-paper_alpha1.5
-        <run-dir>/merged/<method>_alpha1.5         a whole model: with --merge, and for methods whose
+        <run-dir>/merged/<method>_alpha1.5         a whole model: with --merge fp32, and where the
                                                    result is of no low rank
 
-NExt is `jump` below; its rivals and the controls stand in common/baselines/methods.py. The adapters go
-into stages 5 and 6, PEFT or vLLM, and back to the trainer that made the checkpoints. After training
-without LoRA an adapter has rank 1 and belongs on the last of the whole models.
+NExt is `jump` below; its rivals and the controls stand in common/baselines/methods.py. The adapters
+go into stages 5 and 6, PEFT or vLLM, and back to the trainer that made the checkpoints. After
+training without LoRA an adapter has rank 1 and belongs on the last of the whole models.
 """
 
 import dataclasses
@@ -48,7 +47,8 @@ class ExtrapolateConfig(config.StageConfig):
     def __post_init__(self):
         for name in self.methods:
             if name not in {"next", *METHODS}:
-                raise UserError(f"unknown method '{name}'; {config.nearest(name, ['next', *METHODS])}")
+                known = config.nearest(name, ["next", *METHODS])
+                raise UserError(f"unknown method '{name}'; {known}")
 
 
 def jump(m: Matrix, alpha: float) -> LowRank:
@@ -62,7 +62,8 @@ def wanted(known: Known):
         if name == "next":
             for recipe in known.cfg.recipes:
                 get = functools.partial(deltas.load_predicted, known.run, recipe)
-                yield f"next-{recipe}", Method(jump), get, [deltas.check_predicted(known.run, recipe)]
+                files = [deltas.check_predicted(known.run, recipe)]
+                yield f"next-{recipe}", Method(jump), get, files
         else:
             method = METHODS[name]
             get, files = method.prepare(known) if method.prepare else (lambda: None, [])

@@ -16,10 +16,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from common import UserError
+from common.baselines.measures import inner
 from common.files import adapters, deltas, models
 from common.files.read import check_intact, sha256
 from common.files.stage import within
-from common.rank1 import LowRank, inner
+from common.rank1 import LowRank
 
 ROUNDED = {"BF16": torch.bfloat16, "F16": torch.float16}  # too coarse for a step of RL
 FLOATS = {"F64", "F32", *ROUNDED}
@@ -111,7 +112,8 @@ class AdapterSeries:
         return {**{name: sha256(path) for name, path in files.items()}, "scales": str(self.scales)}
 
     def warn(self, k: int) -> None:
-        """Says on stderr what takes no part, and what share of the deltas is rounding to 16 bits."""
+        """Says on stderr what takes no part, and what share of the deltas is rounding to 16
+        bits."""
         warn_of_others(self.others, "modules_to_save, biases, embeddings")
         for name in sorted(self.dtypes & ROUNDED.keys()):
             shares = [[], []]
@@ -121,9 +123,9 @@ class AdapterSeries:
                     found.append(rounding_share(W[-1] - before, ROUNDED[name]))
             local, target = (torch.tensor(found).median() for found in shares)
             print(
-                f"warning: factors in {name}. If they were rounded on saving, that is {local:.1%} of "
-                f"the norm of the last local delta and {target:.1%} of the last target (median of "
-                f"{len(self.modules)} matrices): save them in fp32",
+                f"warning: factors in {name}. If they were rounded on saving, that is {local:.1%} "
+                f"of the norm of the last local delta and {target:.1%} of the last target (median "
+                f"of {len(self.modules)} matrices): save them in fp32",
                 file=sys.stderr,
             )
 
@@ -210,7 +212,8 @@ class ModelSeries:
         }
 
     def warn(self, k: int) -> None:
-        """Says on stderr what takes no part, and what share of 16-bit weights did not move at all."""
+        """Says on stderr what takes no part, and what share of 16-bit weights did not move at
+        all."""
         warn_of_others(self.others, "norms, biases, embeddings, head")
         for name in sorted(self.dtypes & ROUNDED.keys()):
             shares = [[], []]
@@ -220,9 +223,9 @@ class ModelSeries:
                     found.append((W[-1] == before).double().mean())
             local, target = (torch.stack(found).median() for found in shares)
             print(
-                f"warning: weights in {name}. {local:.1%} of the entries of the last local delta and "
-                f"{target:.1%} of the last target's are exactly 0 (median of {len(self.modules)} "
-                "matrices). If that is rounding on saving, save in fp32",
+                f"warning: weights in {name}. {local:.1%} of the entries of the last local delta "
+                f"and {target:.1%} of the last target's are exactly 0 (median of "
+                f"{len(self.modules)} matrices). If that is rounding on saving, save in fp32",
                 file=sys.stderr,
             )
 
@@ -300,6 +303,6 @@ def find_checkpoints(patterns: list[str], run: str) -> dict[int, pathlib.Path]:
             if step is None:
                 raise UserError(f"no step in the name {path}: want checkpoint-20 or step_20")
             if step in found:
-                raise UserError(f"{found[step]} and {path} are both of step {step}: name one series")
+                raise UserError(f"{found[step]}, {path}: both are of step {step}: name one series")
             found[step] = path
     return dict(sorted(found.items()))
