@@ -73,7 +73,7 @@ def main() -> None:
     if stage.done:
         return
     if state.is_main_process:
-        found.warn(cfg.k)
+        series.warn(found)
 
     # One matrix a thread: torch's own threads slow down matrices of this size.
     torch.set_num_threads(1)

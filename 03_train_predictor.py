@@ -9,8 +9,8 @@ Writes  <run-dir>/predictor/<recipe>/model.safetensors      an encoder-decoder a
         <run-dir>/predictor/<recipe>/report.json            losses, and the backtest
 
 The network and its two recipes, `paper` (the official code to the letter) and `aligned`, stand in
-common/predictor.py. --inputs global or local is Table 5's "w/o local delta" or "w/o global delta";
-the folder is then aligned-no-local or aligned-no-global. --checkpoints 8 makes aligned-last8.
+common/predictor.py. --inputs local is Table 5's "w/o global delta", in the folder
+aligned-no-global; --checkpoints 8 makes aligned-last8.
 """
 
 import dataclasses
@@ -71,7 +71,7 @@ def fit(cfg: PredictorConfig, recipe: predictor.Recipe, known: deltas.Trajectory
     return predictor.predict(trained.models, known, recipe), trained
 
 
-def flat(nested: dict) -> dict[str, torch.Tensor]:
+def flat(nested: dict[str, dict]) -> dict[str, torch.Tensor]:
     """{"a": {"b": tensor}} -> {"a.b": tensor}."""
     return {f"{a}.{b}": tensor for a, inside in nested.items() for b, tensor in inside.items()}
 
@@ -105,10 +105,7 @@ def main() -> None:
             seconds = round(time.perf_counter() - began, 2)
         stage.save("model", flat({f: model.state_dict() for f, model in trained.models.items()}))
         stage.save("predicted", flat(predicted))
-        losses = {
-            family: [float(f"{loss:.6g}") for loss in values[::STRIDE]]
-            for family, values in trained.losses.items()
-        }
+        losses = {f: [round(x, 6) for x in all_[::STRIDE]] for f, all_ in trained.losses.items()}
         report = {"recipe": folder, "backtest": tested, "losses": losses, "loss_stride": STRIDE}
         stage.write_json("report.json", {**report, "loss_of_zeros": trained.zeros})
         stage.finish(training_seconds=seconds)

@@ -66,8 +66,8 @@ class TrajectoryPredictor(nn.Module):
 def prepare(trajectory, recipe: Recipe):
     """The trajectory as the recipe wants it, and the unit of each matrix's sigma.
 
-    trajectory: steps, k, deltas[module][role] with u [c, m], sigma [c], v [c, n]; .aligned() has
-    consistent signs (common/files/deltas.py).
+    trajectory: deltas[module][role] with u [c, m], sigma [c], v [c, n]; .aligned() has consistent
+    signs (common/files/deltas.py).
     """
     trajectory = trajectory.aligned() if recipe.align else trajectory
     units = {}
@@ -83,7 +83,7 @@ def vectors(triples, side: str, unit: torch.Tensor) -> torch.Tensor:
 
 
 def family(side: str, rows: torch.Tensor) -> str:
-    """The name of the predictor for the vectors `rows` [c, d]: "u.64", "v.192", "sigma"."""
+    """The predictor for the vectors `rows` [c, d]: "u.64", "v.192", "sigma"."""
     return side if side == "sigma" else f"{side}.{rows.shape[1]}"
 
 
@@ -96,10 +96,8 @@ def stack_families(trajectory, units: dict) -> dict[str, tuple[torch.Tensor, ...
             rows = [vectors(roles[r], side, units[module])[:count] for r in ("global", "local")]
             rows.append(vectors(roles["target"], side, units[module]))
             members[family(side, rows[0])].append(rows)
-    return {
-        name: tuple(torch.stack(parts, 1) for parts in zip(*rows, strict=True))
-        for name, rows in members.items()
-    }
+    stack = lambda rows: tuple(torch.stack(parts, 1) for parts in zip(*rows, strict=True))  # noqa: E731
+    return {name: stack(rows) for name, rows in members.items()}
 
 
 class Trained(NamedTuple):
