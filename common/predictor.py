@@ -1,14 +1,13 @@
-"""The trajectory predictor of Sec. 4.2: an encoder-decoder from (global, local) to target (Eq. 8,
-9, 11).
+"""The trajectory predictor of Sec. 4.2: from (global, local) to target (Eq. 8, 9, 11).
 
-One predictor for each kind of vector and its length, "u.64", "v.192", and one for all sigmas. It is
-shared by all matrices that have such vectors. Two recipes train the same network:
+One predictor for each kind of vector and length ("u.64", "v.192") and one for all sigmas are shared
+by all matrices that have such vectors. Two recipes train the same network:
 
     paper      what the official code does: signs as they came, sigma in its raw unit, AdamW 2e-5
     aligned    consistent signs, sigma over the matrix's last global sigma, AdamW 3e-4
 
-(u, v) and (-u, -v) are the same singular pair, so without alignment part of what the network is
-asked to predict is a coin flip. At 2e-5 it is far from fitted after 1,000 epochs.
+(u, v) and (-u, -v) are one singular pair: without alignment a part of what is asked of the network
+is a coin flip. At 2e-5 it is far from fitted after 1,000 epochs.
 """
 
 import collections
