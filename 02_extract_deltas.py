@@ -106,7 +106,7 @@ def main() -> None:
     stage.write_json("spectrum.json", seen)
     stage.finish()
     energy, below = seen["energy_ratio"], [row["held_out"] < 0 for row in seen["linear_fit"]]
-    print(f"energy ratio E_1: {energy[0]:.3f} at the first checkpoint, {energy[-1]:.3f} at the last")
+    print(f"energy ratio E_1: {energy[0]:.3f} at first, {energy[-1]:.3f} at the last checkpoint")
     print(f"straight line: held-out R^2 < 0 for {sum(below)} of {len(below)} vectors")
     print(f"done: deltas of {len(spectra)} matrices at {len(paths)} checkpoints in {stage.folder}")
 

@@ -95,8 +95,10 @@ def stack_families(trajectory, units: dict) -> dict[str, tuple[torch.Tensor, ...
             rows = [vectors(roles[r], side, units[module])[:count] for r in ("global", "local")]
             rows.append(vectors(roles["target"], side, units[module]))
             members[family(side, rows[0])].append(rows)
-    stack = lambda rows: tuple(torch.stack(parts, 1) for parts in zip(*rows, strict=True))  # noqa: E731
-    return {name: stack(rows) for name, rows in members.items()}
+    found = {}
+    for name, rows in members.items():
+        found[name] = tuple(torch.stack(parts, 1) for parts in zip(*rows, strict=True))
+    return found
 
 
 class Trained(NamedTuple):
@@ -143,11 +145,8 @@ def train_family(data: tuple[torch.Tensor, ...], recipe: Recipe, seed: int, tick
 
 @torch.no_grad()
 def predict(models: dict[str, nn.Module], trajectory, recipe: Recipe) -> dict[str, dict]:
-    """The predicted next target of every matrix, seen from the last checkpoint of the trajectory.
-
-    module -> {"u": [m], "sigma": [], "v": [n]}; u and v have length 1 (Eq. 11). sigma is in the
-    unit of the trajectory; it may come out negative and is kept so.
-    """
+    """The next target of every matrix, seen from the last checkpoint: module -> {"u": [m], "sigma":
+    [], "v": [n]}, u and v of length 1 (Eq. 11). A negative sigma is kept."""
     prepared, units = prepare(trajectory, recipe)
     found = {}
     for module, roles in prepared.deltas.items():
