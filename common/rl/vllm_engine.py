@@ -11,7 +11,9 @@ import pathlib
 import shutil
 import tempfile
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine's core in this process: repeatable, and one address space
+os.environ.setdefault(
+    "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
+)  # the engine's core in this process: repeatable, and one address space
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
@@ -24,7 +26,17 @@ from common.files import adapters
 from common.files import write as run_dir
 from common.rl.rollout import Rollout, end_tokens
 
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM reserves room for one of these; smaller adapters are padded to it
+LORA_RANKS = (
+    1,
+    8,
+    16,
+    32,
+    64,
+    128,
+    256,
+    320,
+    512,
+)  # vLLM reserves room for one of these; smaller adapters are padded to it
 MEMORY_SHARE = 0.4  # of the device for weights and KV cache; the trainer lives on the same one
 RAM_DISK = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
 RAM_PREFIX = "next-lora-"
@@ -49,7 +61,9 @@ def calling(what: str, advice: str = GO_ON):
     try:
         yield
     except Exception as error:
-        raise UserError(f"vLLM {what} ({type(error).__name__}: {' '.join(str(error).split())[:300]}): {advice}") from error
+        raise UserError(
+            f"vLLM {what} ({type(error).__name__}: {' '.join(str(error).split())[:300]}): {advice}"
+        ) from error
 
 
 def ram_folder() -> tuple[tempfile.TemporaryDirectory, int]:
@@ -58,7 +72,9 @@ def ram_folder() -> tuple[tempfile.TemporaryDirectory, int]:
         _remove_if_dead(left)
     while True:
         folder = tempfile.TemporaryDirectory(prefix=RAM_PREFIX, dir=RAM_DISK)
-        with contextlib.suppress(FileNotFoundError):  # another process took it for a dead one's, before it was locked
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # another process took it for a dead one's, before it was locked
             lock = os.open(folder.name, os.O_RDONLY)
             with contextlib.suppress(OSError):  # no locks on this file system
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -94,8 +110,14 @@ def dtype_of(model) -> str:
 
     fp32 weights that are all trained are used in bf16 on a GPU (autocast), so there the engine has them in bf16 too.
     """
-    whole = not isinstance(model, PeftModel) and any(parameter.requires_grad for parameter in model.parameters())
-    return "bfloat16" if whole and torch.cuda.is_available() else str(model.dtype).removeprefix("torch.")
+    whole = not isinstance(model, PeftModel) and any(
+        parameter.requires_grad for parameter in model.parameters()
+    )
+    return (
+        "bfloat16"
+        if whole and torch.cuda.is_available()
+        else str(model.dtype).removeprefix("torch.")
+    )
 
 
 class VLLMEngine:
@@ -121,9 +143,15 @@ class VLLMEngine:
             "gpu_memory_utilization": MEMORY_SHARE,
         }
         if lora_rank:
-            settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": allowed_rank(lora_rank)}
+            settings |= {
+                "enable_lora": True,
+                "max_loras": 1,
+                "max_lora_rank": allowed_rank(lora_rank),
+            }
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            settings["distributed_executor_backend"] = "external_launcher"  # the device is that of this process's LOCAL_RANK
+            settings["distributed_executor_backend"] = (
+                "external_launcher"  # the device is that of this process's LOCAL_RANK
+            )
         with calling("does not start", f"see --vllm-options, then {GO_ON}"):
             self.llm = vllm.LLM(model=path, **{**settings, **options})
 
@@ -136,7 +164,9 @@ class VLLMEngine:
         old, self.synced = self.lora, self.synced + 1
         folder = pathlib.Path(self.ram.name) / str(self.synced)
         run_dir.save_pretrained(folder, model, save_embedding_layers=False)
-        self.lora = LoRARequest(folder.name, self.synced, str(folder))  # a new name each time: the prefix cache goes by it
+        self.lora = LoRARequest(
+            folder.name, self.synced, str(folder)
+        )  # a new name each time: the prefix cache goes by it
         if old:
             shutil.rmtree(old.lora_path)
 
@@ -149,7 +179,12 @@ class VLLMEngine:
             self.lora = LoRARequest(str(self.synced), self.synced, str(adapter))
 
     def generate(
-        self, prompts: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0
+        self,
+        prompts: list[list[int]],
+        seeds: list[int],
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
     ) -> list[Rollout]:
         """One response for each prompt (token ids) with its seed, in the order given; repeatable on the same machine."""
         self._wake()
@@ -168,7 +203,12 @@ class VLLMEngine:
             for seed in seeds
         ]
         with calling("failed while sampling"):
-            outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, lora_request=self.lora, use_tqdm=False)
+            outputs = self.llm.generate(
+                [{"prompt_token_ids": p} for p in prompts],
+                params,
+                lora_request=self.lora,
+                use_tqdm=False,
+            )
         if len(outputs) != len(prompts):
             raise UserError(f"vLLM returned {len(outputs)} responses to {len(prompts)} prompts")
         if self.sleeps:
@@ -197,8 +237,16 @@ class VLLMEngine:
 
 def _rollout(completions: list) -> Rollout:
     if len(completions) != 1 or not completions[0].token_ids:
-        raise UserError(f"vLLM returned {len(completions)} responses to one prompt, or one without a token: type the same command again")
+        raise UserError(
+            f"vLLM returned {len(completions)} responses to one prompt, or one without a token: type the same command again"
+        )
     completion = completions[0]
     if len(completion.logprobs.logprobs) != len(completion.token_ids):
-        raise UserError(f"vLLM returned {len(completion.logprobs.logprobs)} log-probabilities to {len(completion.token_ids)} tokens")
-    return Rollout(list(completion.token_ids), list(completion.logprobs.logprobs), completion.finish_reason == "stop")
+        raise UserError(
+            f"vLLM returned {len(completion.logprobs.logprobs)} log-probabilities to {len(completion.token_ids)} tokens"
+        )
+    return Rollout(
+        list(completion.token_ids),
+        list(completion.logprobs.logprobs),
+        completion.finish_reason == "stop",
+    )

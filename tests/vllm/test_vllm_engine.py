@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import TINY, lay_out, run_stage, start_two
+from conftest import TINY, lay_out, run_stage, save_lora, start_two
 from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import EngineArgs
 
@@ -118,7 +118,7 @@ def test_responses_end_with_the_end_token_or_at_the_limit(engine, tokenizer):
 def test_an_adapter_from_disk_and_the_backbone_without_it(engine, tokenizer, tmp_path):
     model = make_lora(17)
     move(model, 0)
-    policy.save_lora(model, tmp_path / "step_0001", {"step": 1})
+    save_lora(model, tmp_path / "step_0001", {"step": 1})
     engine.use(tmp_path / "step_0001")
     assert gap(model, tokenizer, sample(engine, tokenizer)) < 1e-4
     engine.use(None)
