@@ -4,14 +4,12 @@
     accelerate launch --num_processes 8 01_train_lora_grpo.py --config demo --run-dir runs/demo
 
 Reads   the backbone and the problems: a file, a hub id or a name of common/rl/benchmarks.py
-Writes  <run-dir>/train/step_0010 ... step_0150   PEFT adapters in fp32, or with --tune full whole models
+Writes  <run-dir>/train/step_0010 ... step_0150   PEFT adapters in fp32; with --tune full models
         <run-dir>/train/metrics.jsonl, samples.jsonl, config.json, resume/, done.json
 
---tune full --learning-rate 5e-7 is the paper's "w/o LoRA": fp32, 16 bytes a parameter on each process.
-
-The same command goes on after the last saved step, on a CPU bit for bit: all that is random is a
-function of (seed, step, problem, sample). A larger --steps extends a finished run.
-
+--tune full --learning-rate 5e-7 is the paper's "w/o LoRA", in fp32: 16 bytes a parameter.
+The same command goes on after the last saved step: all that is random is a function of (seed, step,
+problem, sample). A larger --steps extends a finished run.
 Left out: value networks, reward models, multi-turn, packing, warm-up and decay.
 """
 
@@ -24,9 +22,8 @@ import torch
 from tqdm import tqdm
 
 from common import grpo
-from common.files import config as configs
 from common.files import resume
-from common.files.config import option
+from common.files.config import option, parse
 from common.files.stage import Stage, StepLog, is_writer, run_stage
 from common.rl import data, metrics, options, policy, rollout, training
 from common.rl.training import Batch, Run
@@ -56,9 +53,7 @@ class TrainConfig(options.RLConfig):
         "token", "mean over tokens, or Eq. 1's (open)"
     )
     kl_coef: float = option(0.0, "beta of Eq. 1, against the backbone; 0 is off (open)")
-    kl_in: Literal["loss", "reward"] = option(
-        "loss", "k3 in the loss as in Eq. 1, or k1 off rewards"
-    )
+    kl_in: Literal["loss", "reward"] = option("loss", "k3 in the loss (Eq. 1), or k1 off rewards")
     importance_cap: float = option(0.0, "of importance weights engine to trainer; 0 is off (open)")
     seed: int = option(0, "of LoRA's A, the order of problems, and every rollout")
 
@@ -104,16 +99,14 @@ def advantages(run: Run, batch: Batch) -> list[torch.Tensor]:
     penalty = torch.zeros_like(old)
     if cfg.kl_in == "reward":
         penalty = cfg.kl_coef * (old - torch.cat(batch.reference))  # beta k1, [tokens]
-    rewards, total = (
-        batch.rewards.to(old.device),
-        functools.partial(run.accelerator.reduce, reduction="sum"),
-    )
-    found = grpo.advantages(cfg.algorithm, rewards, penalty, lengths, total)  # Eq. 2
+    rewards = batch.rewards.to(old.device)  # [problems, G]
+    total = functools.partial(run.accelerator.reduce, reduction="sum")  # over all processes
+    found = grpo.advantages(cfg.algorithm, rewards, penalty, lengths, total)  # Eq. 2, [tokens]
     return found.split(lengths.tolist())
 
 
 def loss_of(run: Run, batch: Batch, part: list[int], weights: dict[int, torch.Tensor]):
-    """What the sequences `part` add to the loss of an update, and to the share of clipped tokens."""
+    """What the sequences `part` add to the loss of an update and to the share of clipped tokens."""
     cfg = run.cfg
     with run.accelerator.autocast():
         logprobs, _ = policy.token_logprobs(run.model, *batch.tokens(part), cfg.temperature)
@@ -145,8 +138,7 @@ def train(run: Run, folder: pathlib.Path, first_step: int) -> None:
         # log pi_old of every sampled token, by the trainer itself.
         with timer("logprob"):
             sums = training.score(run, batch)
-        # Eq. 2.
-        batch.advantage = advantages(run, batch)
+        batch.advantage = advantages(run, batch)  # Eq. 2
         # Eq. 1: prompts_per_step / mini_batch updates. Micro-batches only save memory.
         with timer("update"):
             stats, size = [], cfg.mini_batch * cfg.rollouts // processes
@@ -158,10 +150,7 @@ def train(run: Run, folder: pathlib.Path, first_step: int) -> None:
                     loss.backward()
                     losses.append((loss.item(), clipped.item()))
                 stats.append(training.descend(run, step, losses))
-        line = {
-            "step": step,
-            **metrics.of_step(cfg, batch, sums, stats, run.judge, run.accelerator),
-        }
+        line = {"step": step, **metrics.of_step(run, batch, sums, stats)}
         metrics.check_gap(line, cfg.max_logprob_gap)
         # A checkpoint, the logs, and then a state that an interrupted run goes on from.
         with timer("save"):
@@ -190,19 +179,16 @@ def save(run: Run, folder: pathlib.Path, step: int) -> None:
 
 
 def main() -> None:
-    cfg = configs.parse(TrainConfig, "train", __doc__)
+    cfg = parse(TrainConfig, "train", __doc__)
     folder = pathlib.Path(cfg.run_dir) / "train"
     accelerator = training.start(cfg, folder)
-    backbone = cfg.path(cfg.backbone)
-    inputs = {
-        "train_data": data.content_hash(cfg.path(cfg.train_data)),
-        "backbone": resume.quick_hash(backbone),
-    }
+    inputs = {"train_data": data.content_hash(cfg.path(cfg.train_data))}
+    inputs["backbone"] = resume.quick_hash(cfg.path(cfg.backbone))
     with accelerator.main_process_first():
         stage = Stage(folder, cfg, inputs, options.MAY_CHANGE, grows="steps")
         if stage.done:
             return
-    model, tokenizer = policy.load_backbone(backbone)
+    model, tokenizer = policy.load_backbone(cfg.path(cfg.backbone))
     made_of = (cfg.backbone, policy.fingerprint(model))
     if cfg.tune == "full":
         model = policy.train_all(model)

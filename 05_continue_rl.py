@@ -1,30 +1,26 @@
-"""Stage 5: the remaining RL steps, from the extrapolated policy.           Paper: Alg. 1; Sec. 5.1
+"""Stage 5: the remaining RL steps, from the extrapolated policy.      Paper: Alg. 1; Sec. 5.1
 
-    accelerate launch 05_continue_rl.py --config demo --run-dir runs/demo --start next-aligned_alpha1.5
+    accelerate launch 05_continue_rl.py --config demo --run-dir runs/demo
     accelerate launch 05_continue_rl.py --config demo --run-dir runs/demo --restart merged
 
-Reads   <run-dir>/extrapolated/<start>, the backbone, and the preset's section `train`: the loop is stage 1's
+Reads   <run-dir>/extrapolated/<start>, the backbone, and the preset's section `train`
 Writes  <run-dir>/continued/<start>/...         like train/; steps are counted on, 151 ... 250
         <run-dir>/continued/<start>_merged/...  with --restart merged
 
---restart adapter   (default) trains the jumped adapter on, now of rank r + 1
---restart merged    adds the jump to the backbone in fp32 and starts a new LoRA; likely the paper's way
---tune full         adds the jump to the weights in fp32 and trains all parameters
-
-The optimizer starts afresh. Problems and seeds are those of the uninterrupted run at the same step.
+--restart adapter trains the jumped adapter on, now of rank r + 1. --restart merged adds it to the
+backbone in fp32 and starts a new LoRA: likely the paper's way. --tune full trains all parameters.
+The optimizer starts afresh; problems and seeds are those of the uninterrupted run.
 """
 
 import dataclasses
 import importlib
 import pathlib
+import sys
 from typing import Literal
 
 from common import UserError
-from common.files import adapters, resume, write
-from common.files import config as configs
-from common.files.config import option
-from common.files.models import is_model
-from common.files.read import safe_path
+from common.files import adapters, models, read, resume, write
+from common.files.config import option, parse
 from common.files.stage import Stage, is_writer, run_stage
 from common.rl import data, options, policy, training
 
@@ -44,65 +40,61 @@ class ContinueConfig(stage1.TrainConfig):
 
 
 def find_start(cfg: ContinueConfig) -> tuple[pathlib.Path, int, str]:
-    """(folder of the start, its step, the model that it is an adapter on or itself is)."""
+    """(folder of the start, its step, the model that it is an adapter on, or that it is)."""
     inside = cfg.start if cfg.start.startswith("merged/") else f"extrapolated/{cfg.start}"
-    start = pathlib.Path(cfg.run_dir) / safe_path(inside, "--start")
+    start = pathlib.Path(cfg.run_dir) / read.safe_path(inside, "--start")
     if not start.is_dir():
         there = ", ".join(sorted(path.name for path in start.parent.glob("[!.]*"))) or "nothing"
         raise UserError(f"{start} not found: run 04_extrapolate.py first (there: {there})")
     info = policy.checkpoint_info(start)
-    if info.get("step") is None or info["step"] < 0:
-        raise UserError(
-            f"{start}/checkpoint.json has no usable step: run 04_extrapolate.py --overwrite"
-        )
-    if is_model(start):
-        return start, info["step"], f"{{run_dir}}/{inside}"
-    # A file of unknown origin does not choose what is loaded, but for models in the run directory.
-    base = info.get("backbone") or cfg.backbone
+    step, base = info.get("step"), info.get("backbone") or cfg.backbone
+    if step is None or step < 0:
+        raise UserError(f"{start} has no usable step: run 04_extrapolate.py --overwrite")
+    if models.is_model(start):
+        return start, step, f"{{run_dir}}/{inside}"
+    # A file chooses among the models in the run directory alone.
     is_ours = base.startswith("{run_dir}/") and pathlib.Path(cfg.path(base)).is_dir()
-    return start, info["step"], base if is_ours else cfg.backbone
+    return start, step, base if is_ours else cfg.backbone
 
 
 def main() -> None:
-    cfg = configs.parse(ContinueConfig, ("train", "continue"), __doc__)
+    cfg = parse(ContinueConfig, ("train", "continue"), __doc__)
     if cfg.more_steps < 1:
         raise UserError(f"more_steps must be at least 1, not {cfg.more_steps}")
     start, first_step, base = find_start(cfg)
-    lora = {} if is_model(start) else adapters.read_config(start)
-    if cfg.tune == "full" and cfg.restart == "merged":
+    jump = {} if models.is_model(start) else adapters.read_config(start)
+    merge, cfg.steps = cfg.restart == "merged", first_step + cfg.more_steps
+    if cfg.tune == "full" and merge:
         raise UserError("--tune full has no adapter to restart: leave out --restart")
-    if cfg.tune == "lora" and cfg.restart == "adapter" and lora.get("r", 0) < 2:
+    if cfg.tune == "lora" and not merge and jump.get("r", 0) < 2:
         raise UserError(f"{start} has too little to train: --tune full, or --restart merged")
-    cfg.steps = first_step + cfg.more_steps
-    name = cfg.start.replace("/", "__") + ("_merged" if cfg.restart == "merged" else "")
+    name = cfg.start.replace("/", "__") + ("_merged" if merge else "")
     folder = pathlib.Path(cfg.run_dir) / "continued" / name
     accelerator = training.start(cfg, folder)
-    inputs = {
-        "train_data": data.content_hash(cfg.path(cfg.train_data)),
-        "backbone": resume.quick_hash(cfg.path(cfg.backbone)),
-        "start": resume.quick_hash(str(start)),
-        "base": resume.quick_hash(cfg.path(base)),
-    }
+    made_from = {"backbone": cfg.path(cfg.backbone), "base": cfg.path(base), "start": str(start)}
+    inputs = {key: resume.quick_hash(path) for key, path in made_from.items()}
+    inputs["train_data"] = data.content_hash(cfg.path(cfg.train_data))
     with accelerator.main_process_first():
         stage = Stage(folder, cfg, inputs, (*options.MAY_CHANGE, "more_steps"), grows="steps")
         if stage.done:
             return
-        if cfg.restart == "merged" and is_writer() and lora and not (folder / "backbone").exists():
+        if merge and jump and is_writer() and not (folder / "backbone").exists():
             model, tokenizer = policy.load_backbone(cfg.path(base))
             with write.writing(folder), write.atomic_dir(folder / "backbone") as baked:
                 policy.save(policy.with_jump(model, start), tokenizer, baked)
-    if cfg.restart == "merged" and lora:
+    if merge and jump:
         base = f"{{run_dir}}/continued/{name}/backbone"
     model, tokenizer = policy.load_backbone(cfg.path(base))
     made_of = (base, policy.fingerprint(model))
-    if cfg.restart == "merged":
+    if merge:
         model = policy.add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
-    elif lora and cfg.tune == "lora":
-        model = policy.load_lora(model, start)
+    elif cfg.tune == "full":
+        model = policy.train_all(policy.with_jump(model, start) if jump else model)
     else:
-        model = policy.train_all(policy.with_jump(model, start) if lora else model)
-    run = training.prepare(cfg, accelerator, model, tokenizer, made_of)
-    stage1.train(run, folder, first_step)
+        model = policy.load_lora(model, start)
+        if jump.get("lora_dropout") and is_writer():
+            print(f"{start}: lora_dropout is set to 0, as rollouts have none", file=sys.stderr)
+    stage1.train(training.prepare(cfg, accelerator, model, tokenizer, made_of), folder, first_step)
     stage.finish()
     accelerator.print(f"done: steps {first_step + 1} to {cfg.steps}, checkpoints in {folder}")
     accelerator.end_training()

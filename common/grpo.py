@@ -18,7 +18,7 @@ def centred_scores(scores: torch.Tensor) -> torch.Tensor:
 def grpo_advantages(scores: torch.Tensor) -> torch.Tensor:
     """Eq. 2: (S_i - mean) / std within each group. [groups, samples] -> [groups, samples].
 
-    The std is the unbiased one plus 1e-6, as in verl. A group of equal scores, or of one, gets zeros.
+    The std is the unbiased one plus 1e-6, as in verl. Equal scores, or a group of one, get zeros.
 
     >>> grpo_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]))
     tensor([[ 1.5000, -0.5000, -0.5000, -0.5000],
@@ -48,7 +48,11 @@ def whiten(values: torch.Tensor, total: Callable[[torch.Tensor], torch.Tensor]) 
     return centred / (total(centred.square().sum()) / (count - 1).clamp_min(1) + 1e-8).sqrt()
 
 
-IN_GROUP = {"grpo": grpo_advantages, "rloo": rloo_advantages, "reinforce++-baseline": centred_scores}
+IN_GROUP = {
+    "grpo": grpo_advantages,
+    "rloo": rloo_advantages,
+    "reinforce++-baseline": centred_scores,
+}
 
 
 def advantages(algorithm: str, rewards, penalty, lengths, total: Callable) -> torch.Tensor:
@@ -69,8 +73,8 @@ def advantages(algorithm: str, rewards, penalty, lengths, total: Callable) -> to
 def token_weights(lengths: torch.Tensor, aggregation: str) -> torch.Tensor:
     """The weight of every token in the loss; they add up to 1. lengths [sequences] -> [tokens].
 
-    `seq` is Eq. 1, (1/G) sum_i (1/|y_i|) sum_t: every response counts the same. `token`, the default
-    of verl: every token does.
+    seq: Eq. 1, (1/G) sum_i (1/|y_i|) sum_t, every response counts the same.
+    token: every token does, as by default in verl.
 
     >>> token_weights(torch.tensor([1, 3]), "seq")
     tensor([0.5000, 0.1667, 0.1667, 0.1667])
@@ -83,8 +87,8 @@ def token_weights(lengths: torch.Tensor, aggregation: str) -> torch.Tensor:
 def clipped_loss(logprobs, old_logprobs, advantages, weights, clip_low: float, clip_high: float):
     """Eq. 1 without KL: -sum_t w_t min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t).
 
-    Inputs [tokens]. Returns the loss, a scalar that adds up over micro-batches, and the weighted share
-    of tokens where the clip acts.
+    Inputs [tokens]. Returns the loss, a scalar that adds up over micro-batches, and the weighted
+    share of tokens where the clip acts.
     """
     ratio = torch.exp((logprobs - old_logprobs).clamp(-LOG_RATIO, LOG_RATIO))  # r_t
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -96,19 +100,19 @@ def clipped_loss(logprobs, old_logprobs, advantages, weights, clip_low: float, c
 def k3_kl(logprobs, reference_logprobs, weights):
     """Eq. 1's D_KL by Schulman's k3: sum_t w_t (exp(d_t) - d_t - 1), d = reference - logp.
 
-    Both are clamped as in verl. In the scanned paper the term is inside min; this is the usual place.
+    Clamped as in verl. In the scanned paper the term is inside min; this is the usual place.
     """
     gap = (reference_logprobs - logprobs).clamp(-LOG_RATIO, LOG_RATIO)
     return (weights * (gap.exp() - gap - 1).clamp(-10, 10)).sum()
 
 
 def rollout_correction(old_logprobs, engine_logprobs, cap: float):
-    """min(pi_trainer / pi_engine, cap), [tokens]: truncated importance sampling, Yao et al. 2025."""
+    """min(pi_trainer / pi_engine, cap), [tokens]: truncated importance sampling of Yao, 2025."""
     return torch.exp(old_logprobs - engine_logprobs).clamp_max(cap)
 
 
 def micro_batches(lengths: dict[int, int], budget: int, at_least: int = 1) -> list[list[int]]:
-    """Sequences (id -> tokens) in parts of at most `budget` padded tokens, but one sequence at least.
+    """Sequences (id -> tokens) in parts of at most `budget` padded tokens, or one sequence.
 
     Then the fullest parts are halved until there are `at_least` of them, or one a sequence.
 

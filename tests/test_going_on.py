@@ -1,7 +1,6 @@
 """What is lost or spoilt by hand is noticed, nothing good is thrown away for it, and the stage goes on."""
 
 import importlib
-import itertools
 import json
 import os
 import pathlib
@@ -247,14 +246,9 @@ def test_a_jump_out_of_the_numbers_is_not_written(run, stage):
     assert not (run / "extrapolated" / "rl-extra_alpha1e+60").exists()
 
 
-DOUBLING = "".join(f"  {x}: &{x} [{', '.join(['*' + y] * 10)}]\n" for y, x in itertools.pairwise("abcdefghijkl"))  # 10^11 ones
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("shared: {note: 2024-01-01}", "quote dates"),
-        (f"shared:\n  a: &a [1, 1]\n{DOUBLING}", "far too much"),
         ("shared: {overwrite: true}", "overwrite is for the command line alone"),
         ("train: {run_dir: elsewhere}", "run_dir is for the command line alone"),
         (f"train: {{seed: {2**62}}}", "seed must be below"),

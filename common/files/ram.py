@@ -14,7 +14,7 @@ PREFIX = "next-lora-"
 
 
 class RamDisk:
-    """A new folder on the RAM disk, locked by this process. Those of ended processes are removed."""
+    """A new folder on the RAM disk, locked by this process. Those of ended ones are removed."""
 
     def __init__(self):
         self.saved = 0

@@ -1,7 +1,7 @@
 """The known data sets: where each is on the hub, and how a row becomes a question with an answer.
 
-Revisions are pinned, so that a benchmark cannot change under a result. No hub was in reach when this
-was written: ids, files, columns and revisions are those of published evaluation code.
+Revisions are pinned, so that a benchmark cannot change under a result. No hub was in reach when
+this was written: ids, files, columns and revisions are those of published evaluation code.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from common import UserError
 from common.files.read import first_line, parse_json, text_lines
 
 DAPO_PREFIX = (
-    "Solve the following math problem step by step. The last line of your response should be of the "
-    "form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+    "Solve the following math problem step by step. The last line of your response should be of "
+    "the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
 )
 DAPO_SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:".'
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -191,5 +191,6 @@ def _table(name: str, source: Source, where: str, flag: str):
         raise UserError(
             f"cannot load {where} ({reason}); fetch {source.file} from "
             f"https://huggingface.co/datasets/{source.hub_id} and give it as {flag} "
-            f"{name}=/path/to/{pathlib.Path(source.file).name} (gated: accept its terms, set HF_TOKEN)"
+            f"{name}=/path/to/"
+            f"{pathlib.Path(source.file).name} (gated: accept its terms, set HF_TOKEN)"
         ) from error

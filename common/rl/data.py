@@ -16,15 +16,21 @@ import torch
 
 from common import UserError
 from common.files.read import first_line, safe_name, sha256
-from common.rl.benchmarks import FILE_TYPES, HUB_ID, MMLU_PRO_CATEGORIES, SOURCES, Source
-from common.rl.benchmarks import dapo_question, rows
+from common.rl.benchmarks import (
+    FILE_TYPES,
+    HUB_ID,
+    MMLU_PRO_CATEGORIES,
+    SOURCES,
+    Source,
+    dapo_question,
+    rows,
+)
 
 # One template for training and evaluation.
 PROMPT_TEMPLATE = (
     "{prompt}\nPlease reason step by step, and put your final answer within \\boxed{}."
 )
-# The turn that Qwen2.5's chat template puts in where none is given. Written out, the paper's models see
-# the same tokens.
+# Qwen2.5's own turn where none is given, so the paper's models see the same tokens.
 SYSTEM_PROMPT = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 KINDS = ("number", "latex", "letter")
 CHECKED = 64  # prompts that are decoded again to see whether any character is lost
@@ -33,7 +39,7 @@ _CJK = re.compile("[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]")
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A question with its answer; `kind` says how the verifier compares it: number, latex, letter."""
+    """A question with its answer; `kind` says how answers are compared: number, latex, letter."""
 
     prompt: str
     answer: str
@@ -47,8 +53,8 @@ def load_problems(spec, english_only=False, flag="--train-data", **columns) -> l
     - a name in common/rl/benchmarks.py, or its hub id; `name=path` reads a local file or folder;
     - any other hub id, "owner/name" or "owner/name:config".
 
-    columns: prompt_column, answer_column ("a.b" is the key b of column a) and split, for what is not a
-    known benchmark. Raises UserError where it cannot be had, or where a row is not usable.
+    columns: prompt_column, answer_column ("a.b" is the key b of column a) and split, for what is
+    not a known benchmark. Raises UserError where it cannot be had, or where a row is not usable.
     """
     name, category, where = parse_spec(str(spec))
     source = SOURCES.get(name) or _unknown(where, **columns)
@@ -98,8 +104,8 @@ def parse_spec(spec: str) -> tuple[str, str | None, str]:
 
     >>> parse_spec("aime24"), parse_spec("aime25=/data/test.jsonl")
     (('aime24', None, 'HuggingFaceH4/aime_2024'), ('aime25', None, '/data/test.jsonl'))
-    >>> parse_spec("mmlu-pro/computer-science"), parse_spec("runs/demo/data/test.jsonl")
-    (('mmlu-pro', 'computer science', 'TIGER-Lab/MMLU-Pro'), ('test', None, 'runs/demo/data/test.jsonl'))
+    >>> parse_spec("mmlu-pro/computer-science"), parse_spec("data/test.jsonl")
+    (('mmlu-pro', 'computer science', 'TIGER-Lab/MMLU-Pro'), ('test', None, 'data/test.jsonl'))
     """
     if not spec.isprintable() or max(len(part.encode()) for part in spec.split("/")) > 250:
         raise UserError(f"data set {spec[:80]!r}: no name of a file or a data set")
@@ -217,7 +223,7 @@ def encode_prompts(problems, tokenizer, template, system, limit: int, source) ->
 
 
 def prompt_warnings(texts, encoded, tokenizer, system: str) -> list[str]:
-    """What may be wrong with prompts that can be encoded: a foreign system turn, lost characters."""
+    """What may be wrong with prompts: another model's system turn, or lost characters."""
     found = []
     if system == SYSTEM_PROMPT and "Qwen" not in str(tokenizer.chat_template):
         found.append("the system turn is Qwen2.5's, and the backbone is not: set --system-prompt")

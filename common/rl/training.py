@@ -88,7 +88,7 @@ def start(cfg, folder) -> Accelerator:
 
 
 def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str, str]) -> Run:
-    """Problems, optimizer, engine and verifier. `backbone`: what the policy is on, its fingerprint."""
+    """Problems, optimizer, engine, verifier. `backbone`: what the policy is on, its fingerprint."""
     if cfg.report_to:
         accelerator.init_trackers("next", config=as_dict(cfg))
     columns = {"prompt_column": cfg.prompt_column, "answer_column": cfg.answer_column}
@@ -173,7 +173,7 @@ def score(run: Run, batch: Batch) -> dict:
 def token_weights(run: Run, batch: Batch, sequences: list[int]) -> dict[int, torch.Tensor]:
     """Sequence -> the weights of its tokens in the loss of an update, [tokens].
 
-    All weights of all processes add up to 1, so neither micro-batches nor processes change the loss.
+    They add up to 1 over all processes: neither micro-batches nor processes change the loss.
     """
     by_token = run.cfg.loss_aggregation == "token"
     lengths = torch.tensor([len(batch.completions[i]) for i in sequences])

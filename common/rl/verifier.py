@@ -164,8 +164,8 @@ class Verifier:
     def score(self, responses, golds, finished, kinds=None) -> list[float]:
         """1.0 for each response whose answer equals its gold, else 0.0.
 
-        A response that was cut at the length limit (not finished) gets 0.0. `kinds` are those of the
-        problems, "latex" without any. Raises UserError where math-verify fails on everything.
+        A response that was cut at the length limit (not finished) gets 0.0. `kinds` are those of
+        the problems, "latex" without any. Raises UserError where math-verify fails on all.
         """
         verdicts, questions = [], []
         kinds = kinds or ["latex"] * len(golds)

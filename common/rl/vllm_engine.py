@@ -64,7 +64,7 @@ def load_weights(llm: vllm.LLM, model: torch.nn.Module) -> None:
 def dtype_of(model) -> str:
     """The dtype of the engine's copy: the backbone's.
 
-    Weights that are all trained are fp32; on a GPU autocast uses them in bf16, and so does the engine.
+    Weights that are all trained are fp32; on a GPU autocast and so the engine use them in bf16.
     """
     is_trained = any(parameter.requires_grad for parameter in model.parameters())
     if is_trained and not isinstance(model, PeftModel) and torch.cuda.is_available():
@@ -75,8 +75,8 @@ def dtype_of(model) -> str:
 class VLLMEngine:
     """One vLLM a process: N processes are N engines with a share of the prompts each.
 
-    An adapter travels as a folder on a RAM disk. vLLM computes it beside the frozen backbone, in the
-    backbone's dtype; it is never rounded into the weights. Any other policy travels whole.
+    An adapter travels as a folder on a RAM disk. vLLM computes it beside the frozen backbone, in
+    the backbone's dtype; it is never rounded into the weights. Any other policy travels whole.
     """
 
     def __init__(self, model, tokenizer, path: str, max_tokens: int, lora_rank: int, options: dict):
@@ -162,9 +162,8 @@ class VLLMEngine:
 
 def _rollout(completions: list) -> Rollout:
     if len(completions) != 1 or not completions[0].token_ids:
-        raise UserError(
-            f"vLLM returned {len(completions)} responses to one prompt, or one without a token: {GO_ON}"
-        )
+        what = f"{len(completions)} responses to one prompt, or one without a token"
+        raise UserError(f"vLLM returned {what}: {GO_ON}")
     tokens, logprobs = completions[0].token_ids, completions[0].logprobs.logprobs
     if len(logprobs) != len(tokens):
         raise UserError(f"vLLM returned {len(logprobs)} log-probabilities to {len(tokens)} tokens")
