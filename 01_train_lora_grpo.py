@@ -44,26 +44,22 @@ class TrainConfig(options.RLConfig):
     mini_batch: int = option(32, "problems an update (paper: mini batch size 32: 4 updates a step)")
     rollouts: int = option(8, "responses a problem, G of Eq. 1 (paper: 8)")
     learning_rate: float = option(5e-6, "of AdamW (paper: 5e-6 with LoRA, 5e-7 for all parameters)")
-    max_grad_norm: float = option(1.0, "gradient clipping (open)")
     lora_rank: int = option(64, "r of Eq. 4 (paper: 64)")
     lora_alpha: float = option(32.0, "scale alpha / r on B A (paper: 32)")
     clip_low: float = option(0.2, "epsilon of Eq. 1 downwards (open)")
     clip_high: float = option(0.2, "epsilon of Eq. 1 upwards (open)")
-    loss_aggregation: Literal["token", "seq"] = option(
-        "token", "mean over tokens, or Eq. 1's (open)"
-    )
+    loss_aggregation: Literal["token", "seq"] = option("token", "mean of tokens, or Eq. 1 (open)")
     kl_coef: float = option(0.0, "beta of Eq. 1, against the backbone; 0 is off (open)")
     kl_in: Literal["loss", "reward"] = option("loss", "k3 in the loss (Eq. 1), or k1 off rewards")
     importance_cap: float = option(0.0, "of importance weights engine to trainer; 0 is off (open)")
     seed: int = option(0, "of LoRA's A, the order of problems, and every rollout")
 
-    def __post_init__(self):
-        options.check(self)
+    __post_init__ = options.check
 
 
 def sample(run: Run, step: int, timer: metrics.Timer) -> Batch:
     """G responses to each of the step's problems that are this process's, with their rewards."""
-    cfg, accelerator = run.cfg, run.accelerator
+    cfg, accelerator, device = run.cfg, run.accelerator, run.accelerator.device
     # The P problems of a step are dealt out one by one, so each update has some of every process.
     order = data.prompt_order(len(run.problems), cfg.prompts_per_step, step, cfg.seed)
     mine = range(accelerator.process_index, len(order), accelerator.num_processes)
@@ -87,8 +83,8 @@ def sample(run: Run, step: int, timer: metrics.Timer) -> Batch:
         completions=[r.tokens for r in found],
         finished=finished,
         texts=texts,
-        rewards=torch.tensor(rewards).view(-1, cfg.rollouts),  # [problems, G]
-        engine=[torch.tensor(r.logprobs, device=accelerator.device) for r in found],
+        rewards=torch.tensor(rewards, device=device).view(-1, cfg.rollouts),  # [problems, G]
+        engine=[torch.tensor(r.logprobs, device=device) for r in found],
     )
 
 
@@ -99,9 +95,9 @@ def advantages(run: Run, batch: Batch) -> list[torch.Tensor]:
     penalty = torch.zeros_like(old)
     if cfg.kl_in == "reward":
         penalty = cfg.kl_coef * (old - torch.cat(batch.reference))  # beta k1, [tokens]
-    rewards = batch.rewards.to(old.device)  # [problems, G]
     total = functools.partial(run.accelerator.reduce, reduction="sum")  # over all processes
-    found = grpo.advantages(cfg.algorithm, rewards, penalty, lengths, total)  # Eq. 2, [tokens]
+    # Eq. 2, or what the algorithm has in its place. [tokens]
+    found = grpo.advantages(cfg.algorithm, batch.rewards, penalty, lengths, total)
     return found.split(lengths.tolist())
 
 

@@ -20,7 +20,7 @@ from common.files import deltas as delta_files
 from common.files import models as model_files
 from common.files import read as inputs
 from common.reproduce import results
-from common.rl import policy
+from common.rl import policy, training
 
 RATE = 1e-4
 stage1, stage6 = (importlib.import_module(name) for name in ("01_train_lora_grpo", "06_eval"))
@@ -159,7 +159,7 @@ def test_sharding_is_refused_in_one_line(backbone_dir, monkeypatch):
     for key, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(UserError, match="and --tune full has none"):
-        policy.place(policy.train_all(policy.load_backbone(str(backbone_dir))[0]), torch.device("cpu"))
+        training.place(policy.train_all(policy.load_backbone(str(backbone_dir))[0]), torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

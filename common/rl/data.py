@@ -1,7 +1,4 @@
-"""Problems and prompts: a file, hub id or named benchmark in, token ids out.
-
-The order of the problems is a function of the seed and the step.
-"""
+"""Problems and prompts: a file, hub id or named benchmark in, token ids out, in a fixed order."""
 
 import dataclasses
 import hashlib
@@ -27,9 +24,8 @@ from common.rl.benchmarks import (
 )
 
 # One template for training and evaluation.
-PROMPT_TEMPLATE = (
-    "{prompt}\nPlease reason step by step, and put your final answer within \\boxed{}."
-)
+STEP_BY_STEP = "Please reason step by step, and put your final answer within \\boxed{}."
+PROMPT_TEMPLATE = "{prompt}\n" + STEP_BY_STEP
 # Qwen2.5's own turn where none is given, so the paper's models see the same tokens.
 SYSTEM_PROMPT = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 KINDS = ("number", "latex", "letter")
@@ -62,8 +58,7 @@ def load_problems(spec, english_only=False, flag="--train-data", **columns) -> l
     for place, row in rows(name, source, where, flag):
         if category and row.get(source.category) != category:
             continue
-        problem = _problem(row, source, place)
-        key = place
+        key, problem = place, _problem(row, source, place)
         if source.dapo:
             key = dapo_question(problem.prompt)
             problem = dataclasses.replace(problem, prompt=key)
@@ -83,17 +78,13 @@ def load_tasks(specs: list[str], **columns) -> dict[str, list[Problem]]:
     tasks = {}
     for spec in specs:
         name, category, where = parse_spec(spec)
-        parts = [category]
-        if name == "mmlu-pro" and category is None:
-            parts = MMLU_PRO_CATEGORIES
-        for part in parts:
+        is_whole = name == "mmlu-pro" and category is None
+        for part in MMLU_PRO_CATEGORIES if is_whole else [category]:
             full = name if part is None else f"{name}/{part.replace(' ', '-')}"
             task = safe_name(full.replace("/", "-"), "test data set")  # files are named after it
             if task in tasks:
-                raise UserError(
-                    f"two of the test data sets are called {task}; give one another name: "
-                    f"other={where}"
-                )
+                what = f"two of the test data sets are called {task}"
+                raise UserError(f"{what}; give one another name: other={where}")
             one = spec if part is None else f"{full}={where}"
             tasks[task] = load_problems(one, flag="--test-data", **columns)
     return tasks
@@ -190,8 +181,8 @@ def render_chats(prompts: list[str], tokenizer, template: str, system: str) -> l
     if "{prompt}" not in template:
         raise UserError(f"prompt_template {template!r} has no {{prompt}} in it")
     turns = [{"role": "system", "content": system}] if system else []
-    texts = [template.replace("{prompt}", prompt) for prompt in prompts]
-    chats = [[*turns, {"role": "user", "content": text}] for text in texts]
+    filled = [template.replace("{prompt}", prompt) for prompt in prompts]
+    chats = [[*turns, {"role": "user", "content": text}] for text in filled]
     try:
         return tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # whatever a template can raise, "System role not supported" too
@@ -212,9 +203,9 @@ def encode_prompts(problems, tokenizer, template, system, limit: int, source) ->
         if not ids:
             raise UserError(f"{source}, problem {number}: the chat template renders no tokens")
         if len(ids) > limit:
+            what = f"its prompt has {len(ids)} tokens, over the limit of {limit}"
             raise UserError(
-                f"{source}, problem {number}: its prompt has {len(ids)} tokens, over the limit of "
-                f"{limit}; raise max_prompt_tokens or remove it"
+                f"{source}, problem {number}: {what}; raise max_prompt_tokens or remove it"
             )
     if os.environ.get("RANK", "0") == "0":
         for warning in prompt_warnings(texts[:CHECKED], encoded, tokenizer, system):
@@ -231,10 +222,8 @@ def prompt_warnings(texts, encoded, tokenizer, system: str) -> list[str]:
     for text, ids in zip(texts, encoded, strict=False):
         lost |= set("".join(text.split())) - set(tokenizer.decode(ids))
     if lost:
-        letters = "".join(sorted(lost))
-        found.append(
-            f"the tokenizer has no token for {letters[:60]!r}: they are not in the prompts"
-        )
+        letters = "".join(sorted(lost))[:60]
+        found.append(f"the tokenizer has no token for {letters!r}: they are not in the prompts")
     return found
 
 

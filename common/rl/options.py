@@ -47,6 +47,7 @@ class RLConfig(SamplingConfig):
 
     english_only: bool = option(False, "leave out problems with Chinese characters (open)")
     weight_decay: float = option(0.0, "of AdamW (open)")
+    max_grad_norm: float = option(1.0, "gradient clipping (open)")
     max_logprob_gap: float = option(
         1.0, "stop if engine and trainer differ by more than this, in nats a token"
     )

@@ -2,13 +2,12 @@
 
 import contextlib
 import hashlib
-import os
 import pathlib
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
@@ -177,33 +176,6 @@ def checkpoint_gradients(policy) -> None:
     options = {"use_reentrant": False}
     base_model(policy).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     policy.train()
-
-
-def place(policy, device: torch.device):
-    """The policy on `device`; under common/accelerate/fsdp2.yaml its frozen layers are sharded.
-
-    Each process then keeps 1/N of every layer and borrows the rest while the layer computes. LoRA
-    factors, embeddings and head stay whole, so gradients and checkpoints are as without sharding.
-    """
-    if os.environ.get("ACCELERATE_USE_FSDP") != "true":
-        return policy.to(device)
-    loading = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")
-    if os.environ.get("FSDP_VERSION") != "2" or loading != "false":
-        raise UserError(
-            "the accelerate config must have fsdp_version: 2 and "
-            "fsdp_cpu_ram_efficient_loading: false"
-        )
-    if not isinstance(policy, PeftModel):
-        raise UserError(
-            "FSDP2 shards frozen layers here, and --tune full has none: launch without fsdp2.yaml"
-        )
-    decoder = policy.get_base_model().get_decoder()
-    whole = {*trained(policy).values()}
-    for layer in decoder.layers:
-        fully_shard(layer, ignored_params=whole)
-    # The decoder itself owns nothing: it gathers the next layer while one computes.
-    fully_shard(decoder, ignored_params=set(policy.parameters()))
-    return policy.to(device)
 
 
 def is_sharded(policy) -> bool:

@@ -1,9 +1,12 @@
 """What stage 1 has ready before its loop, and the parts of a step that no equation names."""
 
 import dataclasses
+import os
 
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
+from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 from common import UserError, grpo
@@ -87,6 +90,33 @@ def start(cfg, folder) -> Accelerator:
     return accelerator
 
 
+def place(model, device: torch.device):
+    """The policy on `device`; under common/accelerate/fsdp2.yaml its frozen layers are sharded.
+
+    Each process then keeps 1/N of every layer and borrows the rest while the layer computes. LoRA
+    factors, embeddings and head stay whole, so gradients and checkpoints are as without sharding.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP") != "true":
+        return model.to(device)
+    loading = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")
+    if os.environ.get("FSDP_VERSION") != "2" or loading != "false":
+        raise UserError(
+            "the accelerate config must have fsdp_version: 2 and "
+            "fsdp_cpu_ram_efficient_loading: false"
+        )
+    if not isinstance(model, PeftModel):
+        raise UserError(
+            "FSDP2 shards frozen layers here, and --tune full has none: launch without fsdp2.yaml"
+        )
+    decoder = model.get_base_model().get_decoder()
+    whole = {*policy.trained(model).values()}
+    for layer in decoder.layers:
+        fully_shard(layer, ignored_params=whole)
+    # The decoder itself owns nothing: it gathers the next layer while one computes.
+    fully_shard(decoder, ignored_params=set(model.parameters()))
+    return model.to(device)
+
+
 def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str, str]) -> Run:
     """Problems, optimizer, engine, verifier. `backbone`: what the policy is on, its fingerprint."""
     if cfg.report_to:
@@ -97,7 +127,7 @@ def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str
     )
     turns = (tokenizer, cfg.prompt_template, cfg.system_prompt)
     prompts = data.encode_prompts(problems, *turns, cfg.max_prompt_tokens, cfg.train_data)
-    model, frozen = policy.place(model, accelerator.device), None
+    model, frozen = place(model, accelerator.device), None
     if cfg.gradient_checkpointing:
         policy.checkpoint_gradients(model)
     if cfg.tune == "full" and cfg.kl_coef:
