@@ -1,113 +1,104 @@
-"""Stage 5: the remaining RL steps, from the extrapolated policy.                            Paper: Alg. 1, Sec. 5.1 (100 more steps)
+"""Stage 5: the remaining RL steps, from the extrapolated policy.      Paper: Alg. 1; Sec. 5.1
 
-    accelerate launch 05_continue_rl.py --config demo --run-dir runs/demo --start next-weighted_alpha1.5
-    accelerate launch 05_continue_rl.py --config demo --run-dir runs/demo --start next-weighted_alpha1.5 --restart merged
+    accelerate launch 05_continue_rl.py --config demo --run-dir runs/demo
+    accelerate launch 05_continue_rl.py --config demo --run-dir runs/demo --restart merged
 
-Reads   <run-dir>/extrapolated/<start>, the backbone, and the section `train` of the preset (it is the same loop: stage 1's)
-Writes  <run-dir>/continued/<start>/...       same layout as train/; steps are counted on, 151 ... 250
+Reads   <run-dir>/extrapolated/<start>, the backbone, and the preset's section `train`
+Writes  <run-dir>/continued/<start>/...         like train/; steps are counted on, 151 ... 250
         <run-dir>/continued/<start>_merged/...  with --restart merged
 
---restart adapter   (default) the jumped adapter, now of rank r + 1, is trained on
---restart merged    the jump is baked into the backbone, in fp32, and a new LoRA starts on it; the paper most likely did this
---tune full         the jump is added to the weights, in fp32, and all parameters are trained on
-
-Either way the optimizer starts afresh. Problems and rollout seeds are those the uninterrupted run meets at the same step, so the runs
-differ in their start and in nothing else.
+--restart adapter trains the jumped adapter on, now of rank r + 1. --restart merged adds it to the
+backbone in fp32 and starts a new LoRA: likely the paper's way. --tune full trains all parameters.
+The optimizer starts afresh; problems and seeds are those of the uninterrupted run.
 """
 
 import dataclasses
 import importlib
 import pathlib
+import sys
 from typing import Literal
 
 from common import UserError
-from common.files import config as configs
-from common.files import deltas as delta_files
-from common.files import models as model_files
-from common.files import read as inputs
-from common.files import write as run_dir
-from common.files.write import atomic_dir, writing
-from common.rl import data, policy
+from common.files import adapters, models, read, resume, write
+from common.files.config import option, parse
+from common.files.stage import Stage, is_writer, run_stage
+from common.rl import data, options, policy, training
 
 stage1 = importlib.import_module("01_train_lora_grpo")
 
 
 @dataclasses.dataclass
 class ContinueConfig(stage1.TrainConfig):
-    """Stage 1's options (from the preset's section `train`), and where to start."""
+    """Stage 1's options, and where to start."""
 
-    start: str = stage1.option("next-weighted_alpha1.5", "what to go on from: a folder in <run-dir>/extrapolated")
-    restart: Literal["adapter", "merged"] = stage1.option(
-        "adapter", "train the jumped adapter on, or bake it in and start a new one (open)"
+    start: str = option(
+        "next-aligned_alpha1.5", "a folder in <run-dir>/extrapolated, or merged/<name>"
     )
-    more_steps: int = stage1.option(100, "RL steps after the jump (paper: 100)")
-    steps: int = stage1.option(1, "not an option here: the last step is that of the start plus more_steps")
+    restart: Literal["adapter", "merged"] = option("adapter", "what becomes of the jump (open)")
+    more_steps: int = option(100, "RL steps after the jump (paper: 100)")
+    steps: int = option(1, "not an option here: the step of the start plus more_steps")
 
 
-def with_jump(backbone, start: pathlib.Path):
-    """The backbone with the adapter `start` merged in, in fp32 (in bf16 a rank-1 update of RL's size mostly rounds away)."""
-    return policy.load_lora(backbone, start).float().merge_and_unload()
-
-
-def bake(backbone: str, start: pathlib.Path, out: pathlib.Path) -> None:
-    """Writes the model `backbone` (a folder or hub id) with the jump to the folder `out`, all or nothing."""
-    model, tokenizer = policy.load_backbone(backbone)
-    jumped = with_jump(model, start)
-    policy.drop_sampling_defaults(jumped)
-    with writing(out), atomic_dir(out) as folder:
-        run_dir.save_pretrained(folder, jumped, tokenizer)
+def find_start(cfg: ContinueConfig) -> tuple[pathlib.Path, int, str]:
+    """(folder of the start, its step, the model that it is an adapter on, or that it is)."""
+    inside = cfg.start if cfg.start.startswith("merged/") else f"extrapolated/{cfg.start}"
+    start = pathlib.Path(cfg.run_dir) / read.safe_path(inside, "--start")
+    if not start.is_dir():
+        there = ", ".join(sorted(path.name for path in start.parent.glob("[!.]*"))) or "nothing"
+        raise UserError(f"{start} not found: run 04_extrapolate.py first (there: {there})")
+    info = policy.checkpoint_info(start)
+    step, base = info.get("step"), info.get("backbone") or cfg.backbone
+    if step is None or step < 0:
+        raise UserError(f"{start} has no usable step: run 04_extrapolate.py --overwrite")
+    if models.is_model(start):
+        return start, step, f"{{run_dir}}/{inside}"
+    # A file chooses among the models in the run directory alone.
+    is_ours = base.startswith("{run_dir}/") and pathlib.Path(cfg.path(base)).is_dir()
+    return start, step, base if is_ours else cfg.backbone
 
 
 def main() -> None:
-    cfg = configs.parse(ContinueConfig, ("train", "continue"), __doc__)
+    cfg = parse(ContinueConfig, ("train", "continue"), __doc__)
     if cfg.more_steps < 1:
         raise UserError(f"more_steps must be at least 1, not {cfg.more_steps}")
-    run = pathlib.Path(cfg.run_dir)
-    start = run / "extrapolated" / inputs.safe_name(cfg.start, "--start")
-    if not start.is_dir():
-        there = sorted(path.name for path in start.parent.glob("[!.]*"))
-        raise UserError(f"{start} not found: run 04_extrapolate.py first (there: {', '.join(there) or 'nothing'})")
-    begun = policy.checkpoint_info(start)
-    first_step = begun.get("step")
-    if first_step is None or first_step < 0:
-        raise UserError(f"{start}/checkpoint.json has no usable step: run 04_extrapolate.py --overwrite")
-    whole = delta_files.kind_of(run) == "full"
-    name = (begun.get("backbone") or cfg.backbone) if whole else cfg.backbone  # what the adapter is on
-    below = {*model_files.open_model(model_files.find_model(cfg.path(name))).files.values()} if whole else {}
-    if cfg.tune == "full" and cfg.restart == "merged":
-        raise UserError("--tune full has no adapter to restart: the jump is always added to the weights; leave out --restart")
-    if cfg.tune == "lora" and cfg.restart == "adapter" and whole:
-        raise UserError(f"{start} is an adapter of rank 1 on a whole model, too little to train: --tune full, or --restart merged")
-    cfg.steps = first_step + cfg.more_steps
-    folder = run / "continued" / (cfg.start + ("_merged" if cfg.restart == "merged" else ""))
-    accelerator = stage1.start_accelerator(cfg, folder)
-    stage = run_dir.Stage(
-        folder,
-        configs.as_dict(cfg),
-        [*data.local_files(cfg.path(cfg.train_data)), start / "adapter_model.safetensors", *sorted(below)],
-        (*stage1.MAY_CHANGE, "more_steps"),
-    )
+    start, first_step, base = find_start(cfg)
+    jump = {} if models.is_model(start) else adapters.read_config(start)
+    merge, cfg.steps = cfg.restart == "merged", first_step + cfg.more_steps
+    if cfg.tune == "full" and merge:
+        raise UserError("--tune full has no adapter to restart: leave out --restart")
+    if cfg.tune == "lora" and not merge and jump.get("r", 0) < 2:
+        raise UserError(f"{start} has too little to train: --tune full, or --restart merged")
+    name = cfg.start.replace("/", "__") + ("_merged" if merge else "")
+    folder = pathlib.Path(cfg.run_dir) / "continued" / name
+    accelerator = training.start(cfg, folder)
+    made_from = {"backbone": cfg.path(cfg.backbone), "base": cfg.path(base), "start": str(start)}
+    inputs = {key: resume.quick_hash(path) for key, path in made_from.items()}
+    inputs["train_data"] = data.content_hash(cfg.path(cfg.train_data))
     with accelerator.main_process_first():
-        if stage.is_done(cfg.overwrite, at_least=("steps", cfg.steps), writer=accelerator.is_main_process):
+        stage = Stage(folder, cfg, inputs, (*options.MAY_CHANGE, "more_steps"), grows="steps")
+        if stage.done:
             return
-        if cfg.restart == "merged" and accelerator.is_main_process and not (folder / "backbone").exists():
-            bake(cfg.path(name), start, folder / "backbone")
-    if cfg.restart == "merged":
-        name = f"{{run_dir}}/continued/{folder.name}/backbone"
-    backbone, tokenizer = policy.load_backbone(cfg.path(name))
-    info = {"backbone": name, "backbone_fingerprint": policy.fingerprint(backbone)}
-    if cfg.tune == "full":
-        model = policy.train_all(with_jump(backbone, start))
-    elif cfg.restart == "merged":
-        model = policy.add_lora(backbone, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+        if merge and jump and is_writer() and not (folder / "backbone").exists():
+            model, tokenizer = policy.load_backbone(cfg.path(base))
+            with write.writing(folder), write.atomic_dir(folder / "backbone") as baked:
+                policy.save(policy.with_jump(model, start), tokenizer, baked)
+    if merge and jump:
+        base = f"{{run_dir}}/continued/{name}/backbone"
+    model, tokenizer = policy.load_backbone(cfg.path(base))
+    made_of = (base, policy.fingerprint(model))
+    if merge:
+        model = policy.add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+    elif cfg.tune == "full":
+        model = policy.train_all(policy.with_jump(model, start) if jump else model)
     else:
-        model = policy.load_lora(backbone, start)
-    stage1.train(cfg, policy.place(model, accelerator.device), tokenizer, accelerator, folder, first_step, info)
-    if accelerator.is_main_process:
-        stage.finish()
-        print(f"done: steps {first_step + 1} to {cfg.steps}, checkpoints in {folder}")
+        model = policy.load_lora(model, start)
+        if jump.get("lora_dropout") and is_writer():
+            print(f"{start}: lora_dropout is set to 0, as rollouts have none", file=sys.stderr)
+    stage1.train(training.prepare(cfg, accelerator, model, tokenizer, made_of), folder, first_step)
+    stage.finish()
+    accelerator.print(f"done: steps {first_step + 1} to {cfg.steps}, checkpoints in {folder}")
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    configs.run_stage(main)
+    run_stage(main)

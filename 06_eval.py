@@ -219,8 +219,7 @@ def measure(cfg: EvalConfig, names: list[str], accelerator: Accelerator) -> None
             backbone, tokenizer = policy.load_backbone(cfg.path(base))
             if cfg.engine == "hf":
                 backbone = backbone.to(accelerator.device)
-            longest = cfg.max_prompt_tokens + cfg.max_new_tokens
-            engine = rollout.make_engine(cfg.engine, backbone, tokenizer, cfg.path(base), longest, rank, cfg.vllm_options, cfg.batch_size)
+            engine = rollout.make_engine(cfg, backbone, tokenizer, cfg.path(base), rank, cfg.batch_size)
             loaded, fingerprint = base, policy.fingerprint(backbone)
             del backbone  # hf holds it, vLLM has its own
         if name in adapted:

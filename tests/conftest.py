@@ -17,7 +17,7 @@ TINY = str(ROOT / "tests" / "tiny.yaml")
 torch.set_num_threads(1)
 
 from common import demo
-from common.files import config
+from common.files import resume, stage
 from common.rl import policy
 
 
@@ -43,11 +43,11 @@ def start_two(script: str, folder: pathlib.Path, accelerate_config: str, *args: 
 
 def call_stage(monkeypatch, capsys, script: str, *args: str) -> tuple[int, str]:
     """A stage's main in this process (no five seconds of imports): its exit code and the last line it wrote to stderr."""
-    stage = importlib.import_module(script.removesuffix(".py"))
+    main = importlib.import_module(script.removesuffix(".py")).main
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [script, *args])
     try:
-        config.run_stage(stage.main)
+        stage.run_stage(main)
         code = 0
     except SystemExit as stop:
         code = stop.code
@@ -59,6 +59,12 @@ def call_on(monkeypatch, capsys, script, run, *flags):
     """`call_stage` on a run directory without a preset."""
     capsys.readouterr()  # what loading models has written so far
     return call_stage(monkeypatch, capsys, script, "--run-dir", str(run), "--threads", "1", *flags)
+
+
+def save_lora(model, folder: pathlib.Path, info: dict) -> None:
+    """A checkpoint of a LoRA policy, as stage 1 writes it."""
+    with resume.checkpoint(folder, info) as open_folder:
+        policy.save(model, None, open_folder)
 
 
 def extract_from(monkeypatch, capsys, run, pattern, *flags):

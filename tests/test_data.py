@@ -226,10 +226,14 @@ def test_an_equals_sign_in_a_path_is_part_of_the_path(tmp_path):
     assert list(data.load_tasks([path])) == ["p"]
 
 
-def test_a_stage_depends_on_local_files_by_content_and_on_hub_data_by_name():
-    assert data.local_files("aime24=/data/a.parquet") == ["/data/a.parquet"]
-    assert data.local_files("runs/demo/data/train.jsonl") == ["runs/demo/data/train.jsonl"]
-    assert data.local_files("dapo-math-17k") == data.local_files("someone/sums") == []
+def test_a_stage_depends_on_local_files_by_content_and_on_hub_data_by_name(tmp_path):
+    one, two = (write(tmp_path / name / "p.jsonl", [{"prompt": "1", "answer": 1}]) for name in "ab")
+    assert len({data.content_hash(one), data.content_hash(two), data.content_hash(f"aime24={two}")}) == 1
+    write(tmp_path / "b" / "p.jsonl", [{"prompt": "1", "answer": 2}])
+    assert data.content_hash(one) != data.content_hash(two)
+    assert data.content_hash("dapo-math-17k") is data.content_hash("someone/sums") is None
+    with pytest.raises(UserError, match="data file no[.]jsonl not found"):
+        data.content_hash("no.jsonl")
 
 
 def test_the_fingerprint_sees_prompt_answer_and_kind():
@@ -242,7 +246,7 @@ def test_the_prompt_is_the_problem_and_the_instruction_after_an_explicit_system_
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    text = data.render_chats(["1+1"], tokenizer, data.PROMPT_TEMPLATE, data.SYSTEM_PROMPT, tokenize=False)[0]
+    text = data.render_chats(["1+1"], tokenizer, data.PROMPT_TEMPLATE, data.SYSTEM_PROMPT)[0]
     assert text == (
         "<system>You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
         "<user>1+1\nPlease reason step by step, and put your final answer within \\boxed{}.<assistant>"
@@ -258,3 +262,27 @@ def test_the_template_hash_changes_with_user_turn_system_turn_and_chat_template(
     hashes.append(data.template_hash(tokenizer, "{prompt}", ""))
     assert len(set(hashes)) == 4
     assert all(len(value) == 12 and int(value, 16) >= 0 for value in hashes)
+
+
+def encoded(backbone_dir, capsys, prompt: str, template: str, system: str) -> str:
+    """What is written to stderr when `prompt` is encoded."""
+    _, tokenizer = policy.load_backbone(str(backbone_dir))
+    tokenizer.chat_template = template
+    capsys.readouterr()
+    data.encode_prompts([data.Problem(prompt, "1")], tokenizer, "{prompt}", system, 200, "sums")
+    return capsys.readouterr().err
+
+
+TURNS = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def test_qwens_system_turn_for_another_backbone_is_a_warning(backbone_dir, capsys):
+    warning = "warning: sums: the system turn is Qwen2.5's, and the backbone is not: set --system-prompt"
+    assert warning in encoded(backbone_dir, capsys, "1+1", TURNS, data.SYSTEM_PROMPT)
+    assert warning not in encoded(backbone_dir, capsys, "1+1", f"{TURNS}{{# Qwen #}}", data.SYSTEM_PROMPT)
+    assert encoded(backbone_dir, capsys, "1+1", TURNS, "") == ""
+
+
+def test_characters_that_the_tokenizer_loses_are_a_warning(backbone_dir, capsys):
+    assert "the tokenizer has no token for 'xyλ'" in encoded(backbone_dir, capsys, "1+1 x y λ", TURNS, "")
+    assert encoded(backbone_dir, capsys, "12 + 34", TURNS, "") == ""

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from conftest import call_on, extract_from
+from conftest import call_on, extract_from, save_lora
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from common import rank1
@@ -118,7 +118,7 @@ def runs(backbone_dir, tmp_path_factory):
             if parameter.requires_grad:
                 parameter.data += 0.03 * torch.randn(parameter.shape)
         lora, full = (folder / kind / f"checkpoint-{step}" for kind in ("lora", "full"))
-        policy.save_lora(model, lora, {"backbone": str(backbone_dir)})
+        save_lora(model, lora, {"backbone": str(backbone_dir)})
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(merge, "SHARD_BYTES", 10**9 if step % 20 else 100_000)
             merge.merge(full, adapters.read_adapter(lora), backbone_dir, True, {})

@@ -9,7 +9,7 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, TINY, start_two
+from conftest import ROOT, TINY, save_lora, start_two
 from test_policy_and_rollout import PROMPTS, encode, plain_logprobs
 from test_stages import metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,10 +20,10 @@ from common.files import deltas as delta_files
 from common.files import models as model_files
 from common.files import read as inputs
 from common.reproduce import results
-from common.rl import policy
+from common.rl import policy, training
 
 RATE = 1e-4
-stage1, stage5, stage6 = (importlib.import_module(name) for name in ("01_train_lora_grpo", "05_continue_rl", "06_eval"))
+stage1, stage6 = (importlib.import_module(name) for name in ("01_train_lora_grpo", "06_eval"))
 
 
 def call(script: str, run: pathlib.Path, *flags: str) -> None:
@@ -99,17 +99,17 @@ def test_a_checkpoint_is_an_ordinary_model_folder_in_fp32(full_run, backbone_dir
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(full_run, empty_run, tmp_path, monkeypatch):
     run = tmp_path / "run"
     shutil.copytree(empty_run, run)
-    real = stage1.update
+    real = stage1.sample
 
-    def interrupted(cfg, step, *rest):
+    def interrupted(run, step, timer):
         if step == 4:
             raise KeyboardInterrupt
-        return real(cfg, step, *rest)
+        return real(run, step, timer)
 
-    monkeypatch.setattr(stage1, "update", interrupted)
+    monkeypatch.setattr(stage1, "sample", interrupted)
     with pytest.raises(KeyboardInterrupt):
         call("01_train_lora_grpo.py", run, "--steps", "7", "--resume-every", "2")
-    monkeypatch.setattr(stage1, "update", real)
+    monkeypatch.setattr(stage1, "sample", real)
     assert [path.name for path in (run / "train" / "resume").iterdir()] == ["step_0002"]
     call("01_train_lora_grpo.py", run, "--steps", "7", "--resume-every", "2")
     assert metrics(run / "train") == metrics(full_run / "train")
@@ -139,8 +139,9 @@ def test_the_kl_term_compares_with_the_backbone_as_it_was(backbone_dir, empty_ru
     model = policy.load_backbone(str(run / "train" / "step_0001"))[0]
     backbone, tokenizer = policy.load_backbone(str(backbone_dir))
     cfg = stage1.TrainConfig(prompts_per_step=4, mini_batch=2, rollouts=4, max_new_tokens=48, train_data=str(run / "data" / "train.jsonl"))
-    cfg.prompt_template, cfg.system_prompt = "{prompt}", ""
-    problems, prompts, _ = stage1.load_prompts(cfg, tokenizer)
+    
+    problems = stage1.data.load_problems(cfg.train_data)
+    prompts = stage1.data.encode_prompts(problems, tokenizer, "{prompt}", "", 100, "train")
     order = [index for index in stage1.data.prompt_order(len(problems), 4, 2, 0) for _ in range(4)]
     seeds = [stage1.rollout.sequence_seed(0, 2, index, i % 4) for i, index in enumerate(order)]
     sampled = stage1.rollout.HFEngine(model, tokenizer).generate([prompts[index] for index in order], seeds, 48)
@@ -158,7 +159,7 @@ def test_sharding_is_refused_in_one_line(backbone_dir, monkeypatch):
     for key, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(UserError, match="and --tune full has none"):
-        policy.place(policy.train_all(policy.load_backbone(str(backbone_dir))[0]), torch.device("cpu"))
+        training.place(policy.train_all(policy.load_backbone(str(backbone_dir))[0]), torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -253,7 +254,7 @@ def test_changed_weights_are_measured_again(full_run, tmp_path, monkeypatch):
     ("flags", "message"),
     [
         (["--restart", "merged"], "--tune full has no adapter to restart"),
-        (["--tune", "lora"], "an adapter of rank 1 on a whole model, too little to train"),
+        (["--tune", "lora"], "has too little to train: --tune full, or --restart merged"),
     ],
 )
 def test_a_restart_that_means_nothing_is_refused(full_run, flags, message):
@@ -269,8 +270,8 @@ def test_a_bf16_backbone_takes_a_jump_in_fp32(backbone_dir, tmp_path):
         if "lora_B" in name:
             parameter.data = torch.full_like(parameter, 1e-4)
     base = policy.load_backbone(str(tmp_path / "bf16"))[0]
-    policy.save_lora(model, tmp_path / "jump", {"backbone": "bf16", "backbone_fingerprint": policy.fingerprint(base)})
-    jump, after = adapters.read_adapter(tmp_path / "jump"), stage5.with_jump(base, tmp_path / "jump").state_dict()
+    save_lora(model, tmp_path / "jump", {"backbone": "bf16", "backbone_fingerprint": policy.fingerprint(base)})
+    jump, after = adapters.read_adapter(tmp_path / "jump"), policy.with_jump(base, tmp_path / "jump").state_dict()
     stored = model_files.open_model(tmp_path / "bf16")
     for module, (b, a) in jump.factors.items():
         want = stored.tensor(f"{module}.weight").float() + jump.scale(module) * b @ a

@@ -184,3 +184,18 @@ def test_k3_estimates_the_kl_divergence():
 def test_rollout_correction_is_the_ratio_up_to_the_cap():
     weights = grpo.rollout_correction(torch.tensor([0.0, 1.0, -1.0]), torch.tensor([0.0, 0.0, 0.0]), cap=2.0)
     assert weights.tolist() == pytest.approx([1.0, 2.0, math.exp(-1)])
+
+
+def test_log_ratios_are_clamped_as_in_verl_before_they_overflow():
+    """A ratio of e^100 is inf in fp32: the loss was nan or inf where the advantage is negative."""
+    logprobs = torch.tensor([0.0], requires_grad=True)
+    loss, _ = grpo.clipped_loss(logprobs, torch.tensor([-100.0]), torch.tensor([-1.0]), torch.ones(1), 0.2, 0.2)
+    assert loss.item() == pytest.approx(math.exp(20))
+    loss.backward()
+    assert logprobs.grad.item() == 0
+
+
+def test_k3_is_clamped_as_in_verl():
+    assert grpo.k3_kl(torch.tensor([-200.0]), torch.tensor([0.0]), torch.ones(1)) == 10
+    assert grpo.k3_kl(torch.tensor([0.0]), torch.tensor([-200.0]), torch.ones(1)) == 10
+    assert grpo.k3_kl(torch.tensor([0.0]), torch.tensor([-5.0]), torch.ones(1)).item() == pytest.approx(4 + math.exp(-5))

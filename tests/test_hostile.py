@@ -2,24 +2,19 @@
 
 import importlib
 import json
-import os
 import pathlib
 import pickle
 import shutil
-import subprocess
-import sys
 
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, call_on, call_stage
+from conftest import call_on, call_stage, save_lora
 
 from common import UserError, demo
-from common.files import config
 from common.files import deltas as delta_files
 from common.files import models as model_files
 from common.files import read as inputs
-from common.files import write as run_dir
 from common.reproduce import plans
 from common.rl import data, policy
 
@@ -69,7 +64,7 @@ def made(tmp_path_factory):
         for name, parameter in model.named_parameters():
             if "lora" in name:
                 parameter.data += 0.02 * torch.randn(parameter.shape)
-        policy.save_lora(model, run / "made" / f"step_{step:04d}", {"step": step, **info})
+        save_lora(model, run / "made" / f"step_{step:04d}", {"step": step, **info})
     return run
 
 

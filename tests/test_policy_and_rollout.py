@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import save_lora
 
 from common import UserError
 from common.rl import policy, rollout
@@ -143,7 +144,7 @@ def test_sampling_defaults_in_the_backbones_folder_are_ignored(tmp_path, backbon
 def test_a_saved_adapter_loads_equal_and_is_stored_in_fp32(lora_policy, tmp_path, backbone_dir):
     model, tokenizer = lora_policy
     ids = torch.tensor(encode(tokenizer, PROMPTS[:1]))
-    policy.save_lora(
+    save_lora(
         model, tmp_path / "step_0001", {"step": 1, "backbone": "x", "backbone_fingerprint": policy.fingerprint(model.get_base_model())}
     )
     backbone, _ = policy.load_backbone(str(backbone_dir))
@@ -155,7 +156,7 @@ def test_a_saved_adapter_loads_equal_and_is_stored_in_fp32(lora_policy, tmp_path
 
 def test_an_adapter_of_another_backbone_is_refused(lora_policy, tmp_path, backbone_dir):
     model, _ = lora_policy
-    policy.save_lora(model, tmp_path / "step_0001", {"step": 1, "backbone": "x", "backbone_fingerprint": "another"})
+    save_lora(model, tmp_path / "step_0001", {"step": 1, "backbone": "x", "backbone_fingerprint": "another"})
     backbone, _ = policy.load_backbone(str(backbone_dir))
     with pytest.raises(UserError, match="another backbone"):
         policy.load_lora(backbone, tmp_path / "step_0001")
@@ -167,3 +168,23 @@ def test_fingerprint_sees_a_changed_weight(backbone_dir):
     assert policy.fingerprint(one) == policy.fingerprint(two)
     two.get_input_embeddings().weight.data[0, 0] += 1
     assert policy.fingerprint(one) != policy.fingerprint(two)
+
+
+def test_dropout_of_another_trainers_adapter_is_off(lora_policy, tmp_path, backbone_dir):
+    """The policy that is trained has to be the one that sampled. Live dropout moves log-probs by nats."""
+    model, tokenizer = lora_policy
+    model.save_pretrained(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_dropout": 0.5}))
+    loaded = policy.load_lora(policy.load_backbone(str(backbone_dir))[0], tmp_path / "theirs")
+    loaded.train()
+    prompts, completions = encode(tokenizer, PROMPTS[:1]), encode(tokenizer, ["3+9+0=12<|end|>"])
+    found, again = (policy.token_logprobs(loaded, prompts, completions, 1.0)[0] for _ in range(2))
+    assert torch.equal(found, again)
+    assert torch.equal(found, policy.token_logprobs(model, prompts, completions, 1.0)[0])
+
+
+def test_the_seed_of_a_problem_that_comes_again_in_a_step_is_another():
+    first = rollout.sequence_seed(0, 3, 5, 1)
+    assert first == rollout.sequence_seed(0, 3, 5, 1, 0) == 6126671502514601163
+    assert len({rollout.sequence_seed(0, 3, 5, 1, occurrence) for occurrence in range(3)}) == 3

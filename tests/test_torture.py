@@ -22,7 +22,7 @@ from conftest import ROOT, TINY, call_stage, start_two
 from test_stages import metrics, weights
 
 from common import UserError
-from common.files import config
+from common.files import config, ram
 from common.files import read as inputs
 from common.files import write as run_dir
 from common.reproduce import __main__ as reproduce
@@ -681,8 +681,8 @@ def vllm_engine(monkeypatch, tmp_path):
     module = importlib.import_module("common.rl.vllm_engine")
     engine = object.__new__(module.VLLMEngine)
     engine.ends, engine.lora, engine.sleeps, engine.asleep, engine.synced = [1], None, False, False, 0
-    monkeypatch.setattr(module, "RAM_DISK", str(tmp_path))
-    engine.ram, engine.ram_lock = module.ram_folder()
+    monkeypatch.setattr(ram, "DISK", str(tmp_path))
+    engine.ram = ram.RamDisk()
     yield engine
     sys.modules.pop("common.rl.vllm_engine", None)
 
@@ -771,7 +771,6 @@ def test_a_full_ram_disk_is_one_line(vllm_engine, lora_policy):
 
 
 def test_what_a_killed_engine_left_on_the_ram_disk_goes_and_nothing_else(vllm_engine, tmp_path):
-    module = sys.modules["common.rl.vllm_engine"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("")
     (tmp_path / "next-lora-link").symlink_to(tmp_path / "mine")
@@ -779,18 +778,17 @@ def test_what_a_killed_engine_left_on_the_ram_disk_goes_and_nothing_else(vllm_en
     stay = {*tmp_path.iterdir()}
     if (pid := os.fork()) == 0:
         try:
-            folder, _ = module.ram_folder()
-            pathlib.Path(folder.name, "1").mkdir()
-            pathlib.Path(folder.name, "link").symlink_to(tmp_path / "mine")
+            disk = ram.RamDisk()
+            (disk.path / "1").mkdir()
+            (disk.path / "link").symlink_to(tmp_path / "mine")
         finally:
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(pid, 0)
     assert len({*tmp_path.iterdir()} - stay) == 1
-    folder, lock = module.ram_folder()
-    assert {*tmp_path.iterdir()} == stay | {pathlib.Path(folder.name)}  # that of vllm_engine, which lives, is among those that stay
+    disk = ram.RamDisk()
+    assert {*tmp_path.iterdir()} == stay | {disk.path}  # that of vllm_engine, which lives, is among those that stay
     assert (tmp_path / "mine" / "file").exists()
-    folder.cleanup()
-    os.close(lock)
+    disk.close()
 
 
 def test_a_folder_on_the_ram_disk_that_another_takes_for_a_dead_ones_is_made_anew(vllm_engine, monkeypatch):
@@ -803,19 +801,17 @@ def test_a_folder_on_the_ram_disk_that_another_takes_for_a_dead_ones_is_made_ane
         real(handle, how)
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    folder, lock = sys.modules["common.rl.vllm_engine"].ram_folder()
-    assert os.path.isdir(folder.name)
+    disk = ram.RamDisk()
+    assert disk.path.is_dir()
     assert taken
-    assert folder.name not in taken
-    folder.cleanup()
-    os.close(lock)
+    assert str(disk.path) not in taken
+    disk.close()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives a folder to another user")
 def test_another_users_folder_on_the_ram_disk_stays(vllm_engine, tmp_path):
     (tmp_path / "next-lora-theirs").mkdir()
     os.chown(tmp_path / "next-lora-theirs", 12345, -1)
-    folder, lock = sys.modules["common.rl.vllm_engine"].ram_folder()
+    disk = ram.RamDisk()
     assert (tmp_path / "next-lora-theirs").is_dir()
-    folder.cleanup()
-    os.close(lock)
+    disk.close()

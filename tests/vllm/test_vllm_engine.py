@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import pathlib
 import shutil
 import statistics
 import typing
@@ -11,13 +10,13 @@ import weakref
 
 import pytest
 import torch
-from conftest import TINY, lay_out, run_stage, start_two
+from conftest import TINY, lay_out, run_stage, save_lora, start_two
 from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import EngineArgs
 
 from common import UserError, demo
 from common.files import read as inputs
-from common.rl import policy, rollout, vllm_engine
+from common.rl import options, policy, rollout, vllm_engine
 
 # Starts faster, and the prefix cache works on blocks that are shorter than our prompts.
 SMALL = json.dumps({"enforce_eager": True, "kv_cache_memory_bytes": 2**27, "block_size": 32})
@@ -54,6 +53,13 @@ def gap(model, tokenizer, rollouts) -> float:
     return (trainer - torch.tensor([x for r in rollouts for x in r.logprobs])).abs().max().item()
 
 
+def start_engine(model, tokenizer, rank: int, vllm_options: str = SMALL):
+    cfg = options.SamplingConfig(
+        engine="vllm", vllm_options=vllm_options, max_prompt_tokens=LIMIT - NEW, max_new_tokens=NEW
+    )
+    return rollout.make_engine(cfg, model, tokenizer, str(demo.SHIPPED), rank)
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return policy.load_backbone(str(demo.SHIPPED))[1]
@@ -63,7 +69,7 @@ def tokenizer():
 def engine(tokenizer):
     """An engine for adapters up to rank 65, which vLLM only has room for at 128."""
     backbone, _ = policy.load_backbone(str(demo.SHIPPED))
-    made = rollout.make_engine("vllm", backbone, tokenizer, str(demo.SHIPPED), LIMIT, 65, SMALL)
+    made = start_engine(backbone, tokenizer, 65)
     yield made
     made.close()
 
@@ -90,7 +96,7 @@ def test_only_the_last_adapter_is_kept_on_the_ram_disk(engine):
     model = make_lora(4)
     for _ in range(3):
         engine.sync(model)
-    left = list(pathlib.Path(engine.ram.name).iterdir())
+    left = list(engine.ram.path.iterdir())
     assert [str(path) for path in left] == [engine.lora.lora_path]
 
 
@@ -118,7 +124,7 @@ def test_responses_end_with_the_end_token_or_at_the_limit(engine, tokenizer):
 def test_an_adapter_from_disk_and_the_backbone_without_it(engine, tokenizer, tmp_path):
     model = make_lora(17)
     move(model, 0)
-    policy.save_lora(model, tmp_path / "step_0001", {"step": 1})
+    save_lora(model, tmp_path / "step_0001", {"step": 1})
     engine.use(tmp_path / "step_0001")
     assert gap(model, tokenizer, sample(engine, tokenizer)) < 1e-4
     engine.use(None)
@@ -131,7 +137,7 @@ def test_an_adapter_from_disk_and_the_backbone_without_it(engine, tokenizer, tmp
 
 def test_all_parameters_follow(tokenizer):
     model, _ = policy.load_backbone(str(demo.SHIPPED))
-    made = rollout.make_engine("vllm", model, tokenizer, str(demo.SHIPPED), LIMIT, 0, SMALL)
+    made = start_engine(model, tokenizer, 0)
     before = sample(made, tokenizer)
     assert gap(model, tokenizer, before) < 1e-4
     for step in range(2):
@@ -156,13 +162,13 @@ def test_weights_that_are_all_trained_are_sampled_from_in_what_autocast_computes
 def test_a_closed_engine_leaves_nothing_behind_and_another_can_follow(tokenizer):
     backbone, _ = policy.load_backbone(str(demo.SHIPPED))
     for _ in range(2):
-        made = rollout.make_engine("vllm", backbone, tokenizer, str(demo.SHIPPED), LIMIT, 0, SMALL)
+        made = start_engine(backbone, tokenizer, 0)
         assert gap(backbone, tokenizer, sample(made, tokenizer)) < 1e-4
         weights = made.llm.apply_model(weakref.ref)[0]
         assert weights() is not None
         made.close()
         assert weights() is None
-        assert not pathlib.Path(made.ram.name).exists()
+        assert not made.ram.path.exists()
 
 
 def test_every_option_that_is_allowed_is_one_of_this_vllm():
@@ -172,7 +178,7 @@ def test_every_option_that_is_allowed_is_one_of_this_vllm():
 def test_an_option_that_vllm_refuses_is_one_line(tokenizer):
     backbone, _ = policy.load_backbone(str(demo.SHIPPED))
     with pytest.raises(UserError, match=r"vLLM does not start \(.*cache_dtype.*see --vllm-options"):
-        rollout.make_engine("vllm", backbone, tokenizer, str(demo.SHIPPED), LIMIT, 4, '{"kv_cache_dtype": "int3"}')
+        start_engine(backbone, tokenizer, 4, '{"kv_cache_dtype": "int3"}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,241 @@
+"""What stage 1 has ready before its loop, and the parts of a step that no equation names."""
+
+import dataclasses
+import os
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch.distributed.fsdp import fully_shard
+from tqdm import tqdm
+
+from common import UserError, grpo
+from common.files.config import as_dict
+from common.rl import data, metrics, policy, rollout, verifier
+
+
+@dataclasses.dataclass
+class Run:
+    """What every step works with."""
+
+    cfg: object  # stage 1's TrainConfig
+    accelerator: Accelerator
+    model: torch.nn.Module  # the policy
+    tokenizer: object
+    frozen: torch.nn.Module | None  # the backbone, where it is not the model without its adapter
+    optimizer: torch.optim.Optimizer
+    engine: object  # rollout.HFEngine or vllm_engine.VLLMEngine
+    judge: verifier.Verifier
+    problems: list[data.Problem]
+    prompts: list[list[int]]  # token ids
+    backbone: str  # what the policy is an adapter on, or began as
+    stands_on: dict  # hashes of backbone, template and data
+
+
+@dataclasses.dataclass
+class Batch:
+    """What one process sampled in a step. Sequence i answers its problem i // G."""
+
+    problems: list[data.Problem]  # of each sequence
+    prompts: list[list[int]]  # token ids
+    completions: list[list[int]]  # token ids, with the end token
+    finished: list[bool]
+    texts: list[str]
+    rewards: torch.Tensor  # [problems, G]
+    engine: list[
+        torch.Tensor
+    ]  # log-probs by the engine, [tokens] of each sequence; so are all below
+    old: list[torch.Tensor] = ()  # by the trainer
+    reference: list[torch.Tensor] = ()  # by the backbone
+    advantage: list[torch.Tensor] = ()
+
+    def tokens(self, sequences: list[int]) -> tuple[list[list[int]], list[list[int]]]:
+        """The prompts and completions of these sequences."""
+        return [self.prompts[i] for i in sequences], [self.completions[i] for i in sequences]
+
+    def samples(self, step: int) -> list[dict]:
+        """The first response to each of four problems, for samples.jsonl."""
+        rewards, every = self.rewards.flatten().tolist(), self.rewards.shape[1]
+        return [
+            {
+                "step": step,
+                "prompt": self.problems[i].prompt,
+                "response": self.texts[i],
+                "answer": self.problems[i].answer,
+                "reward": rewards[i],
+            }
+            for i in range(0, len(rewards), every)[:4]
+        ]
+
+
+def start(cfg, folder) -> Accelerator:
+    """Threads, engine, process group, device, precision and tracker."""
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    cfg.engine = rollout.choose_engine(cfg.engine)  # a run goes on with the engine it began with
+    precision = cfg.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() else "no"
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else CPU processes do not find each other
+        mixed_precision=precision,
+        log_with=cfg.report_to or None,
+        project_dir=folder,
+    )
+    if cfg.mini_batch % accelerator.num_processes:
+        raise UserError(
+            f"mini_batch ({cfg.mini_batch}) must be a multiple of the number of processes "
+            f"({accelerator.num_processes})"
+        )
+    return accelerator
+
+
+def place(model, device: torch.device):
+    """The policy on `device`; under common/accelerate/fsdp2.yaml its frozen layers are sharded.
+
+    Each process then keeps 1/N of every layer and borrows the rest while the layer computes. LoRA
+    factors, embeddings and head stay whole, so gradients and checkpoints are as without sharding.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP") != "true":
+        return model.to(device)
+    loading = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")
+    if os.environ.get("FSDP_VERSION") != "2" or loading != "false":
+        raise UserError(
+            "the accelerate config must have fsdp_version: 2 and "
+            "fsdp_cpu_ram_efficient_loading: false"
+        )
+    if not isinstance(model, PeftModel):
+        raise UserError(
+            "FSDP2 shards frozen layers here, and --tune full has none: launch without fsdp2.yaml"
+        )
+    decoder = model.get_base_model().get_decoder()
+    whole = {*policy.trained(model).values()}
+    for layer in decoder.layers:
+        fully_shard(layer, ignored_params=whole)
+    # The decoder itself owns nothing: it gathers the next layer while one computes.
+    fully_shard(decoder, ignored_params=set(model.parameters()))
+    return model.to(device)
+
+
+def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str, str]) -> Run:
+    """Problems, optimizer, engine, verifier. `backbone`: what the policy is on, its fingerprint."""
+    if cfg.report_to:
+        accelerator.init_trackers("next", config=as_dict(cfg))
+    columns = {"prompt_column": cfg.prompt_column, "answer_column": cfg.answer_column}
+    problems = data.load_problems(
+        cfg.path(cfg.train_data), cfg.english_only, split=cfg.data_split, **columns
+    )
+    turns = (tokenizer, cfg.prompt_template, cfg.system_prompt)
+    prompts = data.encode_prompts(problems, *turns, cfg.max_prompt_tokens, cfg.train_data)
+    model, frozen = place(model, accelerator.device), None
+    if cfg.gradient_checkpointing:
+        policy.checkpoint_gradients(model)
+    if cfg.tune == "full" and cfg.kl_coef:
+        frozen = policy.load_backbone(cfg.path(cfg.backbone))[0].to(accelerator.device)
+    engine = rollout.make_engine(
+        cfg, model, tokenizer, cfg.path(backbone[0]), policy.lora_rank(model)
+    )
+    processes, device = accelerator.num_processes, accelerator.device.type
+    accelerator.print(f"{processes} process(es) on {device}, rollouts by {cfg.engine}")
+    first = f"{tokenizer.decode(prompts[0])!r}  answer: {problems[0].answer!r}"
+    accelerator.print(f"{len(problems)} problems; first prompt: {first}")
+    trained = policy.trained(model).values()
+    return Run(
+        cfg=cfg,
+        accelerator=accelerator,
+        model=model,
+        tokenizer=tokenizer,
+        frozen=frozen,
+        optimizer=torch.optim.AdamW(trained, cfg.learning_rate, weight_decay=cfg.weight_decay),
+        engine=engine,
+        judge=verifier.Verifier(cfg.verifier_seconds, cfg.answer_format),
+        problems=problems,
+        prompts=prompts,
+        backbone=backbone[0],
+        stands_on={
+            "backbone_fingerprint": backbone[1],
+            "template_hash": data.template_hash(*turns),
+            "data_hash": data.fingerprint(problems),
+        },
+    )
+
+
+def micro_batches(run: Run, batch: Batch, sequences: list[int]) -> list[list[int]]:
+    """`sequences` in parts of at most micro_tokens padded tokens.
+
+    Of a sharded model every process has as many parts: they run its layers in step.
+    """
+    lengths = {i: len(batch.prompts[i]) + len(batch.completions[i]) for i in sequences}
+    parts = grpo.micro_batches(lengths, run.cfg.micro_tokens)
+    if not policy.is_sharded(run.model):
+        return parts
+    count = torch.tensor([len(parts)], device=run.accelerator.device)
+    most = run.accelerator.gather(count).max().item()
+    return grpo.micro_batches(lengths, run.cfg.micro_tokens, at_least=most)
+
+
+@torch.no_grad()
+def score(run: Run, batch: Batch) -> dict:
+    """log pi_old by the trainer, and log pi_backbone if KL counts. Returns sums for the metrics."""
+    cfg, count = run.cfg, len(batch.completions)
+    batch.old, batch.reference = [None] * count, [None] * count
+    sums = {"entropy": 0.0, "gap": 0.0, "gap_max": 0.0, "kl": 0.0}
+    for part in micro_batches(run, batch, [*range(count)]):
+        tokens, lengths = batch.tokens(part), [len(batch.completions[i]) for i in part]
+        with run.accelerator.autocast():
+            old, entropy = policy.token_logprobs(
+                run.model, *tokens, cfg.temperature, True
+            )  # [tokens]
+            reference = old
+            if cfg.kl_coef:
+                with policy.reference(run.model, run.frozen) as backbone:
+                    reference, _ = policy.token_logprobs(backbone, *tokens, cfg.temperature)
+        gap = (old - torch.cat([batch.engine[i] for i in part])).abs()
+        sums["entropy"] += entropy.sum().item()
+        sums["gap"] += gap.sum().item()
+        sums["gap_max"] = max(sums["gap_max"], gap.max().item())
+        sums["kl"] += (old - reference).sum().item()
+        for i, one, other in zip(part, old.split(lengths), reference.split(lengths), strict=True):
+            batch.old[i], batch.reference[i] = one, other
+    return sums
+
+
+def token_weights(run: Run, batch: Batch, sequences: list[int]) -> dict[int, torch.Tensor]:
+    """Sequence -> the weights of its tokens in the loss of an update, [tokens].
+
+    They add up to 1 over all processes: neither micro-batches nor processes change the loss.
+    """
+    by_token = run.cfg.loss_aggregation == "token"
+    lengths = torch.tensor([len(batch.completions[i]) for i in sequences])
+    local = torch.tensor([float(lengths.sum()), float(len(lengths))])
+    tokens, count = run.accelerator.reduce(local.to(run.accelerator.device), "sum").cpu()
+    share = lengths.sum() / tokens if by_token else len(lengths) / count
+    weights = grpo.token_weights(lengths, run.cfg.loss_aggregation) * share
+    return dict(zip(sequences, weights.split(lengths.tolist()), strict=True))
+
+
+def descend(run: Run, step: int, losses: list[tuple[float, float]]) -> dict:
+    """A step of AdamW on the gradients of all processes. losses: (loss, clip share) a micro-batch.
+
+    Returns loss, clip_share and grad_norm. Raises UserError where they are not finite.
+    """
+    parameters = [*policy.trained(run.model).values()]
+    if run.accelerator.num_processes > 1:  # the weights add up to 1 over processes: so do gradients
+        for parameter in parameters:
+            parameter.grad = run.accelerator.reduce(parameter.grad, "sum")
+    norm = torch.nn.utils.clip_grad_norm_(parameters, run.cfg.max_grad_norm).item()
+    loss, clipped = (sum(column) for column in zip(*losses, strict=True))
+    stats = {"loss": loss, "clip_share": clipped, "grad_norm": norm}
+    metrics.check_finite(step, stats)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return stats
+
+
+def show(run: Run, line: dict) -> None:
+    """A line of metrics for the console and the tracker."""
+    numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
+    run.accelerator.log(numbers, step=line["step"])
+    is_due = line["step"] % run.cfg.log_every == 0 or line["step"] == run.cfg.steps
+    if run.accelerator.is_main_process and is_due:
+        tqdm.write(metrics.console_line(line, run.cfg.steps))
