@@ -16,8 +16,8 @@ HASHES = "sha256.json"  # beside weights that we write: file -> its hash
 
 def safe_name(name: str, what: str) -> str:
     """Returns `name` if it can name a file in a folder; else raises UserError about `what`."""
-    bad = name.startswith(".") or {"/", "\\"} & {*name} or len(name.encode()) > 200
-    if bad or not name or not name.isprintable():
+    fine = name and name.isprintable() and not {"/", "\\"} & {*name} and name[0] != "."
+    if not fine or len(name.encode()) > 200:
         rule = "want up to 200 letters, no slash, and no dot in front"
         raise UserError(f"{what}: {name[:80]!r} cannot be a name here: {rule}")
     return name
