@@ -22,29 +22,41 @@ from conftest import ROOT, TINY, call_stage, start_two
 from test_stages import metrics, weights
 
 from common import UserError
-from common.files import config, ram
-from common.files import read as inputs
-from common.files import write as run_dir
+from common.files import config, ram, read, stage, write
 from common.reproduce import __main__ as reproduce
+from common.reproduce import plans, runner
 from common.rl import policy, rollout
 
 sys.path.insert(0, str(ROOT / "tests" / "bench"))
 import torture
 
-stage1 = importlib.import_module("01_train_lora_grpo")
 MERGED = "continued/next-aligned_alpha1.5_merged"
+DELTAS = "deltas/model.layers.0.mlp.up_proj.safetensors"
 WRITTEN = "is not as it was written, by a bad disk or by hand"
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
 # Killed
-# ---------------------------------------------------------------------------------------------------------------------------
 
 
 def test_killed_at_random_moments_every_stage_makes_what_it_makes_in_peace(finished_run, tmp_path):
     """The short form of tests/bench/torture.py. It also shows that the same seed gives the same files: finished_run is another run."""
-    command = [sys.executable, "tests/bench/torture.py", "--preset", TINY, "--against", str(finished_run), "--out", str(tmp_path / "out")]
-    result = subprocess.run([*command, "--kills", "8", "--seed", "425"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    command = [
+        sys.executable,
+        "tests/bench/torture.py",
+        "--preset",
+        TINY,
+        "--against",
+        str(finished_run),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    result = subprocess.run(
+        [*command, "--kills", "8", "--seed", "425"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "8 kills" in result.stdout
     assert "differences: 0" in result.stdout
@@ -53,13 +65,33 @@ def test_killed_at_random_moments_every_stage_makes_what_it_makes_in_peace(finis
     assert "again at once" in result.stdout
 
 
-def test_training_killed_before_each_rename_of_two_steps_goes_on_after_the_last_whole_one(empty_run, tmp_path, monkeypatch, capsys):
+def test_training_killed_before_each_rename_of_two_steps_goes_on_after_the_last_whole_one(
+    empty_run, tmp_path, monkeypatch, capsys
+):
     """A kill leaves what is renamed, and the log. Each restart is killed one rename later than the one before it."""
-    small = ["--steps", "2", "--prompts-per-step", "2", "--mini-batch", "2", "--rollouts", "2", "--max-new-tokens", "4"]
-    small += ["--backbone", str(empty_run / "backbone"), "--train-data", str(empty_run / "data" / "train.jsonl")]
+    small = [
+        "--steps",
+        "2",
+        "--prompts-per-step",
+        "2",
+        "--mini-batch",
+        "2",
+        "--rollouts",
+        "2",
+        "--max-new-tokens",
+        "4",
+    ]
+    small += [
+        "--backbone",
+        str(empty_run / "backbone"),
+        "--train-data",
+        str(empty_run / "data" / "train.jsonl"),
+    ]
     whole, run, log = tmp_path / "whole" / "run", tmp_path / "killed" / "run", tmp_path / "log"
     command = ["01_train_lora_grpo.py", "--config", TINY, *small, "--run-dir"]
-    assert call_stage(monkeypatch, capsys, *command, str(whole))[0] == 0  # the forks then have loaded all that it loads
+    assert (
+        call_stage(monkeypatch, capsys, *command, str(whole))[0] == 0
+    )  # the forks then have loaded all that it loads
     n, kills, code = 0, collections.Counter(), None
     while code != 0:
         wanted, n = torture.whole_until(run / "train"), n + 1
@@ -70,28 +102,40 @@ def test_training_killed_before_each_rename_of_two_steps_goes_on_after_the_last_
         assert torture.too_far_back(wanted, printed) is None, (wanted, n)
         assert torture.whole_until(run / "train") >= wanted, n
         kills[wanted] += 1
-        n *= torture.whole_until(run / "train") == wanted  # the next step is whole: from the first rename again
+        n *= (
+            torture.whole_until(run / "train") == wanted
+        )  # the next step is whole: from the first rename again
     assert [row["step"] for row in metrics(run / "train")] == [1, 2]
     assert torture.differences(whole, run) == []
     assert sorted(kills) == [0, 1, 2]
-    assert min(kills[0], kills[1]) > 10  # three renames at a start, three of a checkpoint, four of a resume state
+    assert (
+        min(kills[0], kills[1]) > 10
+    )  # three renames at a start, three of a checkpoint, four of a resume state
 
 
 def test_a_training_that_began_too_far_back_is_noticed(tmp_path):
     (tmp_path / "resume" / "step_0004").mkdir(parents=True)
     (tmp_path / "config.json").write_text('{"config": {"resume_every": 2}}')
-    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 7)))
-    assert torture.whole_until(tmp_path) == 4  # of step 6 there is the row, the state may have been on its way
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(f'{{"step": {step}}}\n' for step in range(1, 7))
+    )
+    assert (
+        torture.whole_until(tmp_path) == 4
+    )  # of step 6 there is the row, the state may have been on its way
     (tmp_path / "resume" / "step_0004").rmdir()
     assert torture.whole_until(tmp_path) == 4  # what was there counts
     begun = "1 process(es) on cpu\n"
     assert torture.too_far_back(4, begun + "going on after step 4\nstep 5/8") is None
-    assert torture.too_far_back(4, begun + "going on after step 2\n") == "went on after step 2, not 4"
+    assert (
+        torture.too_far_back(4, begun + "going on after step 2\n") == "went on after step 2, not 4"
+    )
     assert torture.too_far_back(4, begun + "step 1/8") == "went on after step 0, not 4"
     assert torture.too_far_back(4, begun) is None  # killed before it said so
 
 
-def test_the_comparison_sees_a_changed_bit_a_row_too_many_and_what_is_left_behind(finished_run, tmp_path):
+def test_the_comparison_sees_a_changed_bit_a_row_too_many_and_what_is_left_behind(
+    finished_run, tmp_path
+):
     one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
     for run in (one, two):
         shutil.copytree(finished_run, run)
@@ -123,31 +167,40 @@ def killed_at_rename(n: int, after: bool, work) -> int:
 
 
 def replace_folder(path: pathlib.Path) -> None:
-    with run_dir.atomic_dir(path, overwrite=True) as folder:
+    with write.atomic_dir(path, overwrite=True) as folder:
         (folder / "a").write_text("new")
         (folder / "b").write_text("new")
 
 
 def contents(folder: pathlib.Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_text()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_folder_that_is_killed_while_it_is_replaced_is_old_new_or_not_there(tmp_path, n, after):
-    stage = tmp_path / "stage"
-    stage.mkdir()
+    folder = tmp_path / "stage"
+    folder.mkdir()
     for name in "ab":
-        (stage / "step").mkdir(exist_ok=True)
-        (stage / "step" / name).write_text("old")
-    assert killed_at_rename(n, after, lambda: replace_folder(stage / "step")) == -signal.SIGKILL
-    named = contents(stage / "step") if (stage / "step").exists() else None
+        (folder / "step").mkdir(exist_ok=True)
+        (folder / "step" / name).write_text("old")
+    assert killed_at_rename(n, after, lambda: replace_folder(folder / "step")) == -signal.SIGKILL
+    named = contents(folder / "step") if (folder / "step").exists() else None
     assert named in (None, {"a": "old", "b": "old"}, {"a": "new", "b": "new"})
-    assert named == {(1, False): {"a": "old", "b": "old"}, (2, True): {"a": "new", "b": "new"}}.get((n, after))
-    run_dir.claim(stage)
-    replace_folder(stage / "step")
-    run_dir.release()
-    assert contents(tmp_path) == {"stage/step/a": "new", "stage/step/b": "new"}  # neither temporary names nor a lock
+    assert named == {(1, False): {"a": "old", "b": "old"}, (2, True): {"a": "new", "b": "new"}}.get(
+        (n, after)
+    )
+    write.claim(folder)
+    replace_folder(folder / "step")
+    write.release()
+    assert contents(tmp_path) == {
+        "stage/step/a": "new",
+        "stage/step/b": "new",
+    }  # neither temporary names nor a lock
 
 
 @pytest.mark.parametrize(("after", "want"), [(False, "old"), (True, "new")])
@@ -155,73 +208,78 @@ def test_a_file_that_is_killed_while_it_is_written_is_old_or_new(tmp_path, after
     (tmp_path / "stage").mkdir()
     path = tmp_path / "stage" / "f.json"
     path.write_text("old")
-    assert killed_at_rename(1, after, lambda: run_dir.atomic_write_text(path, "new")) == -signal.SIGKILL
+    assert killed_at_rename(1, after, lambda: write.write_text(path, "new")) == -signal.SIGKILL
     assert path.read_text() == want
-    run_dir.claim(tmp_path / "stage")
-    run_dir.release()
+    write.claim(tmp_path / "stage")
+    write.release()
     assert contents(tmp_path) == {"stage/f.json": want}
 
 
 def test_a_folder_killed_while_it_is_removed_is_gone_by_its_name(tmp_path):
     (tmp_path / "stage").mkdir()
     (tmp_path / "stage" / "done.json").write_text("{}")
-    assert killed_at_rename(1, True, lambda: run_dir.remove(tmp_path / "stage")) == -signal.SIGKILL
+    assert killed_at_rename(1, True, lambda: write.remove(tmp_path / "stage")) == -signal.SIGKILL
     assert not (tmp_path / "stage").exists()
-    run_dir.claim(tmp_path / "stage")
-    run_dir.release()
+    write.claim(tmp_path / "stage")
+    write.release()
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("script", "folder", "flags"),
     [
-        ("03_train_predictor.py", "predictor/weighted", ["--recipes", "weighted"]),
+        ("03_train_predictor.py", "predictor/aligned", ["--recipes", "aligned"]),
         ("04_extrapolate.py", "extrapolated/none", ["--methods", "none"]),
     ],
 )
-def test_what_a_kill_after_the_last_write_left_goes_too(finished_run, tmp_path, monkeypatch, capsys, script, folder, flags):
+def test_what_a_kill_after_the_last_write_left_goes_too(
+    finished_run, tmp_path, monkeypatch, capsys, script, folder, flags
+):
     shutil.copytree(finished_run, run := tmp_path / "run")
     before = contents_hash(run)
     place = (run / folder).parent
     (place / f".{(run / folder).name}.lock").write_text("process 4711 on elsewhere\n")
     shutil.copytree(run / folder, place / f".{(run / folder).name}.old.tmp")
-    assert call_stage(monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(run), *flags) == (0, "")
+    assert call_stage(
+        monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(run), *flags
+    ) == (0, "")
     assert contents_hash(run) == before
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
 # Stopped
-# ---------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("number", "want"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_stage_with_a_hint_how_to_go_on(capsys, number, want):
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stop:
-        config.run_stage(lambda: os.kill(os.getpid(), number))
+        stage.run_stage(lambda: os.kill(os.getpid(), number))
     assert stop.value.code == want
-    assert capsys.readouterr().err == "\nstopped: type the same command to go on from the last complete step\n"
+    assert (
+        capsys.readouterr().err
+        == "\nstopped: type the same command to go on from the last complete step\n"
+    )
     assert signal.getsignal(number) == before
 
 
 def test_a_second_signal_while_a_stage_ends_changes_nothing(monkeypatch):
     """A launcher passes a signal on to a group that has it already."""
-    monkeypatch.setattr(run_dir, "release", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(write, "release", lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(BaseException) as stop:  # noqa: PT011
-        config.run_stage(lambda: os.kill(os.getpid(), signal.SIGINT))
+        stage.run_stage(lambda: os.kill(os.getpid(), signal.SIGINT))
     assert (stop.type, stop.value.code) == (SystemExit, 130)
 
 
 def test_a_signal_waits_for_the_end_of_a_write(tmp_path):
     def main():
-        with run_dir.writing(tmp_path / "step"), run_dir.atomic_dir(tmp_path / "step") as folder:
-            run_dir.atomic_write_text(folder / "a", "whole")
+        with write.writing(tmp_path / "step"), write.atomic_dir(tmp_path / "step") as folder:
+            write.write_text(folder / "a", "whole")
             os.kill(os.getpid(), signal.SIGTERM)
-            run_dir.atomic_write_text(folder / "b", "whole")
+            write.write_text(folder / "b", "whole")
         raise AssertionError("went on after the write")
 
     with pytest.raises(SystemExit) as stop:
-        config.run_stage(main)
+        stage.run_stage(main)
     assert stop.value.code == 143
     assert contents(tmp_path) == {"step/a": "whole", "step/b": "whole"}
 
@@ -230,26 +288,24 @@ def test_reproduce_passes_a_signal_on_and_waits_for_the_stage_behind_its_launche
     """The launcher is a shell that ends at once; what it started ends a second after the signal."""
     slow = f"import signal, time; signal.signal(15, lambda *_: (time.sleep(1), open({str(tmp_path / 'ended')!r}, 'w'), exit()))"
     launcher = f'trap "exit 1" TERM; {sys.executable} -c "{slow}; print(1, flush=True); time.sleep(60)" & wait'
-    job = reproduce.Job("01", ["bash", "-c", launcher], [], 1)
+    job = plans.Job("01", ["bash", "-c", launcher], [], 1)
 
-    class Loud(reproduce.Runner):
+    class Loud(runner.Runner):
         def _show(self, *_):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(SystemExit) as stop:
-        config.run_stage(Loud([job], [None], tmp_path / "reproduce.json", "stamp").run)
+        stage.run_stage(Loud([job], [None], tmp_path / "reproduce.json", "stamp").run)
     assert stop.value.code == 143
     assert (tmp_path / "ended").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
 # Crowded
-# ---------------------------------------------------------------------------------------------------------------------------
 
 STAGES = {
     "01_train_lora_grpo.py": ("train", ["--steps", "9"]),
     "02_extract_deltas.py": ("deltas", []),
-    "03_train_predictor.py": ("predictor/weighted", ["--recipes", "weighted"]),
+    "03_train_predictor.py": ("predictor/aligned", ["--recipes", "aligned"]),
     "04_extrapolate.py": ("extrapolated/none", ["--methods", "none", "--overwrite"]),
     "05_continue_rl.py": ("continued/next-aligned_alpha1.5", ["--more-steps", "3"]),
     "06_eval.py": ("eval", []),
@@ -271,11 +327,17 @@ def test_the_end_of_another_process_is_one_line_and_any_other_error_is_itself(ca
         raise RuntimeError(message)
 
     with pytest.raises(SystemExit) as stop:
-        config.run_stage(lambda: main("[pair.cc:553] Connection closed by peer [127.0.0.1]:37593. This is typically caused by"))
+        stage.run_stage(
+            lambda: main(
+                "[pair.cc:553] Connection closed by peer [127.0.0.1]:37593. This is typically caused by"
+            )
+        )
     assert stop.value.code == 1
-    assert capsys.readouterr().err.startswith("error: another process of this run has ended: type the same command")
+    assert capsys.readouterr().err.startswith(
+        "error: another process of this run has ended: type the same command"
+    )
     with pytest.raises(RuntimeError, match="shape mismatch"):
-        config.run_stage(lambda: main("shape mismatch"))
+        stage.run_stage(lambda: main("shape mismatch"))
 
 
 def process_of(rank: int, folder: pathlib.Path) -> int:
@@ -301,7 +363,9 @@ def test_two_processes_lose_no_step_when_one_dies_or_the_launcher_is_stopped(emp
     output, _ = run.communicate(timeout=120)
     assert run.returncode == 1
     assert "exitcode: -9" in output
-    assert "type the same command to go on" in output  # of the other, which the launcher may have stopped before it noticed
+    assert (
+        "type the same command to go on" in output
+    )  # of the other, which the launcher may have stopped before it noticed
     run = train(until="step 2/4")
     run.terminate()
     output, _ = run.communicate(timeout=120)
@@ -311,19 +375,29 @@ def test_two_processes_lose_no_step_when_one_dies_or_the_launcher_is_stopped(emp
     run = train(until="done: 4 steps")
     assert run.wait(timeout=120) == 0
     assert [row["step"] for row in metrics(folder / "train")] == [1, 2, 3, 4]
-    assert sorted(path.name for path in (folder / "train" / "resume").iterdir()) == ["step_0003", "step_0004"]
+    assert sorted(path.name for path in (folder / "train" / "resume").iterdir()) == [
+        "step_0003",
+        "step_0004",
+    ]
 
 
 @pytest.mark.parametrize("script", STAGES)
-def test_a_second_process_in_a_stages_folder_is_refused(finished_run, tmp_path, monkeypatch, capsys, script):
+def test_a_second_process_in_a_stages_folder_is_refused(
+    finished_run, tmp_path, monkeypatch, capsys, script
+):
     shutil.copytree(finished_run, run := tmp_path / "run")
     folder, flags = STAGES[script]
     (run / folder / "done.json").unlink(missing_ok=True)
     before = contents_hash(run)
     with held(run / folder):
-        code, line = call_stage(monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(run), *flags)
+        code, line = call_stage(
+            monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(run), *flags
+        )
     assert code == 2
-    assert line == f"error: {run / folder} is being written by process 4711 on elsewhere: wait for it, or stop it"
+    assert (
+        line
+        == f"error: {run / folder} is being written by process 4711 on elsewhere: wait for it, or stop it"
+    )
     (run / folder).with_name(f".{(run / folder).name}.lock").unlink()
     assert contents_hash(run) == before
 
@@ -332,38 +406,50 @@ def test_what_another_process_is_writing_is_not_overwritten(tmp_path):
     (tmp_path / "stage").mkdir()
     (tmp_path / "stage" / "half").write_text("precious")
     with held(tmp_path / "stage"), pytest.raises(UserError, match="written by process 4711"):
-        run_dir.Stage(tmp_path / "stage", {}).is_done(overwrite=True)
+        stage.Stage(tmp_path / "stage", config.StageConfig(overwrite=True), {})
     assert contents(tmp_path / "stage") == {"half": "precious"}
 
 
-def test_a_second_process_in_a_merged_models_folder_is_refused(finished_run, tmp_path, monkeypatch, capsys):
+def test_a_second_process_in_a_merged_models_folder_is_refused(
+    finished_run, tmp_path, monkeypatch, capsys
+):
     shutil.copytree(finished_run, run := tmp_path / "run")
     (run / "merged").mkdir()
     flags = ["--config", TINY, "--run-dir", str(run), "--methods", "none", "--merge", "fp32"]
     with held(run / "merged" / "none"):
         code, line = call_stage(monkeypatch, capsys, "04_extrapolate.py", *flags)
-    assert (code, line.split(": wait")[0]) == (2, f"error: {run}/merged/none is being written by process 4711 on elsewhere")
+    assert (code, line.split(": wait")[0]) == (
+        2,
+        f"error: {run}/merged/none is being written by process 4711 on elsewhere",
+    )
     assert not (run / "merged" / "none").exists()
 
 
 def contents_hash(run: pathlib.Path) -> dict[str, str]:
-    return {str(path.relative_to(run)): inputs.sha256(path) for path in run.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(run)): read.sha256(path) for path in run.rglob("*") if path.is_file()
+    }
 
 
 def test_two_reproduce_in_one_run_directory_are_one_too_many(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["reproduce", "--preset", TINY, "--run-dir", str(tmp_path / "run")])
+    monkeypatch.setattr(
+        sys, "argv", ["reproduce", "--preset", TINY, "--run-dir", str(tmp_path / "run")]
+    )
     (tmp_path / "run").mkdir()
-    with held(tmp_path / "run" / "reproduce.json"), pytest.raises(UserError, match="written by process 4711"):
+    with (
+        held(tmp_path / "run" / "reproduce.json"),
+        pytest.raises(UserError, match="written by process 4711"),
+    ):
         reproduce.main()
 
 
 def test_a_claim_is_for_one_process_and_leaves_nothing(tmp_path):
-    run_dir.claim(tmp_path / "stage")
-    run_dir.claim(tmp_path / "stage")  # ours already
+    write.claim(tmp_path / "stage")
+    write.claim(tmp_path / "stage")  # ours already
     lock = tmp_path / ".stage.lock"
     with open(lock) as other, pytest.raises(BlockingIOError):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    run_dir.release()
+    write.release()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -377,11 +463,11 @@ def test_a_lock_that_its_owner_removes_in_between_is_taken_anew(tmp_path, monkey
         real(handle, how)
 
     monkeypatch.setattr(fcntl, "flock", owner_ends_first)
-    run_dir.claim(tmp_path / "stage")
+    write.claim(tmp_path / "stage")
     assert len(calls) == 2
     with open(lock) as other, pytest.raises(BlockingIOError):
         real(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    run_dir.release()
+    write.release()
 
 
 def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, capsys):
@@ -389,21 +475,35 @@ def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, capsy
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    run_dir.claim(tmp_path / "stage")
-    run_dir.release()
-    assert "no locks on this file system (No locks available): keep a second process out" in capsys.readouterr().err
+    write.claim(tmp_path / "stage")
+    write.release()
+    assert (
+        "no locks on this file system (No locks available): keep a second process out"
+        in capsys.readouterr().err
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
 # Starved
-# ---------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO]
+)
 @pytest.mark.parametrize("failing", ["replace", "fsync"])
-def test_a_disk_that_refuses_is_one_line_that_names_the_file(finished_run, tmp_path, monkeypatch, capsys, failing, number):
+def test_a_disk_that_refuses_is_one_line_that_names_the_file(
+    finished_run, tmp_path, monkeypatch, capsys, failing, number
+):
     shutil.copytree(finished_run, run := tmp_path / "run")
-    command = ["04_extrapolate.py", "--config", TINY, "--run-dir", str(run), "--methods", "none", "--overwrite"]
+    command = [
+        "04_extrapolate.py",
+        "--config",
+        TINY,
+        "--run-dir",
+        str(run),
+        "--methods",
+        "none",
+        "--overwrite",
+    ]
     before = contents_hash(run)
 
     def refuse(*_):
@@ -414,7 +514,9 @@ def test_a_disk_that_refuses_is_one_line_that_names_the_file(finished_run, tmp_p
         code, line = call_stage(monkeypatch, capsys, *command)
     assert code == 2
     assert line.startswith(f"error: cannot write {run}/extrapolated/")
-    assert line.endswith(f"({os.strerror(number)}): make room or allow it, then type the same command to go on")
+    assert line.endswith(
+        f"({os.strerror(number)}): make room or allow it, then type the same command to go on"
+    )
     assert contents_hash(run) == before
     assert call_stage(monkeypatch, capsys, *command) == (0, "")
 
@@ -423,23 +525,55 @@ def test_a_disk_that_refuses_is_one_line_that_names_the_file(finished_run, tmp_p
 def disk(monkeypatch):
     """What the disk is told to keep and what is renamed, in order: ("fsync", path) and ("replace", old path, new path)."""
     events, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: (events.append(("fsync", os.readlink(f"/proc/self/fd/{handle}"))), fsync(handle)))
-    monkeypatch.setattr(os, "replace", lambda *paths: (events.append(("replace", *map(str, paths))), replace(*paths)))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda handle: (
+            events.append(("fsync", os.readlink(f"/proc/self/fd/{handle}"))),
+            fsync(handle),
+        ),
+    )
+    monkeypatch.setattr(
+        os,
+        "replace",
+        lambda *paths: (events.append(("replace", *map(str, paths))), replace(*paths)),
+    )
     return events
 
 
 def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, disk):
-    with run_dir.atomic_dir(tmp_path / "step") as folder:
+    with write.atomic_dir(tmp_path / "step") as folder:
         (folder / "weights").write_text("x")
     assert sorted(disk[:-1]) == [("fsync", str(folder)), ("fsync", str(folder / "weights"))]
     assert disk[-1] == ("replace", str(folder), str(tmp_path / "step"))
 
 
-def test_the_log_is_on_the_disk_before_the_resume_state_that_counts_on_it(empty_run, tmp_path, monkeypatch, capsys, disk):
+def test_the_log_is_on_the_disk_before_the_resume_state_that_counts_on_it(
+    empty_run, tmp_path, monkeypatch, capsys, disk
+):
     shutil.copytree(empty_run, run := tmp_path / "run")
-    assert call_stage(monkeypatch, capsys, "01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(run), "--steps", "1")[0] == 0
-    state = next(i for i, event in enumerate(disk) if event[-1] == str(run / "train" / "resume" / "step_0001"))
-    checkpoint = next(i for i, event in enumerate(disk) if event[-1] == str(run / "train" / "step_0001"))
+    assert (
+        call_stage(
+            monkeypatch,
+            capsys,
+            "01_train_lora_grpo.py",
+            "--config",
+            TINY,
+            "--run-dir",
+            str(run),
+            "--steps",
+            "1",
+        )[0]
+        == 0
+    )
+    state = next(
+        i
+        for i, event in enumerate(disk)
+        if event[-1] == str(run / "train" / "resume" / "step_0001")
+    )
+    checkpoint = next(
+        i for i, event in enumerate(disk) if event[-1] == str(run / "train" / "step_0001")
+    )
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert ("fsync", str(run / "train" / name)) in disk[checkpoint:state]
 
@@ -451,21 +585,41 @@ def small_disk(folder: pathlib.Path):
     mount = ["mount", "-t", "tmpfs", "-o", "size=450k", "none", str(folder)]
     if subprocess.run(mount, capture_output=True, check=False).returncode == 0:
         try:
-            yield lambda: subprocess.run(["mount", "-o", "remount,size=20m", str(folder)], check=True)
+            yield lambda: subprocess.run(
+                ["mount", "-o", "remount,size=20m", str(folder)], check=True
+            )
         finally:
             subprocess.run(["umount", "-l", str(folder)], check=True)
         return
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # Python ignores the signal that goes with it
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (100_000, limits[1])
+        )  # Python ignores the signal that goes with it
         yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_training_on_a_full_disk_stops_in_one_line_and_goes_on_when_there_is_room(finished_run, empty_run, tmp_path, monkeypatch, capsys):
-    inputs = ["--backbone", str(empty_run / "backbone"), "--train-data", str(empty_run / "data" / "train.jsonl")]
-    command = ["01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(tmp_path / "disk" / "run"), *inputs, "--steps", "4"]
+def test_training_on_a_full_disk_stops_in_one_line_and_goes_on_when_there_is_room(
+    finished_run, empty_run, tmp_path, monkeypatch, capsys
+):
+    inputs = [
+        "--backbone",
+        str(empty_run / "backbone"),
+        "--train-data",
+        str(empty_run / "data" / "train.jsonl"),
+    ]
+    command = [
+        "01_train_lora_grpo.py",
+        "--config",
+        TINY,
+        "--run-dir",
+        str(tmp_path / "disk" / "run"),
+        *inputs,
+        "--steps",
+        "4",
+    ]
     with small_disk(tmp_path / "disk") as make_room:
         folder = tmp_path / "disk" / "run" / "train"
         code, line = call_stage(monkeypatch, capsys, *command)
@@ -478,7 +632,9 @@ def test_training_on_a_full_disk_stops_in_one_line_and_goes_on_when_there_is_roo
         assert 0 < len(kept) < 4
         make_room()
         assert call_stage(monkeypatch, capsys, *command)[0] == 0
-        assert weights(folder) == {name: content for name, content in whole.items() if name < "step_0005"}
+        assert weights(folder) == {
+            name: content for name, content in whole.items() if name < "step_0005"
+        }
         assert metrics(folder) == metrics(finished_run / "train")[:4]
 
 
@@ -487,10 +643,17 @@ def disk_of_40_mb(tmp_path):
     """A file system of its own, and what mounts it anew with other options."""
     (tmp_path / "disk").mkdir()
     if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=40m", "none", str(tmp_path / "disk")], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=40m", "none", str(tmp_path / "disk")],
+        capture_output=True,
+        check=False,
     ).returncode:
         pytest.skip("may not mount")
-    yield tmp_path / "disk", lambda how: subprocess.run(["mount", "-o", f"remount,{how}", str(tmp_path / "disk")], check=True)
+    yield (
+        tmp_path / "disk",
+        lambda how: subprocess.run(
+            ["mount", "-o", f"remount,{how}", str(tmp_path / "disk")], check=True
+        ),
+    )
     subprocess.run(["umount", "-l", str(tmp_path / "disk")], check=True)
 
 
@@ -498,10 +661,18 @@ def disk_of_40_mb(tmp_path):
     ("script", "missing", "flags"),
     [
         ("02_extract_deltas.py", "deltas", []),
-        ("03_train_predictor.py", "predictor/weighted", ["--recipes", "weighted"]),
+        ("03_train_predictor.py", "predictor/aligned", ["--recipes", "aligned"]),
         ("04_extrapolate.py", "extrapolated/none", ["--methods", "none"]),
-        ("05_continue_rl.py", "continued/none", ["--start", "none", "--more-steps", "1", "--max-new-tokens", "4"]),
-        ("06_eval.py", "short", ["--policies", "train/step_0006", "--max-new-tokens", "4", "--output", "short"]),
+        (
+            "05_continue_rl.py",
+            "continued/none",
+            ["--start", "none", "--more-steps", "1", "--max-new-tokens", "4"],
+        ),
+        (
+            "06_eval.py",
+            "short",
+            ["--policies", "train/step_0006", "--max-new-tokens", "4", "--output", "short"],
+        ),
     ],
 )
 def test_a_full_and_a_read_only_disk_are_one_line_and_change_nothing(
@@ -515,12 +686,21 @@ def test_a_full_and_a_read_only_disk_are_one_line_and_change_nothing(
         while True:
             file.write(bytes(4096))
     code, line = call_stage(monkeypatch, capsys, *command)
-    assert (code, line[:20], "No space left on device" in line, "): make room" in line) == (2, "error: cannot write ", True, True), line
+    assert (code, line[:20], "No space left on device" in line, "): make room" in line) == (
+        2,
+        "error: cannot write ",
+        True,
+        True,
+    ), line
     assert contents_hash(run) == before
     (disk / "others").unlink()
     remount("ro")
     code, line = call_stage(monkeypatch, capsys, *command)
-    assert (code, line[:20], "(Read-only file system): make room" in line) == (2, "error: cannot write ", True), line
+    assert (code, line[:20], "(Read-only file system): make room" in line) == (
+        2,
+        "error: cannot write ",
+        True,
+    ), line
     remount("rw")
     assert contents_hash(run) == before
     assert call_stage(monkeypatch, capsys, *command)[0] == 0
@@ -532,8 +712,10 @@ def test_what_fails_while_the_optimizer_is_saved_is_one_line(tmp_path, monkeypat
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
 
     monkeypatch.setattr(torch, "save", cut_short)
-    with pytest.raises(UserError, match=r"cannot write .*optimizer.pt \(the file was cut short\): make room"):
-        run_dir.save_state(tmp_path / "optimizer.pt", {})
+    with pytest.raises(
+        UserError, match=r"cannot write .*optimizer.pt \(the file was cut short\): make room"
+    ):
+        write.save_state(tmp_path / "optimizer.pt", {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -542,7 +724,9 @@ def files_up_to(size: int):
     """To this process the disk is full where a file has `size` bytes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))  # Python ignores the signal that goes with it
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (size, limits[1])
+        )  # Python ignores the signal that goes with it
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -550,48 +734,115 @@ def files_up_to(size: int):
 
 def test_a_disk_that_is_full_of_all_but_the_tokenizer_is_one_line(lora_policy, tmp_path):
     """tokenizers raises a bare Exception there."""
-    with files_up_to(1000), pytest.raises(UserError, match=r"cannot write .*/model \(File too large \(os error 27\)\): make room"):
-        run_dir.save_pretrained(tmp_path / "model", lora_policy[1])
+    with (
+        files_up_to(1000),
+        pytest.raises(
+            UserError, match=r"cannot write .*/model \(File too large \(os error 27\)\): make room"
+        ),
+    ):
+        write.save_pretrained(tmp_path / "model", lora_policy[1])
 
 
-@pytest.mark.parametrize("error", [Exception("shape mismatch"), RuntimeError("x (os error 28)"), KeyError("x")])
+@pytest.mark.parametrize(
+    "error", [Exception("shape mismatch"), RuntimeError("x (os error 28)"), KeyError("x")]
+)
 def test_an_error_that_is_no_disks_is_itself_while_writing(tmp_path, error):
-    with pytest.raises(type(error)) as found, run_dir.writing(tmp_path):
+    with pytest.raises(type(error)) as found, write.writing(tmp_path):
         raise error
     assert found.value is error
 
 
 def test_a_full_disk_under_the_logs_of_reproduce_is_one_line(tmp_path, capsys):
     (tmp_path / "01.log").symlink_to("/dev/full")
-    job = reproduce.Job("01", [sys.executable, "-c", "print('a line')"], [], 1)
-    runner = reproduce.Runner([job], [None], tmp_path / "reproduce.json", "stamp", tmp_path)
+    job = plans.Job("01", [sys.executable, "-c", "print('a line')"], [], 1)
+    one = runner.Runner([job], [None], tmp_path / "reproduce.json", "stamp", tmp_path)
     with pytest.raises(SystemExit) as stop:
-        config.run_stage(runner.run)
+        stage.run_stage(one.run)
     assert stop.value.code == 2
-    assert f"error: cannot write {tmp_path}/01.log (No space left on device): make room" in capsys.readouterr().err
+    assert (
+        f"error: cannot write {tmp_path}/01.log (No space left on device): make room"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
     ("script", "file", "flags", "message"),
     [
         ("01_train_lora_grpo.py", "backbone/model.safetensors", ["--steps", "9"], WRITTEN),
-        ("02_extract_deltas.py", "train/step_0003/adapter_model.safetensors", ["--overwrite"], WRITTEN),
+        (
+            "02_extract_deltas.py",
+            "train/step_0003/adapter_model.safetensors",
+            ["--overwrite"],
+            WRITTEN,
+        ),
         ("02_extract_deltas.py", "train/step_0003/adapter_config.json", ["--overwrite"], WRITTEN),
-        ("03_train_predictor.py", "deltas/rank1.safetensors", [], WRITTEN),
-        ("03_train_predictor.py", "train/step_0006/adapter_model.safetensors", ["--overwrite"], WRITTEN),  # its backtest looks ahead there
-        ("04_extrapolate.py", "train/step_0006/adapter_model.safetensors", ["--methods", "none"], WRITTEN),
-        ("04_extrapolate.py", "backbone/model.safetensors", ["--methods", "none", "--merge", "fp32"], WRITTEN),
-        ("04_extrapolate.py", "deltas/rank1.safetensors", ["--methods", "repeat-last"], WRITTEN),
-        ("04_extrapolate.py", "predictor/weighted/model.safetensors", ["--methods", "next", "--overwrite"], WRITTEN),
-        ("05_continue_rl.py", "extrapolated/none/adapter_model.safetensors", ["--start", "none"], WRITTEN),
-        ("04_extrapolate.py", "train/step_0006/adapter_config.json", ["--methods", "none"], WRITTEN),
-        ("05_continue_rl.py", "extrapolated/none/adapter_config.json", ["--start", "none"], WRITTEN),
-        ("06_eval.py", "train/step_0005/adapter_model.safetensors", ["--policies", "train/step_0005"], WRITTEN),
-        ("06_eval.py", "train/step_0005/adapter_config.json", ["--policies", "train/step_0005"], WRITTEN),
-        ("06_eval.py", f"{MERGED}/backbone/model.safetensors", ["--policies", f"{MERGED}/step_0007"], WRITTEN),
+        ("03_train_predictor.py", DELTAS, [], WRITTEN),
+        (
+            "03_train_predictor.py",
+            "train/step_0006/adapter_model.safetensors",
+            ["--overwrite"],
+            WRITTEN,
+        ),  # its backtest looks ahead there
+        (
+            "04_extrapolate.py",
+            "train/step_0006/adapter_model.safetensors",
+            ["--methods", "none"],
+            WRITTEN,
+        ),
+        (
+            "04_extrapolate.py",
+            "backbone/model.safetensors",
+            ["--methods", "none", "--merge", "fp32"],
+            WRITTEN,
+        ),
+        ("04_extrapolate.py", DELTAS, ["--methods", "repeat-last"], WRITTEN),
+        (
+            "04_extrapolate.py",
+            "predictor/aligned/predicted.safetensors",
+            ["--methods", "next", "--overwrite"],
+            WRITTEN,
+        ),
+        (
+            "05_continue_rl.py",
+            "extrapolated/none/adapter_model.safetensors",
+            ["--start", "none"],
+            WRITTEN,
+        ),
+        (
+            "04_extrapolate.py",
+            "train/step_0006/adapter_config.json",
+            ["--methods", "none"],
+            WRITTEN,
+        ),
+        (
+            "05_continue_rl.py",
+            "extrapolated/none/adapter_config.json",
+            ["--start", "none"],
+            WRITTEN,
+        ),
+        (
+            "06_eval.py",
+            "train/step_0005/adapter_model.safetensors",
+            ["--policies", "train/step_0005"],
+            WRITTEN,
+        ),
+        (
+            "06_eval.py",
+            "train/step_0005/adapter_config.json",
+            ["--policies", "train/step_0005"],
+            WRITTEN,
+        ),
+        (
+            "06_eval.py",
+            f"{MERGED}/backbone/model.safetensors",
+            ["--policies", f"{MERGED}/step_0007"],
+            WRITTEN,
+        ),
     ],
 )
-def test_a_flipped_bit_of_weights_is_noticed(finished_run, tmp_path, monkeypatch, capsys, script, file, flags, message):
+def test_a_flipped_bit_of_weights_is_noticed(
+    finished_run, tmp_path, monkeypatch, capsys, script, file, flags, message
+):
     shutil.copytree(finished_run, run := tmp_path / "run")
     content = bytearray((run / file).read_bytes())
     if file.endswith(".json"):
@@ -600,28 +851,31 @@ def test_a_flipped_bit_of_weights_is_noticed(finished_run, tmp_path, monkeypatch
         content[-2] ^= 8  # of the last number
     (run / file).write_bytes(content)
     before = contents_hash(run / "train")
-    code, line = call_stage(monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(run), *flags)
+    code, line = call_stage(
+        monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(run), *flags
+    )
     assert (code, line[:7]) == (2, "error: "), line
     assert message in line
     assert {**contents_hash(run / "train"), "config.json": ""} == {**before, "config.json": ""}
 
 
-@pytest.mark.parametrize("record", ['{"../secret": "0"}', '{"w.safetensors": 1}', '["w.safetensors"]', '{"w.safetensors": '])
+@pytest.mark.parametrize(
+    "record",
+    ['{"../secret": "0"}', '{"w.safetensors": 1}', '["w.safetensors"]', '{"w.safetensors": '],
+)
 def test_a_record_of_hashes_that_is_none_is_one_line(tmp_path, record):
-    with run_dir.atomic_dir(tmp_path / "step_0001") as folder:
-        run_dir.save_tensors(folder / "w.safetensors", {"w": torch.zeros(2)})
-    inputs.check_intact(tmp_path / "step_0001")
+    with write.atomic_dir(tmp_path / "step_0001") as folder:
+        write.save_tensors(folder / "w.safetensors", {"w": torch.zeros(2)})
+    read.check_intact(tmp_path / "step_0001")
     (tmp_path / "step_0001" / "sha256.json").write_text(record)
     with pytest.raises(UserError) as error:
-        inputs.check_intact(tmp_path / "step_0001")
+        read.check_intact(tmp_path / "step_0001")
     assert "\n" not in str(error.value)
     (tmp_path / "step_0001" / "sha256.json").unlink()
-    inputs.check_intact(tmp_path / "step_0001")  # what others wrote has none
+    read.check_intact(tmp_path / "step_0001")  # what others wrote has none
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
 # Odd rollouts
-# ---------------------------------------------------------------------------------------------------------------------------
 
 
 class Canned:
@@ -636,7 +890,9 @@ class Canned:
 
     def generate(self, prompts, seeds, max_new_tokens, temperature):
         with torch.no_grad():
-            logprobs, _ = policy.token_logprobs(self.model, prompts, [self.tokens] * len(prompts), temperature)
+            logprobs, _ = policy.token_logprobs(
+                self.model, prompts, [self.tokens] * len(prompts), temperature
+            )
         rows = logprobs.split(len(self.tokens))
         return [rollout.Rollout(self.tokens, row.tolist(), self.finished) for row in rows]
 
@@ -664,7 +920,11 @@ def test_rollouts_that_teach_nothing_leave_the_policy_alone_and_the_run_goes_on(
         command = ["01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(run)]
         assert call_stage(monkeypatch, capsys, *command, "--steps", "1")[0] == 0
     [row] = metrics(run / "train")
-    assert (row["accuracy"], row["truncated_share"], row["zero_variance_groups"]) == (0, float(not finished), 1)
+    assert (row["accuracy"], row["truncated_share"], row["zero_variance_groups"]) == (
+        0,
+        float(not finished),
+        1,
+    )
     assert (row["response_length"], row["loss"], row["grad_norm"]) == (length, 0, 0)
     tensors = safetensors.torch.load_file(run / "train" / "step_0001" / "adapter_model.safetensors")
     assert not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
@@ -675,12 +935,22 @@ def vllm_engine(monkeypatch, tmp_path):
     """common.vllm_engine on a vLLM that is not there, and an engine of it whose `llm` the test gives."""
     fake, request = types.ModuleType("vllm"), types.ModuleType("vllm.lora.request")
     fake.LLM, fake.SamplingParams, request.LoRARequest = object, dict, object
-    for name, module in {"vllm": fake, "vllm.lora": types.ModuleType("vllm.lora"), "vllm.lora.request": request}.items():
+    for name, module in {
+        "vllm": fake,
+        "vllm.lora": types.ModuleType("vllm.lora"),
+        "vllm.lora.request": request,
+    }.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delitem(sys.modules, "common.rl.vllm_engine", raising=False)
     module = importlib.import_module("common.rl.vllm_engine")
     engine = object.__new__(module.VLLMEngine)
-    engine.ends, engine.lora, engine.sleeps, engine.asleep, engine.synced = [1], None, False, False, 0
+    engine.ends, engine.lora, engine.sleeps, engine.asleep, engine.synced = (
+        [1],
+        None,
+        False,
+        False,
+        0,
+    )
     monkeypatch.setattr(ram, "DISK", str(tmp_path))
     engine.ram = ram.RamDisk()
     yield engine
@@ -689,7 +959,11 @@ def vllm_engine(monkeypatch, tmp_path):
 
 def response(*completions: list[int], missing: int = 0) -> types.SimpleNamespace:
     made = [
-        types.SimpleNamespace(token_ids=c, logprobs=types.SimpleNamespace(logprobs=[-1.0] * (len(c) - missing)), finish_reason="stop")
+        types.SimpleNamespace(
+            token_ids=c,
+            logprobs=types.SimpleNamespace(logprobs=[-1.0] * (len(c) - missing)),
+            finish_reason="stop",
+        )
         for c in completions
     ]
     return types.SimpleNamespace(outputs=made)
@@ -701,7 +975,10 @@ def response(*completions: list[int], missing: int = 0) -> types.SimpleNamespace
         ([response([5, 1])], "vLLM returned 1 responses to 2 prompts"),
         ([response([5, 1]), response()], "vLLM returned 0 responses to one prompt"),
         ([response([5, 1]), response([])], "or one without a token"),
-        ([response([5, 1]), response([5, 1], missing=1)], "vLLM returned 1 log-probabilities to 2 tokens"),
+        (
+            [response([5, 1]), response([5, 1], missing=1)],
+            "vLLM returned 1 log-probabilities to 2 tokens",
+        ),
         (
             RuntimeError("EngineCore encountered an issue.\nSee stack trace"),
             "vLLM failed while sampling (RuntimeError: EngineCore encountered",
@@ -722,9 +999,14 @@ def test_a_vllm_that_dies_or_returns_too_little_is_one_line(vllm_engine, outputs
 
 
 def test_a_vllm_that_answers_is_taken_at_its_word(vllm_engine):
-    vllm_engine.llm = types.SimpleNamespace(generate=lambda *_, **__: [response([5, 1]), response([1])])
+    vllm_engine.llm = types.SimpleNamespace(
+        generate=lambda *_, **__: [response([5, 1]), response([1])]
+    )
     found = vllm_engine.generate([[2], [3]], [0, 1], 8)
-    assert [(r.tokens, r.logprobs, r.finished) for r in found] == [([5, 1], [-1.0, -1.0], True), ([1], [-1.0], True)]
+    assert [(r.tokens, r.logprobs, r.finished) for r in found] == [
+        ([5, 1], [-1.0, -1.0], True),
+        ([1], [-1.0], True),
+    ]
 
 
 def broken(*_, **__):
@@ -741,12 +1023,20 @@ def ended_core() -> types.SimpleNamespace:
         ({"collective_rpc": broken}, "sync", "failed while taking over the weights"),
         ({"wake_up": broken}, "sync", "failed while waking up"),
         ({"wake_up": broken}, "generate", "failed while waking up"),
-        ({"sleep": broken, "generate": lambda *_, **__: [response([1])]}, "generate", "failed while going to sleep"),
+        (
+            {"sleep": broken, "generate": lambda *_, **__: [response([1])]},
+            "generate",
+            "failed while going to sleep",
+        ),
         ({"llm_engine": ended_core()}, "close", "failed while ending"),
     ],
 )
 def test_a_vllm_that_fails_at_anything_is_one_line(vllm_engine, llm, call, message):
-    vllm_engine.llm, vllm_engine.sleeps, vllm_engine.asleep = types.SimpleNamespace(**llm), True, "wake_up" in llm
+    vllm_engine.llm, vllm_engine.sleeps, vllm_engine.asleep = (
+        types.SimpleNamespace(**llm),
+        True,
+        "wake_up" in llm,
+    )
     arguments = {"sync": (torch.nn.Linear(2, 2),), "generate": ([[2]], [0], 8), "close": ()}[call]
     with pytest.raises(UserError) as error:
         getattr(vllm_engine, call)(*arguments)
@@ -756,7 +1046,10 @@ def test_a_vllm_that_fails_at_anything_is_one_line(vllm_engine, llm, call, messa
 
 def test_a_vllm_that_does_not_start_is_one_line(vllm_engine, lora_policy, monkeypatch):
     monkeypatch.setattr(sys.modules["vllm"], "LLM", broken)
-    with pytest.raises(UserError, match=r"^vLLM does not start \(RuntimeError: Engine core .*: see --vllm-options, then type the same"):
+    with pytest.raises(
+        UserError,
+        match=r"^vLLM does not start \(RuntimeError: Engine core .*: see --vllm-options, then type the same",
+    ):
         type(vllm_engine)(*lora_policy, "backbone", 100, 4, {})
 
 
@@ -766,7 +1059,12 @@ def test_an_error_of_ours_beside_vllm_is_itself(vllm_engine):
 
 
 def test_a_full_ram_disk_is_one_line(vllm_engine, lora_policy):
-    with files_up_to(1000), pytest.raises(UserError, match=r"cannot write .*/next-lora-\w+/1 \(.*File too large.*\): make room"):
+    with (
+        files_up_to(1000),
+        pytest.raises(
+            UserError, match=r"cannot write .*/next-lora-\w+/1 \(.*File too large.*\): make room"
+        ),
+    ):
         vllm_engine.sync(lora_policy[0])
 
 
@@ -786,12 +1084,16 @@ def test_what_a_killed_engine_left_on_the_ram_disk_goes_and_nothing_else(vllm_en
     os.waitpid(pid, 0)
     assert len({*tmp_path.iterdir()} - stay) == 1
     disk = ram.RamDisk()
-    assert {*tmp_path.iterdir()} == stay | {disk.path}  # that of vllm_engine, which lives, is among those that stay
+    assert {*tmp_path.iterdir()} == stay | {
+        disk.path
+    }  # that of vllm_engine, which lives, is among those that stay
     assert (tmp_path / "mine" / "file").exists()
     disk.close()
 
 
-def test_a_folder_on_the_ram_disk_that_another_takes_for_a_dead_ones_is_made_anew(vllm_engine, monkeypatch):
+def test_a_folder_on_the_ram_disk_that_another_takes_for_a_dead_ones_is_made_anew(
+    vllm_engine, monkeypatch
+):
     real, taken = fcntl.flock, []
 
     def flock(handle, how):

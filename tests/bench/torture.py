@@ -40,6 +40,7 @@ import transformers.models.qwen2.modeling_qwen2
 import transformers.models.qwen2.tokenization_qwen2  # noqa: F401  (these two: what a stage would load after the fork)
 
 from common.files import config as configs
+from common.files import stage
 from common.files.read import HASHES
 from common.reproduce import plans
 
@@ -127,7 +128,7 @@ def call(argv: list[str]) -> int:
     """A stage's or the preparation's main in this process."""
     sys.argv, code = argv, 0
     try:
-        configs.run_stage(importlib.import_module(argv[0].removesuffix(".py")).main)
+        stage.run_stage(importlib.import_module(argv[0].removesuffix(".py")).main)
     except SystemExit as stop:
         code = stop.code or 0
     sys.stdout.flush()
