@@ -72,7 +72,10 @@ def is_made(folder: pathlib.Path, info: dict, overwrite: bool) -> bool:
     if overwrite or not (folder / "checkpoint.json").is_file():
         return False
     before = read_json(folder / "checkpoint.json", "04_extrapolate.py --overwrite")
-    return {**before, "seconds": None} == {**info, "seconds": None} and write.is_complete(folder)
+    same = {**before, "seconds": None} == {**info, "seconds": None} and write.is_complete(folder)
+    if same:
+        write.tidy(folder)
+    return same
 
 
 def make(known: Known, label: str, method: Method, given: object, info: dict) -> None:
