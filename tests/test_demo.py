@@ -20,7 +20,8 @@ def test_the_shipped_backbone_is_an_ordinary_small_qwen2():
 
 
 def test_the_program_still_makes_the_shipped_backbone(tmp_path):
-    """Its first 60 steps, against the loss that was logged when the shipped weights were made (the whole run is in tests/bench)."""
+    """Its first 60 steps, against the loss that was logged when the shipped weights were made (the
+    whole run is in tests/bench)."""
     shipped = json.loads((demo.SHIPPED / "pretraining_loss.json").read_text())
     losses = demo.pretrain(tmp_path / "out", steps=60)
     assert losses == pytest.approx(shipped[:60], rel=2e-3)
@@ -35,33 +36,51 @@ def test_tokenizer_round_trip_and_chat_template():
     ids = tokenizer(text)["input_ids"]
     assert len(ids) == len(text) - len("\\boxed{") + 1
     assert tokenizer.decode(ids) == text
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "1+2"}], add_generation_prompt=True, tokenize=False)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "1+2"}], add_generation_prompt=True, tokenize=False
+    )
     assert chat == "<|user|>1+2<|assistant|>"
 
 
 def test_careful_answers_are_right_and_slips_are_as_frequent_as_said():
     rng = random.Random(0)
     pairs = demo.problems(3000, seed=5)
-    assert all(verifier.extract_boxed(demo.careful_answer(a, b, rng, slip=0)) == str(a + b) for a, b in pairs)
-    right = sum(verifier.extract_boxed(demo.careful_answer(a, b, rng)) == str(a + b) for a, b in pairs) / len(pairs)
+    assert all(
+        verifier.extract_boxed(demo.careful_answer(a, b, rng, slip=0)) == str(a + b)
+        for a, b in pairs
+    )
+    right = sum(
+        verifier.extract_boxed(demo.careful_answer(a, b, rng)) == str(a + b) for a, b in pairs
+    ) / len(pairs)
     assert right == pytest.approx((1 - demo.SLIP) ** 3, abs=0.03)
 
 
 def test_guesses_are_as_wrong_as_said():
     rng = random.Random(0)
     pairs = [(a, b) for a, b in demo.problems(3000, seed=6) if a + b > 999]
-    right = sum(demo.guessed_answer(a, b, rng) == f"\\boxed{{{a + b}}}" for a, b in pairs) / len(pairs)
-    assert right == pytest.approx((1 - 0.9 * demo.WRONG_DIGIT) ** 4, abs=0.04)  # one wrong draw in ten is the right digit
+    right = sum(demo.guessed_answer(a, b, rng) == f"\\boxed{{{a + b}}}" for a, b in pairs) / len(
+        pairs
+    )
+    assert right == pytest.approx(
+        (1 - 0.9 * demo.WRONG_DIGIT) ** 4, abs=0.04
+    )  # one wrong draw in ten is the right digit
 
 
 def test_no_problem_is_in_two_of_the_three_files_in_either_order(empty_run):
     pairs = {}
     for name in ("train", "test", "valid"):
-        rows = [json.loads(line) for line in (empty_run / "data" / f"{name}.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line)
+            for line in (empty_run / "data" / f"{name}.jsonl").read_text().splitlines()
+        ]
         assert all(eval(row["prompt"]) == int(row["answer"]) for row in rows)
         pairs[name] = {tuple(sorted(map(int, row["prompt"].split("+")))) for row in rows}
         assert len(pairs[name]) == len(rows)
-    assert [len(pairs[name]) for name in pairs] == [demo.TRAIN_PROBLEMS, demo.TEST_PROBLEMS, demo.VALID_PROBLEMS]
+    assert [len(pairs[name]) for name in pairs] == [
+        demo.TRAIN_PROBLEMS,
+        demo.TEST_PROBLEMS,
+        demo.VALID_PROBLEMS,
+    ]
     assert len(set.union(*pairs.values())) == sum(map(len, pairs.values()))
 
 
@@ -71,7 +90,10 @@ def test_training_and_test_problems_are_those_that_every_result_here_was_made_wi
 
 
 def test_pretraining_never_sees_a_test_problem():
-    tokenizer, held_out = demo.make_tokenizer(), {(a, b) for a in range(100, 1000) for b in range(100, 1000) if (a + b) % 2}
+    tokenizer, held_out = (
+        demo.make_tokenizer(),
+        {(a, b) for a in range(100, 1000) for b in range(100, 1000) if (a + b) % 2},
+    )
     for ids, labels in demo.pretraining_batch(random.Random(1), tokenizer, held_out):
         for row, label in zip(ids, labels, strict=True):
             a, b = (

@@ -1,4 +1,5 @@
-"""Checkpoints of other trainers: PEFT's merged weights are the oracle for ranks, scales and jumps."""
+"""Checkpoints of other trainers: PEFT's merged weights are the oracle for ranks, scales and
+jumps."""
 
 import dataclasses
 import json
@@ -12,9 +13,8 @@ from conftest import call_on, extract_from
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from common import UserError
-from common.files import adapters
+from common.files import adapters, series
 from common.files import deltas as delta_files
-from common.files import series
 from common.rl import policy
 
 PATTERNED = {
@@ -140,7 +140,8 @@ def test_deltas_and_jump_of_a_patterned_series_equal_the_merged_weights(
 
 
 def as_verl(folder):
-    """The adapter in `folder` as verl writes it: a whole dataclass as JSON, tensors without metadata."""
+    """The adapter in `folder` as verl writes it: a whole dataclass as JSON, tensors without
+    metadata."""
     config = dataclasses.asdict(LoraConfig.from_pretrained(folder))
     config |= {
         "task_type": "CAUSAL_LM",

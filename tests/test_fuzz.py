@@ -1,4 +1,5 @@
-"""Every reader of files that others may have made, on thousands of files that are nearly right: it takes them or says what is wrong.
+"""Every reader of files that others may have made, on files that are nearly right: it takes them
+or says what is wrong.
 
 `tests/bench/bench_fuzz.py` runs the same with 10,000 files. Whatever raises anything but UserError,
 or writes where it should not, is a failure.
@@ -22,14 +23,11 @@ import torch
 from hypothesis import strategies as st
 
 from common import UserError, demo
-from common.files import adapters, config
-from common.files import deltas
-from common.files import models
-from common.files import stage
+from common.files import adapters, config, deltas, models, stage
 from common.reproduce import plans, results
 from common.rl import data, policy, verifier
 
-PARSER = "answers for math-verify"  # a process that hangs is killed after 2 s, and the next one needs seconds to start
+PARSER = "answers for math-verify"  # slow: a process that hangs is killed after 2 s
 CASES = 40  # of each reader in the suite
 
 # What is thrown at them
@@ -70,7 +68,8 @@ VALUES = st.recursive(
 
 @st.composite
 def spoilt(draw, good: dict):
-    """A JSON object of ours with up to three values, on whatever level, replaced, removed or added."""
+    """A JSON object of ours with up to three values, on whatever level, replaced, removed or
+    added."""
     value = json.loads(json.dumps(good))
     for _ in range(draw(st.integers(0, 3))):
         place = value
@@ -101,7 +100,7 @@ def text_of(value) -> str:
 
 @st.composite
 def json_file(draw, good: dict):
-    """The bytes of a spoilt object, now and then cut off, with a byte changed, nested to the sky, or no JSON at all."""
+    """The bytes of a spoilt object, cut off, with a byte changed, nested deeply, or no JSON."""
     text = text_of(draw(spoilt(good))).encode()
     how = draw(st.integers(0, 24))
     if how == 0:
@@ -178,15 +177,20 @@ def safetensors_file(draw, tensors: dict):
 
 
 TEMPLATE_PARTS = (
-    "{% for m in messages %}", "{% endfor %}", "{{ m.content }}", "{{ messages }}", "{% if add_generation_prompt %}", "{% endif %}", "x",
-    "{% for i in range(999) %}", "{% set x = namespace(a=1) %}", "{% set x.a = x.a + 1 %}", "{{ x.a }}", "{{ raise_exception('no') }}",
-    "{{ 1 / 0 }}", "{{ messages[7].content }}", "{{ ''.__class__ }}", "{{ messages.__class__.__mro__ }}", "{{ undefined.x }}",
-    "{% macro f() %}", "{% endmacro %}", "{{ f() }}", "{{ 'x' * 9999 }}", "{{ messages | tojson }}", "{% include 'x' %}", "{# ", " #}",
-    "{% break %}", "{{ strftime_now('%Y' * 99) }}", "{{ messages.append(1) }}", "{{ '%99999d' % 1 }}", "{% generation %}", "{{ cycler() }}",
+    "{% for m in messages %}", "{% endfor %}", "{{ m.content }}", "{{ messages }}",
+    "{% if add_generation_prompt %}", "{% endif %}", "x", "{% for i in range(999) %}",
+    "{% set x = namespace(a=1) %}", "{% set x.a = x.a + 1 %}", "{{ x.a }}",
+    "{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{{ messages[7].content }}",
+    "{{ ''.__class__ }}", "{{ messages.__class__.__mro__ }}", "{{ undefined.x }}",
+    "{% macro f() %}", "{% endmacro %}", "{{ f() }}", "{{ 'x' * 9999 }}",
+    "{{ messages | tojson }}", "{% include 'x' %}", "{# ", " #}", "{% break %}",
+    "{{ strftime_now('%Y' * 99) }}", "{{ messages.append(1) }}", "{{ '%99999d' % 1 }}",
+    "{% generation %}", "{{ cycler() }}",
 )  # fmt: skip
 MATHS = (
-    "\\boxed{", "}", "{", "\\frac", "\\sqrt", "1", "-", ",", ".", "e", "999", "10^", "\\text{", "x", "=", "+", "\\%", "$", " ", "\\",
-    "\\times", "\u2212", "\ud800", "\0", "٣", "½", "\n", "B", "(", ")", "1e9", "/", "\\left", "\\int_0^1", "\\begin{matrix}", "&", "!",
+    '\\boxed{', "}", "{", '\\frac', '\\sqrt', "1", "-", ",", ".", "e", "999", "10^", '\\text{',
+    "x", "=", "+", '\\%', "$", " ", '\\', '\\times', "\u2212", "\ud800", "\x00", "\u0663", "\xbd",
+    "\n", "B", "(", ")", "1e9", "/", '\\left', '\\int_0^1', '\\begin{matrix}', "&", "!",
 )  # fmt: skip
 EXPRESSIONS = st.lists(st.sampled_from(MATHS), max_size=30).map("".join)
 
@@ -483,7 +487,8 @@ sys.addaudithook(_watch)
 
 
 def throw(reader: str, cases: int, seed: int = 0) -> dict:
-    """`cases` files at one reader. Returns counts; raises what the reader raised beside UserError."""
+    """`cases` files at one reader. Returns counts; raises what the reader raised beside
+    UserError."""
     read, files = READERS[reader]
     counts, slowest = collections.Counter(), 0.0
     scratch = pathlib.Path(tempfile.mkdtemp())

@@ -1,4 +1,4 @@
-"""Input that means harm: nothing of it is run, nothing is written outside the run directory, and the answer is one line."""
+"""Input that means harm: nothing of it is run or written elsewhere, and the answer is one line."""
 
 import importlib
 import json
@@ -49,7 +49,7 @@ TRAIN = (
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A run directory with six checkpoints of a random walk on its own backbone, deltas, a jump and a resume state. Copy it."""
+    """A run directory with six checkpoints of a random walk on its own backbone. Copy it."""
     run = tmp_path_factory.mktemp("made") / "run"
     shutil.copytree(demo.SHIPPED, run / "backbone")
     (run / "data").mkdir()
@@ -401,7 +401,7 @@ def test_a_start_outside_the_run_is_refused_and_nothing_is_written_there(run, mo
     shutil.copytree(run / "extrapolated" / "none", run.parent / "x" / "y")
     before = listing(run.parent)
     status, line = resume(monkeypatch, capsys, run, "--start", "../../x/y")
-    assert (status, "--start: '../../x/y' cannot be a name here" in line) == (2, True), line
+    assert (status, "--start: " in line, "cannot be a name here" in line) == (2, True, True), line
     assert listing(run.parent) == before
 
 
@@ -442,12 +442,8 @@ def test_a_checkpoint_does_not_choose_the_backbone(run, monkeypatch, capsys, nam
     status, line = evaluate(monkeypatch, capsys, run, "--policies", "made/step_0006")
     assert (status, f"names the backbone {named}" in line) == (2, True), line
     if named.startswith("{run_dir}"):  # the user may
-        assert (
-            evaluate(monkeypatch, capsys, run, "--policies", "made/step_0006", "--backbone", named)[
-                0
-            ]
-            == 0
-        )
+        flags = ["--policies", "made/step_0006", "--backbone", named]
+        assert evaluate(monkeypatch, capsys, run, *flags)[0] == 0
 
 
 def test_results_are_those_of_the_folder_they_are_in(run, monkeypatch, capsys):
@@ -512,7 +508,7 @@ def test_a_chat_template_that_fails_is_one_clear_error(backbone_dir, template, m
 
 
 def header(path: pathlib.Path, change):
-    """Writes the safetensors file at `path` again with its header changed and its data as they are."""
+    """Writes the safetensors file at `path` again, with another header and the same data."""
     raw = path.read_bytes()
     size = int.from_bytes(raw[:8], "little")
     new = change(json.loads(raw[8 : 8 + size]))

@@ -1,4 +1,5 @@
-"""Killed, starved and crowded: what was whole stays whole, the message is one line, and the same command goes on."""
+"""Killed, starved and crowded: what was whole stays whole, the message is one line, and the same
+command goes on."""
 
 import collections
 import contextlib
@@ -39,7 +40,8 @@ WRITTEN = "is not as it was written, by a bad disk or by hand"
 
 
 def test_killed_at_random_moments_every_stage_makes_what_it_makes_in_peace(finished_run, tmp_path):
-    """The short form of tests/bench/torture.py. It also shows that the same seed gives the same files: finished_run is another run."""
+    """The short form of tests/bench/torture.py. It also shows that the same seed gives the same
+    files: finished_run is another run."""
     command = [
         sys.executable,
         "tests/bench/torture.py",
@@ -68,7 +70,8 @@ def test_killed_at_random_moments_every_stage_makes_what_it_makes_in_peace(finis
 def test_training_killed_before_each_rename_of_two_steps_goes_on_after_the_last_whole_one(
     empty_run, tmp_path, monkeypatch, capsys
 ):
-    """A kill leaves what is renamed, and the log. Each restart is killed one rename later than the one before it."""
+    """A kill leaves what is renamed, and the log. Each restart is killed one rename later than the
+    one before it."""
     small = [
         "--steps",
         "2",
@@ -157,7 +160,8 @@ def test_the_comparison_sees_a_changed_bit_a_row_too_many_and_what_is_left_behin
 
 
 def killed_at_rename(n: int, after: bool, work) -> int:
-    """Does `work` in a fork that is killed before or after its n-th rename; returns the exit code."""
+    """Does `work` in a fork that is killed before or after its n-th rename; returns the exit
+    code."""
     pid = os.fork()
     if pid == 0:
         torture.signal_at_rename(n, signal.SIGKILL, after)
@@ -314,7 +318,8 @@ STAGES = {
 
 @contextlib.contextmanager
 def held(folder: pathlib.Path):
-    """Another process's lock on `folder`: to the kernel, a file opened a second time is as good as one."""
+    """Another process's lock on `folder`: to the kernel, a file opened a second time is as good as
+    one."""
     with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
         lock.write("process 4711 on elsewhere\n")
         lock.flush()
@@ -523,7 +528,8 @@ def test_a_disk_that_refuses_is_one_line_that_names_the_file(
 
 @pytest.fixture
 def disk(monkeypatch):
-    """What the disk is told to keep and what is renamed, in order: ("fsync", path) and ("replace", old path, new path)."""
+    """What the disk is told to keep and what is renamed, in order: ("fsync", path) and ("replace",
+    old path, new path)."""
     events, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(
         os,
@@ -580,7 +586,8 @@ def test_the_log_is_on_the_disk_before_the_resume_state_that_counts_on_it(
 
 @contextlib.contextmanager
 def small_disk(folder: pathlib.Path):
-    """`folder` on a disk of 450 kB, or where that takes rights we lack, no file over 100 kB; yields what makes room."""
+    """`folder` on a disk of 450 kB, or where that takes rights we lack, no file over 100 kB;
+    yields what makes room."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=450k", "none", str(folder)]
     if subprocess.run(mount, capture_output=True, check=False).returncode == 0:
@@ -879,7 +886,8 @@ def test_a_record_of_hashes_that_is_none_is_one_line(tmp_path, record):
 
 
 class Canned:
-    """An engine that gives every prompt the same response, with the policy's own log-probabilities."""
+    """An engine that gives every prompt the same response, with the policy's own
+    log-probabilities."""
 
     def __init__(self, text: str, finished: bool):
         self.text, self.finished = text, finished
@@ -932,7 +940,8 @@ def test_rollouts_that_teach_nothing_leave_the_policy_alone_and_the_run_goes_on(
 
 @pytest.fixture
 def vllm_engine(monkeypatch, tmp_path):
-    """common.vllm_engine on a vLLM that is not there, and an engine of it whose `llm` the test gives."""
+    """common.vllm_engine on a vLLM that is not there, and an engine of it whose `llm` the test
+    gives."""
     fake, request = types.ModuleType("vllm"), types.ModuleType("vllm.lora.request")
     fake.LLM, fake.SamplingParams, request.LoRARequest = object, dict, object
     for name, module in {
