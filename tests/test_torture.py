@@ -290,8 +290,10 @@ def test_a_signal_waits_for_the_end_of_a_write(tmp_path):
 
 def test_reproduce_passes_a_signal_on_and_waits_for_the_stage_behind_its_launcher(tmp_path):
     """The launcher is a shell that ends at once; what it started ends a second after the signal."""
-    slow = f"import signal, time; signal.signal(15, lambda *_: (time.sleep(1), open({str(tmp_path / 'ended')!r}, 'w'), exit()))"
-    launcher = f'trap "exit 1" TERM; {sys.executable} -c "{slow}; print(1, flush=True); time.sleep(60)" & wait'
+    end = f"(time.sleep(1), open({str(tmp_path / 'ended')!r}, 'w'), exit())"
+    slow = f"import signal, time; signal.signal(15, lambda *_: {end})"
+    slow += "; print(1, flush=True); time.sleep(60)"
+    launcher = f'trap "exit 1" TERM; {sys.executable} -c "{slow}" & wait'
     job = plans.Job("01", ["bash", "-c", launcher], [], 1)
 
     class Loud(runner.Runner):
@@ -334,7 +336,7 @@ def test_the_end_of_another_process_is_one_line_and_any_other_error_is_itself(ca
     with pytest.raises(SystemExit) as stop:
         stage.run_stage(
             lambda: main(
-                "[pair.cc:553] Connection closed by peer [127.0.0.1]:37593. This is typically caused by"
+                "[pair.cc:553] Connection closed by peer [127.0.0.1]:37593. This is typically"
             )
         )
     assert stop.value.code == 1
@@ -401,7 +403,8 @@ def test_a_second_process_in_a_stages_folder_is_refused(
     assert code == 2
     assert (
         line
-        == f"error: {run / folder} is being written by process 4711 on elsewhere: wait for it, or stop it"
+        == f"error: {run / folder} is being written by process 4711 on elsewhere: wait for it, "
+        "or stop it"
     )
     (run / folder).with_name(f".{(run / folder).name}.lock").unlink()
     assert contents_hash(run) == before
@@ -1049,7 +1052,8 @@ def test_a_vllm_that_fails_at_anything_is_one_line(vllm_engine, llm, call, messa
     arguments = {"sync": (torch.nn.Linear(2, 2),), "generate": ([[2]], [0], 8), "close": ()}[call]
     with pytest.raises(UserError) as error:
         getattr(vllm_engine, call)(*arguments)
-    want = f"vLLM {message} (RuntimeError: Engine core initialization failed. See root cause above.): type the same command again to go on"
+    words = "RuntimeError: Engine core initialization failed. See root cause above."
+    want = f"vLLM {message} ({words}): type the same command again to go on"
     assert str(error.value) == want
 
 
@@ -1057,7 +1061,7 @@ def test_a_vllm_that_does_not_start_is_one_line(vllm_engine, lora_policy, monkey
     monkeypatch.setattr(sys.modules["vllm"], "LLM", broken)
     with pytest.raises(
         UserError,
-        match=r"^vLLM does not start \(RuntimeError: Engine core .*: see --vllm-options, then type the same",
+        match=r"^vLLM does not start \(RuntimeError: .*: see --vllm-options, then type the same",
     ):
         type(vllm_engine)(*lora_policy, "backbone", 100, 4, {})
 

@@ -1,26 +1,20 @@
-"""Kills the stages of an experiment at random moments, starts them again with the same command,
-compares with a run left in peace.
+"""Kills the stages of an experiment at random moments and starts them again with the same command.
+The result is compared with a run that was left in peace.
 
     python tests/bench/torture.py --preset demo --kills 100 --out runs/torture
-    python tests/bench/torture.py --preset tests/tiny.yaml --kills 8 --against runs/tiny --out
-    runs/torture     # as the test suite does
-    python tests/bench/torture.py --preset tests/tiny.yaml --kills 30 --processes 2 --out
-    runs/torture2
+    python tests/bench/torture.py --preset tests/tiny.yaml --kills 30 --processes 2 --out runs/two
 
-The commands are those of `reproduce`, one after another. A kill is SIGKILL or SIGTERM; it comes at
-a random moment of the stage, or just
-before or after the n-th rename that the stage makes (n = 1, 2, ... is its start or resume), and every fourth is followed by a second one
-right after the restart. Where a stage ends before its moment, the kill moves to the next command;
-the last is typed until all are spent.
-Every file of both run directories is compared bit for bit; left out is what tells the time (keys with "seconds", report.md, Fig. 5).
-A training that began further back than it had to is a difference too, though it makes the same
-files.
+The commands are those of `reproduce`, one after another. A kill is SIGKILL or SIGTERM. It comes at
+a random moment of the stage, or just before or after the n-th rename that the stage makes (n = 1,
+2, ... is its start or resume). Every fifth comes right after the restart. Where a stage ends before
+its moment, the kill moves to the next command; the last is typed until all are spent. Every file of
+both run directories is compared bit for bit, but for what tells the time (keys with "seconds",
+report.md, Fig. 5). A training that began further back than it had to is a difference too.
 
-A stage is a fork of this process, which has the libraries loaded: a start costs no seconds of
-imports, and kills hit the stage's own work.
-With --processes the commands are typed as they are, `accelerate launch` with so many processes,
-and kills hit launcher and imports too. (A
-run of two processes equals one of one process only to float tolerance: --against wants as many.)
+A stage is a fork of this process, which has the libraries loaded, so kills hit the stage's own work
+and not its imports. With --processes the commands are typed as they are, `accelerate launch` with
+so many processes. (Such a run equals one of one process only to float tolerance, so --against has
+to be a run of as many.)
 """
 
 import argparse
