@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import pathlib
+import sys
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -80,6 +81,8 @@ def load_lora(backbone, folder: pathlib.Path):
     check_intact(folder)
     with _loading(f"adapter {folder}", f"the checkpoint is broken: {adapters.ANOTHER}"):
         config = LoraConfig.from_pretrained(folder)
+        if config.lora_dropout:
+            print(f"{folder}: lora_dropout is set to 0, as rollouts have none", file=sys.stderr)
         config.lora_dropout = 0.0
         return PeftModel.from_pretrained(backbone, folder, is_trainable=True, config=config)
 
