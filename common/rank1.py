@@ -118,7 +118,9 @@ def rank1(u: torch.Tensor, sigma: float | torch.Tensor, v: torch.Tensor) -> LowR
 def inner(a: LowRank, b: LowRank | torch.Tensor) -> float:
     """<a, b> = sum of a_ij b_ij; of two products tr((L_b^T L_a) (R_a R_b^T)). In float64."""
     if isinstance(a, torch.Tensor):
-        a, b = (b, a) if isinstance(b, LowRank) else (LowRank(a, torch.eye(a.shape[1])), b)
+        if isinstance(b, torch.Tensor):
+            return float((a.double() * b.double()).sum())
+        a, b = b, a
     total = 0.0
     for x in a.terms:
         left, right = x.left.double(), x.right.double()
