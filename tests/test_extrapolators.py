@@ -2,11 +2,9 @@
 
 import dataclasses
 import importlib
-import itertools
 import json
 import pathlib
 import shutil
-import types
 
 import numpy
 import pytest
@@ -281,8 +279,8 @@ CONFIG = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 6, "lora_alpha": 3
 
 @pytest.fixture(scope="module")
 def made(backbone_dir, tmp_path_factory):
-    """Eight LoRA checkpoints on the demo backbone, their deltas, a network of 3 epochs, 4 validation
-    problems. Read only."""
+    """Eight LoRA checkpoints on the demo backbone, their deltas, a network of 3 epochs, and 4
+    validation problems. Read only."""
     run = tmp_path_factory.mktemp("methods") / "run"
     shapes = list(MODULES.items())
     drift = {m: random_factors(*size, 6, j) for j, (m, size) in enumerate(shapes)}
@@ -385,9 +383,9 @@ NAMES = {
 def test_what_stage_3_writes_is_the_prediction_of_the_network_it_saved(run, stage, name):
     assert stage("03_train_predictor.py", *NAMES[name])[0] == 0
     folder, trajectory = run / "predictor" / name, deltas.load_trajectory(run / "deltas")
-    inputs = {"no-global": ("local",), "no-local": ("global",)}.get(name[-9:].lstrip("-"), None)
+    seen = {"aligned-no-global": ("local",), "paper-no-local": ("global",)}
     recipe = predictor.RECIPES["paper" if name.startswith("paper") else "aligned"]
-    recipe = dataclasses.replace(recipe, inputs=inputs or ("global", "local"))
+    recipe = dataclasses.replace(recipe, inputs=seen.get(name, ("global", "local")))
     trajectory = trajectory.last(6) if name.endswith("last6") else trajectory
     families = predictor.stack_families(*predictor.prepare(trajectory, recipe))
     weights = safetensors.torch.load_file(folder / "model.safetensors")
