@@ -1,4 +1,4 @@
-"""Rank-1 extraction against other ways on one matrix, and stage 2 on a whole model against its floor.
+"""Rank-1 extraction against other ways on one matrix; stage 2 on a whole model against its floor.
 
     python tests/bench/bench_extract.py                     # one matrix of Qwen2.5-1.5B
     python tests/bench/bench_extract.py --model 1.5b        # stage 2 on 15 checkpoints (4.4 GB)
@@ -95,7 +95,7 @@ def one_matrix(m: int = 8960, n: int = 1536) -> None:
 
 
 def write_model(name: str, folder: pathlib.Path) -> int:
-    """The adapters of a whole model, a folder a checkpoint as PEFT lays them out; returns their bytes."""
+    """The adapters of a whole model, a folder a checkpoint as PEFT does; returns their bytes."""
     hidden, middle, kv, layers = MODELS[name]
     outputs = {"self_attn.q_proj": hidden, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
     outputs |= {"self_attn.o_proj": hidden, "mlp.gate_proj": middle, "mlp.up_proj": middle}
@@ -125,7 +125,7 @@ def write_model(name: str, folder: pathlib.Path) -> int:
 
 
 def read_all(folder: pathlib.Path, cold: bool) -> float:
-    """Seconds to read every byte of the checkpoints; cold: after the page cache has forgotten them."""
+    """Seconds to read every byte of the checkpoints; cold: not from the page cache."""
     paths = sorted(folder.rglob("*.safetensors"))
     for path in paths:
         with open(path, "rb") as file:
@@ -135,7 +135,7 @@ def read_all(folder: pathlib.Path, cold: bool) -> float:
 
 
 def product_seconds(name: str, workers: int) -> float:
-    """Seconds of the products ([r, m] by [m, r]) that stage 2 cannot do without, on this machine."""
+    """Seconds of the products [r, m] by [m, r] that stage 2 cannot do without, here."""
     hidden, middle, kv, layers = MODELS[name]
     x, repeats = torch.randn(RANK, hidden, dtype=torch.float64), 200
     torch.set_num_threads(1)
