@@ -1,0 +1,279 @@
+"""The runs that one page is about, which of their policies may be compared, and the statistics.
+
+A page is about one run directory, or about a grid of them (several seeds, several settings).
+With one seed every error is over test problems, paired by problem where two policies are compared.
+With several it is over seeds, paired by seed, with Student's 95% interval.
+"""
+
+import collections
+import dataclasses
+import json
+import pathlib
+import statistics
+
+from common import rank1
+from common.files import adapters, deltas
+from common.reproduce.results import (
+    Result,
+    load_results,
+    read_predictor_report,
+    standard_error,
+    suite_of,
+)
+
+T975 = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+)  # Student's, by n - 1
+NOT_WORSE = 0.01  # "not worse" holds where the whole interval is above minus this
+MAIN = "lora"  # the name of a grid's main run, and of a single one
+
+
+@dataclasses.dataclass
+class Estimate:
+    """A mean, its standard error and half of its interval (nan where one seed alone has it)."""
+
+    mean: float
+    error: float
+    half: float
+    over: str = "seeds"
+
+    def points(self) -> str:
+        """In points of accuracy: `+3.0 [+2.1, +3.9]`."""
+        if self.half != self.half:
+            return f"{100 * self.mean:+.1f}"
+        low, high = 100 * (self.mean - self.half), 100 * (self.mean + self.half)
+        return f"{100 * self.mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+    def plain(self, scale: float = 1.0, digits: int = 3) -> str:
+        """`0.841 ± 0.003`; without an error where there is none."""
+        mean = f"{scale * self.mean:.{digits}f}"
+        return mean if self.error != self.error else f"{mean} ± {scale * self.error:.{digits}f}"
+
+    def verdict(self, not_worse: bool = False) -> str:
+        """Of "better" or "not worse": decided where the whole interval is on one side."""
+        bound = -NOT_WORSE if not_worse else 0.0
+        if self.mean + self.half < bound:
+            return "does not hold"
+        return "holds" if self.mean - self.half > bound else "undecided"
+
+
+def over_seeds(values: list[float]) -> Estimate:
+    """Mean and Student's 95% interval of one value a seed.
+
+    >>> round(over_seeds([1.0, 2.0, 3.0]).half, 3)  # 4.303 / sqrt(3)
+    2.484
+    """
+    n = len(values)
+    if n < 2:
+        return Estimate(values[0], float("nan"), float("nan"))
+    error = statistics.stdev(values) / n**0.5
+    return Estimate(statistics.fmean(values), error, error * T975[min(n - 1, len(T975)) - 1])
+
+
+def over_problems(a: Result, b: Result | None = None) -> Estimate:
+    """Accuracy of a, or a minus b paired by problem; the interval is two standard errors wide."""
+    scores = [a.scores[task] - (b.scores[task] if b else 0.0) for task in a.tasks]
+    error = standard_error(scores)
+    return Estimate(
+        sum(float(s.mean()) for s in scores) / len(scores), error, 2 * error, "problems"
+    )
+
+
+class Runs:
+    """results[seed][name][policy] of a run directory (name "lora"), or of a grid's.
+
+    prefix, total and reference are RL steps: before the jump, after the RL that follows it, and of
+    the longest plain run; 0 where nothing measured has them. left_out: lines for the page.
+    """
+
+    def __init__(self, root: pathlib.Path, seeds: list[int] | None = None):
+        self.root, self.seeds, self.is_grid = root, seeds or [0], seeds is not None
+        self.left_out: list[str] = []
+        self.results: dict[int, dict[str, dict[str, Result]]] = {}
+        for seed in self.seeds:
+            names = [MAIN]
+            if self.is_grid:
+                top = root / f"seed{seed}"
+                names = sorted(str(path.parent.relative_to(top)) for path in top.glob("**/eval"))
+            self.results[seed] = {name: load_results(self.folder(seed, name)) for name in names}
+        self._leave_out_unlike()
+        steps = collections.defaultdict(int)
+        for _, name, result in self.all():
+            if name == MAIN:
+                kind = "jumped" if result.jumped else result.policy.split("/")[0]
+                steps[kind] = max(steps[kind], result.steps)
+        self.prefix = steps["jumped"] or steps["train"]
+        self.total = steps["continued"]
+        self.reference = steps["train"] if steps["train"] > max(self.prefix, self.total) else 0
+
+    def folder(self, seed: int, name: str = MAIN) -> pathlib.Path:
+        return self.root / f"seed{seed}" / name if self.is_grid else self.root
+
+    def all(self) -> list[tuple[int, str, Result]]:
+        """(seed, name of the run, result) of everything that is compared."""
+        return [
+            (seed, name, result)
+            for seed, runs in self.results.items()
+            for name, found in runs.items()
+            for result in found.values()
+        ]
+
+    # What may be compared ---------------------------------------------------------------------
+
+    def _leave_out_unlike(self) -> None:
+        """Keeps what was measured on the same problems with the same options, and trained alike."""
+        found, why = self.all(), collections.defaultdict(list)
+        for task in sorted({task for _, _, r in found for task in r.scores}):
+            having = [(seed, name, r) for seed, name, r in found if task in r.scores]
+            options = most_common([r.measured[task] for _, _, r in having])
+            data = most_common([r.data[task] for _, _, r in having])
+            for seed, name, r in having:
+                odd = differing(r.measured[task], options)
+                if odd or r.data[task] != data:
+                    del r.scores[task]
+                    why[seed, name, r.policy].append(f"measured {odd or f'on another {task}'}")
+        suites = sorted({suite_of(task) for _, _, r in found for task in r.scores}, reverse=True)
+        sets = [
+            tuple(t for t in r.scores if suite_of(t) == suite)
+            for suite in suites
+            for _, _, r in found
+        ]
+        self.tasks = most_common([tasks for tasks in sets if tasks]) or ()
+        trained = {}
+        for seed, name, r in found:
+            reasons, r.tasks = why[seed, name, r.policy], self.tasks
+            missing = [task for task in self.tasks if task not in r.scores]
+            if missing and not reasons:
+                reasons.append(f"not measured on {', '.join(missing)}")
+            usual = trained.setdefault(name, r.trained) if r.trained else {}
+            if not missing and (odd := differing(r.trained, usual)):
+                reasons.append(f"{100 * r.accuracy:.1f}%, trained {odd}")
+            if reasons:
+                del self.results[seed][name][r.policy]
+                place = f"seed{seed}/{name}/{r.policy}" if self.is_grid else r.policy
+                self.left_out.append(f"{place}: {'; '.join(dict.fromkeys(reasons))}")
+
+    # Policies and their statistics --------------------------------------------------------------
+
+    def step(self, step: int) -> str:
+        return f"train/step_{step:04d}"
+
+    @property
+    def before(self) -> str:
+        """The policy from which all jump. Another trainer's is measured as `none`, which equals it."""
+        plain = self.step(self.prefix)
+        return (
+            plain if self.get(plain) or not self.get("extrapolated/none") else "extrapolated/none"
+        )
+
+    def after(self, start: str) -> str:
+        return f"continued/{start}/step_{self.total:04d}"
+
+    def get(self, policy: str, name: str = MAIN) -> dict[int, Result]:
+        """This policy's result by seed; the backbone's once, as it is the same for all."""
+        found = {
+            s: runs[name][policy]
+            for s, runs in self.results.items()
+            if policy in runs.get(name, {})
+        }
+        return dict([*found.items()][:1]) if policy == "backbone" else found
+
+    def some(self, name: str = MAIN) -> dict[str, Result]:
+        """Every policy that any seed of the run `name` has, with one of its results."""
+        return {result.policy: result for _, run, result in self.all() if run == name}
+
+    def accuracy(self, policy: str, name: str = MAIN) -> Estimate | None:
+        found = [*self.get(policy, name).values()]
+        if not found or len(self.seeds) == 1:
+            return over_problems(found[0]) if found else None
+        return over_seeds([r.accuracy for r in found])
+
+    def difference(self, a: str, b: str, name: str = MAIN, other: str = "") -> Estimate | None:
+        """Accuracy of policy a of the run `name` minus that of b of `other` (or the same), paired."""
+        first, second = self.get(a, name), self.get(b, other or name)
+        pairs = [(first[seed], second[seed]) for seed in first if seed in second]
+        if not pairs or len(self.seeds) == 1:
+            return over_problems(*pairs[0]) if pairs else None
+        return over_seeds([x.accuracy - y.accuracy for x, y in pairs])
+
+    # What other stages measured ------------------------------------------------------------------
+
+    def spectra(self, name: str = MAIN) -> list[dict]:
+        """Stage 2's spectrum.json of the run `name`, of each seed that has it."""
+        folders = [self.folder(seed, name) / "deltas" for seed in self.seeds]
+        return [
+            deltas.read_spectrum(path) for path in folders if (path / "spectrum.json").is_file()
+        ]
+
+    def predictor_reports(self, name: str = MAIN) -> dict[str, list[dict]]:
+        """Stage 3's report.json of each predictor, of each seed that has it."""
+        found = collections.defaultdict(list)
+        for seed in self.seeds:
+            for path in sorted(self.folder(seed, name).glob("predictor/*/report.json")):
+                found[path.parent.name].append(read_predictor_report(path))
+        return found
+
+    def backtest(self, method: str, row: str, name: str = MAIN) -> Estimate | None:
+        """The cosine of `row` with a true delta that predictor `method` (any if empty) has not seen."""
+        reports = self.predictor_reports(name)
+        found = (
+            reports[method]
+            if method in reports
+            else []
+            if method
+            else next(iter(reports.values()), [])
+        )
+        values = [
+            r["backtest"][row]["cosine"] for r in found if r["backtest"] and row in r["backtest"]
+        ]
+        return over_seeds(values) if values else None
+
+    def jump_cosines(self) -> dict[str, Estimate]:
+        """Policy -> cosine of W_hat - W_c with the true W_(c+k) - W_c, mean over the matrices."""
+        found = collections.defaultdict(list)
+        for seed in self.seeds:
+            run = self.folder(seed)
+            ends = [run / self.step(step) for step in (self.prefix, self._next_step(run))]
+            if not all(adapters.is_adapter(path) for path in ends):
+                continue
+            last, future = map(adapters.read_adapter, ends)
+            true = {m: future.update(m) - last.update(m) for m in last.factors}
+            for path in sorted((run / "extrapolated").glob("[!.]*")):
+                jumped = adapters.read_adapter(path)
+                values = [rank1.cosine(jumped.update(m) - last.update(m), true[m]) for m in true]
+                if values := [value for value in values if value == value]:  # nan: nothing moved
+                    found[f"extrapolated/{path.name}"].append(statistics.fmean(values))
+        return {policy: over_seeds(values) for policy, values in found.items()}
+
+    def _next_step(self, run: pathlib.Path) -> int:
+        """The step that the jump aims at, k checkpoints after the last one."""
+        if not (run / "deltas" / "index.json").is_file():
+            return 0
+        index = deltas.read_index(run / "deltas")
+        return index["steps"][-1] + index["k"] * (index["steps"][-1] - index["steps"][-2])
+
+
+def most_common(values: list):
+    """The value that most have (of several such the first); None of no values."""
+    keys = [json.dumps(value, sort_keys=True) for value in values]
+    return values[keys.index(collections.Counter(keys).most_common(1)[0][0])] if keys else None
+
+
+def differing(options: dict, usual: dict) -> str:
+    """`with temperature 0.5 (the others 1.0)` for what differs of the options that both have."""
+    keys = [key for key in options.keys() & usual.keys() if None not in (options[key], usual[key])]
+    odd = sorted(key for key in keys if options[key] != usual[key])
+    return (
+        "with " + ", ".join(f"{key} {options[key]!r} (the others {usual[key]!r})" for key in odd)
+        if odd
+        else ""
+    )
