@@ -42,18 +42,12 @@ MAIN_ALPHA = 1.5  # the paper's extending coefficient: the alpha of the tables
 OWN_ALPHA = {"expo": 0.5}  # methods whose alpha means something else
 FROM_DELTAS = ("next", "weighted", "repeat-last", "recent-locals")  # methods that need stage 2
 BY_ACCURACY = ("alpharl-pls", "greedy-soup")  # methods that measure every checkpoint
-TESTED = (
-    "predictor",
-    "copy-global",
-    "repeat-last",
-    "recent-locals",
-    "linear-fit",
-    "weighted",
-    "oracle",
-)
+CONTROLS = ("copy-global", "repeat-last", "recent-locals", "linear-fit", "weighted", "oracle")
+TESTED = ("predictor", *CONTROLS)  # rows of stage 3's backtest
+SUITES = ("maths", "gpqa", "mmlu-pro")  # only tasks of one suite are averaged
 LOGGED = {"step": int, "seconds": float, "accuracy": float, "response_length": float}
-RECORD = {"policy": str, "n": int, "response_length": float, "by_problem": list[float], "settings": dict | None,
-          "data": str | None, "template_hash": str | None}  # fmt: skip
+RECORD = {"policy": str, "n": int, "response_length": float, "by_problem": list[float]}
+RECORD |= {"settings": dict | None, "data": str | None, "template_hash": str | None}
 POLICY = re.compile(
     r"(?:extrapolated|merged|continued)/([^/]+?)(?:_alpha(\d+(?:\.\d+)?))?(_merged)?(?:/step_\d+)?"
 )
@@ -73,14 +67,14 @@ class Result:
     policy: str  # the path below the run directory
     method: str  # a key of NAMES, with "_merged" where stage 5 was told so
     alpha: float | None
-    steps: int  # RL steps it took
-    scores: dict[str, torch.Tensor]  # task -> [problems]
-    samples: dict[str, int]  # task -> responses
-    lengths: dict[str, float]  # task -> mean tokens of a response
-    measured: dict[str, dict]  # task -> the options of stage 6, and the hash of the template
-    data: dict[str, str]  # task -> hash of its problems
-    trained: dict  # the options of stage 1 or 5
-    tasks: tuple[str, ...]  # those whose plain mean is the accuracy
+    trained: dict  # the options of stage 1 or 5 that decide the result
+    steps: int = 0  # RL steps it took
+    scores: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # task -> [problems]
+    samples: dict[str, int] = dataclasses.field(default_factory=dict)  # task -> responses
+    lengths: dict[str, float] = dataclasses.field(default_factory=dict)  # task -> tokens a response
+    measured: dict[str, dict] = dataclasses.field(default_factory=dict)  # task -> stage 6's options
+    data: dict[str, str] = dataclasses.field(default_factory=dict)  # task -> hash of its problems
+    tasks: tuple[str, ...] = ()  # those whose plain mean is the accuracy
     seconds: float | None = None  # wall: RL and the method's own computing
 
     @property
@@ -104,6 +98,10 @@ class Result:
     def jumped(self) -> bool:
         """Whether stage 4 made it, before any more RL."""
         return self.policy.startswith(("extrapolated/", "merged/"))
+
+    def of_suite(self, suite: str) -> tuple[str, ...]:
+        """The tasks of `suite` that it was measured on."""
+        return tuple(task for task in self.scores if suite_of(task) == suite)
 
     @property
     def label(self) -> str:
@@ -134,75 +132,61 @@ def split_name(method: str) -> tuple[str, str]:
 
 
 def suite_of(task: str) -> str:
-    """The benchmark that a task is a part of. Only tasks of one suite are averaged."""
-    return next((name for name in ("gpqa", "mmlu-pro") if task.startswith(name)), "maths")
+    """The suite of a task: mmlu-pro-biology is one of mmlu-pro; what is not known is maths."""
+    return next((suite for suite in SUITES[1:] if task.startswith(suite)), SUITES[0])
 
 
 def load_results(run: pathlib.Path) -> dict[str, Result]:
     """Every measured policy of the run directory `run`, by its path."""
     found = {}
     for folder in sorted((run / "eval").glob("*")):
-        tasks = {
-            path.stem: read_json(path, "06_eval.py", RECORD)
-            for path in sorted(folder.glob("*.json"))
-        }
+        paths = sorted(folder.glob("*.json"))
+        tasks = {path.stem: read_json(path, "06_eval.py", RECORD) for path in paths}
         if not tasks:
             continue
         policy = next(iter(tasks.values()))["policy"]
         if policy.replace("/", "__") != folder.name:
             raise UserError(f"{folder} holds results of {policy!r}: move it away")
-        steps = 0 if policy == "backbone" else jump_info(run, policy)["step"]
         method, alpha = policy if policy == "backbone" else "grpo", None
         if match := POLICY.fullmatch(policy):
             method, alpha = match[1] + (match[3] or ""), float(match[2]) if match[2] else None
-        same = [task for task in tasks if suite_of(task) == suite_of(next(iter(tasks)))]
-        found[policy] = Result(
-            policy, method, alpha, steps,
-            scores={task: torch.tensor(t["by_problem"], dtype=torch.float64) for task, t in tasks.items()},
-            samples={task: t["n"] for task, t in tasks.items()},
-            lengths={task: t["response_length"] for task, t in tasks.items()},
-            measured={
-                task: {**(t.get("settings") or {}), "template_hash": t.get("template_hash")}
-                for task, t in tasks.items()
-            },
-            data={task: f"{t.get('data')} {len(t['by_problem'])}" for task, t in tasks.items()},
-            trained=training_options(run, policy),
-            tasks=tuple(same),
-        )  # fmt: skip
-        found[policy].seconds = wall_seconds(run, found[policy])
+        result = found[policy] = Result(policy, method, alpha, training_options(run, policy))
+        result.steps = 0 if policy == "backbone" else jump_info(run, policy)["step"]
+        for task, record in tasks.items():
+            result.scores[task] = torch.tensor(record["by_problem"], dtype=torch.float64)
+            result.samples[task], result.lengths[task] = record["n"], record["response_length"]
+            template = {"template_hash": record.get("template_hash")}
+            result.measured[task] = (record.get("settings") or {}) | template
+            result.data[task] = f"{record.get('data')} {len(record['by_problem'])}"
+        suites = [result.of_suite(suite) for suite in SUITES]
+        result.tasks = next(tasks for tasks in suites if tasks)
+        result.seconds = wall_seconds(run, result)
     return found
 
 
 def training_options(run: pathlib.Path, policy: str) -> dict:
-    """What `policy` was trained with: the options that decide the result, and the hash of its data."""
-    folder = run / "train" if policy.startswith("train/") else (run / policy).parent
-    if not policy.startswith(("train/", "continued/")) or not (folder / "config.json").is_file():
-        folder = run / "train"
+    """The options of stage 1 or 5 that decide what `policy` is, and the hash of its data."""
+    folder = (run / policy).parent if policy.startswith("continued/") else run / "train"
     if not (folder / "config.json").is_file():
         return {}
     kinds = {"config": dict, "inputs": dict | None}
-    found = read_json(folder / "config.json", "01_train_lora_grpo.py", kinds)
-    data = pathlib.Path(str(found["config"].get("train_data"))).name
-    hashes = found.get("inputs") or {}
-    options = {key: value for key, value in found["config"].items() if key not in NOT_TRAINING}
-    return {**options, "training data": hashes.get("train_data", hashes.get(data))}
+    found = read_json(folder / "config.json", "the stage that wrote it", kinds)
+    config, inputs = found["config"], found.get("inputs") or {}
+    data = inputs.get("train_data", inputs.get(pathlib.Path(str(config.get("train_data"))).name))
+    options = {key: value for key, value in config.items() if key not in NOT_TRAINING}
+    return {**options, "training data": data}
 
 
 def jump_info(run: pathlib.Path, policy: str) -> dict:
     """checkpoint.json of `policy`; what is merged may have it beside the adapter alone."""
     name = policy.split("/", 1)[-1]
-    places = [
-        run / place / "checkpoint.json"
-        for place in (policy, f"extrapolated/{name}", f"merged/{name}")
-    ]
-    path = next((place for place in places if place.is_file()), places[0])
-    kinds = {"step": int, "seconds": float | None}
-    return read_json(path, "the stage that wrote this checkpoint", kinds)
+    folders = [run / place for place in (policy, f"extrapolated/{name}", f"merged/{name}")]
+    paths = [folder / "checkpoint.json" for folder in folders]
+    path = next((path for path in paths if path.is_file()), paths[0])
+    return read_json(path, "the stage that made it", {"step": int, "seconds": float | None})
 
 
-# ----------------------------------------------------------------------------------------------
-# Seconds
-# ----------------------------------------------------------------------------------------------
+# Seconds ----------------------------------------------------------------------------------------
 
 
 def rl_seconds(folder: pathlib.Path, last_step: int) -> float:
@@ -221,25 +205,20 @@ def _logged_seconds(path: pathlib.Path, changed: int) -> tuple[list[int], list[f
 
 
 def own_seconds(run: pathlib.Path, method: str, name: str) -> dict[str, float]:
-    """Wall seconds of what `method` adds to RL. `name` is its folder, as weighted_alpha1.5."""
-    base, done = (
-        method.partition("-")[0] if method.startswith("next-") else method,
-        {"seconds": float},
-    )
+    """Wall seconds of what `method` adds to RL; `name` is its folder, as weighted_alpha1.5."""
+
+    def seconds(path: pathlib.Path, key: str = "seconds") -> float:
+        return read_json(path, "the stage that made it", {key: float})[key]
+
+    base = "next" if method.startswith("next-") else method
     parts = {"extrapolation": jump_info(run, f"extrapolated/{name}").get("seconds") or 0.0}
     if base in FROM_DELTAS:
-        parts["SVD"] = read_json(run / "deltas" / "done.json", "02_extract_deltas.py", done)[
-            "seconds"
-        ]
-    if base == "next":
+        parts["SVD"] = seconds(run / "deltas" / "done.json")
+    if base == "next":  # without its backtest
         trained = run / "predictor" / method.removeprefix("next-") / "done.json"
-        done = {"training_seconds": float}
-        parts["predictor"] = read_json(trained, "03_train_predictor.py", done)["training_seconds"]
+        parts["predictor"] = seconds(trained, "training_seconds")
     if base in BY_ACCURACY:
-        paths = run.glob("validation/*__step_*/*.json")
-        parts["validation"] = sum(
-            read_json(path, "06_eval.py", {"seconds": float})["seconds"] for path in paths
-        )
+        parts["validation"] = sum(map(seconds, run.glob("validation/*__step_*/*.json")))
     return parts
 
 
@@ -263,15 +242,13 @@ def wall_seconds(run: pathlib.Path, result: Result) -> float | None:
 
 def read_predictor_report(path: pathlib.Path) -> dict:
     """What stage 3 wrote of one predictor: losses by family, and its backtest or None."""
-    kinds = {"losses": dict[str, list[float]], "loss_of_zeros": dict[str, float], "loss_stride": int,
-             "backtest": dict | None}  # fmt: skip
+    kinds = {"losses": dict[str, list[float]], "loss_of_zeros": dict[str, float]}
+    kinds |= {"loss_stride": int, "backtest": dict | None}
     found = read_json(path, "03_train_predictor.py --overwrite", kinds)
-    rows = {key: {"cosine": float} for key in TESTED if key in (found["backtest"] or {})}
-    tested = {"at_step": int, "predicts_step": int, "predictor": dict, **rows}
-    if found["backtest"] and not matches(found["backtest"], tested):
+    tested, steps = found["backtest"], {"at_step": int, "predicts_step": int}
+    rows = {row: {"cosine": float} for row in TESTED if row in (tested or {})}
+    if tested and not matches(tested, {**steps, "predictor": dict, **rows}):
         raise UserError(f"{path} has no usable backtest: run 03_train_predictor.py --overwrite")
     if found["losses"].keys() - found["loss_of_zeros"].keys():
-        raise UserError(
-            f"{path} has no usable loss_of_zeros: run 03_train_predictor.py --overwrite"
-        )
+        raise UserError(f"{path} has no loss_of_zeros: run 03_train_predictor.py --overwrite")
     return found

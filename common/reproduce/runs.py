@@ -13,50 +13,32 @@ import statistics
 
 from common import rank1
 from common.files import adapters, deltas
-from common.reproduce.results import (
-    Result,
-    load_results,
-    read_predictor_report,
-    standard_error,
-    suite_of,
-)
+from common.reproduce import results
+from common.reproduce.results import Result
 
-T975 = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-)  # Student's, by n - 1
+# Student's t, 97.5%, by degrees of freedom
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 NOT_WORSE = 0.01  # "not worse" holds where the whole interval is above minus this
 MAIN = "lora"  # the name of a grid's main run, and of a single one
 
 
 @dataclasses.dataclass
 class Estimate:
-    """A mean, its standard error and half of its interval (nan where one seed alone has it)."""
+    """A mean, its standard error and half its interval (nan where one seed of several has it)."""
 
     mean: float
-    error: float
-    half: float
-    over: str = "seeds"
+    error: float = float("nan")
+    half: float = float("nan")
 
     def points(self) -> str:
         """In points of accuracy: `+3.0 [+2.1, +3.9]`."""
-        if self.half != self.half:
-            return f"{100 * self.mean:+.1f}"
         low, high = 100 * (self.mean - self.half), 100 * (self.mean + self.half)
-        return f"{100 * self.mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+        return f"{100 * self.mean:+.1f}" + (f" [{low:+.1f}, {high:+.1f}]" if low == low else "")
 
     def plain(self, scale: float = 1.0, digits: int = 3) -> str:
         """`0.841 ± 0.003`; without an error where there is none."""
-        mean = f"{scale * self.mean:.{digits}f}"
-        return mean if self.error != self.error else f"{mean} ± {scale * self.error:.{digits}f}"
+        error = f" ± {scale * self.error:.{digits}f}" if self.error == self.error else ""
+        return f"{scale * self.mean:.{digits}f}{error}"
 
     def verdict(self, not_worse: bool = False) -> str:
         """Of "better" or "not worse": decided where the whole interval is on one side."""
@@ -74,52 +56,51 @@ def over_seeds(values: list[float]) -> Estimate:
     """
     n = len(values)
     if n < 2:
-        return Estimate(values[0], float("nan"), float("nan"))
+        return Estimate(values[0])
     error = statistics.stdev(values) / n**0.5
     return Estimate(statistics.fmean(values), error, error * T975[min(n - 1, len(T975)) - 1])
 
 
 def over_problems(a: Result, b: Result | None = None) -> Estimate:
-    """Accuracy of a, or a minus b paired by problem; the interval is two standard errors wide."""
+    """Accuracy of a, or a minus b paired by problem, with two standard errors on either side."""
     scores = [a.scores[task] - (b.scores[task] if b else 0.0) for task in a.tasks]
-    error = standard_error(scores)
-    return Estimate(
-        sum(float(s.mean()) for s in scores) / len(scores), error, 2 * error, "problems"
-    )
+    error = results.standard_error(scores)
+    return Estimate(statistics.fmean(float(s.mean()) for s in scores), error, 2 * error)
 
 
 class Runs:
-    """results[seed][name][policy] of a run directory (name "lora"), or of a grid's.
+    """results[seed][name][policy] of a run directory (its name is "lora"), or of a grid's runs.
 
-    prefix, total and reference are RL steps: before the jump, after the RL that follows it, and of
-    the longest plain run; 0 where nothing measured has them. left_out: lines for the page.
+    prefix, total, reference: RL steps before the jump, after the RL that follows it, and of a plain
+    run that is longer than both; 0 where no measured policy has them.
+    left_out: policies that were made otherwise than the rest, and why, as lines for the page.
     """
 
     def __init__(self, root: pathlib.Path, seeds: list[int] | None = None):
         self.root, self.seeds, self.is_grid = root, seeds or [0], seeds is not None
+        one = len(self.seeds) == 1
+        self.over, self.interval = ("problems", "[± 2 s.e.]") if one else ("seeds", "[95%]")
+        self.counted = "seeds" if self.is_grid else "n"
         self.left_out: list[str] = []
         self.results: dict[int, dict[str, dict[str, Result]]] = {}
         for seed in self.seeds:
-            names = [MAIN]
-            if self.is_grid:
-                top = root / f"seed{seed}"
-                names = sorted(str(path.parent.relative_to(top)) for path in top.glob("**/eval"))
-            self.results[seed] = {name: load_results(self.folder(seed, name)) for name in names}
+            top = root / f"seed{seed}"
+            names = sorted(str(path.parent.relative_to(top)) for path in top.glob("**/eval"))
+            names = names if self.is_grid else [MAIN]
+            self.results[seed] = {n: results.load_results(self.folder(seed, n)) for n in names}
         self._leave_out_unlike()
-        steps = collections.defaultdict(int)
-        for _, name, result in self.all():
-            if name == MAIN:
-                kind = "jumped" if result.jumped else result.policy.split("/")[0]
-                steps[kind] = max(steps[kind], result.steps)
-        self.prefix = steps["jumped"] or steps["train"]
-        self.total = steps["continued"]
-        self.reference = steps["train"] if steps["train"] > max(self.prefix, self.total) else 0
+        main = self.some().values()
+        plain = max((r.steps for r in main if r.method == "grpo"), default=0)
+        self.prefix = max((r.steps for r in main if r.jumped), default=plain)
+        self.total = max((r.steps for r in main if r.policy.startswith("continued/")), default=0)
+        self.reference = plain if plain > max(self.prefix, self.total) else 0
+        self.is_full = any(r.trained.get("tune") == "full" for r in main)
 
     def folder(self, seed: int, name: str = MAIN) -> pathlib.Path:
         return self.root / f"seed{seed}" / name if self.is_grid else self.root
 
     def all(self) -> list[tuple[int, str, Result]]:
-        """(seed, name of the run, result) of everything that is compared."""
+        """(seed, name of the run, result) of everything that may be compared."""
         return [
             (seed, name, result)
             for seed, runs in self.results.items()
@@ -127,30 +108,26 @@ class Runs:
             for result in found.values()
         ]
 
-    # What may be compared ---------------------------------------------------------------------
+    # What may be compared ------------------------------------------------------------------------
 
     def _leave_out_unlike(self) -> None:
         """Keeps what was measured on the same problems with the same options, and trained alike."""
         found, why = self.all(), collections.defaultdict(list)
         for task in sorted({task for _, _, r in found for task in r.scores}):
-            having = [(seed, name, r) for seed, name, r in found if task in r.scores]
-            options = most_common([r.measured[task] for _, _, r in having])
-            data = most_common([r.data[task] for _, _, r in having])
-            for seed, name, r in having:
+            having = [r for _, _, r in found if task in r.scores]
+            options = most_common([r.measured[task] for r in having])
+            data = most_common([r.data[task] for r in having])
+            for r in having:
                 odd = differing(r.measured[task], options)
                 if odd or r.data[task] != data:
                     del r.scores[task]
-                    why[seed, name, r.policy].append(f"measured {odd or f'on another {task}'}")
-        suites = sorted({suite_of(task) for _, _, r in found for task in r.scores}, reverse=True)
-        sets = [
-            tuple(t for t in r.scores if suite_of(t) == suite)
-            for suite in suites
-            for _, _, r in found
-        ]
+                    why[id(r)].append(f"measured {odd or f'on another {task}'}")
+        # The accuracy is the mean of one suite: of those tasks of it on which most were measured.
+        sets = [r.of_suite(suite) for suite in results.SUITES for _, _, r in found]
         self.tasks = most_common([tasks for tasks in sets if tasks]) or ()
         trained = {}
         for seed, name, r in found:
-            reasons, r.tasks = why[seed, name, r.policy], self.tasks
+            reasons, r.tasks = why[id(r)], self.tasks
             missing = [task for task in self.tasks if task not in r.scores]
             if missing and not reasons:
                 reasons.append(f"not measured on {', '.join(missing)}")
@@ -159,37 +136,37 @@ class Runs:
                 reasons.append(f"{100 * r.accuracy:.1f}%, trained {odd}")
             if reasons:
                 del self.results[seed][name][r.policy]
-                place = f"seed{seed}/{name}/{r.policy}" if self.is_grid else r.policy
-                self.left_out.append(f"{place}: {'; '.join(dict.fromkeys(reasons))}")
+                run = f"seed{seed}/{name}/" if self.is_grid else ""
+                self.left_out.append(f"{run}{r.policy}: {'; '.join(dict.fromkeys(reasons))}")
 
-    # Policies and their statistics --------------------------------------------------------------
+    # Policies ------------------------------------------------------------------------------------
 
     def step(self, step: int) -> str:
         return f"train/step_{step:04d}"
 
-    @property
-    def before(self) -> str:
-        """The policy from which all jump. Another trainer's is measured as `none`, which equals it."""
-        plain = self.step(self.prefix)
-        return (
-            plain if self.get(plain) or not self.get("extrapolated/none") else "extrapolated/none"
-        )
-
     def after(self, start: str) -> str:
         return f"continued/{start}/step_{self.total:04d}"
 
+    @property
+    def before(self) -> str:
+        """The policy from which all jump. For another trainer's it is `none`, its equal."""
+        plain, none = self.step(self.prefix), "extrapolated/none"
+        return none if none in self.some() and plain not in self.some() else plain
+
     def get(self, policy: str, name: str = MAIN) -> dict[int, Result]:
         """This policy's result by seed; the backbone's once, as it is the same for all."""
-        found = {
-            s: runs[name][policy]
-            for s, runs in self.results.items()
-            if policy in runs.get(name, {})
-        }
-        return dict([*found.items()][:1]) if policy == "backbone" else found
+        having = [seed for seed in self.seeds if policy in self.results[seed].get(name, {})]
+        having = having[:1] if policy == "backbone" else having
+        return {seed: self.results[seed][name][policy] for seed in having}
 
     def some(self, name: str = MAIN) -> dict[str, Result]:
         """Every policy that any seed of the run `name` has, with one of its results."""
-        return {result.policy: result for _, run, result in self.all() if run == name}
+        return {r.policy: r for _, run, r in self.all() if run == name}
+
+    def count(self, policy: str, name: str = MAIN) -> str:
+        """How many seeds of a grid have it; of one run the number of responses."""
+        found = self.get(policy, name)
+        return str(len(found) if self.is_grid else sum(r.n for r in found.values()))
 
     def accuracy(self, policy: str, name: str = MAIN) -> Estimate | None:
         found = [*self.get(policy, name).values()]
@@ -198,7 +175,7 @@ class Runs:
         return over_seeds([r.accuracy for r in found])
 
     def difference(self, a: str, b: str, name: str = MAIN, other: str = "") -> Estimate | None:
-        """Accuracy of policy a of the run `name` minus that of b of `other` (or the same), paired."""
+        """Accuracy of a in the run `name` minus that of b in `other`, by default the same run."""
         first, second = self.get(a, name), self.get(b, other or name)
         pairs = [(first[seed], second[seed]) for seed in first if seed in second]
         if not pairs or len(self.seeds) == 1:
@@ -210,56 +187,43 @@ class Runs:
     def spectra(self, name: str = MAIN) -> list[dict]:
         """Stage 2's spectrum.json of the run `name`, of each seed that has it."""
         folders = [self.folder(seed, name) / "deltas" for seed in self.seeds]
-        return [
-            deltas.read_spectrum(path) for path in folders if (path / "spectrum.json").is_file()
-        ]
+        return [deltas.read_spectrum(f) for f in folders if (f / "spectrum.json").is_file()]
 
     def predictor_reports(self, name: str = MAIN) -> dict[str, list[dict]]:
         """Stage 3's report.json of each predictor, of each seed that has it."""
         found = collections.defaultdict(list)
         for seed in self.seeds:
             for path in sorted(self.folder(seed, name).glob("predictor/*/report.json")):
-                found[path.parent.name].append(read_predictor_report(path))
+                found[path.parent.name].append(results.read_predictor_report(path))
         return found
 
-    def backtest(self, method: str, row: str, name: str = MAIN) -> Estimate | None:
-        """The cosine of `row` with a true delta that predictor `method` (any if empty) has not seen."""
-        reports = self.predictor_reports(name)
-        found = (
-            reports[method]
-            if method in reports
-            else []
-            if method
-            else next(iter(reports.values()), [])
-        )
-        values = [
-            r["backtest"][row]["cosine"] for r in found if r["backtest"] and row in r["backtest"]
-        ]
+    def backtest(self, method: str, name: str = MAIN) -> Estimate | None:
+        """The cosine of what `method` predicts with a true delta that it has not seen."""
+        recipe, reports = method.removeprefix("next-"), self.predictor_reports(name)
+        row = "predictor" if method != recipe else method
+        found = reports.get(recipe, []) if method != recipe else next(iter(reports.values()), [])
+        values = [r["backtest"][row]["cosine"] for r in found if row in (r["backtest"] or {})]
         return over_seeds(values) if values else None
 
     def jump_cosines(self) -> dict[str, Estimate]:
         """Policy -> cosine of W_hat - W_c with the true W_(c+k) - W_c, mean over the matrices."""
         found = collections.defaultdict(list)
-        for seed in self.seeds:
-            run = self.folder(seed)
-            ends = [run / self.step(step) for step in (self.prefix, self._next_step(run))]
-            if not all(adapters.is_adapter(path) for path in ends):
+        for run in [self.folder(seed) for seed in self.seeds]:
+            if not (run / "deltas" / "index.json").is_file():
+                continue
+            index = deltas.read_index(run / "deltas")
+            c, every = index["steps"][-1], index["steps"][-1] - index["steps"][-2]
+            ends = [run / self.step(step) for step in (c, c + index["k"] * every)]
+            if not all(map(adapters.is_adapter, ends)):
                 continue
             last, future = map(adapters.read_adapter, ends)
             true = {m: future.update(m) - last.update(m) for m in last.factors}
-            for path in sorted((run / "extrapolated").glob("[!.]*")):
+            for path in filter(adapters.is_adapter, sorted((run / "extrapolated").glob("[!.]*"))):
                 jumped = adapters.read_adapter(path)
                 values = [rank1.cosine(jumped.update(m) - last.update(m), true[m]) for m in true]
                 if values := [value for value in values if value == value]:  # nan: nothing moved
                     found[f"extrapolated/{path.name}"].append(statistics.fmean(values))
         return {policy: over_seeds(values) for policy, values in found.items()}
-
-    def _next_step(self, run: pathlib.Path) -> int:
-        """The step that the jump aims at, k checkpoints after the last one."""
-        if not (run / "deltas" / "index.json").is_file():
-            return 0
-        index = deltas.read_index(run / "deltas")
-        return index["steps"][-1] + index["k"] * (index["steps"][-1] - index["steps"][-2])
 
 
 def most_common(values: list):
@@ -269,11 +233,8 @@ def most_common(values: list):
 
 
 def differing(options: dict, usual: dict) -> str:
-    """`with temperature 0.5 (the others 1.0)` for what differs of the options that both have."""
-    keys = [key for key in options.keys() & usual.keys() if None not in (options[key], usual[key])]
+    """`with temperature 0.5 (the others: 1.0)` for what differs of the options that both have."""
+    keys = [k for k in options.keys() & usual.keys() if None not in (options[k], usual[k])]
     odd = sorted(key for key in keys if options[key] != usual[key])
-    return (
-        "with " + ", ".join(f"{key} {options[key]!r} (the others {usual[key]!r})" for key in odd)
-        if odd
-        else ""
-    )
+    parts = [f"{key} {options[key]!r} (the others: {usual[key]!r})" for key in odd]
+    return f"with {', '.join(parts)}" if odd else ""

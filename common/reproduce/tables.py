@@ -1,13 +1,14 @@
-"""The tables of a page: the paper's Tables 3 to 6, every jump before more RL, other settings, the backtests, a column a task."""
+"""The tables of a page: Tables 3 to 6, all jumps, other settings, backtests, every task."""
 
 import statistics
 
 from common.files.deltas import read_index
 from common.reproduce import plans
-from common.reproduce.results import MAIN_ALPHA, NAMES, OWN_ALPHA, TESTED, split_name, suite_of
+from common.reproduce.results import MAIN_ALPHA, NAMES, OWN_ALPHA, SUITES, TESTED, Result, split_name
 from common.reproduce.runs import MAIN, Estimate, Runs, over_seeds
 
 RECIPES = ("next-paper", "next-aligned", "weighted")  # NExt's own, and the sum without a network
+COST = ("ICER ↓", "length", "wall s")
 
 
 def folder(method: str, alpha: float = MAIN_ALPHA) -> str:
@@ -28,22 +29,27 @@ def points(found: Estimate | None) -> str:
 
 def table(header: list[str], rows: list[list[str] | None]) -> str:
     """Markdown; the first column is text, the others are numbers. Empty without a row."""
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "--:|" * (len(header) - 1)]
-    rows = [row for row in rows if row]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) if rows else ""
+    lines = ["| " + " | ".join(row) + " |" for row in rows if row]
+    rule = "|---|" + "--:|" * (len(header) - 1)
+    return "\n".join(["| " + " | ".join(header) + " |", rule, *lines]) if lines else ""
 
 
-def interval(runs: Runs) -> str:
-    return "[± 2 s.e.]" if len(runs.seeds) == 1 else "[95%]"
+def place(method: str) -> tuple[int, str]:
+    """Where a method stands in a table: in the order of NAMES, others last."""
+    name = split_name(method.removesuffix("_merged"))[0]
+    return (list(NAMES).index(name) if name in NAMES else len(NAMES), method)
 
 
-def counted(runs: Runs) -> str:
-    return "seeds" if runs.is_grid else "n"
+def plain_runs(runs: Runs, name: str = MAIN) -> list[Result]:
+    """A run without a jump, by step."""
+    found = [r for r in runs.some(name).values() if r.method == "grpo"]
+    return sorted(found, key=lambda r: r.steps)
 
 
-def count(runs: Runs, policy: str, name: str = MAIN) -> str:
-    found = runs.get(policy, name)
-    return str(len(found) if runs.is_grid else sum(r.n for r in found.values()))
+def ended(runs: Runs) -> list[Result]:
+    """What went on from a jump to the last step, in the order of the tables."""
+    found = [r for r in runs.some().values() if r.policy.startswith("continued/")]
+    return sorted((r for r in found if r.steps == runs.total), key=lambda r: place(r.method))
 
 
 def cost(runs: Runs, policy: str, name: str, steps: int) -> list[str]:
@@ -58,192 +64,127 @@ def cost(runs: Runs, policy: str, name: str, steps: int) -> list[str]:
     ]
 
 
-COST = ["ICER ↓", "length", "wall s"]
-
-
-def place(method: str) -> tuple[int, str]:
-    """Where a method stands in a table: in the order of NAMES, others last."""
-    name = split_name(method.removesuffix("_merged"))[0]
-    return (list(NAMES).index(name) if name in NAMES else len(NAMES), method)
-
-
 def main_table(runs: Runs) -> str:
-    """Tables 3 and 4: the backbone, plain GRPO, and every method after the RL that follows its jump."""
+    """Tables 3 and 4: the backbone, plain GRPO, every method after the RL that follows its jump."""
+    against = [0, *([runs.reference] if runs.reference else [])]  # 0: GRPO at as many steps
 
-    def row(policy: str, name: str = MAIN, label: str = "", steps: int = 0) -> list[str]:
-        result = next(iter(runs.get(policy, name).values()))
-        steps = steps or result.steps
-        others = [runs.step(steps), runs.step(runs.reference)] if steps else []
-        same = [name == MAIN and policy == other for other in others]
-        gaps = [
-            None if s else runs.difference(policy, o, name, MAIN)
-            for s, o in zip(same, others, strict=True)
-        ]
-        gaps = [points(gap) for gap in gaps] or ["–", "–"]
-        cells = [
-            label or result.label,
-            str(steps),
-            count(runs, policy, name),
-            percent(runs.accuracy(policy, name)),
-        ]
-        return [*cells, *gaps[: 1 + bool(runs.reference)], *cost(runs, policy, name, steps)]
+    def row(result: Result, name: str = MAIN, label: str = "", steps: int = 0) -> list[str]:
+        policy, steps = result.policy, steps or result.steps
+        others = [runs.step(step or steps) for step in against]
+        same = [not steps or (policy, name) == (other, MAIN) for other in others]
+        pairs = zip(same, others, strict=True)
+        gaps = [None if s else runs.difference(policy, o, name, MAIN) for s, o in pairs]
+        cells = [label or result.label, str(steps), runs.count(policy, name)]
+        cells += [percent(runs.accuracy(policy, name)), *map(points, gaps)]
+        return cells + cost(runs, policy, name, steps)
 
-    main = runs.some()
-    rows = [row("backbone")] if "backbone" in main else []
-    for name in ("full", MAIN):
-        plain = [r for r in runs.some(name).values() if r.method == "grpo"]
-        rows += [row(r.policy, name) for r in sorted(plain, key=lambda r: r.steps)]
+    main, loop = runs.some(), f"loop/round{plans.LOOP_ROUNDS}"
+    rows = [row(main["backbone"])] if "backbone" in main else []
+    rows += [row(r, name) for name in ("full", MAIN) for r in plain_runs(runs, name)]
     if not runs.before.startswith("train/"):
-        rows.append(row(runs.before, label="before the jump"))
-    ended = [
-        r
-        for r in main.values()
-        if r.policy == runs.after(r.policy.split("/")[-2] if "/" in r.policy else "")
-    ]
-    rows += [row(r.policy) for r in sorted(ended, key=lambda r: place(r.method))]
-    loop = f"loop/round{plans.LOOP_ROUNDS}"
+        rows.append(row(main[runs.before], label="before the jump"))
+    rows += [row(r) for r in ended(runs)]
     for last in runs.some(loop).values():  # its own steps are not all there were, nor its seconds
         label = f"RL-Extra, {plans.LOOP_ROUNDS} rounds of {last.steps}"
-        rows.append([*row(last.policy, loop, label, plans.LOOP_ROUNDS * last.steps)[:-1], "–"])
-    header = [
-        "policy",
-        "RL steps",
-        counted(runs),
-        "accuracy % ± s.e.",
-        f"− GRPO, equal steps {interval(runs)}",
-    ]
-    header += [f"− GRPO at {runs.reference} {interval(runs)}"] if runs.reference else []
+        rows.append([*row(last, loop, label, plans.LOOP_ROUNDS * last.steps)[:-1], "–"])
+    header = ["policy", "RL steps", runs.counted, "accuracy % ± s.e."]
+    header += [f"− GRPO{f' at {a}' if a else ', equal steps'} {runs.interval}" for a in against]
     return table([*header, *COST], rows)
 
 
-def jumps(runs: Runs) -> list:
-    """One result of every policy right after the jump, at the paper's alpha or without one."""
-    alphas = (MAIN_ALPHA, None)
-    found = [r for r in runs.some().values() if r.jumped and r.method != "none"]
-    found = [r for r in found if r.alpha in alphas or r.alpha == OWN_ALPHA.get(r.method)]
-    return sorted(found, key=lambda r: place(r.method))
-
-
 def jumps_table(runs: Runs) -> str:
-    """Right after the jump, before any more RL."""
-    cosines, before, repeat = runs.jump_cosines(), runs.before, jump("repeat-last")
-    rows = []
-    for policy, label in [(before, "before the jump"), *((r.policy, r.label) for r in jumps(runs))]:
-        if not runs.get(policy):
-            continue
-        cosine = cosines.get(policy)
-        rows.append([
-            label, count(runs, policy), percent(runs.accuracy(policy)),
-            "–" if policy == before else points(runs.difference(policy, before)),
-            "–" if policy == repeat else points(runs.difference(policy, repeat)),
-            cosine.plain() if cosine and policy != before else "–",
-            *cost(runs, policy, MAIN, runs.prefix),
-        ])  # fmt: skip
-    bars = interval(runs)
-    header = [
-        "jump",
-        counted(runs),
-        "accuracy % ± s.e.",
-        f"− before it {bars}",
-        f"− repeat-last {bars}",
-    ]
-    return table([*header, "cosine with the true next delta", *COST], rows if len(rows) > 1 else [])
+    """Right after the jump, before any more RL: at the paper's alpha, or what has none."""
+    found = [r for r in runs.some().values() if r.jumped and r.method != "none"]
+    found = [r for r in found if r.alpha in (MAIN_ALPHA, None, OWN_ALPHA.get(r.method))]
+    found, rows = sorted(found, key=lambda r: place(r.method)), []
+    before, repeat, cosines = runs.before, jump("repeat-last"), runs.jump_cosines() if found else {}
+    labels = {before: "before the jump"} | {r.policy: r.label for r in found}
+    for policy in [policy for policy in labels if found and runs.get(policy)]:
+        cells = [labels[policy], runs.count(policy), percent(runs.accuracy(policy))]
+        for other in (before, repeat):
+            cells.append("–" if policy == other else points(runs.difference(policy, other)))
+        cosine = cosines[policy].plain() if policy in cosines and policy != before else "–"
+        rows.append([*cells, cosine, *cost(runs, policy, MAIN, runs.prefix)])
+    header = ["jump", runs.counted, "accuracy % ± s.e.", f"− before it {runs.interval}"]
+    header += [f"− repeat-last {runs.interval}", "cosine with the true next delta"]
+    return table([*header, *COST], rows)
 
 
-def ablation_row(
-    runs: Runs, label: str, name: str, method: str, alpha: float = MAIN_ALPHA, base: str = ""
-) -> list[str] | None:
-    """Held-out cosine, accuracy after the jump and its gain, accuracy after more RL and its gain."""
-    jumped, later, base = jump(method, alpha), runs.after(folder(method, alpha)), base or name
+def ablation(runs: Runs, label: str, name: str, method: str, alpha=MAIN_ALPHA) -> list[str] | None:
+    """Held-out cosine, accuracy after the jump and its gain, accuracy after more RL and its gain.
+
+    Another k has no RL of its own: its gain is that over the main run.
+    """
+    jumped, later = jump(method, alpha), runs.after(folder(method, alpha))
     if not runs.get(jumped, name):
         return None
-    recipe = method.removeprefix("next-") if method.startswith("next-") else ""
-    cosine = runs.backtest(recipe, "predictor" if recipe else method, name)
+    base = MAIN if alpha != MAIN_ALPHA else name
     before = runs.before if base == MAIN else runs.step(runs.prefix)
-    return [
-        label, count(runs, jumped, name), cosine.plain() if cosine else "–",
-        percent(runs.accuracy(jumped, name)), points(runs.difference(jumped, before, name, base)),
-        percent(runs.accuracy(later, name)),
-        points(runs.difference(later, runs.step(runs.total), name, base)),
-    ]  # fmt: skip
+    cosine = runs.backtest(method, name)
+    gain, late = runs.difference(jumped, before, name, base), runs.step(runs.total)
+    cells = [label, runs.count(jumped, name), cosine.plain() if cosine else "–"]
+    cells += [percent(runs.accuracy(jumped, name)), points(gain), percent(runs.accuracy(later, name))]
+    return [*cells, points(runs.difference(later, late, name, base))]
 
 
-def ablation_table(runs: Runs, first: str, rows: list[list[str] | None]) -> str:
-    bars = interval(runs)
-    after = [f"at {runs.total} % ± s.e.", f"− GRPO at {runs.total} {bars}"]
-    header = [
-        first,
-        counted(runs),
-        "held-out cosine",
-        "after the jump % ± s.e.",
-        f"− before it {bars}",
-    ]
-    return table([*header, *after], rows)
+def ablation_table(runs: Runs, first: str, groups: list[list[list[str] | None]]) -> str:
+    """A table of `ablation` rows, in groups with the plain method first; empty without another."""
+    if not any(row for group in groups for row in group[1:]):
+        return ""
+    header = [first, runs.counted, "held-out cosine", "after the jump % ± s.e."]
+    header += [f"− before it {runs.interval}", f"at {runs.total} % ± s.e."]
+    rows = [row for group in groups for row in group]
+    return table([*header, f"− GRPO at {runs.total} {runs.interval}"], rows)
 
 
 def table5(runs: Runs) -> str:
-    """Table 5: NExt, w/o LoRA, w/o the global delta, w/o the local delta. Empty without an ablation."""
-    rows, ablations = [], 0
+    """Table 5: NExt, w/o LoRA, w/o the global delta, w/o the local delta."""
+    groups = []
     for method in RECIPES:
         label = NAMES[method]
-        others = [ablation_row(runs, f"{label}, w/o LoRA", "full", method)]
+        group = [ablation(runs, label, MAIN, method)]
+        group.append(ablation(runs, f"{label}, w/o LoRA", "full", method))
         for role in ("global", "local"):
-            others.append(
-                ablation_row(runs, f"{label}, w/o {role} delta", MAIN, f"{method}-no-{role}")
-            )
-        ablations += len([row for row in others if row])
-        rows += [ablation_row(runs, label, MAIN, method), *others]
-    return ablation_table(runs, "variant", rows if ablations else [])
-
-
-def table6(runs: Runs) -> str:
-    """Table 6: other RL algorithms, and NExt from their first steps."""
-    rows, steps, methods = [], (runs.prefix, runs.total, runs.reference), ("weighted", "next-paper")
-    total = runs.step(runs.total)
-    for name, label in ((MAIN, "GRPO"), ("rloo", "RLOO"), ("reinforce++", "REINFORCE++")):
-        if not runs.get(total, name):
-            continue
-        cells = [label, count(runs, total, name)]
-        cells += [percent(runs.accuracy(runs.step(step), name)) for step in steps]
-        for method in methods:
-            later = runs.after(folder(method))
-            cells += [
-                percent(runs.accuracy(later, name)),
-                points(runs.difference(later, total, name)),
-            ]
-        rows.append(cells)
-    header = ["algorithm", counted(runs), *(f"at {step}" for step in steps)]
-    for method in methods:
-        header += [f"{NAMES[method]}, at {runs.total}", f"− at {runs.total} {interval(runs)}"]
-    return table(header, rows if len(rows) > 1 else [])
+            group.append(ablation(runs, f"{label}, w/o {role} delta", MAIN, f"{method}-no-{role}"))
+        groups.append(group)
+    return ablation_table(runs, "variant", groups)
 
 
 def settings_table(runs: Runs) -> str:
     """Other k, fewer checkpoints, other ranks. Each jump is as long as the paper's, in RL steps."""
-    run = runs.folder(runs.seeds[0])
-    if not (run / "deltas" / "index.json").is_file():
+    deltas, groups, last = runs.folder(runs.seeds[0]) / "deltas", [], plans.FEWER_CHECKPOINTS
+    if not (deltas / "index.json").is_file():
         return ""
-    index = read_index(run / "deltas")
-    k, checkpoints, rows, others = index["k"], len(index["steps"]), [], 0
+    index = read_index(deltas)
+    k, checkpoints = index["k"], len(index["steps"])
     for method in ("weighted", "next-aligned"):
-        label, last = NAMES[method], plans.FEWER_CHECKPOINTS
-        found = [
-            ablation_row(
-                runs, f"{label}: k = {other}", f"k{other}", method, MAIN_ALPHA * k / other, MAIN
-            )
-            for other in plans.OTHER_K
-        ]
-        found.append(
-            ablation_row(runs, f"{label}: last {last} checkpoints", MAIN, f"{method}-last{last}")
-        )
+        label = NAMES[method]
+        group = [ablation(runs, f"{label}: k = {k}, {checkpoints} checkpoints", MAIN, method)]
+        for other in plans.OTHER_K:
+            alpha = MAIN_ALPHA * k / other
+            group.append(ablation(runs, f"{label}: k = {other}", f"k{other}", method, alpha))
+        group.append(ablation(runs, f"{label}: last {last} checkpoints", MAIN, f"{method}-last{last}"))
         for other in plans.OTHER_RANKS:
-            found.append(ablation_row(runs, f"{label}: rank {other}", f"rank{other}", method))
-        others += len([row for row in found if row])
-        rows += [
-            ablation_row(runs, f"{label}: k = {k}, {checkpoints} checkpoints", MAIN, method),
-            *found,
-        ]
-    return ablation_table(runs, "recipe and setting", rows if others else [])
+            group.append(ablation(runs, f"{label}: rank {other}", f"rank{other}", method))
+        groups.append(group)
+    return ablation_table(runs, "recipe and setting", groups)
+
+
+def table6(runs: Runs) -> str:
+    """Table 6: other RL algorithms, and NExt from their first steps."""
+    rows, total, methods = [], runs.step(runs.total), ("weighted", "next-paper")
+    steps = [step for step in (runs.prefix, runs.total, runs.reference) if step]
+    for name, label in ((MAIN, "GRPO"), ("rloo", "RLOO"), ("reinforce++", "REINFORCE++")):
+        if runs.get(total, name):
+            cells = [percent(runs.accuracy(runs.step(step), name)) for step in steps]
+            for later in [runs.after(folder(method)) for method in methods]:
+                cells.append(percent(runs.accuracy(later, name)))
+                cells.append(points(runs.difference(later, total, name)))
+            rows.append([label, runs.count(total, name), *cells])
+    header = ["algorithm", runs.counted, *(f"at {step}" for step in steps)]
+    for method in methods:
+        header += [f"{NAMES[method]}, at {runs.total}", f"− at {runs.total} {runs.interval}"]
+    return table(header, rows if len(rows) > 1 else [])
 
 
 def backtests(runs: Runs) -> str:
@@ -254,38 +195,26 @@ def backtests(runs: Runs) -> str:
         if tested:
             at = f"{recipe} ({tested[0]['at_step']} → {tested[0]['predicts_step']})"
             cosines = [[t[row]["cosine"] for t in tested if row in t] for row in TESTED]
-            rows.append(
-                [at, *(over_seeds(values).plain() if values else "–" for values in cosines)]
-            )
-    return table(["predictor", *TESTED], rows)
+            rows.append([at, *(over_seeds(many).plain() if many else "–" for many in cosines)])
+    return table(["recipe", *TESTED], rows)
 
 
 def by_task(runs: Runs) -> str:
     """A column a task, and the mean of each suite of several. Empty where there is one task."""
-    found = [
-        (name, r)
-        for name in sorted({name for _, name, _ in runs.all()})
-        for r in runs.some(name).values()
-    ]
-    tasks = sorted(
-        {task for _, r in found for task in r.scores}, key=lambda task: (suite_of(task), task)
-    )
-    groups = {task: [task] for task in tasks}
-    for suite in dict.fromkeys(map(suite_of, tasks)):
-        group = [task for task in tasks if suite_of(task) == suite]
-        groups |= {f"mean of {len(group)} ({suite})": group} if len(group) > 1 else {}
-
-    def mean(name: str, policy: str, group: list[str]) -> str:
-        values = [r for r in runs.get(policy, name).values() if {*group} <= {*r.scores}]
-        if not values:
-            return "–"
-        return f"{100 * statistics.fmean(r.scores[t].mean().item() for r in values for t in group):.1f}"
-
-    rows = [
-        [
-            policy if name == MAIN else f"{name}: {policy}",
-            *(mean(name, policy, group) for group in groups.values()),
-        ]
-        for name, policy in ((name, r.policy) for name, r in found)
-    ]
-    return table(["accuracy %", *groups], rows if len(tasks) > 1 else [])
+    names = sorted({name for _, name, _ in runs.all()})
+    found = [(name, r) for name in names for r in runs.some(name).values()]
+    columns = {task: [task] for task in sorted({task for _, r in found for task in r.scores})}
+    if len(columns) < 2:
+        return ""
+    for suite in SUITES:
+        group = list(dict.fromkeys(task for _, r in found for task in r.of_suite(suite)))
+        columns |= {f"mean of {suite} ({len(group)})": group} if len(group) > 1 else {}
+    rows = []
+    for name, result in found:
+        cells = [result.policy if name == MAIN else f"{name}: {result.policy}"]
+        for group in columns.values():
+            having = [r for r in runs.get(result.policy, name).values() if {*group} <= {*r.scores}]
+            scores = [float(r.scores[task].mean()) for r in having for task in group]
+            cells.append(f"{100 * statistics.fmean(scores):.1f}" if scores else "–")
+        rows.append(cells)
+    return table(["accuracy %", *columns], rows)
