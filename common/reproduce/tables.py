@@ -3,7 +3,7 @@
 import statistics
 
 from common.files.deltas import read_index
-from common.reproduce import plans
+from common.reproduce import grids
 from common.reproduce.results import MAIN_ALPHA, NAMES, OWN_ALPHA, SUITES, TESTED, Result, split_name
 from common.reproduce.runs import MAIN, Estimate, Runs, over_seeds
 
@@ -78,15 +78,15 @@ def main_table(runs: Runs) -> str:
         cells += [percent(runs.accuracy(policy, name)), *map(points, gaps)]
         return cells + cost(runs, policy, name, steps)
 
-    main, loop = runs.some(), f"loop/round{plans.LOOP_ROUNDS}"
+    main, loop = runs.some(), f"loop/round{grids.LOOP_ROUNDS}"
     rows = [row(main["backbone"])] if "backbone" in main else []
     rows += [row(r, name) for name in ("full", MAIN) for r in plain_runs(runs, name)]
     if not runs.before.startswith("train/"):
         rows.append(row(main[runs.before], label="before the jump"))
     rows += [row(r) for r in ended(runs)]
     for last in runs.some(loop).values():  # its own steps are not all there were, nor its seconds
-        label = f"RL-Extra, {plans.LOOP_ROUNDS} rounds of {last.steps}"
-        rows.append([*row(last, loop, label, plans.LOOP_ROUNDS * last.steps)[:-1], "–"])
+        label = f"RL-Extra, {grids.LOOP_ROUNDS} rounds of {last.steps}"
+        rows.append([*row(last, loop, label, grids.LOOP_ROUNDS * last.steps)[:-1], "–"])
     header = ["policy", "RL steps", runs.counted, "accuracy % ± s.e."]
     header += [f"− GRPO{f' at {a}' if a else ', equal steps'} {runs.interval}" for a in against]
     return table([*header, *COST], rows)
@@ -152,7 +152,7 @@ def table5(runs: Runs) -> str:
 
 def settings_table(runs: Runs) -> str:
     """Other k, fewer checkpoints, other ranks. Each jump is as long as the paper's, in RL steps."""
-    deltas, groups, last = runs.folder(runs.seeds[0]) / "deltas", [], plans.FEWER_CHECKPOINTS
+    deltas, groups, last = runs.folder(runs.seeds[0]) / "deltas", [], grids.FEWER_CHECKPOINTS
     if not (deltas / "index.json").is_file():
         return ""
     index = read_index(deltas)
@@ -160,11 +160,11 @@ def settings_table(runs: Runs) -> str:
     for method in ("weighted", "next-aligned"):
         label = NAMES[method]
         group = [ablation(runs, f"{label}: k = {k}, {checkpoints} checkpoints", MAIN, method)]
-        for other in plans.OTHER_K:
+        for other in grids.OTHER_K:
             alpha = MAIN_ALPHA * k / other
             group.append(ablation(runs, f"{label}: k = {other}", f"k{other}", method, alpha))
         group.append(ablation(runs, f"{label}: last {last} checkpoints", MAIN, f"{method}-last{last}"))
-        for other in plans.OTHER_RANKS:
+        for other in grids.OTHER_RANKS:
             group.append(ablation(runs, f"{label}: rank {other}", f"rank{other}", method))
         groups.append(group)
     return ablation_table(runs, "recipe and setting", groups)
