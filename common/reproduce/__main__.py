@@ -6,9 +6,9 @@
 
 Each line is printed before it runs and can be typed by hand instead. A line starts when those it
 needs are done, up to `--jobs` at a time; they share the first RL steps, which are trained once.
-Interrupt it and type it again: finished lines are skipped, an interrupted stage goes on where it was.
-What the commands of a grid print goes to <run-dir>/logs. On a machine with several GPUs, a preset's
-`gpus_per_job` gives every command its own.
+Interrupt it and type it again: finished lines are skipped, an interrupted stage goes on where it
+was. What the commands of a grid print goes to <run-dir>/logs. On a machine with several GPUs, a
+preset's `gpus_per_job` gives every command its own.
 """
 
 import argparse
@@ -48,10 +48,11 @@ def made_with(args: argparse.Namespace) -> str:
     commit = "unknown"
     with contextlib.suppress(OSError):  # no git here
         asked, here = ["git", "describe", "--always", "--dirty"], pathlib.Path(__file__).parent
-        commit = subprocess.run(asked, capture_output=True, text=True, cwd=here).stdout.strip() or commit
+        asking = subprocess.run(asked, capture_output=True, text=True, cwd=here)
+        commit = asking.stdout.strip() or commit
     seeds = " ".join(map(str, args.seeds)) + (" --report" if args.report else "")
-    command = f"python -m common.reproduce --preset {args.preset} --grid {args.grid} --seeds {seeds}"
-    return f"`{command}` at commit {commit}"
+    flags = f"--preset {args.preset} --grid {args.grid} --seeds {seeds}"
+    return f"`python -m common.reproduce {flags}` at commit {commit}"
 
 
 def parse() -> argparse.Namespace:

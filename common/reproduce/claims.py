@@ -43,7 +43,7 @@ def comparisons(runs: Runs, method: str, longer: str) -> dict[str, tuple[str, ..
     """Claim -> (a policy, the one that it is better than, their runs if not the main one)."""
     jumped, later, total = jump(method), runs.after(folder(method)), runs.step(runs.total)
     merged, none_merged = runs.after(f"{folder(method)}_merged"), runs.after("none_merged")
-    alpharl = runs.after(f"{folder('alpharl')}_merged")  # its adapter has rank 1, too little to train
+    alpharl = runs.after(f"{folder('alpharl')}_merged")  # of rank 1, too little to train on
     repeat, at = "repeat-last", f"at {runs.total} steps" if runs.total else "after more RL"
     return {
         "Table 5: the jump itself gains": (jumped, runs.before),
@@ -107,7 +107,8 @@ def time_saved(runs: Runs, method: str) -> str:
     seeds = [s for s in ours if s in plain and ours[s].seconds and plain[s].seconds]
     if not seeds:
         return ""
-    seconds, reference = (statistics.fmean(found[s].seconds for s in seeds) for found in (ours, plain))
+    means = (statistics.fmean(found[s].seconds for s in seeds) for found in (ours, plain))
+    seconds, reference = means
     verdict, word = ("holds", "less") if seconds < reference else ("does not hold", "more")
     share = abs(1 - seconds / reference)
     return f"**{verdict}**: {seconds:.0f} against {reference:.0f} s, {share:.1%} {word}"
@@ -152,8 +153,8 @@ def section3(runs: Runs) -> str:
     inside = statistics.median(row["in_sample"] for one in lora for row in one["linear_fit"])
     lines.append(
         f"* Fig. 3, a straight line fails on over half of the vectors: **{half}**. On checkpoints "
-        f"that it was not fitted on, {share.plain(100, 1)}% of the vectors have an R² below 0, worse "
-        "than the mean of those few neighbouring points. On those that it was fitted on, the median "
-        f"R² is {inside:.2f}."
+        f"that it was not fitted on, {share.plain(100, 1)}% of the vectors have an R² below 0, "
+        "worse than the mean of those few neighbouring points. On those that it was fitted on, the "
+        f"median R² is {inside:.2f}."
     )
     return "\n".join(lines)

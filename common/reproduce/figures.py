@@ -112,7 +112,7 @@ def logged(runs: Runs, key: str) -> dict[str, dict[int, float]]:
     found = {}
     for seed in runs.seeds:
         paths = [*runs.folder(seed).glob("continued/*/metrics.jsonl")]
-        for path in [runs.folder(seed) / "train" / "metrics.jsonl", *paths]:
+        for path in [runs.folder(seed) / "train" / "metrics.jsonl", *sorted(paths)]:
             name = path.parent.name
             method = "grpo" if name == "train" else name.split("_alpha")[0]
             if method in LOOK and path.is_file() and not name.endswith("_merged"):
@@ -126,7 +126,8 @@ def smooth(rows: dict[int, float], window: int) -> dict[int, float]:
     """Step -> the mean of the `window` steps that end there; the first window - 1 have none."""
     steps = sorted(rows)
     ends = range(window - 1, len(steps))
-    return {steps[i]: statistics.fmean(rows[s] for s in steps[i + 1 - window : i + 1]) for i in ends}
+    parts = {steps[i]: steps[i + 1 - window : i + 1] for i in ends}
+    return {end: statistics.fmean(rows[step] for step in part) for end, part in parts.items()}
 
 
 def training(runs: Runs):
@@ -157,7 +158,7 @@ def training(runs: Runs):
 
 
 def energy(runs: Runs):
-    """Fig. 2: the energy ratio of the global delta by step; of one seed the range of matrices too."""
+    """Fig. 2: the energy ratio of the global delta by step, of one seed with the range."""
     found = {name: runs.spectra(name) for name in RUNS if runs.is_grid or name == MAIN}
     if not found[MAIN]:
         return None
@@ -279,7 +280,8 @@ def alpha_sweep(runs: Runs):
         errors = [100 * gap.error if gap else float("nan") for gap in gaps]
         colour, mark, line = LOOK[method]
         look = {"color": colour, "marker": mark, "ls": line, "ms": 4.5, "capsize": 2, "lw": 1.3}
-        axis.errorbar([r.alpha for r in sweeps[method]], levels, errors, label=NAMES[method], **look)
+        alphas = [r.alpha for r in sweeps[method]]
+        axis.errorbar(alphas, levels, errors, label=NAMES[method], **look)
     if before := runs.accuracy(runs.before):
         label = f"before the jump (step {runs.prefix})"
         axis.axhline(100 * before.mean, color="black", lw=1, ls=":", label=label)

@@ -64,7 +64,7 @@ def train(plan: Plan, run: str, flags: list[str], ends: list[int]) -> str:
 
 
 def main_rows(plan: Plan, seed: int, everything: bool) -> None:
-    """Tables 3 to 5, Fig. 3, 5, 6: GRPO with LoRA, every jump from its first steps, RL after them."""
+    """Tables 3 to 5, Fig. 3, 5, 6: GRPO with LoRA, jumps from its first steps, RL after them."""
     run, flags, oracle = f"seed{seed}/lora", ["--seed", str(seed)], ["--methods", "oracle"]
     recipes = plan.preset.get("predict", {}).get("recipes", ["aligned"])
     starts = [*plan.wanted.get("continue_from", [NEXT]), f"relex_alpha{ALPHA}"]
@@ -160,9 +160,7 @@ def other_k(plan: Plan, seed: int) -> None:
 
 
 def rl_extra_loop(plan: Plan, seed: int) -> None:
-    """RL-Extra as its authors use it (arXiv 2601.04537): a round of RL, a jump as far again, and the
-    next round on the merged model.
-    """
+    """RL-Extra as its authors use it (arXiv 2601.04537): RL, a jump as far again, RL on that."""
     every = max(1, plan.more // 2 // LOOP_CHECKPOINTS)
     steps, merged, after, name = LOOP_CHECKPOINTS * every, [], ["prepare"], "rl-extra"
     for number in range(1, LOOP_ROUNDS + 1):

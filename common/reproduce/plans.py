@@ -97,7 +97,8 @@ class Plan:
     def shared(self, stage: str, flags: list[str]) -> list[str]:
         """Flags for what a preset has in "{run_dir}/...": in a grid that is the root's."""
         training, found = ("backbone", "train_data"), []
-        takes = {"01": training, "02": training[:1], "05": training, "06": ("backbone", "test_data")}
+        takes = {"01": training, "02": ("backbone",), "05": training}
+        takes["06"] = ("backbone", "test_data")
         for key in takes.get(stage, ()):
             flag = f"--{key.replace('_', '-')}"
             for section in ("shared", "train", "eval") if flag not in flags else ():

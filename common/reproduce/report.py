@@ -8,11 +8,11 @@ from common.reproduce.runs import Runs
 
 NOTES = {
     "problems": "One training seed. Errors are standard errors over test problems, each answered "
-    "several times. Differences are paired by problem, with two standard errors on either side. They "
-    "do not cover what another training seed would change.",
-    "seeds": "Means over training seeds {seeds} (or as many as the column says) ± standard error over "
-    "seeds. Differences are paired by seed, with Student's 95% interval. The test problems are the "
-    "same for all seeds.",
+    "several times. Differences are paired by problem, with two standard errors on either side. "
+    "They do not cover what another training seed would change.",
+    "seeds": "Means over training seeds {seeds} (or as many as the column says) ± standard error "
+    "over seeds. Differences are paired by seed, with Student's 95% interval. The test problems "
+    "are the same for all seeds.",
 }
 COSINE = (
     "Cosine of the predicted rank-1 delta with the whole true one, mean over matrices, with "
@@ -36,8 +36,8 @@ def page(runs: Runs, made_with: str) -> str:
     }
     mean = "Accuracy is the plain mean of" if len(runs.tasks) > 1 else "Accuracy is that on"
     note = NOTES[runs.over].format(seeds=", ".join(map(str, runs.seeds)))
-    text = [f"# Results of {runs.root.name}", made_with, f"{note} A verdict needs the whole interval."]
-    text.append(f"{mean} {', '.join(runs.tasks)}.")
+    text = [f"# Results of {runs.root.name}", made_with]
+    text += [f"{note} A verdict needs the whole interval.", f"{mean} {', '.join(runs.tasks)}."]
     if runs.left_out:
         lines = "\n".join(f"* {line}" for line in runs.left_out)
         text.append(f"Only what was made alike is compared. Left out of all tables:\n\n{lines}")
@@ -48,13 +48,12 @@ def page(runs: Runs, made_with: str) -> str:
 
 
 def write_page(runs: Runs, made_with: str, path: pathlib.Path, results: pathlib.Path) -> str:
-    """Writes the page to `path`, and as JSON what it is made from; returns what the console shows."""
-    keys = "policy label method alpha steps accuracy error n length seconds".split()
-    found = [(seed, name, result) for seed, name, result in runs.all() if runs.tasks]
-    values = [
-        {"seed": seed, "run": name, **{key: getattr(result, key) for key in keys}}
-        for seed, name, result in found
-    ]
+    """Writes the page, and what it is made from as JSON; returns what the console shows."""
+    keys = ("policy", "label", "method", "alpha", "steps", "accuracy", "error", "n", "length")
+    values = []
+    for seed, name, result in runs.all():
+        row = {key: getattr(result, key) for key in (*keys, "seconds")}
+        values.append({"seed": seed, "run": name, **row})
     write.write_json(results, values)
     write.write_text(path, page(runs, made_with))
     left = "".join(f"left out: {line}\n" for line in runs.left_out)

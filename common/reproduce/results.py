@@ -49,7 +49,8 @@ LOGGED = {"step": int, "seconds": float, "accuracy": float, "response_length": f
 RECORD = {"policy": str, "n": int, "response_length": float, "by_problem": list[float]}
 RECORD |= {"settings": dict | None, "data": str | None, "template_hash": str | None}
 POLICY = re.compile(
-    r"(?:extrapolated|merged|continued)/([^/]+?)(?:_alpha(\d+(?:\.\d+)?))?(_merged)?(?:/step_\d+)?"
+    r"(?:extrapolated|merged|continued)/(?:merged__)?([^/]+?)"
+    r"(?:_alpha(\d+(?:\.\d+)?))?(_merged)?(?:/step_\d+)?"
 )
 # Options of stages 1 and 5 that may differ between two runs that are compared.
 NOT_TRAINING = {
@@ -232,7 +233,7 @@ def wall_seconds(run: pathlib.Path, result: Result) -> float | None:
     if result.method in ("backbone", "grpo"):
         return rl_seconds(run / "train", result.steps) if result.steps else 0.0
     name, method = result.policy.split("/")[1], result.method.removesuffix("_merged")
-    name = name.removesuffix("_merged")
+    name = name.removesuffix("_merged").removeprefix("merged__")
     seconds = rl_seconds(run / "train", jump_info(run, f"extrapolated/{name}")["step"])
     seconds += sum(own_seconds(run, method, name).values())
     if result.policy.startswith("continued/"):

@@ -19,8 +19,8 @@ from common.files.write import append_text, write_json
 from common.reproduce.plans import Job
 
 PROGRESS = re.compile(r"(?:step )?(\d+)/(\d+) ")
-# For every command, where nobody has set them: one thread, and glibc keeps the memory of tensors that
-# are gone, because they come again (5% on a CPU).
+# For every command, where nobody has set them: one thread, and glibc keeps the memory of tensors
+# that are gone, because they come again (5% on a CPU).
 DEFAULTS = {"OMP_NUM_THREADS": "1"}
 DEFAULTS |= dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), "500000000")
 BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed} gone{postfix}"
@@ -29,8 +29,8 @@ BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed} gone{postfix}"
 class Runner:
     """Runs jobs in the order of the list, one a lane, and shows what they print, or logs it.
 
-    A lane is what its jobs see as CUDA_VISIBLE_DEVICES, or None for what this process sees. `record`
-    is the file of the commands that are done; `stamp` changes with the preset. `logs`: a folder.
+    A lane is what its jobs see as CUDA_VISIBLE_DEVICES, or None for what this process sees.
+    `record` is the file of the commands that are done; `stamp` changes with the preset.
     """
 
     def __init__(self, jobs: list[Job], lanes: list, record: pathlib.Path, stamp: str, logs=None):

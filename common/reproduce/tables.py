@@ -4,7 +4,15 @@ import statistics
 
 from common.files.deltas import read_index
 from common.reproduce import grids
-from common.reproduce.results import MAIN_ALPHA, NAMES, OWN_ALPHA, SUITES, TESTED, Result, split_name
+from common.reproduce.results import (
+    MAIN_ALPHA,
+    NAMES,
+    OWN_ALPHA,
+    SUITES,
+    TESTED,
+    Result,
+    split_name,
+)
 from common.reproduce.runs import MAIN, Estimate, Runs, over_seeds
 
 RECIPES = ("next-paper", "next-aligned", "weighted")  # NExt's own, and the sum without a network
@@ -123,7 +131,8 @@ def ablation(runs: Runs, label: str, name: str, method: str, alpha=MAIN_ALPHA) -
     cosine = runs.backtest(method, name)
     gain, late = runs.difference(jumped, before, name, base), runs.step(runs.total)
     cells = [label, runs.count(jumped, name), cosine.plain() if cosine else "–"]
-    cells += [percent(runs.accuracy(jumped, name)), points(gain), percent(runs.accuracy(later, name))]
+    cells += [percent(runs.accuracy(jumped, name)), points(gain)]
+    cells.append(percent(runs.accuracy(later, name)))
     return [*cells, points(runs.difference(later, late, name, base))]
 
 
@@ -163,7 +172,8 @@ def settings_table(runs: Runs) -> str:
         for other in grids.OTHER_K:
             alpha = MAIN_ALPHA * k / other
             group.append(ablation(runs, f"{label}: k = {other}", f"k{other}", method, alpha))
-        group.append(ablation(runs, f"{label}: last {last} checkpoints", MAIN, f"{method}-last{last}"))
+        fewer = f"{method}-last{last}"
+        group.append(ablation(runs, f"{label}: last {last} checkpoints", MAIN, fewer))
         for other in grids.OTHER_RANKS:
             group.append(ablation(runs, f"{label}: rank {other}", f"rank{other}", method))
         groups.append(group)

@@ -1,0 +1,92 @@
+"""Options that stage 1 shares with stage 6, and those of stage 1 that few will ever change."""
+
+import dataclasses
+from typing import Literal
+
+from common import UserError
+from common.files.config import StageConfig, option
+from common.rl import data, rollout
+
+
+@dataclasses.dataclass
+class SamplingConfig(StageConfig):
+    """How responses are asked for, sampled and scored: alike in training and in evaluation."""
+
+    backbone: str = option(
+        "Qwen/Qwen2.5-1.5B-Instruct",
+        "the model to train: folder or hub id (paper: Qwen2.5-{1.5B,3B,7B,14B}-Instruct)",
+    )
+    prompt_column: str = option(
+        "prompt", "of a file or a hub id: column of the question, a.b for nested"
+    )
+    answer_column: str = option(
+        "answer", "of a file or a hub id: column of the answer, a.b for nested"
+    )
+    data_split: str = option("train", "of a hub id: its split")
+    prompt_template: str = option(data.PROMPT_TEMPLATE, "the user turn around a problem (open)")
+    system_prompt: str = option(
+        data.SYSTEM_PROMPT, "the system turn, none if empty; the default is that of Qwen2.5 (open)"
+    )
+    answer_format: Literal["boxed", "last_number"] = option("boxed", "where the answer is (open)")
+    temperature: float = option(1.0, "sampling temperature (paper: 1.0)")
+    top_p: float = option(1.0, "nucleus sampling; training needs 1.0 (paper: 1.0)")
+    max_prompt_tokens: int = option(1024, "longest prompt allowed (paper: 1024)")
+    max_new_tokens: int = option(4096, "longest response; one cut there gets 0 (paper: 4096)")
+    engine: Literal["auto", "hf", "vllm"] = option(
+        "auto", "what samples; auto is vllm where it is installed and a GPU is there, else hf"
+    )
+    vllm_options: str = option(
+        "{}", "options of vLLM's LLM class, a JSON object: '{\"gpu_memory_utilization\": 0.4}'"
+    )
+    verifier_seconds: float = option(5.0, "time limit for one answer")
+
+
+@dataclasses.dataclass
+class RLConfig(SamplingConfig):
+    """Stage 1's options of memory, precision, logging and data."""
+
+    english_only: bool = option(False, "leave out problems with Chinese characters (open)")
+    weight_decay: float = option(0.0, "of AdamW (open)")
+    max_logprob_gap: float = option(
+        1.0, "stop if engine and trainer differ by more than this, in nats a token"
+    )
+    micro_tokens: int = option(16384, "padded tokens in one forward pass: memory, not results")
+    gradient_checkpointing: bool = option(False, "less memory, a third more time")
+    mixed_precision: Literal["auto", "no", "bf16"] = option(
+        "auto", "autocast; auto is bf16 on a GPU and none on a CPU"
+    )
+    resume_every: int = option(10, "steps between states that an interrupted run goes on from")
+    log_every: int = option(1, "steps between console lines; metrics.jsonl has every step")
+    report_to: str = option("", "an accelerate tracker (tensorboard, wandb), none if empty")
+
+
+# What may differ when a run goes on: it changes no result.
+MAY_CHANGE = (
+    *("steps", "resume_every", "log_every", "report_to", "micro_tokens", "max_logprob_gap"),
+    *("vllm_options", "verifier_seconds", "gradient_checkpointing"),
+)
+POSITIVE = (
+    *("steps", "save_every", "prompts_per_step", "mini_batch", "rollouts", "max_new_tokens"),
+    *("lora_rank", "resume_every", "log_every", "temperature"),
+)
+
+
+def check(cfg) -> None:
+    """Raises UserError where the options of stage 1 do not go together."""
+    rollout.vllm_options(cfg.vllm_options)
+    for name in POSITIVE:
+        if getattr(cfg, name) <= 0:
+            raise UserError(f"{name} must be positive, not {getattr(cfg, name)}")
+    if cfg.prompts_per_step % cfg.mini_batch:
+        raise UserError(
+            f"prompts_per_step ({cfg.prompts_per_step}) must be a multiple of mini_batch "
+            f"({cfg.mini_batch})"
+        )
+    if cfg.top_p != 1.0:
+        raise UserError(f"top_p {cfg.top_p} biases the importance ratio in training: set it to 1.0")
+    if cfg.rollouts == 1 and cfg.algorithm != "reinforce++":
+        raise UserError(
+            f"{cfg.algorithm} compares responses to a problem: rollouts must be 2 or more"
+        )
+    if cfg.kl_in == "reward" and not cfg.kl_coef:
+        raise UserError("kl_in reward takes nothing from the reward with kl_coef 0: set kl_coef")
