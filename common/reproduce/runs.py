@@ -122,9 +122,12 @@ class Runs:
                 if odd or r.data[task] != data:
                     del r.scores[task]
                     why[id(r)].append(f"measured {odd or f'on another {task}'}")
-        # The accuracy is the mean of one suite: of those tasks of it on which most were measured.
-        sets = [r.of_suite(suite) for suite in results.SUITES for _, _, r in found]
-        self.tasks = most_common([tasks for tasks in sets if tasks]) or ()
+        # The accuracy is the mean of one suite, over those tasks of it on which most were measured.
+        sets = {suite: [r.of_suite(suite) for _, _, r in found] for suite in results.SUITES}
+        sets = {suite: [tasks for tasks in many if tasks] for suite, many in sets.items()}
+        biggest = max(sets, key=lambda suite: len(sets[suite]))
+        half = [suite for suite in sets if 2 * len(sets[suite]) >= len(found)]
+        self.tasks = most_common(sets[half[0] if half else biggest]) or ()
         trained = {}
         for seed, name, r in found:
             reasons, r.tasks = why[id(r)], self.tasks
