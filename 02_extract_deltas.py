@@ -7,11 +7,11 @@ Reads   <run-dir>/train/step_0010 ... step_0150, or what --checkpoints names: Lo
         TRL's, verl's: whatever PEFT writes), or whole models with --backbone
 Writes  <run-dir>/deltas/<matrix>.safetensors   u, sigma, v of its global, local and target deltas
         <run-dir>/deltas/index.json             steps, checkpoints, k, matrices
-        <run-dir>/deltas/spectrum.json          energy ratios (Fig. 2), R^2 of straight lines (Fig. 3)
+        <run-dir>/deltas/spectrum.json          energy ratios (Fig. 2), R^2 of lines (Fig. 3)
 
-The mathematics is `trajectory` in common/rank1.py: Eq. 6 and 7 as they stand in the paper, in float64
-and from LoRA's factors alone. Matrices without an adapter take no part: their deltas are zero. The
-sign of (u, v) is left as it came; who needs consistent signs aligns them (stage 3).
+The mathematics is `trajectory` in common/rank1.py: Eq. 6 and 7 as they stand in the paper, in
+float64 and from LoRA's factors alone. Matrices without an adapter take no part: their deltas are
+zero. The sign of (u, v) is left as it came; who needs consistent signs aligns them (stage 3).
 """
 
 import concurrent.futures
@@ -25,7 +25,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from common import UserError, rank1
-from common.baselines import section3
+from common.baselines import measures
 from common.files import config, deltas, series
 from common.files.config import option
 from common.files.stage import Stage, run_stage, within
@@ -48,8 +48,8 @@ def select(cfg: ExtractConfig) -> dict[int, pathlib.Path]:
     found = series.find_checkpoints(cfg.checkpoints, cfg.run_dir)
     if not found:
         raise UserError(
-            f"no folder matches {where}: run 01_train_lora_grpo.py first, or name other checkpoints "
-            "with --checkpoints"
+            f"no folder matches {where}: run 01_train_lora_grpo.py first, or name other "
+            "checkpoints with --checkpoints"
         )
     last = cfg.last_step or max(found)
     if last not in found:
@@ -73,7 +73,7 @@ def main() -> None:
     if stage.done:
         return
     if state.is_main_process:
-        found.warn(cfg.k)
+        series.warn(found)
 
     # One matrix a thread: torch's own threads slow down matrices of this size.
     torch.set_num_threads(1)
@@ -83,7 +83,8 @@ def main() -> None:
         weights = {module: found.weights(module, keep=cfg.k + 2) for module in mine}
         work = {m: pool.submit(rank1.trajectory, W, cfg.k) for m, W in weights.items()}  # Eq. 6, 7
         try:
-            for module in tqdm(mine, "rank-1 SVDs", disable=None if state.is_main_process else True):
+            shown = None if state.is_main_process else True  # None: on a terminal
+            for module in tqdm(mine, "rank-1 SVDs", disable=shown):
                 stage.save(module, work.pop(module).result())  # a killed run goes on here
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -101,12 +102,12 @@ def main() -> None:
             f"no matrix has moved up to step {found.steps[-1]}: every reward was the same, or the "
             "learning rate is 0"
         )
-    seen = section3.measure(deltas.load_trajectory(stage.folder), spectra, cfg.fit_checkpoints)
+    seen = measures.measure(deltas.load_trajectory(stage.folder), spectra, cfg.fit_checkpoints)
     stage.write_json("spectrum.json", seen)
     stage.finish()
-    energy, fits = seen["energy_ratio"], [row["held_out"] < 0 for row in seen["linear_fit"]]
-    print(f"energy ratio E_1: {energy[0]:.3f} at step {found.steps[0]}, {energy[-1]:.3f} at the end")
-    print(f"straight line: {sum(fits) / len(fits):.0%} of {len(fits)} vectors: held-out R^2 below 0")
+    energy, below = seen["energy_ratio"], [row["held_out"] < 0 for row in seen["linear_fit"]]
+    print(f"energy ratio E_1: {energy[0]:.3f} at first, {energy[-1]:.3f} at the last checkpoint")
+    print(f"straight line: held-out R^2 < 0 for {sum(below)} of {len(below)} vectors")
     print(f"done: deltas of {len(spectra)} matrices at {len(paths)} checkpoints in {stage.folder}")
 
 

@@ -9,11 +9,12 @@ Writes  <run-dir>/predictor/<recipe>/model.safetensors      an encoder-decoder a
         <run-dir>/predictor/<recipe>/report.json            losses, and the backtest
 
 The network and its two recipes, `paper` (the official code to the letter) and `aligned`, stand in
-common/predictor.py. --inputs global or local is Table 5's "w/o local delta" or "w/o global delta"; the
-folder is then aligned-no-local or aligned-no-global. --checkpoints 8 makes aligned-last8.
+common/predictor.py. --inputs local is Table 5's "w/o global delta", in the folder
+aligned-no-global; --checkpoints 8 makes aligned-last8.
 """
 
 import dataclasses
+import functools
 import pathlib
 import time
 
@@ -21,12 +22,12 @@ import torch
 from tqdm import tqdm
 
 from common import UserError, predictor
-from common.baselines.backtest import backtest
+from common.baselines.backtest import backtest, describe
 from common.files import config, deltas, series
 from common.files.config import option
 from common.files.stage import Stage, run_stage
 
-LOSS_STRIDE = 5  # epochs between the losses that report.json keeps
+STRIDE = 5  # epochs between the losses that report.json keeps
 
 
 @dataclasses.dataclass
@@ -36,7 +37,7 @@ class PredictorConfig(config.StageConfig):
     recipes: list[str] = option(["aligned"], "one network each: aligned, paper")
     inputs: list[str] = option(["global", "local"], "the deltas that it sees (Table 5)")
     align: bool | None = option(None, "consistent signs of (u, v) [the recipe's]")
-    scale_sigma: bool | None = option(None, "sigma over the matrix's last global one [the recipe's]")
+    scale_sigma: bool | None = option(None, "sigma over the last global one [the recipe's]")
     checkpoints: int = option(0, "learn from the last ones alone; 0 takes all (paper: 15)")
     holdout: int = option(0, "checkpoints that the backtest hides; 0 is k, as in a jump")
     name: str = option("", "folder below predictor/ [the recipe's name]")
@@ -45,7 +46,8 @@ class PredictorConfig(config.StageConfig):
     def __post_init__(self):
         for recipe in self.recipes:
             if recipe not in predictor.RECIPES:
-                raise UserError(f"unknown recipe '{recipe}'; {config.nearest(recipe, predictor.RECIPES)}")
+                known = config.nearest(recipe, predictor.RECIPES)
+                raise UserError(f"unknown recipe '{recipe}'; {known}")
         if not self.inputs or not {*self.inputs} <= {"global", "local"}:
             raise UserError(f"inputs must be global, local or both, not {' '.join(self.inputs)}")
 
@@ -62,31 +64,26 @@ class PredictorConfig(config.StageConfig):
         return self.name or recipe + missing + last
 
 
-def train(trajectory: deltas.Trajectory, recipe: predictor.Recipe, seed: int, title: str):
-    """Eq. 9 for every family of vectors: (family -> network, -> losses by epoch, -> loss of zeros)."""
-    families = predictor.stack_families(*predictor.prepare(trajectory, recipe))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    models, losses, zeros = {}, {}, {}
-    with tqdm(total=len(families) * recipe.epochs, desc=title, unit="epoch", disable=None) as bar:
-        for family, data in families.items():
-            zeros[family] = float(data[2].abs().sum() / len(data[2]))
-            data = tuple(part.to(device) for part in data)
-            models[family], losses[family] = predictor.train_family(
-                data, recipe, seed, lambda loss: bar.update()
-            )
-    return models, losses, zeros
+def fit(cfg: PredictorConfig, recipe: predictor.Recipe, known: deltas.Trajectory, bar: tqdm):
+    """Trains on what is known (Eq. 8, 9) and predicts the next target (Eq. 11)."""
+    known = known.last(cfg.checkpoints or len(known.steps))
+    trained = predictor.train(known, recipe, cfg.seed, bar.update)
+    return predictor.predict(trained.models, known, recipe), trained
+
+
+def flat(nested: dict[str, dict]) -> dict[str, torch.Tensor]:
+    """{"a": {"b": tensor}} -> {"a.b": tensor}."""
+    return {f"{a}.{b}": tensor for a, inside in nested.items() for b, tensor in inside.items()}
 
 
 def main() -> None:
     cfg = config.parse(PredictorConfig, "predict", __doc__)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     run = pathlib.Path(cfg.run_dir)
-    trajectory = deltas.load_trajectory(run / "deltas")
-    checkpoints = series.reopen(run)
+    trajectory, checkpoints = deltas.load_trajectory(run / "deltas"), series.reopen(run)
     count, k = len(trajectory.steps), trajectory.k
-    learn_from = cfg.checkpoints or count
-    if not k < learn_from <= count:
-        raise UserError(f"checkpoints must be {k + 1} to {count} with k = {k}, not {learn_from}")
+    if cfg.checkpoints and not k < cfg.checkpoints <= count:
+        raise UserError(f"checkpoints must be {k + 1} to {count} with k = {k}")
     holdout = cfg.holdout or (k if count > 2 * k else 0)
     if not holdout:
         print(f"no backtest: with k = {k} it needs {2 * k + 1} checkpoints, there are {count}")
@@ -96,34 +93,24 @@ def main() -> None:
     for name in cfg.recipes:
         recipe, folder = cfg.recipe(name), cfg.folder(name)
         own = dataclasses.replace(cfg, recipes=[name])
-        stage = Stage(run / "predictor" / folder, own, {"deltas": deltas.fingerprint(run / "deltas")})
+        made_from = {"deltas": deltas.fingerprint(run / "deltas")}
+        stage = Stage(run / "predictor" / folder, own, made_from)
         if stage.done:
             continue
-
-        def predict(past: deltas.Trajectory, recipe=recipe) -> dict:
-            past = past.last(learn_from)
-            return predictor.predict(train(past, recipe, cfg.seed, "backtest")[0], past, recipe)
-
-        tested = backtest(trajectory, checkpoints, holdout, predict) if holdout else None
-        began, learned = time.perf_counter(), trajectory.last(learn_from)
-        models, losses, zeros = train(learned, recipe, cfg.seed, f"predictor {folder}")  # Eq. 8, 9
-        predicted = predictor.predict(models, learned, recipe)  # Eq. 11
-        seconds = round(time.perf_counter() - began, 2)
-
-        weights = {f"{f}.{key}": w for f, m in models.items() for key, w in m.state_dict().items()}
-        stage.save("model", weights)
-        flat = {f"{m}.{side}": t for m, triple in predicted.items() for side, t in triple.items()}
-        stage.save("predicted", flat)
-        shown = {f: [float(f"{x:.6g}") for x in values[::LOSS_STRIDE]] for f, values in losses.items()}
-        report = {"recipe": folder, "backtest": tested, "losses": shown, "loss_stride": LOSS_STRIDE}
-        stage.write_json("report.json", {**report, "loss_of_zeros": zeros})
+        with tqdm(desc=folder, unit="epoch", disable=None) as bar:
+            predict = functools.partial(fit, cfg, recipe, bar=bar)
+            tested = backtest(trajectory, checkpoints, holdout, predict) if holdout else None
+            began = time.perf_counter()
+            predicted, trained = predict(trajectory)
+            seconds = round(time.perf_counter() - began, 2)
+        stage.save("model", flat({f: model.state_dict() for f, model in trained.models.items()}))
+        stage.save("predicted", flat(predicted))
+        losses = {f: [round(x, 6) for x in all_[::STRIDE]] for f, all_ in trained.losses.items()}
+        report = {"recipe": folder, "backtest": tested, "losses": losses, "loss_stride": STRIDE}
+        stage.write_json("report.json", {**report, "loss_of_zeros": trained.zeros})
         stage.finish(training_seconds=seconds)
         if tested:
-            rows = {row: found["cosine"] for row, found in tested.items() if isinstance(found, dict)}
-            print(f"{folder}: backtest, step {tested['at_step']} -> {tested['predicts_step']}, cosine")
-            print("   " + "  ".join(f"{row} {value:.3f}" for row, value in rows.items()))
-            if rows["predictor"] <= rows["repeat-last"]:
-                print("   this predictor does not beat repeating the last target")
+            print(describe(folder, tested))
     print(f"done: predictors in {run / 'predictor'}")
 
 

@@ -1,18 +1,16 @@
 """Stage 4: jump.                                Paper: Sec. 4.2 (predict-extend); Eq. 10; Fig. 6
 
     accelerate launch 04_extrapolate.py --config demo --run-dir runs/demo
-    accelerate launch 04_extrapolate.py --config demo --run-dir runs/demo --methods weighted rl-extra
-    accelerate launch 04_extrapolate.py --config demo --run-dir runs/demo --alphas 1.5 --merge fp32
+    accelerate launch 04_extrapolate.py --config demo --run-dir runs/demo --methods weighted none
 
 Reads   <run-dir>/deltas, the checkpoints that these were made from, <run-dir>/predictor/<recipe>
 Writes  <run-dir>/extrapolated/<method>_alpha1.5   an adapter, exact in fp32; `next` once a recipe:
                                                    next-aligned_alpha1.5, next-paper_alpha1.5
-        <run-dir>/merged/<method>_alpha1.5         a whole model: with --merge, and for methods whose
-                                                   result is of no low rank
+        <run-dir>/merged/<method>_alpha1.5         a whole model, with --merge or of no low rank
 
-NExt is `jump` below; its rivals and the controls stand in common/baselines/methods.py. The adapters go
-into stages 5 and 6, PEFT or vLLM, and back to the trainer that made the checkpoints. After training
-without LoRA an adapter has rank 1 and belongs on the last of the whole models.
+NExt is `jump` below; its rivals and the controls stand in common/baselines/methods.py. PEFT, vLLM
+and the trainer that made the checkpoints load the adapters as they are. After training without LoRA
+an adapter has rank 1 and belongs on the last whole model.
 """
 
 import dataclasses
@@ -41,14 +39,13 @@ class ExtrapolateConfig(config.StageConfig):
     recipes: list[str] = option(["aligned"], "predictors of stage 3 that `next` uses")
     alphas: list[float] = option([1.5], "extending coefficients (paper: 1.5; Fig. 6: 0.5 to 4.0)")
     merge: Literal["fp32", "backbone"] | None = option(None, "whole models too, in this dtype")
-    validation_data: list[str] = option(
-        ["{run_dir}/data/valid.jsonl"], "problems that greedy-soup measures on"
-    )
+    validation_data: list[str] = option(["{run_dir}/data/valid.jsonl"], "for greedy-soup")
 
     def __post_init__(self):
         for name in self.methods:
             if name not in {"next", *METHODS}:
-                raise UserError(f"unknown method '{name}'; {config.nearest(name, ['next', *METHODS])}")
+                known = config.nearest(name, ["next", *METHODS])
+                raise UserError(f"unknown method '{name}'; {known}")
 
 
 def jump(m: Matrix, alpha: float) -> LowRank:
@@ -62,7 +59,8 @@ def wanted(known: Known):
         if name == "next":
             for recipe in known.cfg.recipes:
                 get = functools.partial(deltas.load_predicted, known.run, recipe)
-                yield f"next-{recipe}", Method(jump), get, [deltas.check_predicted(known.run, recipe)]
+                files = [deltas.check_predicted(known.run, recipe)]
+                yield f"next-{recipe}", Method(jump), get, files
         else:
             method = METHODS[name]
             get, files = method.prepare(known) if method.prepare else (lambda: None, [])

@@ -1,18 +1,19 @@
-"""The trajectory predictor of Sec. 4.2: an encoder-decoder from (global, local) to target (Eq. 8, 9, 11).
+"""The trajectory predictor of Sec. 4.2: from (global, local) to target (Eq. 8, 9, 11).
 
-One predictor for each kind of vector and its length, "u.64", "v.192", and one for all sigmas. It is
-shared by all matrices that have such vectors. Two recipes train the same network:
+One predictor for each kind of vector and length ("u.64", "v.192") and one for all sigmas are shared
+by all matrices that have such vectors. Two recipes train the same network:
 
     paper      what the official code does: signs as they came, sigma in its raw unit, AdamW 2e-5
     aligned    consistent signs, sigma over the matrix's last global sigma, AdamW 3e-4
 
-(u, v) and (-u, -v) are the same singular pair, so without alignment part of what the network is asked
-to predict is a coin flip. At 2e-5 it is far from fitted after 1,000 epochs.
+(u, v) and (-u, -v) are one singular pair: without alignment a part of what is asked of the network
+is a coin flip. At 2e-5 it is far from fitted after 1,000 epochs.
 """
 
 import collections
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -39,8 +40,8 @@ RECIPES = {
 
 
 def block(d_in: int, d_out: int) -> nn.Sequential:
-    """ "MLP layers and the activation function" (Sec. 4.2) as the official code reads it: two pairs of
-    linear layers, one ReLU between them. A pair is one affine map of rank 256."""
+    """ "MLP layers and the activation function" (Sec. 4.2) as the official code reads it: two pairs
+    of linear layers, one ReLU between them. A pair is one affine map of rank 256."""
     first = (nn.Linear(d_in, HIDDEN), nn.Linear(HIDDEN, d_in))
     return nn.Sequential(*first, nn.ReLU(), nn.Linear(d_in, HIDDEN), nn.Linear(HIDDEN, d_out))
 
@@ -64,8 +65,8 @@ class TrajectoryPredictor(nn.Module):
 def prepare(trajectory, recipe: Recipe):
     """The trajectory as the recipe wants it, and the unit of each matrix's sigma.
 
-    trajectory: steps, k, deltas[module][role] with u [c, m], sigma [c], v [c, n]; .aligned() has
-    consistent signs (common/files/deltas.py).
+    trajectory: deltas[module][role] with u [c, m], sigma [c], v [c, n]; .aligned() has consistent
+    signs (common/files/deltas.py).
     """
     trajectory = trajectory.aligned() if recipe.align else trajectory
     units = {}
@@ -81,7 +82,7 @@ def vectors(triples, side: str, unit: torch.Tensor) -> torch.Tensor:
 
 
 def family(side: str, rows: torch.Tensor) -> str:
-    """The name of the predictor for the vectors `rows` [c, d]: "u.64", "v.192", "sigma"."""
+    """The predictor for the vectors `rows` [c, d]: "u.64", "v.192", "sigma"."""
     return side if side == "sigma" else f"{side}.{rows.shape[1]}"
 
 
@@ -94,27 +95,43 @@ def stack_families(trajectory, units: dict) -> dict[str, tuple[torch.Tensor, ...
             rows = [vectors(roles[r], side, units[module])[:count] for r in ("global", "local")]
             rows.append(vectors(roles["target"], side, units[module]))
             members[family(side, rows[0])].append(rows)
-    return {
-        name: tuple(torch.stack(parts, 1) for parts in zip(*rows, strict=True))
-        for name, rows in members.items()
-    }
+    found = {}
+    for name, rows in members.items():
+        found[name] = tuple(torch.stack(parts, 1) for parts in zip(*rows, strict=True))
+    return found
 
 
-def train_family(data: tuple[torch.Tensor, ...], recipe: Recipe, seed: int, tick: Callable):
-    """Eq. 9 on one family (global, local, target), [c, l, d] each. Returns the predictor and the loss
-    of every epoch, (1/c) sum over checkpoints, vectors and entries of |pi(s_G, s_L) - s_T|.
+class Trained(NamedTuple):
+    """What training leaves, by family of vectors."""
 
-    Full-batch AdamW from torch's uniform initialisation (Alg. 1); tick(loss) is called every epoch.
+    models: dict[str, TrajectoryPredictor]
+    losses: dict[str, list[float]]  # Eq. 9 by epoch
+    zeros: dict[str, float]  # Eq. 9 of a predictor that says 0
+
+
+def train(trajectory, recipe: Recipe, seed: int, tick: Callable[[], None]) -> Trained:
+    """A predictor for every family; tick() is called every epoch."""
+    trained, device = Trained({}, {}, {}), "cuda" if torch.cuda.is_available() else "cpu"
+    for name, data in stack_families(*prepare(trajectory, recipe)).items():
+        trained.zeros[name] = float(data[2].abs().sum() / len(data[2]))
+        data = tuple(part.to(device) for part in data)
+        trained.models[name], trained.losses[name] = train_family(data, recipe, seed, tick)
+    return trained
+
+
+def train_family(data: tuple[torch.Tensor, ...], recipe: Recipe, seed: int, tick=lambda: None):
+    """Eq. 9 on one family (global, local, target), [c, l, d] each: the predictor, and the loss of
+    every epoch, (1/c) sum over checkpoints, vectors and entries of |pi(s_G, s_L) - s_T|.
+
+    Full-batch AdamW from torch's uniform initialisation (Alg. 1).
     """
     s_global, s_local, s_target = data
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = TrajectoryPredictor(s_target.shape[-1], recipe.inputs).to(s_target.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, recipe.epochs, eta_min=0.1 * recipe.learning_rate
-    )
-    losses = []
+    rate, losses = recipe.learning_rate, []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs, 0.1 * rate)
     for _ in range(recipe.epochs):
         loss = (model(s_global, s_local) - s_target).abs().sum() / len(s_target)  # Eq. 9
         optimizer.zero_grad()
@@ -122,17 +139,14 @@ def train_family(data: tuple[torch.Tensor, ...], recipe: Recipe, seed: int, tick
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-        tick(losses[-1])
+        tick()
     return model.cpu(), losses
 
 
 @torch.no_grad()
 def predict(models: dict[str, nn.Module], trajectory, recipe: Recipe) -> dict[str, dict]:
-    """The predicted next target of every matrix, seen from the last checkpoint of the trajectory.
-
-    module -> {"u": [m], "sigma": [], "v": [n]}; u and v have length 1 (Eq. 11). sigma is in the unit
-    of the trajectory; it may come out negative and is kept so.
-    """
+    """The next target of every matrix, seen from the last checkpoint: module -> {"u": [m], "sigma":
+    [], "v": [n]}, u and v of length 1 (Eq. 11). A negative sigma is kept."""
     prepared, units = prepare(trajectory, recipe)
     found = {}
     for module, roles in prepared.deltas.items():

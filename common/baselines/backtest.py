@@ -1,7 +1,7 @@
 """What a prediction is worth, measured without RL: stage 3's backtest.
 
-Standing at an earlier checkpoint, with all later ones hidden, how near would the prediction have come
-to the true delta? Beside it stand controls without a network, and the true delta's own rank 1.
+Standing at an earlier checkpoint, with all later ones hidden, how near would the prediction have
+come to the true delta? Beside it stand controls without a network, and the true delta's own rank 1.
 """
 
 import statistics
@@ -10,14 +10,16 @@ from collections.abc import Callable
 import torch
 
 from common.baselines import methods, weighted
-from common.rank1 import LowRank, cosine, rank1, top
+from common.baselines.measures import cosine
+from common.rank1 import LowRank, rank1, top
 
 
 def controls(trajectory) -> dict[str, dict[str, LowRank]]:
     """What the next target would be without a network: name -> module -> matrix. Signs aligned.
 
-    copy-global is the global delta's direction with its mean growth over k checkpoints, linear-fit k
-    times the slope of the line through sigma u of the global deltas. The others are those of stage 4.
+    copy-global is the global delta's direction with its mean growth over k checkpoints, linear-fit
+    k times the slope of the line through sigma u of the global deltas. The others are those of
+    stage 4.
     """
     trajectory, k = trajectory.aligned(), trajectory.k
     c, fitted = len(trajectory.steps), weighted.fit(trajectory)
@@ -51,14 +53,15 @@ def score(predicted: dict[str, LowRank], true: dict) -> dict[str, float]:
 
 
 def backtest(trajectory, series, holdout: int, predict: Callable) -> dict:
-    """Stands at checkpoint c - holdout, predicts k checkpoints ahead, and scores what was predicted.
+    """Stands at checkpoint c - holdout, predicts k checkpoints ahead, and scores what was
+    predicted.
 
-    predict: trajectory as known then -> module -> {"u", "sigma", "v"}; it is trained anew. series has
-    the true weights.
+    predict: trajectory as known then -> (module -> {"u", "sigma", "v"}, ...); it trains anew. series
+    has the true weights.
     """
     now, k = len(trajectory.steps) - holdout, trajectory.k
     past = trajectory.until(now)
-    made = {m: rank1(t["u"], t["sigma"], t["v"]) for m, t in predict(past).items()}
+    made = {m: rank1(t["u"], t["sigma"], t["v"]) for m, t in predict(past)[0].items()}
     true, oracle = {}, {}
     for module in trajectory.deltas:
         W = series.weights(module)
@@ -71,3 +74,13 @@ def backtest(trajectory, series, holdout: int, predict: Callable) -> dict:
         "predicts_step": trajectory.steps[now - 1 + k],
         **{name: score(matrices, true) for name, matrices in rows.items()},
     }
+
+
+def describe(name: str, tested: dict) -> str:
+    """The backtest in two lines, and a third where it goes against the predictor."""
+    cosines = {row: found["cosine"] for row, found in tested.items() if isinstance(found, dict)}
+    lines = [f"{name}: backtest, step {tested['at_step']} -> {tested['predicts_step']}, cosines"]
+    lines.append("   " + "  ".join(f"{row} {cosine:.3f}" for row, cosine in cosines.items()))
+    if cosines["predictor"] <= cosines["repeat-last"]:
+        lines.append("   this predictor does not beat repeating the last target")
+    return "\n".join(lines)

@@ -1,7 +1,7 @@
 """What some methods must be given beside the deltas: the future, measured accuracies, a fit.
 
-Each function takes what stage 4 knows. It returns (a function that gets it, the files it comes from):
-what is dear is got only where a jump is not there already.
+Each function takes what stage 4 knows. It returns (a function that gets it, the files it comes
+from): what is dear is got only where a jump is not there already.
 """
 
 import dataclasses
@@ -83,8 +83,8 @@ def measured(known: Known) -> tuple[dict[str, list[dict]], list[pathlib.Path]]:
     for policy, made in rows.items():
         if [_how(row) for row in made] != [_how(row) for row in rows[first]]:
             raise UserError(
-                f"{known.run}/validation: {policy} was measured otherwise than {first} (problems or "
-                "options): measure all alike"
+                f"{known.run}/validation: {policy} was measured otherwise than {first} (problems "
+                "or options): measure all alike"
             )
     return rows, files
 

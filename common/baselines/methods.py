@@ -1,8 +1,8 @@
 """Ways of going on from the last checkpoint without training: rivals of NExt, and controls.
 
-A method is a function of one weight matrix and alpha, and a line in METHODS. It returns the new matrix:
-a `LowRank` becomes an adapter, a dense tensor becomes a whole model. alpha 1 is as far as NExt's target,
-k checkpoints beyond the last one (`expo` alone counts otherwise).
+A method is a function of one weight matrix and alpha, and a line in METHODS. It returns the new
+matrix: a `LowRank` becomes an adapter, a dense tensor becomes a whole model. alpha 1 is as far as
+NExt's target, k checkpoints beyond the last one (`expo` alone counts otherwise).
 """
 
 import dataclasses
@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 
 from common.baselines import given, weighted
-from common.rank1 import LowRank, inner, rank1, top
+from common.baselines.measures import inner
+from common.rank1 import LowRank, rank1, top
 
 WSM_CHECKPOINTS = 5  # that `wsm` averages
 DARE_DROP = 0.9  # share of entries that `dare` drops (its authors: 0.9 and up)
@@ -56,7 +57,8 @@ def recent_locals(m: Matrix, alpha: float) -> LowRank:
 
 
 def weighted_sum(m: Matrix, alpha: float) -> LowRank:
-    """Ours, without a network: rank 1 of three weighted sums of deltas (common/baselines/weighted.py)."""
+    """Ours, without a network: rank 1 of three weighted sums of deltas
+    (common/baselines/weighted.py)."""
     return m.last + alpha * weighted.predict(m.deltas, m.steps, m.k, m.given)
 
 
@@ -83,8 +85,8 @@ def rl_extra(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
 
 
 def expo(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
-    """ExPO (Zheng et al. 2024, arXiv 2404.16792): W_c + alpha (W_c - W_0), alpha 0.3 to 0.5 in their
-    work. This alpha counts updates, not targets."""
+    """ExPO (Zheng et al. 2024, arXiv 2404.16792): W_c + alpha (W_c - W_0), alpha 0.3 to 0.5 in
+    their work. This alpha counts updates, not targets."""
     return m.W[0] + (1 + alpha) * (m.W[-1] - m.W[0])
 
 
@@ -94,7 +96,8 @@ def expo(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
 
 
 def line_at(y: torch.Tensor, at: float) -> torch.Tensor:
-    """The least-squares line through y [c, ...] at t = 1 .. c, continued to t = `at`: [...], float64."""
+    """The least-squares line through y [c, ...] at t = 1 .. c, continued to t = `at`: [...],
+    float64."""
     t = torch.arange(1, len(y) + 1, dtype=torch.float64)
     slope = torch.tensordot(t - t.mean(), y.double(), 1) / (t - t.mean()).square().sum()
     return y.double().mean(0) + slope * (at - t.mean())
@@ -113,16 +116,17 @@ def sigma_u(m: Matrix) -> torch.Tensor:
 
 
 def alpharl(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
-    """After AlphaRL (Cai et al. 2025, arXiv 2510.00553), without measured accuracy: W_0 + a* v^T, a*
-    the least-squares line of sigma_t u_t at t = c + alpha k. Of the update only rank 1 is left."""
+    """After AlphaRL (Cai et al. 2025, arXiv 2510.00553), without measured accuracy: W_0 + a* v^T,
+    a* the least-squares line of sigma_t u_t at t = c + alpha k. Of the update only rank 1 is
+    left."""
     return replaced(m, line_at(sigma_u(m), len(m.steps) + alpha * m.k))
 
 
 def alpharl_pls(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
     """AlphaRL: a* by partial least squares from measured accuracies to sigma_t u_t.
 
-    Their target accuracy is set by hand; ours is the line through the accuracies at t = c + alpha k,
-    within 0 and 1. Their code adds a* v^T to a checkpoint, although a* is the total update.
+    Their target accuracy is set by hand; ours is the line through the accuracies at t = c + alpha
+    k, within 0 and 1. Their code adds a* v^T to a checkpoint, although a* is the total update.
     """
     target = line_at(m.given, len(m.steps) + alpha * m.k).clamp(0, 1)
     return replaced(m, pls_inverse(sigma_u(m), m.given, target))
@@ -131,8 +135,9 @@ def alpharl_pls(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
 def pls_inverse(x: torch.Tensor, y: torch.Tensor, target: float | torch.Tensor) -> torch.Tensor:
     """The x [m] that goes with y = target, by PLS with one component: x [c, m], y [c].
 
-    As scikit-learn's PLSRegression(1), which AlphaRL uses: columns standardised, scores z = X w with
-    w = X^T y / |X^T y|, y = slope z + mean(y) by least squares, and back by the loadings X^T z / z^T z.
+    As scikit-learn's PLSRegression(1), which AlphaRL uses: columns standardised, scores z = X w
+    with w = X^T y / |X^T y|, y = slope z + mean(y) by least squares, and back by the loadings X^T z
+    / z^T z.
     """
     x, rise, level = x.double(), y.double() - y.double().mean(), y.double().mean()
     mean, std = x.mean(0), x.std(0)
@@ -152,7 +157,8 @@ def pls_inverse(x: torch.Tensor, y: torch.Tensor, target: float | torch.Tensor) 
 
 
 def over_time(W: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rank 1 over time of W_t - W_0, close to y_t V with V = sum_t d_t (W_t - W_0): d [c], y [c].
+    """The rank 1 over time of W_t - W_0, close to y_t V with V = sum_t d_t (W_t - W_0): d [c], y
+    [c].
 
     y and d follow from the c x c matrix of inner products <W_s - W_0, W_t - W_0>.
     """
@@ -164,9 +170,11 @@ def over_time(W: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def relex(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
-    """RELEX (Wei et al. 2026, arXiv 2605.21468): W_0 + y* V, y* the line through y_t at c + alpha k.
+    """RELEX (Wei et al. 2026, arXiv 2605.21468): W_0 + y* V, y* the line through y_t at c + alpha
+    k.
 
-    V is one direction over time and has all ranks. Their series is every RL step, ours every checkpoint.
+    V is one direction over time and has all ranks. Their series is every RL step, ours every
+    checkpoint.
     """
     d, y = over_time(m.W)
     weights = d * line_at(y, len(m.steps) + alpha * m.k)
@@ -187,7 +195,8 @@ def greedy_soup(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
 
 
 def dare(m: Matrix, alpha: float) -> torch.Tensor:
-    """DARE (Yu et al. 2024, arXiv 2311.03099): entries of W_c - W_0 are dropped, the others scaled up.
+    """DARE (Yu et al. 2024, arXiv 2311.03099): entries of W_c - W_0 are dropped, the others scaled
+    up.
 
     What is left has all ranks. The mask depends on the module's name alone.
     """

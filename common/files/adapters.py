@@ -172,8 +172,8 @@ def read_header(folder: pathlib.Path) -> Header:
     config, path = read_config(folder), folder / WEIGHTS
     if not path.is_file():
         if (folder / "adapter_model.bin").is_file():
-            pickle = "adapter_model.bin, a pickle, which can run code"
-            raise UserError(f"{folder} has its weights in {pickle}: train with save_safetensors")
+            why = "has its weights in adapter_model.bin, a pickle, which can run code"
+            raise UserError(f"{folder} {why}: train with save_safetensors")
         raise UserError(f"{path} is missing: {ANOTHER}")
     with _opened(folder) as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (no dict)

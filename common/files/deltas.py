@@ -12,7 +12,7 @@ import torch
 
 from common import UserError
 from common.files.read import check_intact, read_json, reading, safe_name, safe_path
-from common.rank1 import ROLES, LowRank, align, rank1
+from common.rank1 import ROLES, LowRank, rank1
 
 STAGE = "02_extract_deltas.py"
 AGAIN = "run 02_extract_deltas.py --overwrite"
@@ -38,9 +38,19 @@ class Triples:
         return Triples(self.u[which], self.sigma[which], self.v[which])
 
 
+def align(u, v, reference_u, reference_v):
+    """(u, v) and (-u, -v) are one singular pair: takes the one that points towards the reference.
+
+    u [..., m], v [..., n]; the sign is that of <u, u_ref> + <v, v_ref>.
+    """
+    agreement = (u * reference_u).sum(-1, keepdim=True) + (v * reference_v).sum(-1, keepdim=True)
+    sign = torch.where(agreement < 0, -1.0, 1.0).to(u.dtype)
+    return u * sign, v * sign
+
+
 def align_roles(roles: dict[str, Triples]) -> dict[str, Triples]:
-    """One matrix's deltas with consistent signs: the global ones backwards from the last checkpoint,
-    local and target ones towards the global delta of their checkpoint."""
+    """One matrix's deltas with consistent signs: the global ones backwards from the last
+    checkpoint, local and target ones towards the global delta of their checkpoint."""
     u, v = roles["global"].u.clone(), roles["global"].v.clone()
     for i in range(len(u) - 2, -1, -1):
         u[i], v[i] = align(u[i], v[i], u[i + 1], v[i + 1])
@@ -132,12 +142,13 @@ def read_index(folder: pathlib.Path) -> dict:
     steps = index["steps"]
     usable = 1 <= index["k"] < len(steps) and index["modules"] and steps == sorted({*steps})
     if not usable or steps[0] < 1 or [str(step) for step in steps] != list(index["checkpoints"]):
-        raise UserError(f"{folder}/index.json has no usable steps, k, modules or checkpoints: {AGAIN}")
+        raise UserError(f"{folder}/index.json has no usable steps, k or checkpoints: {AGAIN}")
     return index
 
 
 def checkpoint_paths(run: pathlib.Path) -> dict[int, pathlib.Path]:
-    """The checkpoints that the deltas of `run` were made from, by step. Those elsewhere are absolute."""
+    """The checkpoints that the deltas of `run` were made from, by step. Those elsewhere are
+    absolute."""
     what = f"{run}/deltas/index.json, checkpoints"
     return {
         int(step): pathlib.Path(path) if os.path.isabs(path) else run / safe_path(path, what)
@@ -146,8 +157,8 @@ def checkpoint_paths(run: pathlib.Path) -> dict[int, pathlib.Path]:
 
 
 def check_predicted(run: pathlib.Path, recipe: str) -> pathlib.Path:
-    """The file with what stage 3 predicted by `recipe`. Raises UserError where it is not there, or was
-    made from other deltas."""
+    """The file with what stage 3 predicted by `recipe`. Raises UserError where it is not there, or
+    was made from other deltas."""
     folder = run / "predictor" / safe_name(recipe, "a recipe")
     done = read_json(folder / "done.json", "03_train_predictor.py", {"inputs": {"deltas": str}})
     if done["inputs"]["deltas"] != fingerprint(run / "deltas"):

@@ -19,9 +19,9 @@ from common import UserError
 from common.files import adapters, deltas, models
 from common.files.read import check_intact, sha256
 from common.files.stage import within
-from common.rank1 import LowRank, inner
+from common.rank1 import LowRank
 
-ROUNDED = {"BF16": torch.bfloat16, "F16": torch.float16}  # too coarse for a step of RL
+ROUNDED = {"BF16", "F16"}  # too coarse for a step of RL
 FLOATS = {"F64", "F32", *ROUNDED}
 DIVERGED = "is not finite: the training diverged; leave this checkpoint out (--last-step)"
 
@@ -110,39 +110,6 @@ class AdapterSeries:
         files = {f"step_{s:04d}": p / "adapter_model.safetensors" for s, p in self.paths.items()}
         return {**{name: sha256(path) for name, path in files.items()}, "scales": str(self.scales)}
 
-    def warn(self, k: int) -> None:
-        """Says on stderr what takes no part, and what share of the deltas is rounding to 16 bits."""
-        warn_of_others(self.others, "modules_to_save, biases, embeddings")
-        for name in sorted(self.dtypes & ROUNDED.keys()):
-            shares = [[], []]
-            for module in self.modules:
-                W = self.weights(module)
-                for found, before in zip(shares, (W[-2], W[-1 - k]), strict=True):
-                    found.append(rounding_share(W[-1] - before, ROUNDED[name]))
-            local, target = (torch.tensor(found).median() for found in shares)
-            print(
-                f"warning: factors in {name}. If they were rounded on saving, that is {local:.1%} of "
-                f"the norm of the last local delta and {target:.1%} of the last target (median of "
-                f"{len(self.modules)} matrices): save them in fp32",
-                file=sys.stderr,
-            )
-
-
-def rounding_share(delta: LowRank, dtype: torch.dtype) -> float:
-    """The expected norm of rounding in B A - B' A' over its norm, if the factors were rounded to
-    `dtype`: errors independent and uniform over the spacing around each entry, to first order."""
-
-    def variance(x: torch.Tensor) -> torch.Tensor:
-        spacing = torch.finfo(dtype).eps * torch.exp2(torch.frexp(x).exponent.double() - 1)
-        return torch.where(x == 0, 0.0, spacing.square() / 12)
-
-    new, old = delta.terms  # (B - B') A and B' (A - A')
-    noise = 0.0
-    for b, a in ((new.left + old.left, new.right), (old.left, new.right - old.right)):
-        noise += variance(b).sum(0) @ a.square().sum(1) + b.square().sum(0) @ variance(a).sum(1)
-    size = inner(delta, delta) / new.weight**2
-    return float((noise / max(size, 0.0)) ** 0.5) if size else float("inf")
-
 
 class ModelSeries:
     """Whole models of one training, and the backbone that it started from."""
@@ -209,23 +176,6 @@ class ModelSeries:
             for path in sorted({*model.files.values()})
         }
 
-    def warn(self, k: int) -> None:
-        """Says on stderr what takes no part, and what share of 16-bit weights did not move at all."""
-        warn_of_others(self.others, "norms, biases, embeddings, head")
-        for name in sorted(self.dtypes & ROUNDED.keys()):
-            shares = [[], []]
-            for module in self.modules:
-                W = self.weights(module)
-                for found, before in zip(shares, (W[-2], W[-1 - k]), strict=True):
-                    found.append((W[-1] == before).double().mean())
-            local, target = (torch.stack(found).median() for found in shares)
-            print(
-                f"warning: weights in {name}. {local:.1%} of the entries of the last local delta and "
-                f"{target:.1%} of the last target's are exactly 0 (median of {len(self.modules)} "
-                "matrices). If that is rounding on saving, save in fp32",
-                file=sys.stderr,
-            )
-
 
 Series = AdapterSeries | ModelSeries
 
@@ -251,12 +201,19 @@ def reopen(run: pathlib.Path) -> Series:
     return open_series(deltas.checkpoint_paths(run), backbone, str(run))
 
 
-def warn_of_others(others: list[str], what: str) -> None:
-    """Says on stderr which tensors stay as they were last."""
-    if others:
-        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+def warn(series: Series) -> None:
+    """Says on stderr what takes no part in a jump, and where rounding has spoilt the deltas."""
+    if series.others:
+        first, more = series.others[0], len(series.others) - 1
         print(
-            f"note: {others[0]}{more} take no part in the jump: {what} stay as they last were",
+            f"note: {first} and {more} other tensors take no part in the jump: they stay as they "
+            "last were",
+            file=sys.stderr,
+        )
+    if rounded := sorted(series.dtypes & ROUNDED):
+        print(
+            f"warning: checkpoints in {', '.join(rounded)}: rounding is a part of every delta, and "
+            "most of it where whole models are saved so; save them in fp32",
             file=sys.stderr,
         )
 
@@ -300,6 +257,6 @@ def find_checkpoints(patterns: list[str], run: str) -> dict[int, pathlib.Path]:
             if step is None:
                 raise UserError(f"no step in the name {path}: want checkpoint-20 or step_20")
             if step in found:
-                raise UserError(f"{found[step]} and {path} are both of step {step}: name one series")
+                raise UserError(f"{found[step]}, {path}: both are of step {step}: name one series")
             found[step] = path
     return dict(sorted(found.items()))

@@ -70,7 +70,8 @@ class Stage:
         what is there. grows: an option, such as steps, which a finished run may have larger.
         Raises UserError where the folder holds something made otherwise.
         """
-        self.folder, self.may_change, self.began = folder, may_change, time.perf_counter()
+        self.folder, self.began = folder, time.perf_counter()
+        self.may_change = {*may_change, grows}
         self.defaults = configs.as_dict(type(cfg)())
         self.record = {"config": configs.as_dict(cfg), "inputs": inputs}
         if cfg.overwrite and is_writer():

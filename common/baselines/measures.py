@@ -1,6 +1,30 @@
-"""What Section 3 of the paper measures on a trajectory: energy ratios (Fig. 2), straight lines (Fig. 3)."""
+"""What is measured on deltas: their cosine, energy ratios (Fig. 2), straight lines (Fig. 3)."""
+
+import math
 
 import torch
+
+from common.rank1 import LowRank
+
+
+def inner(a: LowRank | torch.Tensor, b: LowRank | torch.Tensor) -> float:
+    """<a, b> = sum of a_ij b_ij, in float64; of two products it is tr((L_a^T L_b) (R_b R_a^T))."""
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        a, b = (x.dense() if isinstance(x, LowRank) else x for x in (a, b))
+        return float((a.double() * b).sum())
+    total = 0.0
+    for x in a.terms:
+        for y in b.terms:
+            left = x.left.double().mT @ y.left.double()
+            right = x.right.double() @ y.right.double().mT
+            total += x.weight * y.weight * float((left * right).sum())
+    return total
+
+
+def cosine(a: LowRank | torch.Tensor, b: LowRank | torch.Tensor) -> float:
+    """<a, b> / (|a| |b|); nan where one of them is zero."""
+    sizes = inner(a, a) * inner(b, b)
+    return inner(a, b) / sizes**0.5 if sizes > 0 else math.nan
 
 
 def energy_ratio(sigma: torch.Tensor, power: int = 1) -> torch.Tensor:
@@ -14,8 +38,8 @@ def energy_ratio(sigma: torch.Tensor, power: int = 1) -> torch.Tensor:
 def linear_fit_r2(steps: torch.Tensor, y: torch.Tensor, fit: int) -> tuple[float, float]:
     """R^2 = 1 - SSE / SST of the least-squares line y_t = a + b t (Sec. 3.3), steps [c], y [c, d].
 
-    The line is fitted on the first `fit` checkpoints. Returns R^2 on the others, and on those. SST is
-    around the mean of the same points, so below 0 is worse than to know their mean.
+    The line is fitted on the first `fit` checkpoints. Returns R^2 on the others, and on those. SST
+    is around the mean of the same points, so below 0 is worse than to know their mean.
     """
     t, y = steps.double() - steps[:fit].double().mean(), y.double()
     mean = y[:fit].mean(0)

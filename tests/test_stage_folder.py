@@ -1,0 +1,174 @@
+"""A stage's folder: what counts as the same run, what is made again, and how a stage ends."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+
+from common import UserError
+from common.files import config, read, stage
+from common.files.config import option
+
+
+@dataclasses.dataclass
+class Options(config.StageConfig):
+    data: str = option("d.jsonl", "problems")
+    steps: int = option(5, "how many")
+    rate: float = option(0.5, "how fast")
+    names: list[str] = option(["x"], "who")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "run" / "stage"
+
+
+def opened(folder, content: str | None = "0", **options) -> stage.Stage:
+    """The stage on data of this hash, or of the hash of the file, if there is one."""
+    cfg = Options(**options)
+    if os.path.isfile(cfg.data):
+        content = read.sha256(cfg.data)
+    return stage.Stage(folder, cfg, {"data": content}, may_change=("rate",), grows="steps")
+
+
+def edit(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def test_config_comes_first_and_done_last_with_the_hashes_of_the_weights(folder, capsys):
+    made = opened(folder)
+    assert not made.done
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert made.missing(["a", "b"]) == ["a", "b"]
+    made.save("a", {"w": torch.ones(2)})
+    assert made.missing(["a", "b"]) == ["b"]
+    made.write_json("seen.json", [1])
+    made.finish(accuracy=0.5)
+    done = json.loads((folder / "done.json").read_text())
+    assert done["outputs"] == {"a.safetensors": read.sha256(folder / "a.safetensors")}
+    assert (done["accuracy"], done["config"]["steps"], done["inputs"]) == (0.5, 5, {"data": "0"})
+    assert {"python", "torch"} <= done["versions"].keys()
+    assert opened(folder).done
+    assert "is done already; --overwrite makes it again" in capsys.readouterr().out
+
+
+def test_another_option_or_input_is_refused_and_named(folder):
+    opened(folder).finish()
+    with pytest.raises(UserError, match=r"option names = \['x'\], now it is \['y'\]: use another"):
+        opened(folder, names=["y"])
+    with pytest.raises(UserError, match=r"input data = '0', now it is '1': use another --run-dir"):
+        opened(folder, content="1")
+    assert opened(folder, rate=0.7).done  # may change
+    assert opened(folder, threads=3, run_dir="elsewhere").done  # do not change what is computed
+
+
+def test_a_finished_run_may_grow_and_is_done_for_less(folder):
+    opened(folder).finish()
+    assert opened(folder, steps=4).done is True
+    assert not opened(folder, steps=9).done
+
+
+def test_a_config_of_older_code_counts_as_one_with_the_defaults(folder):
+    opened(folder)
+    edit(folder / "config.json", lambda value: value["config"].pop("names"))
+    assert not opened(folder).done
+    edit(folder / "config.json", lambda value: value["config"].pop("names"))
+    with pytest.raises(UserError, match=r"option names = \['x'\], now it is \['y'\]"):
+        opened(folder, names=["y"])
+
+
+def test_an_input_that_older_code_did_not_note_is_no_difference(folder):
+    opened(folder)
+    edit(folder / "config.json", lambda value: value["inputs"].clear())
+    assert not opened(folder).done
+
+
+def test_a_file_is_its_content_wherever_it_lies_and_however_it_is_spelt(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    one, two = tmp_path / "one.jsonl", tmp_path / "two" / "other.jsonl"
+    one.write_text("1")
+    opened(folder, data="one.jsonl")
+    for spelling in ("./one.jsonl", str(one), f"{tmp_path}/run/../one.jsonl"):
+        opened(folder, data=spelling)
+    two.parent.mkdir()
+    shutil.move(one, two)
+    opened(folder, data=str(two))
+    two.write_text("2")
+    with pytest.raises(UserError, match="input data = "):
+        opened(folder, data=str(two))
+    with pytest.raises(UserError, match="option data = "):  # no hash: only the name is known
+        opened(folder, content=None, data="some/data-set")
+
+
+def test_overwrite_begins_again_and_says_how_to_go_on(folder, capsys):
+    opened(folder).finish()
+    (folder / "old.txt").write_text("")
+    assert not opened(folder, names=["y"], overwrite=True).done
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    with pytest.raises(SystemExit) as stop:
+        stage.run_stage(lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert stop.value.code == 130
+    assert "type the same command without --overwrite to go on" in capsys.readouterr().err
+
+
+def test_what_was_done_and_lost_a_file_is_made_again(folder, capsys):
+    made = opened(folder)
+    made.save("a", {"w": torch.ones(2)})
+    made.finish()
+    (folder / "a.safetensors").unlink()
+    assert not opened(folder).done
+    assert not (folder / "done.json").exists()
+    assert "files of it are gone: it is made again" in capsys.readouterr().err
+
+
+def test_a_foreign_folder_is_not_touched(folder):
+    folder.mkdir(parents=True)
+    (folder / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match=r"has files but no config\.json: move it away, or use"):
+        opened(folder)
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+
+
+def test_of_several_processes_the_first_alone_writes(folder, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    other = opened(folder)
+    other.finish()
+    stage.StepLog(folder / "metrics.jsonl", keep_to=0).append({"step": 1})
+    assert not other.done
+    assert not folder.exists()
+
+
+def test_a_log_drops_what_came_after_the_resumed_step_and_half_a_line(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    stage.StepLog(path, keep_to=0).append(*({"step": step} for step in (1, 2, 3)))
+    with open(path, "a") as file:
+        file.write('{"step": 4, "rew')
+    stage.StepLog(path, keep_to=2, begins=1).append({"step": 3, "again": True})
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+    assert capsys.readouterr().err == ""
+    stage.StepLog(path, keep_to=2, begins=0)
+    assert "had not one row for each of the steps 0 to 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["[1]", "{}", '{"step": "1"}', '{"st', "[" * 100_000])
+def test_a_log_with_a_line_that_is_no_row_names_the_line(tmp_path, line):
+    (tmp_path / "m.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    with pytest.raises(UserError, match=r"m\.jsonl, line 2: not "):
+        stage.StepLog(tmp_path / "m.jsonl", keep_to=5)
+
+
+def test_paths_inside_the_run_directory_are_relative_to_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    assert stage.within(run / "train" / "step_1", run) == "train/step_1"
+    assert stage.within("run/train/../deltas", run, "{run_dir}") == "{run_dir}/deltas"
+    assert stage.within(tmp_path / "elsewhere", run) == str(tmp_path / "elsewhere")
