@@ -35,7 +35,7 @@ from common.files.policies import base_of, find_policies, weights_hash
 from common.files.read import read_json, safe_name
 from common.files.stage import run_stage, versions
 from common.reproduce import report
-from common.rl import answers, data, policy, rollout, verifier
+from common.rl import data, measure, policy, rollout, verifier
 from common.rl.options import SamplingConfig
 
 FOLDERS = ("backbone", "data", "train", "deltas", "predictor", "extrapolated", "merged")
@@ -90,7 +90,7 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
     for number, name in enumerate(bar, 1):
         # What the result depends on. Where all of it is the same, it was measured before.
         base, lora = base_of(run, name, cfg.backbone), loras.get(name)
-        model, made = answers.find_model(cfg.path(base)), {"settings": settings}
+        model, made = measure.find_model(cfg.path(base)), {"settings": settings}
         made |= {"weights": weights_hash(lora or model), "backbone": weights_hash(model)}
         made |= {"versions": versions()}
         made = {task: {**made, "data": data.fingerprint(tasks[task])} for task in tasks}
@@ -102,7 +102,7 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
         if now is None or now.base != base:
             if now:
                 now.engine.close()  # the next model needs its memory
-            now = answers.Loaded(cfg, base, tasks, max(ranks, default=0), accelerator)
+            now = measure.Loaded(cfg, base, tasks, max(ranks, default=0), accelerator)
         now.use(lora)
         trained = {} if name == "backbone" else policy.checkpoint_info(run / name)
         if trained.get("template_hash", now.template_hash) != now.template_hash:
@@ -110,16 +110,16 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
         # `runs` answers to every problem, scored.
         for task in left:
             began = time.perf_counter()
-            asked = answers.ask(cfg, now.engine, now.prompts[task], accelerator)
-            rows = answers.score(judge, now.tokenizer, tasks[task], asked)
+            asked = measure.ask(cfg, now.engine, now.prompts[task], accelerator)
+            rows = measure.score(judge, now.tokenizer, tasks[task], asked)
             record = {"policy": name, **made[task], "template_hash": now.template_hash}
-            record |= answers.summarise(rows, len(tasks[task]))
+            record |= measure.summarise(rows, len(tasks[task]))
             record["seconds"] = round(time.perf_counter() - began, 2)
             if accelerator.is_main_process:
                 lines = "".join(json.dumps(row) + "\n" for row in rows)
                 write.write_text(folder / f"{task}.jsonl", lines)
                 write.write_json(folder / f"{task}.json", record)
-                shown = answers.console_line(record)
+                shown = measure.console_line(record)
                 bar.write(f"{number}/{len(names)} {name}  {task}: {shown}")
     judge.close()
     if now:
