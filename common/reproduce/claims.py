@@ -116,6 +116,7 @@ def time_saved(runs: Runs, method: str) -> str:
 
 def level(by_seed: list[list[float]]) -> Estimate:
     """The mean of one list of values a seed; of one seed alone with the error over its values."""
+    by_seed = [[value for value in values if value == value] for values in by_seed]  # nan: no update
     if len(by_seed) > 1:
         return over_seeds([statistics.fmean(values) for values in by_seed])
     (values,) = by_seed

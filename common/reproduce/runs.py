@@ -11,7 +11,7 @@ import json
 import pathlib
 import statistics
 
-from common import rank1
+from common.baselines.measures import cosine
 from common.files import adapters, deltas
 from common.reproduce import results
 from common.reproduce.results import Result
@@ -223,7 +223,7 @@ class Runs:
             true = {m: future.update(m) - last.update(m) for m in last.factors}
             for path in filter(adapters.is_adapter, sorted((run / "extrapolated").glob("[!.]*"))):
                 jumped = adapters.read_adapter(path)
-                values = [rank1.cosine(jumped.update(m) - last.update(m), true[m]) for m in true]
+                values = [cosine(jumped.update(m) - last.update(m), true[m]) for m in true]
                 if values := [value for value in values if value == value]:  # nan: nothing moved
                     found[f"extrapolated/{path.name}"].append(statistics.fmean(values))
         return {policy: over_seeds(values) for policy, values in found.items()}
