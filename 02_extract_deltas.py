@@ -17,6 +17,7 @@ zero. The sign of (u, v) is left as it came; who needs consistent signs aligns t
 import concurrent.futures
 import dataclasses
 import datetime
+import functools
 import os
 import pathlib
 
@@ -80,8 +81,8 @@ def main() -> None:
     workers = cfg.threads or max(1, os.cpu_count() // state.num_processes)
     mine = stage.missing(found.modules[state.process_index :: state.num_processes])
     with concurrent.futures.ThreadPoolExecutor(workers, "", torch.set_num_threads, (1,)) as pool:
-        weights = {module: found.weights(module, keep=cfg.k + 2) for module in mine}
-        work = {m: pool.submit(rank1.trajectory, W, cfg.k) for m, W in weights.items()}  # Eq. 6, 7
+        weights = functools.partial(found.weights, keep=cfg.k + 2)
+        work = {m: pool.submit(rank1.trajectory, weights(m), cfg.k) for m in mine}  # Eq. 6, 7
         try:
             shown = None if state.is_main_process else True  # None: on a terminal
             for module in tqdm(mine, "rank-1 SVDs", disable=shown):

@@ -18,14 +18,11 @@ def centred_scores(scores: torch.Tensor) -> torch.Tensor:
 def grpo_advantages(scores: torch.Tensor) -> torch.Tensor:
     """Eq. 2: (S_i - mean) / std within each group. [groups, samples] -> [groups, samples].
 
-    The std is the unbiased one plus 1e-6, as in verl. Equal scores, or a group of one, get zeros.
-
-    >>> grpo_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]))
-    tensor([[ 1.5000, -0.5000, -0.5000, -0.5000],
-            [ 0.0000,  0.0000,  0.0000,  0.0000]])
+    Equal scores, or a group of one, get zeros. [1, 0, 0, 0] -> [1.5, -0.5, -0.5, -0.5].
     """
     if scores.shape[1] == 1:
         return centred_scores(scores)
+    # The std is the unbiased one plus 1e-6, as in verl.
     return centred_scores(scores) / (scores.std(1, keepdim=True) + 1e-6)
 
 
@@ -73,14 +70,13 @@ def advantages(algorithm: str, rewards, penalty, lengths, total: Callable) -> to
 def token_weights(lengths: torch.Tensor, aggregation: str) -> torch.Tensor:
     """The weight of every token in the loss; they add up to 1. lengths [sequences] -> [tokens].
 
-    seq: Eq. 1, (1/G) sum_i (1/|y_i|) sum_t, every response counts the same.
-    token: every token does, as by default in verl.
-
     >>> token_weights(torch.tensor([1, 3]), "seq")
     tensor([0.5000, 0.1667, 0.1667, 0.1667])
     """
+    # seq is Eq. 1, (1/G) sum_i (1/|y_i|) sum_t: every response counts the same.
     if aggregation == "seq":
         return torch.repeat_interleave(1 / (lengths * len(lengths)), lengths)
+    # token, the default of verl: every token counts the same.
     return torch.full((int(lengths.sum()),), 1 / int(lengths.sum()))
 
 
@@ -98,10 +94,8 @@ def clipped_loss(logprobs, old_logprobs, advantages, weights, clip_low: float, c
 
 
 def k3_kl(logprobs, reference_logprobs, weights):
-    """Eq. 1's D_KL by Schulman's k3: sum_t w_t (exp(d_t) - d_t - 1), d = reference - logp.
-
-    Clamped as in verl. In the scanned paper the term is inside min; this is the usual place.
-    """
+    """Eq. 1's D_KL by Schulman's k3: sum_t w_t (exp(d_t) - d_t - 1), d = reference - logp."""
+    # Clamped as in verl. In the scanned paper the term is inside min; this is the usual place.
     gap = (reference_logprobs - logprobs).clamp(-LOG_RATIO, LOG_RATIO)
     return (weights * (gap.exp() - gap - 1).clamp(-10, 10)).sum()
 

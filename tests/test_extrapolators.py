@@ -1,211 +1,94 @@
-"""Every jump against a direct dense computation, and through PEFT itself."""
+"""Every jump against a dense computation, and stages 2 to 4 on a LoRA through PEFT itself."""
 
+import dataclasses
 import importlib
-import itertools
 import json
 import pathlib
 import shutil
 
 import numpy
 import pytest
+import safetensors.torch
 import torch
 from conftest import call_on
 from peft import PeftModel
+from torch.nn.functional import normalize
 
-from common import demo, rank1
-from common.baselines import methods as extrapolators
-from common.files import adapters, merge
-from common.files import models as model_files
-from common.files import read as inputs
-from common.files import series as adapter_series
-from common.files import write as run_dir
+from common import demo, predictor
+from common.baselines import given, methods, weighted
+from common.files import adapters, deltas, series, write
+from common.files.read import read_json
+from common.rank1 import LowRank
 from common.rl import policy
 
-SCALE = 0.5
-SHAPES = {"a": (24, 16), "b": (16, 40), "c": (40, 30)}
-IDS = torch.tensor([[2, 7, 8, 9, 3, 5]])
+stage4 = importlib.import_module("04_extrapolate")
+SCALE, K, ALPHA, M, N, RANK = 0.5, 2, 1.5, 24, 16, 3
+ACCURACIES, CHOSEN, ACCURACY_THEN = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [6, 2, 4], 0.9
 
 
-def make_adapter(seed, shapes=None, r=4):
+def random_factors(m, n, r, seed):
     generator = torch.Generator().manual_seed(seed)
-    shapes = shapes or SHAPES
-    factors = {name: (torch.randn(m, r, generator=generator), torch.randn(r, n, generator=generator)) for name, (m, n) in shapes.items()}
-    return adapters.Adapter({"peft_type": "LORA", "r": r, "lora_alpha": SCALE * r}, factors)
+    return torch.randn(m, r, generator=generator), torch.randn(r, n, generator=generator)
 
 
-def dense(adapter):
-    return {name: adapter.scale(name) * b.double() @ a.double() for name, (b, a) in adapter.factors.items()}
+# --------------------------------------------------------------------------------------------------
+# One matrix
+# --------------------------------------------------------------------------------------------------
 
 
-def make_trajectory(series, k):
-    """Rank-1 triples by dense SVD, independently of stage 2."""
-
-    def triples(deltas):
-        rows = [torch.linalg.svd(d) for d in deltas]
-        return rank1.Triples(
-            *(torch.stack(x).float() for x in ([u[:, 0] for u, _, _ in rows], [s[0] for _, s, _ in rows], [vh[0] for _, _, vh in rows]))
-        )
-
-    weights = [dense(point) for point in series]
-    deltas = {}
-    for name in series[0].factors:
-        w = [point[name] for point in weights]
-        deltas[name] = {
-            "global": triples(w),
-            "local": triples([w[0], *(b - a for a, b in itertools.pairwise(w))]),
-            "target": triples([b - a for a, b in zip(w, w[k:], strict=False)]),
-        }
-    return rank1.Trajectory(list(range(10, 10 * len(series) + 10, 10)), k, deltas)
+def lora_points(count=7):
+    """(B, A) of `count` checkpoints in fp32. The last one is what comes K after the others."""
+    return [random_factors(M, N, RANK, seed) for seed in range(count)]
 
 
-SERIES = [make_adapter(seed) for seed in range(6)]
+def straight_points(count=7):
+    """Checkpoints W_t = t D, D of rank 1; the last one is what comes K after the others."""
+    b, a = random_factors(M, N, 1, 3)
+    return [(t * b, a) for t in [*range(1, count), count - 1 + K]]
 
 
-@pytest.mark.parametrize("alpha", [0.5, 1.5, -1.0, 0.0])
-def test_rank_one_added_to_an_adapter_is_exact(alpha):
-    last = SERIES[-1]
-    triples = {
-        name: (
-            torch.nn.functional.normalize(torch.randn(m.shape[0]), dim=0),
-            torch.tensor(0.37),
-            torch.nn.functional.normalize(torch.randn(m.shape[1]), dim=0),
-        )
-        for name, m in dense(last).items()
+def make_matrix(points, kind, name="q_proj"):
+    """(Matrix, dense float64 W[0] ... W[c] and the future, what a jump is relative to)."""
+    moved = [SCALE * b.double() @ a.double() for b, a in points]
+    if kind == "LoRA":
+        zero = LowRank(torch.zeros(M, 0), torch.zeros(0, N))
+        W = [zero, *(LowRank(b.double(), a.double(), SCALE) for b, a in points)]
+        whole, last, base = [0 * moved[0], *moved], W[-2], 0
+    else:
+        backbone = random_factors(M, N, 20, 99)
+        W = [(backbone[0] @ backbone[1] + x).float() for x in [0 * moved[0], *moved]]
+        whole, last = [w.double() for w in W], LowRank(torch.zeros(M, 0), torch.zeros(0, N))
+        base = whole[-2]
+    ends = {
+        "global": [(i, 0) for i in range(1, len(W) - 1)],
+        "local": [(i, i - 1) for i in range(1, len(W) - 1)],
+        "target": [(i, i - K) for i in range(K + 1, len(W) - 1)],
     }
-    jumped = extrapolators.add_rank1(last, triples, alpha)
-    assert jumped.config["r"] == 5
-    assert all(jumped.scale(name) == pytest.approx(SCALE) for name in triples)
-    for name, (u, sigma, v) in triples.items():
-        want = dense(last)[name] + alpha * sigma.double() * torch.outer(u.double(), v.double())
-        torch.testing.assert_close(dense(jumped)[name], want, atol=1e-6, rtol=0)
+    roles = {}
+    for role, pairs in ends.items():  # by dense SVDs, without stage 2
+        u, sigma, vh = torch.linalg.svd(torch.stack([whole[i] - whole[j] for i, j in pairs]))
+        roles[role] = deltas.Triples(*(x.float() for x in (u[:, :, 0], sigma[:, 0], vh[:, 0])))
+    roles, steps = deltas.align_roles(roles), list(range(10, 10 * len(points), 10))
+    return methods.Matrix(name, W[:-1], last, roles, steps, K), whole, base, W[-1]
 
 
-def test_a_predicted_negative_sigma_keeps_its_sign():
-    triples = {name: (torch.ones(m.shape[0]), torch.tensor(-0.2), torch.ones(m.shape[1])) for name, m in dense(SERIES[-1]).items()}
-    jumped = extrapolators.next_(SERIES[-1], None, 1.5, predicted=triples)
-    for name, m in dense(SERIES[-1]).items():
-        torch.testing.assert_close(dense(jumped)[name], m - 0.3, atol=1e-6, rtol=0)
+def rank_1(matrix):
+    u, sigma, vh = torch.linalg.svd(matrix)
+    return sigma[0] * torch.outer(u[:, 0], vh[0])
 
 
-def test_repeat_last_adds_the_rank_one_part_of_the_last_known_target():
-    jumped = extrapolators.repeat_last(SERIES[-1], make_trajectory(SERIES, k=2), 1.5)
-    for name in SERIES[0].factors:
-        u, s, vh = torch.linalg.svd(dense(SERIES[5])[name] - dense(SERIES[3])[name])
-        torch.testing.assert_close(
-            dense(jumped)[name], dense(SERIES[5])[name] + 1.5 * s[0] * torch.outer(u[:, 0], vh[0]), atol=1e-5, rtol=0
-        )
+def line(y):
+    """The line through y [c, ...] at t = 1 .. c, at t = c + ALPHA K, by numpy."""
+    flat = y.reshape(len(y), -1).numpy()
+    slope, start = numpy.polyfit(numpy.arange(1, len(y) + 1), flat, 1)
+    return torch.from_numpy(start + slope * (len(y) + ALPHA * K)).reshape(y.shape[1:])
 
 
-def test_recent_locals_adds_the_rank_one_part_of_the_last_two_local_ones_scaled_to_k():
-    jumped = extrapolators.recent_locals(SERIES[-1], make_trajectory(SERIES, k=4), 1.5)
-    for name in SERIES[0].factors:
-        total = 0
-        for now, before in ((5, 4), (4, 3)):
-            u, s, vh = torch.linalg.svd(dense(SERIES[now])[name] - dense(SERIES[before])[name])
-            total = total + s[0] * torch.outer(u[:, 0], vh[0])
-        u, s, vh = torch.linalg.svd(4 * total / 2)
-        torch.testing.assert_close(
-            dense(jumped)[name], dense(SERIES[5])[name] + 1.5 * s[0] * torch.outer(u[:, 0], vh[0]), atol=1e-5, rtol=0
-        )
-
-
-def test_oracle_adds_the_rank_one_part_of_the_true_future():
-    future = make_adapter(99)
-    jumped = extrapolators.oracle(SERIES[-1], make_trajectory(SERIES, k=2), 2.0, future=future)
-    for name in SERIES[0].factors:
-        u, s, vh = torch.linalg.svd(dense(future)[name] - dense(SERIES[5])[name])
-        torch.testing.assert_close(dense(jumped)[name], dense(SERIES[5])[name] + 2 * s[0] * torch.outer(u[:, 0], vh[0]), atol=1e-5, rtol=0)
-
-
-def test_rl_extra_is_the_straight_line_from_the_backbone():
-    jumped = extrapolators.rl_extra(SERIES[-1], make_trajectory(SERIES, k=2), 1.5)
-    for name in SERIES[0].factors:  # 6 checkpoints, 1.5 * 2 more: factor 1.5
-        torch.testing.assert_close(dense(jumped)[name], 1.5 * dense(SERIES[-1])[name])
-    assert jumped.config["r"] == 4
-
-
-def test_none_changes_nothing():
-    assert extrapolators.none(SERIES[-1]) is SERIES[-1]
-
-
-def test_peft_loads_the_jumped_adapter_as_the_dense_sum(lora_policy, tmp_path, backbone_dir):
-    model, tokenizer = lora_policy
-    model.save_pretrained(tmp_path / "last")
-    last = adapters.read_adapter(tmp_path / "last")
-    generator = torch.Generator().manual_seed(5)
-    triples = {
-        name: (torch.randn(b.shape[0], generator=generator) / 8, torch.tensor(0.4), torch.randn(a.shape[1], generator=generator) / 8)
-        for name, (b, a) in last.factors.items()
-    }
-    adapters.write_adapter(tmp_path / "jumped", extrapolators.add_rank1(last, triples, 1.5), {"step": 1})
-    assert json.loads((tmp_path / "jumped" / "adapter_config.json").read_text())["lora_alpha"] == pytest.approx(2.5)
-    ids = torch.tensor(tokenizer(["<|user|>123+489<|assistant|>3+9"])["input_ids"])
-    backbone, _ = policy.load_backbone(str(backbone_dir))
-    jumped = PeftModel.from_pretrained(backbone, tmp_path / "jumped")(input_ids=ids).logits
-    merged, _ = policy.load_backbone(str(backbone_dir))
-    for name, (b, a) in last.factors.items():
-        u, sigma, v = triples[name]
-        merged.get_submodule(name).weight.data += last.scale(name) * b @ a + 1.5 * sigma * torch.outer(u, v)
-    torch.testing.assert_close(jumped, merged(input_ids=ids).logits, atol=2e-5, rtol=1e-5)
-
-
-def test_adapter_files_round_trip(tmp_path):
-    adapters.write_adapter(tmp_path / "one", SERIES[0], {"step": 1})
-    again = adapters.read_adapter(tmp_path / "one")
-    assert again.config == SERIES[0].config
-    for name, (b, a) in SERIES[0].factors.items():
-        assert torch.equal(again.factors[name][0], b)
-        assert torch.equal(again.factors[name][1], a)
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# Lines, and sums of checkpoints
-# ---------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def series(tmp_path_factory):
-    """SERIES on the disk, as the methods that need every checkpoint read it."""
-    return save_series(SERIES, tmp_path_factory.mktemp("series"))
-
-
-def save_series(points, folder):
-    paths = {10 * i: folder / f"step_{10 * i:04d}" for i in range(1, len(points) + 1)}
-    for path, point in zip(paths.values(), points, strict=True):
-        adapters.write_adapter(path, point, {})
-    return adapter_series.open_series(paths)
-
-
-def straight_line(c=5):
-    """Checkpoints W_t = W_0 + t D with D of rank 1 in every matrix, and D."""
-    generator = torch.Generator().manual_seed(3)
-    first = {name: (torch.randn(m, 1, generator=generator), torch.randn(1, n, generator=generator)) for name, (m, n) in SHAPES.items()}
-    config = {"peft_type": "LORA", "r": 1, "lora_alpha": SCALE}
-    points = [adapters.Adapter(config, {name: (t * b, a) for name, (b, a) in first.items()}) for t in range(1, c + 1)]
-    return points, {name: SCALE * b.double() @ a.double() for name, (b, a) in first.items()}
-
-
-@pytest.mark.parametrize("name", ["rl-extra", "alpharl", "alpharl-pls", "relex"])
-def test_alpha_is_one_distance_and_a_straight_trajectory_is_gone_on_with_exactly(tmp_path, name):
-    points, step = straight_line()
-    known = {"last": points[-1], "trajectory": make_trajectory(points, 2).aligned(), "alpha": 1.5, "series": save_series(points, tmp_path)}
-    known |= {"over_time": extrapolators.leading_over_time(known["series"]), "accuracies": torch.linspace(0.1, 0.5, 5)}
-    jumped = extrapolators.METHODS[name](**{key: known[key] for key in extrapolators.asks_for(name)})
-    for module, moved in step.items():
-        torch.testing.assert_close(dense(jumped)[module], (5 + 1.5 * 2) * moved, atol=1e-5, rtol=1e-5)
-
-
-def test_expo_adds_its_own_alpha_of_the_whole_update():
-    jumped = extrapolators.expo(SERIES[-1], 0.3)
-    for name in SHAPES:
-        torch.testing.assert_close(dense(jumped)[name], 1.3 * dense(SERIES[-1])[name], atol=1e-5, rtol=1e-5)
-
-
-def dense_vectors(name):
-    """sigma_t u_t of the dense global deltas of SERIES, signs made consistent backwards from the last, and its v."""
+def sigma_u(W):
+    """sigma_t u_t of W_t - W_0 [c, m], signs consistent backwards from the last, and its v."""
     found = []
-    for point in reversed(SERIES):
-        u, s, vh = torch.linalg.svd(dense(point)[name])
+    for w in reversed(W[1:]):
+        u, s, vh = torch.linalg.svd(w - W[0])
         u, v = u[:, 0], vh[0]
         if found and u @ found[-1][0] + v @ found[-1][2] < 0:
             u, v = -u, -v
@@ -213,293 +96,522 @@ def dense_vectors(name):
     return torch.stack([s * u for u, s, _ in reversed(found)]), found[0][2]
 
 
-def test_alpharl_puts_the_line_through_sigma_u_on_the_backbone():
-    jumped = extrapolators.alpharl(SERIES[-1], make_trajectory(SERIES, k=2).aligned(), 1.5)
-    for name in SHAPES:
-        a, v = dense_vectors(name)
-        slope, intercept = torch.from_numpy(numpy.polyfit(numpy.arange(1, 7), a.numpy(), 1))
-        torch.testing.assert_close(dense(jumped)[name], torch.outer(intercept + slope * 9, v), atol=1e-4, rtol=1e-4)
-        b, a = jumped.factors[name]
-        assert b.shape[1] == a.shape[0] == 1
-        assert b.norm().item() == pytest.approx(a.norm().item(), rel=1e-5)
-    assert jumped.config["r"] == 1
-    assert jumped.scale("a") == pytest.approx(SCALE)
+def dense_alpharl(W, a_star):
+    a, v = sigma_u(W)
+    return W[0] + torch.outer(a_star(a), v)
+
+
+def dense_relex(W):
+    rows = torch.stack([(w - W[0]).flatten() for w in W[1:]])
+    direction = torch.linalg.svd(rows, full_matrices=False)[2][0]
+    return W[0] + (line(rows @ direction) * direction).reshape(W[0].shape)
+
+
+def dense_decay(W):
+    """WSM as its authors put it: each update counts by a linear decay."""
+    return W[0] + sum((1 - j / 5) * (W[j] - W[j - 1]) for j in range(1, 5))
+
+
+PLS = lambda a: methods.pls_inverse(a, torch.tensor(ACCURACIES), ACCURACY_THEN)  # noqa: E731
+DENSE = {  # of W[0] ... W[c] and the future, all dense; c = 6, K = 2, alpha 1.5
+    "repeat-last": lambda W, future: W[6] + 1.5 * rank_1(W[6] - W[4]),
+    "recent-locals": lambda W, future: (
+        W[6] + 1.5 * rank_1(rank_1(W[6] - W[5]) + rank_1(W[5] - W[4]))
+    ),
+    "oracle": lambda W, future: W[6] + 1.5 * rank_1(future - W[6]),
+    "none": lambda W, future: W[6],
+    "rl-extra": lambda W, future: W[0] + 9 / 6 * (W[6] - W[0]),
+    "expo": lambda W, future: W[6] + 1.5 * (W[6] - W[0]),
+    "alpharl": lambda W, future: dense_alpharl(W, line),
+    "alpharl-pls": lambda W, future: dense_alpharl(W, PLS),
+    "relex": lambda W, future: dense_relex(W),
+    "wsm": lambda W, future: dense_decay(W[2:]),
+    "greedy-soup": lambda W, future: (W[6] + W[2] + W[4]) / 3,
+}
+
+
+def run_method(name, m, base, future):
+    """The new matrix of a method, dense."""
+    accuracies = torch.tensor(ACCURACIES, dtype=torch.float64)
+    known = {"oracle": lambda module: future, "alpharl-pls": accuracies, "greedy-soup": CHOSEN}
+    known["weighted"] = torch.tensor(weighted.PRIOR, dtype=torch.float64)
+    found = methods.METHODS[name].jump(dataclasses.replace(m, given=known.get(name)), ALPHA)
+    return base + found.dense() if isinstance(found, LowRank) else found
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "whole"])
+@pytest.mark.parametrize("name", DENSE)
+def test_a_method_equals_its_dense_formula(name, kind):
+    m, whole, base, future = make_matrix(lora_points(), kind)
+    found = run_method(name, m, base, future)
+    wanted = DENSE[name](whole[:-1], whole[-1])
+    torch.testing.assert_close(found.double(), wanted, atol=1e-4, rtol=1e-4)
+    assert (wanted - whole[-2]).norm() > 0.1 or name == "none"
+
+
+def test_every_method_is_tested_against_a_dense_formula():
+    assert methods.METHODS.keys() - DENSE.keys() == {"weighted", "dare"}  # below, test_predictor.py
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "whole"])
+@pytest.mark.parametrize(
+    "name", sorted(DENSE.keys() - {"none", "expo", "wsm", "greedy-soup"} | {"weighted"})
+)
+def test_alpha_is_one_distance_and_a_straight_run_is_gone_on_with_exactly(name, kind):
+    m, whole, base, future = make_matrix(straight_points(), kind)
+    found = run_method(name, m, base, future).double()
+    wanted = whole[0] + (6 + ALPHA * K) / 6 * (whole[6] - whole[0])
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sigma", [0.37, -0.2])
+@pytest.mark.parametrize("alpha", [0.5, 1.5, -1.0, 0.0])
+def test_next_adds_alpha_times_the_prediction_and_nothing_else(alpha, sigma):
+    """Also where the predicted sigma is negative."""
+    m, whole, _, _ = make_matrix(lora_points(), "LoRA")
+    u, v = (normalize(torch.arange(1.0, size + 1), dim=0) for size in (M, N))
+    m.given = {"q_proj": {"u": u, "sigma": torch.tensor(sigma), "v": v}}
+    b, a = stage4.jump(m, alpha).factors(SCALE)
+    assert b.shape[1] == RANK + 1
+    wanted = whole[-2] + alpha * sigma * torch.outer(u, v).double()
+    torch.testing.assert_close(SCALE * b.double() @ a.double(), wanted, atol=1e-6, rtol=0)
+
+
+def test_a_method_that_keeps_the_adapter_keeps_its_rank():
+    m, *_ = make_matrix(lora_points(), "LoRA")
+    ranks = {
+        "none": 3,
+        "rl-extra": 3,
+        "expo": 3,
+        "repeat-last": 4,
+        "alpharl": 1,
+        "relex": 16,
+        "wsm": 15,
+    }
+    for name, rank in ranks.items():
+        assert methods.METHODS[name].jump(m, ALPHA).factors(SCALE)[0].shape[1] == rank, name
+
+
+@pytest.mark.parametrize("name", ["relex", "alpharl", "rl-extra", "recent-locals"])
+def test_a_matrix_that_never_moved_stays_where_it_is(name):
+    points = [(0 * b, a) for b, a in lora_points()]
+    m, *_ = make_matrix(points, "LoRA")
+    for t in m.deltas.values():  # as stage 2 has it: no direction
+        t.u.zero_(), t.v.zero_()
+    assert not methods.METHODS[name].jump(m, ALPHA).dense().any()
 
 
 def test_pls_gives_what_scikit_learn_gives():
     x = torch.tensor([[1.0, 2, 0.5], [2, 1, 0.7], [3, 5, 0.2], [5, 4, 0.9]])
-    found = extrapolators.pls_inverse(x, torch.tensor([0.1, 0.2, 0.4, 0.5]), 0.7)
-    # PLSRegression(1) and LinearRegression of scikit-learn 1.9.1: inverse_transform of the score that goes with 0.7
-    torch.testing.assert_close(found, torch.tensor([6.39071056, 6.37598504, 0.70362295], dtype=torch.float64), atol=1e-7, rtol=0)
+    found = methods.pls_inverse(x, torch.tensor([0.1, 0.2, 0.4, 0.5]), 0.7)
+    # PLSRegression(1) and LinearRegression of scikit-learn 1.9.1: inverse_transform of the score
+    # that goes with 0.7
+    wanted = torch.tensor([6.39071056, 6.37598504, 0.70362295], dtype=torch.float64)
+    torch.testing.assert_close(found, wanted, atol=1e-7, rtol=0)
 
 
 def test_pls_is_the_direction_of_largest_covariance():
     generator = torch.Generator().manual_seed(1)
-    x, y = torch.randn(8, 12, generator=generator, dtype=torch.float64), torch.rand(8, generator=generator, dtype=torch.float64)
+    x, y = (torch.rand(*s, generator=generator, dtype=torch.float64) for s in ((8, 12), (8,)))
     standard = (x - x.mean(0)) / x.std(0)
     w = torch.linalg.svd((standard.T @ (y - y.mean()))[:, None])[0][:, 0]
     z = standard @ w
     slope, intercept = numpy.polyfit(z, y, 1)
     loadings = torch.linalg.lstsq(z[:, None], standard).solution[0]
-    want = (0.9 - intercept) / slope * loadings * x.std(0) + x.mean(0)
-    torch.testing.assert_close(extrapolators.pls_inverse(x, y, 0.9), want)
+    wanted = (0.9 - intercept) / slope * loadings * x.std(0) + x.mean(0)
+    torch.testing.assert_close(methods.pls_inverse(x, y, 0.9), wanted)
 
 
 def test_pls_leaves_alone_what_does_not_vary():
-    x = torch.tensor([[1.0, 7], [2, 7], [4, 7]])
-    assert extrapolators.pls_inverse(x, torch.tensor([0.1, 0.2, 0.4]), 0.5).tolist() == pytest.approx([5, 7])
-    assert extrapolators.pls_inverse(x, torch.tensor([0.2, 0.2, 0.2]), 0.5).tolist() == pytest.approx([7 / 3, 7])
+    x, y = torch.tensor([[1.0, 7], [2, 7], [4, 7]]), torch.tensor([0.1, 0.2, 0.4])
+    assert methods.pls_inverse(x, y, 0.5).tolist() == pytest.approx([5, 7])
+    assert methods.pls_inverse(x, 0 * y + 0.2, 0.5).tolist() == pytest.approx([7 / 3, 7])
 
 
-@pytest.mark.parametrize(("accuracies", "target"), [([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], 0.9), ([0.4, 0.5, 0.6, 0.7, 0.8, 0.9], 1.0)])
-def test_alpharl_pls_aims_at_the_line_through_the_accuracies_capped_at_1(accuracies, target):
-    accuracies = torch.tensor(accuracies, dtype=torch.float64)
-    jumped = extrapolators.alpharl_pls(SERIES[-1], make_trajectory(SERIES, k=2).aligned(), 1.5, accuracies)
-    for name in SHAPES:
-        a, v = dense_vectors(name)
-        want = torch.outer(extrapolators.pls_inverse(a, accuracies, target), v)
-        torch.testing.assert_close(dense(jumped)[name], want, atol=1e-4, rtol=1e-4)
+def test_alpharl_pls_aims_at_no_accuracy_above_1():
+    m, whole, _, _ = make_matrix(lora_points(), "LoRA")
+    m.given = torch.tensor([0.4, 0.5, 0.6, 0.7, 0.8, 0.9], dtype=torch.float64)
+    a, v = sigma_u(whole[:-1])
+    wanted = torch.outer(methods.pls_inverse(a, m.given, 1.0), v)
+    torch.testing.assert_close(methods.alpharl_pls(m, ALPHA).dense(), wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_relex_is_the_svd_over_time_of_the_dense_updates_and_a_line_through_its_scores(series):
-    known = extrapolators.leading_over_time(series)
-    jumped = extrapolators.relex(SERIES[-1], make_trajectory(SERIES, k=2), 1.5, series, known)
-    ranks = {name: b.shape[1] for name, (b, _) in jumped.factors.items()}
-    assert ranks == {"a": 16, "b": 16, "c": 24}  # 6 checkpoints of rank 4, or what the matrix has
-    for name in SHAPES:
-        rows = torch.stack([dense(point)[name].flatten() for point in SERIES])
-        direction = torch.linalg.svd(rows, full_matrices=False)[2][0]
-        slope, intercept = numpy.polyfit(numpy.arange(6), (rows @ direction).numpy(), 1)
-        torch.testing.assert_close(known[name][1].abs(), (rows @ direction).abs(), atol=1e-5, rtol=1e-5)
-        want = (intercept + slope * (5 + 1.5 * 2)) * direction
-        torch.testing.assert_close(dense(jumped)[name].flatten(), want, atol=2e-5, rtol=1e-4)
-        assert jumped.scale(name) == pytest.approx(SCALE)
+@pytest.mark.parametrize("kind", ["LoRA", "whole"])
+def test_dare_drops_entries_and_scales_the_others_up(kind):
+    m, whole, _, _ = make_matrix(lora_points(), kind)
+    left, delta = methods.dare(m, ALPHA).double() - whole[0], whole[-2] - whole[0]
+    kept = left.abs() > 1e-4
+    torch.testing.assert_close(left[kept], 10 * delta[kept], atol=1e-3, rtol=1e-3)
+    assert 10 < kept.sum() < 80  # of 384, each by chance 0.1
+    assert torch.equal(methods.dare(m, ALPHA), methods.dare(m, 0.0))
+    other = dataclasses.replace(m, name="k_proj")
+    assert not torch.equal(methods.dare(m, ALPHA), methods.dare(other, ALPHA))
 
 
-def test_a_matrix_that_never_moved_stays_where_it_is(tmp_path):
-    still = [adapters.Adapter(p.config, p.factors | {"a": (torch.zeros(24, 4), p.factors["a"][1])}) for p in SERIES]
-    series = save_series(still, tmp_path)
-    trajectory = make_trajectory(still, k=2)
-    for module in ("u", "v"):
-        getattr(trajectory.deltas["a"]["global"], module).zero_()  # as stage 2 has it: no direction
-    over_time = extrapolators.leading_over_time(series)
-    jumps = [extrapolators.relex(still[-1], trajectory, 1.5, series, over_time), extrapolators.alpharl(still[-1], trajectory, 1.5)]
-    for jumped in jumps:
-        assert not dense(jumped)["a"].any()
-        assert dense(jumped)["b"].isfinite().all()
-
-
-def test_wsm_counts_each_update_by_a_linear_decay(series):
-    merged = extrapolators.wsm(SERIES[-1], series, 4)
-    for name in SHAPES:
-        w = [dense(point)[name] for point in SERIES[2:]]
-        want = w[0] + sum((1 - j / 4) * (w[j] - w[j - 1]) for j in (1, 2, 3))
-        torch.testing.assert_close(dense(merged)[name], want, atol=1e-5, rtol=1e-5)
-    one = extrapolators.wsm(SERIES[-1], series, 1)
-    assert all(torch.equal(one.factors[name][0], SERIES[-1].factors[name][0]) for name in SHAPES)
-
-
-def test_the_greedy_soup_takes_from_the_best_down_what_raises_the_measured_accuracy(series):
+def test_the_greedy_soup_takes_from_the_best_down_what_raises_the_accuracy(monkeypatch):
+    accuracies = [0.2, 0.6, 0.1, 0.5, 0.4, 0.3]  # best first: checkpoints 2 4 5 6 1 3
+    rows = {f"step{i}": [{"accuracy": x, "settings": {}}] for i, x in enumerate(accuracies)}
     asked, answers = [], iter([0.7, 0.65, 0.7, 0.8, 0.1])  # a tie is not taken
 
-    def measure(candidate):
-        asked.append(dense(candidate))
+    def measure(known, members, name, settings):
+        asked.append((name[-2:], members))
         return next(answers)
 
-    soup = extrapolators.greedy_soup(SERIES[-1], series, torch.tensor([0.2, 0.6, 0.1, 0.5, 0.4, 0.3]), measure)  # best first: 1 3 4 5 0 2
-    tried = [(1, 3), (1, 3, 4), (1, 3, 5), (1, 3, 0), (1, 3, 0, 2)]
-    for name in SHAPES:
-        means = [torch.stack([dense(SERIES[i])[name] for i in members]).mean(0) for members in tried]
-        torch.testing.assert_close(torch.stack([candidate[name] for candidate in asked]), torch.stack(means), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(dense(soup)[name], means[3], atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(given, "measure_mean", measure)
+    assert given.choose(None, rows) == [2, 4, 1]
+    tried = [[2, 4], [2, 4, 5], [2, 4, 6], [2, 4, 1], [2, 4, 1, 3]]
+    assert asked == [(f"{i:02d}", members) for i, members in enumerate(tried, 1)]
 
 
-def test_dare_drops_entries_and_rescales_the_others():
-    delta = torch.rand(200, 300) + 1
-    left = extrapolators.dare(delta, "a", 0.8)
-    kept = left != 0
-    torch.testing.assert_close(left[kept], 5 * delta[kept])
-    assert kept.double().mean().item() == pytest.approx(0.2, abs=4 * (0.16 / 60000) ** 0.5)
-    assert torch.equal(left, extrapolators.dare(delta, "a", 0.8))
-    assert not torch.equal(left, extrapolators.dare(delta, "b", 0.8))
-    assert torch.equal(extrapolators.dare(delta, "a", 0.0), delta)
-
-
-def test_a_second_method_of_a_name_is_refused_with_those_known():
-    with pytest.raises(ValueError, match=r"there is a method 'relex' already, relex\(\); known: next, repeat-last, .*relex"):
-        extrapolators.method("relex")(lambda last: last)
-    assert extrapolators.METHODS["relex"] is extrapolators.relex
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# Through stage 4
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Stages 2 to 4
+# --------------------------------------------------------------------------------------------------
 
 STEPS = range(10, 90, 10)
+IDS = torch.tensor([[2, 7, 8, 9, 3, 5]])
+MODULES = {
+    "model.layers.0.self_attn.q_proj": (64, 64),
+    "model.layers.1.mlp.down_proj": (64, 192),
+    "model.layers.1.self_attn.k_proj": (32, 64),
+}
+CONFIG = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 6, "lora_alpha": 3, "bias": "none"}
 
 
 @pytest.fixture(scope="module")
-def trained(backbone_dir, tmp_path_factory):
-    """A run directory with eight LoRA checkpoints on the demo backbone, their deltas and 4 validation problems. Read only."""
+def made(backbone_dir, tmp_path_factory):
+    """Eight LoRA checkpoints on the demo backbone, their deltas, a network of 3 epochs, and 4
+    validation problems. Read only."""
     run = tmp_path_factory.mktemp("methods") / "run"
-    modules = {
-        "model.layers.0.self_attn.q_proj": (64, 64),
-        "model.layers.1.mlp.down_proj": (64, 192),
-        "model.layers.1.self_attn.k_proj": (32, 64),
-    }
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 6, "lora_alpha": 3, "target_modules": [*modules], "bias": "none"}
-    drift = make_adapter(0, modules, 6).factors
+    shapes = list(MODULES.items())
+    drift = {m: random_factors(*size, 6, j) for j, (m, size) in enumerate(shapes)}
     for i, step in enumerate(STEPS):
-        noise = make_adapter(i, modules, 6).factors
-        factors = {m: (0.002 * (step * drift[m][0] / 10 + noise[m][0]), drift[m][1] + 0.1 * noise[m][1]) for m in modules}
-        adapters.write_adapter(
-            run / "train" / f"step_{step:04d}", adapters.Adapter(config, factors), {"step": step, "backbone": str(backbone_dir)}
-        )
+        factors = {}
+        for j, (module, size) in enumerate(shapes):
+            noise = random_factors(*size, 6, 10 * i + j + 5)
+            b = 0.002 * ((i + 1) * drift[module][0] + noise[0])
+            factors[module] = (b, drift[module][1] + 0.1 * noise[1])
+        adapter = adapters.Adapter({**CONFIG, "target_modules": [*MODULES]}, factors)
+        info = {"step": step, "backbone": str(backbone_dir)}
+        adapters.write_adapter(run / "train" / f"step_{step:04d}", adapter, info)
     (run / "data").mkdir()
     lines = [json.dumps({"prompt": f"12{i}+345", "answer": str(465 + i)}) + "\n" for i in range(4)]
     (run / "data" / "valid.jsonl").write_text("".join(lines))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["02", "--run-dir", str(run), "--k", "2", "--fit-checkpoints", "4"])
+        patch.setattr(
+            "sys.argv", ["02", "--run-dir", str(run), "--k", "2", "--fit-checkpoints", "4"]
+        )
         importlib.import_module("02_extract_deltas").main()
+        fewer_epochs(patch)
+        patch.setattr("sys.argv", ["03", "--run-dir", str(run)])
+        importlib.import_module("03_train_predictor").main()
     return run
 
 
+def fewer_epochs(patch):
+    for name, recipe in predictor.RECIPES.items():
+        patch.setitem(predictor.RECIPES, name, dataclasses.replace(recipe, epochs=3))
+
+
 @pytest.fixture
-def run(trained, tmp_path):
-    return pathlib.Path(shutil.copytree(trained, tmp_path / "run"))
+def run(made, tmp_path):
+    return pathlib.Path(shutil.copytree(made, tmp_path / "run"))
+
+
+@pytest.fixture
+def stage(run, monkeypatch, capsys):
+    """A function that runs a stage on `run` in this process: its exit code and last words."""
+    fewer_epochs(monkeypatch)
+    return lambda script, *flags: call_on(monkeypatch, capsys, script, run, *flags)
+
+
+def dense(folder):
+    """module -> s B A of the adapter in `folder`, in float64."""
+    adapter = adapters.read_adapter(folder)
+    return {m: adapter.scale(m) * b.double() @ a.double() for m, (b, a) in adapter.factors.items()}
+
+
+def checkpoint(run, step):
+    return dense(run / "train" / f"step_{step:04d}")
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_stage_2_writes_the_dense_svds_a_file_a_matrix(run):
+    trajectory = deltas.load_trajectory(run / "deltas")
+    names = {f"{module}.safetensors" for module in MODULES}
+    others = {"index.json", "spectrum.json", "config.json", "done.json"}
+    assert {path.name for path in (run / "deltas").iterdir()} == names | others
+    spectra, points = deltas.load_spectra(run / "deltas"), [checkpoint(run, step) for step in STEPS]
+    for module, roles in trajectory.deltas.items():
+        W = [0 * points[0][module], *(point[module] for point in points)]
+        for role, back in (("global", None), ("local", 1), ("target", 2)):
+            ends = range(3 if role == "target" else 1, 9)
+            wanted = [W[i] - (W[i - back] if back else W[0]) for i in ends]
+            assert len(roles[role]) == len(wanted)
+            for i, matrix in enumerate(wanted):
+                found = roles[role][i].dense().double()
+                torch.testing.assert_close(found, rank_1(matrix), atol=1e-6, rtol=1e-4)
+        sigma = torch.linalg.svdvals(torch.stack(W[1:]))[:, :6].float()
+        torch.testing.assert_close(spectra[module], sigma, atol=1e-6, rtol=1e-4)
+
+
+def test_stage_2_goes_on_at_the_matrix_it_was_at(run, stage):
+    folder, (first, *lost) = run / "deltas", [f"{module}.safetensors" for module in MODULES]
+    before, stamp = contents(folder), (folder / first).stat().st_mtime_ns
+    for name in (*lost, "done.json", "index.json", "spectrum.json"):
+        (folder / name).unlink()
+    assert stage("02_extract_deltas.py", "--k", "2", "--fit-checkpoints", "4") == (0, "")
+    assert (folder / first).stat().st_mtime_ns == stamp
+    after = contents(folder)
+    assert before.keys() == after.keys()
+    done, again = (json.loads(files.pop("done.json")) for files in (before, after))
+    assert before == after
+    assert done["outputs"] == again["outputs"]
+
+
+NAMES = {
+    "aligned-no-global": ["--inputs", "local"],
+    "paper-no-local": ["--recipes", "paper", "--inputs", "global"],
+    "aligned-last6": ["--checkpoints", "6"],
+    "mine": ["--name", "mine", "--seed", "3"],
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_stage_3_writes_is_the_prediction_of_the_network_it_saved(run, stage, name):
+    assert stage("03_train_predictor.py", *NAMES[name])[0] == 0
+    folder, trajectory = run / "predictor" / name, deltas.load_trajectory(run / "deltas")
+    seen = {"aligned-no-global": ("local",), "paper-no-local": ("global",)}
+    recipe = predictor.RECIPES["paper" if name.startswith("paper") else "aligned"]
+    recipe = dataclasses.replace(recipe, inputs=seen.get(name, ("global", "local")))
+    trajectory = trajectory.last(6) if name.endswith("last6") else trajectory
+    families = predictor.stack_families(*predictor.prepare(trajectory, recipe))
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    networks = {}
+    for family, data in families.items():
+        networks[family] = predictor.TrajectoryPredictor(data[2].shape[-1], recipe.inputs)
+        own = {
+            k.removeprefix(f"{family}."): w
+            for k, w in weights.items()
+            if k.startswith(f"{family}.")
+        }
+        networks[family].load_state_dict(own)
+    wanted = predictor.predict(networks, trajectory, recipe)
+    found = deltas.load_predicted(run, name)
+    assert found.keys() == wanted.keys() == MODULES.keys()
+    for module, triple in wanted.items():
+        assert all(torch.equal(x, found[module][side]) for side, x in triple.items())
+    report = read_json(folder / "report.json", "03")
+    assert (report["backtest"]["at_step"], report["backtest"]["predicts_step"]) == (60, 80)
+    rows = {"predictor", "copy-global", "repeat-last", "recent-locals", "linear-fit", "weighted"}
+    assert {k for k, v in report["backtest"].items() if isinstance(v, dict)} == rows | {"oracle"}
+    assert report["losses"].keys() == report["loss_of_zeros"].keys() == families.keys()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--recipes", "alinged"], "unknown recipe 'alinged'; did you mean aligned?"),
+        (["--inputs", "target"], "inputs must be global, local or both, not target"),
+        (["--checkpoints", "2"], "checkpoints must be 3 to 8 with k = 2, not 2"),
+        (["--holdout", "6"], "holdout must be 2 to 5 with k = 2, not 6"),
+    ],
+)
+def test_stage_3_says_in_one_line_what_it_cannot_do(stage, flags, message):
+    code, line = stage("03_train_predictor.py", *flags)
+    assert (code, line[:7]) == (2, "error: ")
+    assert message in line
+
+
+def test_deltas_that_changed_after_the_training_are_refused_by_next(run, stage):
+    flags = ["--k", "3", "--fit-checkpoints", "4", "--overwrite"]
+    assert stage("02_extract_deltas.py", *flags) == (0, "")
+    code, line = stage("04_extrapolate.py")
+    assert (code, "aligned was trained on other deltas than those there now" in line) == (2, True)
+    assert stage("04_extrapolate.py", "--methods", "repeat-last") == (0, "")
 
 
 def measured(run, accuracies, **changes):
     """What stage 6 would have written of every checkpoint's accuracy."""
     for step, accuracy in zip(STEPS, accuracies, strict=True):
-        record = {"accuracy": accuracy, "data": "d", "settings": {"runs": 1}} | (changes if step == 80 else {})
-        run_dir.write_json(run / "validation" / f"train__step_{step:04d}" / "valid.json", record)
+        record = {"accuracy": accuracy, "data": "d", "settings": {"runs": 1}}
+        record |= changes if step == 80 else {}
+        write.write_json(run / "validation" / f"train__step_{step:04d}" / "valid.json", record)
 
 
-def merged_logits(backbone_dir, updates):
+def logits(backbone_dir, updates):
     model, _ = policy.load_backbone(str(backbone_dir))
     for module, update in updates.items():
         model.get_submodule(module).weight.data += update.float()
     return model(input_ids=IDS).logits
 
 
-def test_peft_computes_with_what_stage_4_writes(run, backbone_dir, monkeypatch, capsys):
+def test_peft_computes_with_what_stage_4_writes(run, stage, backbone_dir):
     measured(run, [0.1, 0.2, 0.25, 0.3, 0.4, 0.45, 0.5, 0.6])
-    methods = ["relex", "wsm", "alpharl", "alpharl-pls", "expo"]
-    assert call_on(monkeypatch, capsys, "04_extrapolate.py", run, "--methods", *methods) == (0, "")
-    for name in ("relex_alpha1.5", "wsm", "alpharl_alpha1.5", "alpharl-pls_alpha1.5", "expo_alpha1.5"):
-        adapter = adapters.read_adapter(run / "extrapolated" / name)
-        model = PeftModel.from_pretrained(policy.load_backbone(str(backbone_dir))[0], run / "extrapolated" / name)
-        got, want = model(input_ids=IDS).logits, merged_logits(backbone_dir, dense(adapter))
-        torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
-        assert (want - merged_logits(backbone_dir, {})).abs().max() > 0.05
-        info = inputs.read_json(run / "extrapolated" / name / "checkpoint.json", "04")
-        assert info["step"] == 80
-        assert ("train/step_0010/adapter_model.safetensors" in info["inputs"]) == (name[:3] in ("rel", "wsm"))
-        assert ("validation/train__step_0010/valid.json" in info["inputs"]) == (name == "alpharl-pls_alpha1.5")
-    ranks = {adapters.highest_rank(adapters.read_config(run / "extrapolated" / name)) for name in ("relex_alpha1.5", "wsm")}
-    assert ranks == {48, 30}  # 8 and 5 checkpoints of rank 6
-    assert adapters.read_header(run / "extrapolated" / "relex_alpha1.5").shapes["model.layers.1.self_attn.k_proj"] == (32, 32, 64)
+    names = ["next", "relex", "wsm", "alpharl", "alpharl-pls", "weighted"]
+    assert stage("04_extrapolate.py", "--methods", *names) == (0, "")
+    found = {}
+    for name in names:
+        label = {"next": "next-aligned_alpha1.5", "wsm": "wsm"}.get(name, f"{name}_alpha1.5")
+        folder = run / "extrapolated" / label
+        backbone = policy.load_backbone(str(backbone_dir))[0]
+        found[name] = dense(folder)
+        got = PeftModel.from_pretrained(backbone, folder)(input_ids=IDS).logits
+        wanted = logits(backbone_dir, found[name])
+        torch.testing.assert_close(got, wanted, atol=2e-4, rtol=1e-4)
+        assert (wanted - logits(backbone_dir, {})).abs().max() > 0.02
+        info = read_json(folder / "checkpoint.json", "04")
+        assert (info["step"], info["backbone"]) == (80, str(backbone_dir))
+        read = {"next": "predictor/aligned/predicted.safetensors"}
+        read["alpharl-pls"] = "validation/train__step_0010/valid.json"
+        assert [path for path in read.values() if path in info["inputs"]] == [
+            path for method, path in read.items() if method == name
+        ]
+    predicted, last = deltas.load_predicted(run, "aligned"), checkpoint(run, 80)
+    for module, triple in predicted.items():
+        step = 1.5 * triple["sigma"] * torch.outer(triple["u"], triple["v"])
+        torch.testing.assert_close(found["next"][module], last[module] + step, atol=1e-6, rtol=0)
+    shapes = adapters.read_header(run / "extrapolated" / "relex_alpha1.5").shapes
+    assert [shapes[module][1] for module in MODULES] == [48, 48, 32]  # 8 of rank 6, or all there is
 
 
-def test_dare_is_written_as_a_model_and_again_only_when_an_option_changes(run, backbone_dir, monkeypatch, capsys):
-    for drop in ("0.5", "0.5", "0.25"):
-        assert call_on(monkeypatch, capsys, "04_extrapolate.py", run, "--methods", "dare", "--dare-drop", drop) == (0, "")
-    assert not (run / "extrapolated").exists()
-    last, base = adapters.read_adapter(run / "train" / "step_0080"), model_files.open_model(backbone_dir)
-    for drop in (0.5, 0.25):
-        model = model_files.open_model(run / "merged" / f"dare_p{drop:g}")
-        for name in base.shapes:
-            update = dense(last).get(name.removesuffix(".weight"), torch.zeros(())).float()
-            moved = model.tensor(name) - base.tensor(name)
-            want = moved if not update.any() else extrapolators.dare(update, name.removesuffix(".weight"), drop)
-            torch.testing.assert_close(moved, want, atol=1e-6, rtol=0)
-    assert inputs.read_json(run / "merged" / "dare_p0.25" / "checkpoint.json", "04")["dare_drop"] == 0.25
+def test_a_jump_is_made_once_and_again_when_what_it_is_made_from_changes(run, stage, monkeypatch):
+    measured(run, [0.1, 0.2, 0.25, 0.3, 0.4, 0.45, 0.5, 0.6])
+    flags = [
+        "04_extrapolate.py",
+        "--methods",
+        "alpharl-pls",
+        "dare",
+        "none",
+        "--alphas",
+        "0.5",
+        "2",
+    ]
+    assert stage(*flags) == (0, "")
+    made = {path.name for path in (run / "extrapolated").glob("[!.]*")}
+    assert made == {"alpharl-pls_alpha0.5", "alpharl-pls_alpha2", "none"}
+    assert {path.name for path in (run / "merged").glob("[!.]*")} == {"dare"}
+    before = {name: contents(run / "extrapolated" / name) for name in made}
+    with monkeypatch.context() as patch:
+        patch.setattr(stage4, "make", None)  # nothing is made
+        assert stage(*flags) == (0, "")
+    measured(run, [0.1, 0.2, 0.25, 0.3, 0.4, 0.45, 0.5, 0.5])
+    assert stage(*flags) == (0, "")
+    after = {name: contents(run / "extrapolated" / name) for name in made}
+    assert {name for name in made if before[name] != after[name]} == made - {"none"}
+
+
+def test_a_method_is_added_with_one_function_and_one_line(run, stage, monkeypatch):
+    def halfway(m, alpha):
+        return (m.W[1] + m.W[-1]) / 2
+
+    monkeypatch.setitem(methods.METHODS, "halfway", methods.Method(halfway, has_alpha=False))
+    assert stage("04_extrapolate.py", "--methods", "halfway") == (0, "")
+    first, last = checkpoint(run, 10), checkpoint(run, 80)
+    for module, update in dense(run / "extrapolated" / "halfway").items():
+        wanted = (first[module] + last[module]) / 2
+        torch.testing.assert_close(update, wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_the_oracle_reads_the_checkpoint_k_after_the_last(run, stage):
+    flags = ["--k", "2", "--fit-checkpoints", "4", "--last-step", "60", "--overwrite"]
+    assert stage("02_extract_deltas.py", *flags) == (0, "")
+    assert stage("04_extrapolate.py", "--methods", "oracle", "--alphas", "2") == (0, "")
+    now, future = checkpoint(run, 60), checkpoint(run, 80)
+    for module, update in dense(run / "extrapolated" / "oracle_alpha2").items():
+        wanted = now[module] + 2 * rank_1(future[module] - now[module])
+        torch.testing.assert_close(update, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_stage_6_measures_the_mean_of_checkpoints(run, stage):
+    """Stage 6 itself, as a command of its own."""
+    flags = ["--max-prompt-tokens", "16", "--max-new-tokens", "8", "--runs", "1", "--engine", "hf"]
+    flags += ["--prompt-template", "{prompt}", "--system-prompt", "", "--output", "validation"]
+    flags += ["--test-data", "{run_dir}/data/valid.jsonl", "--backbone", str(demo.SHIPPED)]
+    assert stage("06_eval.py", "--policies", "train/step_*", *flags)[0] == 0
+    folders = {path.name for path in run.iterdir() if path.name[0] != "."}
+    assert folders == {"data", "deltas", "predictor", "train", "validation"}  # no eval/, no report
+    cfg = stage4.ExtrapolateConfig(run_dir=str(run), threads=1)
+    trajectory = deltas.load_trajectory(run / "deltas")
+    known = given.Known(cfg, run, series.reopen(run), trajectory)
+    settings = given.measured(known)[0]["train/step_0080"][0]["settings"]
+    kept, write_adapter = [], adapters.write_adapter
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merge, "merge", None)  # nothing is made
-        assert call_on(monkeypatch, capsys, "04_extrapolate.py", run, "--methods", "dare", "--dare-drop", "0.5") == (0, "")
-
-
-def test_the_soup_measures_its_candidates_on_the_validation_problems_with_stage_6(run, monkeypatch, capsys):
-    """Stage 6 itself for the checkpoints and the first candidate; that one has the best two checkpoints in it."""
-    flags = ["--max-prompt-tokens", "16", "--max-new-tokens", "8", "--runs", "1", "--engine", "hf", "--prompt-template", "{prompt}"]
-    flags += ["--system-prompt", "", "--test-data", "{run_dir}/data/valid.jsonl", "--output", "validation", "--backbone", str(demo.SHIPPED)]
-    assert call_on(monkeypatch, capsys, "06_eval.py", run, "--policies", "train/step_*", *flags)[0] == 0
-    assert sorted(path.name for path in run.iterdir()) == ["data", "deltas", "train", "validation"]  # no eval/, no report
-    for step in STEPS:
-        path = run / "validation" / f"train__step_{step:04d}" / "valid.json"
-        run_dir.write_json(path, inputs.read_json(path, "06") | {"accuracy": step / 100})
-    asked, stage6 = [], importlib.import_module("06_eval")
-
-    def run_eval(cfg):
-        asked.append((cfg.policies, cfg.test_data, cfg.output, cfg.max_new_tokens, cfg.runs))
-        if len(asked) == 1:
-            return whole(cfg)
-        path = run / "validation" / cfg.policies[0].replace("/", "__") / "valid.json"
-        before = inputs.read_json(run / "validation" / "train__step_0080" / "valid.json", "06")
-        return run_dir.write_json(path, before | {"accuracy": 0.9 if len(asked) == 3 else 0.5})
-
-    whole = stage6.run_eval
-    monkeypatch.setattr(stage6, "run_eval", run_eval)
-    assert call_on(monkeypatch, capsys, "04_extrapolate.py", run, "--methods", "greedy-soup")[0] == 0
-    names = [f"validation/candidate_0{i}" for i in range(1, 8)]
-    assert asked == [([name], ["{run_dir}/data/valid.jsonl"], "validation", 8, 1) for name in names]
-    first = inputs.read_json(run / "validation" / "validation__candidate_01" / "valid.json", "06")
-    assert (first["policy"], first["n"]) == (names[0], 4)
+        keep = lambda folder, *rest: kept.append(rest[0]) or write_adapter(folder, *rest)  # noqa: E731
+        patch.setattr(adapters, "write_adapter", keep)
+        accuracy = given.measure_mean(known, [8, 5], "validation/candidate_01", settings)
+    found = read_json(run / "validation" / "validation__candidate_01" / "valid.json", "06")
+    assert (found["policy"], found["n"], found["settings"]) == (
+        "validation/candidate_01",
+        4,
+        settings,
+    )
+    assert found["accuracy"] == accuracy
     assert not (run / "validation" / "candidate_01").exists()
-    soup = dense(adapters.read_adapter(run / "extrapolated" / "greedy-soup"))
-    points = [dense(adapters.read_adapter(run / "train" / f"step_{step:04d}")) for step in (80, 50)]  # 70 and 60 do not help, 50 does
-    for module, update in soup.items():
-        torch.testing.assert_close(update, (points[0][module] + points[1][module]) / 2, atol=1e-6, rtol=1e-4)
+    points = checkpoint(run, 80), checkpoint(run, 50)
+    for module, matrix in ((m, kept[0].update(m).dense()) for m in MODULES):
+        wanted = (points[0][module] + points[1][module]) / 2
+        torch.testing.assert_close(matrix, wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_the_soup_is_the_mean_of_the_chosen_checkpoints(run, stage, monkeypatch):
+    measured(run, [0.1, 0.2, 0.25, 0.3, 0.4, 0.45, 0.5, 0.6])
+    better = lambda known, members, name, settings: 0.9 if members == [8, 5] else 0.5  # noqa: E731
+    monkeypatch.setattr(given, "measure_mean", better)
+    assert stage("04_extrapolate.py", "--methods", "greedy-soup") == (0, "")
+    points = checkpoint(run, 80), checkpoint(run, 50)
+    for module, update in dense(run / "extrapolated" / "greedy-soup").items():
+        wanted = (points[0][module] + points[1][module]) / 2
+        torch.testing.assert_close(update, wanted, atol=1e-6, rtol=1e-4)
 
 
 def lose_one(run):
     (run / "validation" / "train__step_0030" / "valid.json").unlink()
 
 
+def measure_one_otherwise(run):
+    measured(run, [0.1] * 8, settings={})
+
+
+COMMAND = "--policies 'train/*' --test-data '{run_dir}/data/valid.jsonl' --output validation"
 BAD = {
-    "no validation results": (lambda run: shutil.rmtree(run / "validation"), ["alpharl-pls"], "train/step_0010 has no measured accuracy"),
-    "one of them missing": (lose_one, ["greedy-soup"], "--policies 'train/*' --test-data '{run_dir}/data/valid.jsonl' --output validation"),
-    "measured in two ways": (lambda run: measured(run, [0.1] * 8, settings={}), ["alpharl-pls"], "step_0080 was measured otherwise"),
-    "too few to average": (None, ["wsm", "--wsm-checkpoints", "9"], "--wsm-checkpoints 9: there are only 8"),
-    "everything dropped": (None, ["dare", "--dare-drop", "1"], "dare_drop must be at least 0 and below 1"),
-    "an unknown method": (None, ["relax"], "unknown method 'relax'; did you mean relex? (known: alpharl, alpharl-pls, dare"),
-}  # fmt: skip
+    "no validation results": (
+        lambda run: shutil.rmtree(run / "validation"),
+        ["alpharl-pls"],
+        "train/step_0010 has no measured accuracy",
+    ),
+    "one of them missing": (lose_one, ["greedy-soup"], COMMAND),
+    "measured in two ways": (
+        measure_one_otherwise,
+        ["alpharl-pls"],
+        "step_0080 was measured otherwise",
+    ),
+    "no future": (None, ["oracle"], "oracle needs the checkpoint of step 100: train on"),
+    "no predictor": (None, ["next", "--recipes", "paper"], "run 03_train_predictor.py first"),
+    "an unknown method": (
+        None,
+        ["relax"],
+        "unknown method 'relax'; did you mean relex? (known: alpharl",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_a_method_lacks_is_said_in_one_line(run, monkeypatch, capsys, name):
+def test_what_a_method_lacks_is_said_in_one_line(run, stage, name):
     spoil, flags, message = BAD[name]
     measured(run, [0.1] * 8)
     if spoil:
         spoil(run)
-    code, line = call_on(monkeypatch, capsys, "04_extrapolate.py", run, "--methods", *flags)
+    code, line = stage("04_extrapolate.py", "--methods", *flags)
     assert (code, line[:7]) == (2, "error: ")
     assert message in line
     assert not (run / "extrapolated").exists()
 
 
-def test_a_method_is_added_with_one_function_and_one_line(run, monkeypatch, capsys):
-    monkeypatch.setattr(extrapolators, "METHODS", dict(extrapolators.METHODS))
-
-    @extrapolators.method("halfway")
-    def halfway(last, series):
-        return extrapolators.mean_of(last, series, [0, len(series.steps) - 1])
-
-    @extrapolators.method("seer")
-    def seer(last, crystal_ball):
-        return last
-
-    assert call_on(monkeypatch, capsys, "04_extrapolate.py", run, "--methods", "halfway") == (0, "")
-    made = dense(adapters.read_adapter(run / "extrapolated" / "halfway"))
-    first, last = (dense(adapters.read_adapter(run / "train" / f"step_{step:04d}")) for step in (10, 80))
-    for module, update in made.items():
-        torch.testing.assert_close(update, (first[module] + last[module]) / 2, atol=1e-6, rtol=1e-4)
-    code, line = call_on(monkeypatch, capsys, "04_extrapolate.py", run, "--methods", "seer")
-    assert (code, "asks for 'crystal_ball', which stage 4 does not have" in line) == (2, True)
-
-
-@pytest.mark.parametrize("output", ["../elsewhere", "a/b", "", ".", "..", "/tmp/x", "train", "extrapolated"])
-def test_results_go_to_a_folder_of_their_own_below_the_run_directory(run, monkeypatch, capsys, output):
-    code, line = call_on(monkeypatch, capsys, "06_eval.py", run, "--policies", "train/step_0080", "--output", output)
-    assert (code, line.startswith(f"error: --output {output}: want the name of a folder")) == (2, True)
+@pytest.mark.parametrize("output", ["../elsewhere", "a/b", "", ".", "..", "/tmp/x", "train"])
+def test_results_go_to_a_folder_of_their_own_below_the_run_directory(stage, output):
+    code, line = stage("06_eval.py", "--policies", "train/step_0080", "--output", output)
+    assert code == 2
+    assert line.startswith(f"error: --output {output}: want the name of a folder")

@@ -205,6 +205,17 @@ def test_going_on_from_a_jump_trains_all_parameters_from_the_jumped_weights(full
     assert (info["step"], info["backbone"]) == (7, "{run_dir}/train/step_0006")
 
 
+def test_going_on_from_a_whole_model_is_going_on_from_its_jump(full_run, tmp_path):
+    """merged/none is the last checkpoint with a jump of zeros: the same weights, by another way."""
+    run = tmp_path / "run"
+    shutil.copytree(full_run, run)
+    info = json.loads((run / "extrapolated" / "none" / "checkpoint.json").read_text())
+    (run / "merged" / "none" / "checkpoint.json").write_text(json.dumps(info))
+    call("05_continue_rl.py", run, "--start", "merged/none", "--more-steps", "1")
+    on, jump = (tensors(run / "continued" / name / "step_0007") for name in ("merged__none", "none"))
+    assert all(on[name].equal(jump[name]) for name in jump)
+
+
 def test_whole_models_are_measured_as_they_are(full_run):
     found = results.load_results(full_run)
     assert set(found) == {

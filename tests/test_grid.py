@@ -17,7 +17,7 @@ from common import UserError
 from common.files import adapters, config
 from common.files import write as run_dir
 from common.reproduce import __main__ as reproduce
-from common.reproduce import grid_results, plans, report, results, tables
+from common.reproduce import claims, grids, plans, report, results, runner, runs, tables
 
 PARSED = {
     "01_train_lora_grpo": ("TrainConfig", "train"),
@@ -34,7 +34,7 @@ PARSED = {
 )
 def test_every_planned_line_is_one_its_stage_accepts_and_comes_after_what_it_needs(preset, kind):
     loaded = config.load_preset(preset)
-    jobs = plans.grid(kind, preset, loaded, "runs/x", [0]) if kind else plans.single(preset, loaded, "runs/x")
+    jobs = grids.grid(kind, preset, loaded, "runs/x", [0]) if kind else plans.single(preset, loaded, "runs/x")
     seen = set()
     for job in jobs:
         assert job.name not in seen
@@ -48,7 +48,7 @@ def test_every_planned_line_is_one_its_stage_accepts_and_comes_after_what_it_nee
 
 
 def test_all_methods_of_a_seed_start_from_one_training_of_the_first_steps():
-    jobs = plans.grid("tables", "demo", config.load_preset("demo"), "runs/x", [0, 3])
+    jobs = grids.grid("tables", "demo", config.load_preset("demo"), "runs/x", [0, 3])
     for seed in (0, 3):
         trained = [job for job in jobs if job.name == f"seed{seed}/lora 01"]
         assert len(trained) == 1
@@ -60,9 +60,9 @@ def test_all_methods_of_a_seed_start_from_one_training_of_the_first_steps():
 
 
 def test_the_rounds_of_rl_extra_each_start_on_the_merged_model_of_the_round_before():
-    jobs = [job for job in plans.grid("tables", "demo", config.load_preset("demo"), "runs/x", [0]) if "/loop/" in job.name]
+    jobs = [job for job in grids.grid("tables", "demo", config.load_preset("demo"), "runs/x", [0]) if "/loop/" in job.name]
     starts = [job.argv[job.argv.index("--backbone") + 1] for job in jobs if job.name.endswith(" 01")]
-    merged = [f"runs/x/seed0/loop/round{i}/merged/rl-extra_alpha5" for i in range(1, plans.LOOP_ROUNDS)]
+    merged = [f"runs/x/seed0/loop/round{i}/merged/rl-extra_alpha5" for i in range(1, grids.LOOP_ROUNDS)]
     assert starts == ["runs/x/backbone", *merged]  # 50 steps are 5 checkpoints of 10: alpha 5 at k = 1 is as far again
 
 
@@ -72,7 +72,7 @@ def jobs_of(*commands: tuple[str, str, list[str]]) -> list[plans.Job]:
 
 def run_jobs(folder: pathlib.Path, jobs, lanes=(None,)) -> None:
     (folder / "logs").mkdir(exist_ok=True)
-    reproduce.Runner(jobs, list(lanes), folder / "reproduce.json", "stamp", folder / "logs").run()
+    runner.Runner(jobs, list(lanes), folder / "reproduce.json", "stamp", folder / "logs").run()
 
 
 def test_every_lane_has_gpus_of_its_own_and_waits_for_what_a_job_needs(tmp_path):
@@ -110,110 +110,247 @@ def test_a_grid_that_failed_goes_on_with_what_is_missing(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------------
 
 
-def record(run: pathlib.Path, policy: str, scores: list[float], step: int = 0) -> None:
-    """An evaluated policy as stage 6 leaves it, one problem a score."""
+def record(run: pathlib.Path, policy: str, scores: list[float], step: int = 0, task: str = "test", **changes) -> None:
+    """A measured policy as stage 6 leaves it, one problem a score; `changes` are options of stage 6, or its `data`."""
     if policy != "backbone":
-        run_dir.write_json(run / policy / "checkpoint.json", {"step": step})
-    result = {"policy": policy, "accuracy": sum(scores) / len(scores), "standard_error": 0.01, "n": len(scores), "response_length": 5.0}
-    run_dir.write_json(run / "eval" / policy.replace("/", "__") / "test.json", {**result, "by_problem": scores})
+        info = {"step": step, "method": policy.split("/")[1].split("_alpha")[0], "seconds": 1.0}
+        run_dir.write_json(run / policy / "checkpoint.json", info)
+    data = changes.pop("data", "hash")
+    result = {"policy": policy, "n": len(scores), "response_length": 5.0, "by_problem": scores, "data": data}
+    settings = {"temperature": 1.0, "max_new_tokens": 48, **changes}
+    folder = run / "eval" / policy.replace("/", "__")
+    run_dir.write_json(folder / f"{task}.json", {**result, "settings": settings, "template_hash": "t"})
+
+
+def share(right: int, of: int = 100) -> list[float]:
+    """Scores of `of` problems, `right` of them answered."""
+    return [1.0] * right + [0.0] * (of - right)
+
+
+def log(folder: pathlib.Path, steps: range, seconds: float = 2.0) -> None:
+    """metrics.jsonl with a row a step."""
+    rows = [{"step": s, "seconds": seconds, "accuracy": 0.5, "response_length": 5.0} for s in steps]
+    run_dir.write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_a_model_without_an_adapter_and_a_merged_adapter_have_their_method_and_their_cost(tmp_path):
-    rows = [json.dumps({"step": step, "seconds": 2.0, "accuracy": 0.5, "response_length": 5.0}) + "\n" for step in (1, 2, 3)]
-    run_dir.atomic_write_text(tmp_path / "train" / "metrics.jsonl", "".join(rows))
-    run_dir.write_json(tmp_path / "extrapolated" / "rl-extra_alpha1.5" / "checkpoint.json", {"step": 2, "method": "rl-extra"})
-    for policy in ("merged/dare_p0.9", "merged/rl-extra_alpha1.5"):
+    log(tmp_path / "train", range(1, 4))
+    for policy in ("extrapolated/rl-extra_alpha1.5", "merged/dare_p0.9", "merged/rl-extra_alpha1.5"):
         record(tmp_path, policy, [1.0, 0.0], 2)
-    run_dir.write_json(tmp_path / "merged" / "dare_p0.9" / "checkpoint.json", {"step": 2, "method": "dare_p0.9"})
     (tmp_path / "merged" / "rl-extra_alpha1.5" / "checkpoint.json").unlink()  # as stage 4 leaves it
     found = results.load_results(tmp_path)
     dare, merged = found["merged/dare_p0.9"], found["merged/rl-extra_alpha1.5"]
-    assert (dare.method, dare.alpha, dare.steps, dare.seconds) == ("dare_p0.9", None, 2, 4.0)
-    assert (merged.method, merged.alpha, merged.steps, merged.seconds) == ("rl-extra", 1.5, 2, 4.0)
-    labels = ["RL-Extra, merged, right after the jump", "DARE, 90% dropped, right after the jump"]
-    assert [row.label for row in report.table_rows(found)] == labels
+    assert (dare.method, dare.alpha, dare.steps, dare.seconds) == ("dare_p0.9", None, 2, 5.0)
+    assert (merged.method, merged.alpha, merged.steps, merged.seconds) == ("rl-extra", 1.5, 2, 5.0)
+    assert [r.label for r in (merged, dare)] == ["RL-Extra, merged", "DARE, 90% dropped"]
 
 
-def test_what_was_measured_on_other_tasks_says_so_and_is_compared_on_those_in_common(tmp_path):
-    for step, scores in ((1, [1.0, 0.0]), (2, [1.0, 1.0]), (3, [0.0, 0.0])):
-        record(tmp_path, f"train/step_{step:04d}", scores, step)
-    more = {"policy": "train/step_0002", "accuracy": 0.0, "standard_error": 0.0, "n": 3, "response_length": 5.0, "by_problem": [0.0] * 3}
-    run_dir.write_json(tmp_path / "eval" / "train__step_0002" / "aime24.json", more)
-    found = results.load_results(tmp_path)
-    one, two, three = found.values()
-    assert [r.label for r in (one, two, three)] == ["GRPO with LoRA", "GRPO with LoRA (on aime24, test)", "GRPO with LoRA"]
-    assert (two.accuracy, two.error) == (0.5, pytest.approx(0.005))  # an error of 0 is one
-    assert results.difference(two, one)[0] == 0.5
-    del two.by_problem["test"]
-    with pytest.raises(UserError, match="train/step_0002 and train/step_0001 were not measured on the same problems"):
-        results.difference(two, one)
+def test_wall_seconds_have_every_methods_own_computing(tmp_path):
+    """2 s of RL and 1 s of each jump; the SVDs where they are used, a network, the measuring of checkpoints."""
+    log(tmp_path / "train", range(1, 2))
+    run_dir.write_json(tmp_path / "deltas" / "done.json", {"seconds": 10.0})
+    run_dir.write_json(tmp_path / "predictor" / "aligned" / "done.json", {"training_seconds": 100.0})
+    run_dir.write_json(tmp_path / "validation" / "train__step_0001" / "test.json", {"seconds": 1000.0})
+    for method in ("next-aligned", "weighted", "repeat-last", "rl-extra", "alpharl-pls", "oracle"):
+        record(tmp_path, f"extrapolated/{method}_alpha1.5", [1.0, 0.0], 1)
+    found = {r.method: r.seconds for r in results.load_results(tmp_path).values()}
+    assert found == {
+        "next-aligned": 113.0, "weighted": 13.0, "repeat-last": 13.0, "rl-extra": 3.0, "alpharl-pls": 1003.0, "oracle": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [{"temperature": 0.5}, {"max_new_tokens": 8}, {"data": "other"}])
+def test_what_was_measured_otherwise_is_left_out_and_named(tmp_path, change):
+    for step in (1, 2, 3):
+        record(tmp_path, f"train/step_{step:04d}", share(40 + step), step, **(change if step == 2 else {}))
+    found = runs.Runs(tmp_path)
+    assert [*found.some()] == ["train/step_0001", "train/step_0003"]
+    assert found.left_out == [f"train/step_0002: measured {'on another test' if 'data' in change else 'with '}" + (
+        "" if "data" in change else ", ".join(f"{k} {v!r} (the others: {1.0 if k == 'temperature' else 48!r})" for k, v in change.items())
+    )]  # fmt: skip
+    page = report.page(found, "")
+    assert "train/step_0002: measured" in page
+    assert "| GRPO with LoRA | 2 |" not in page
+
+
+def test_a_policy_that_was_trained_with_another_learning_rate_is_left_out_and_named(tmp_path):
+    for folder, rate in (("train", 1e-3), ("continued/none", 1e-3), ("continued/rl-extra_alpha1.5", 1e-2)):
+        run_dir.write_json(tmp_path / folder / "config.json", {"config": {"learning_rate": rate, "steps": 3}, "inputs": {}})
+        record(tmp_path, f"{folder}/step_0003", share(50), 3)
+    found = runs.Runs(tmp_path)
+    assert [*found.some()] == ["continued/none/step_0003", "train/step_0003"]
+    assert found.left_out == [
+        "continued/rl-extra_alpha1.5/step_0003: 50.0%, trained with learning_rate 0.01 (the others: 0.001)"
+    ]
+
+
+def test_tasks_have_columns_and_only_those_of_one_suite_are_averaged(tmp_path):
+    tasks = {"aime24": 10, "amc23": 30, "gpqa-diamond": 50, "mmlu-pro-law": 60, "mmlu-pro-math": 80}
+    for policy, tasks_of in (("backbone", tasks), ("train/step_0001", tasks)):
+        for task, right in tasks_of.items():
+            record(tmp_path, policy, share(right), 1, task)
+    record(tmp_path, "train/step_0001", share(90), 1, "olymmath-en-easy")  # one more test set, of one policy
+    record(tmp_path, "train/step_0002", share(70), 2, "mmlu-pro-law")
+    found = runs.Runs(tmp_path)
+    assert found.tasks == ("aime24", "amc23")
+    assert found.accuracy("train/step_0001").mean == pytest.approx(0.2)
+    assert found.left_out == ["train/step_0002: not measured on aime24, amc23"]
+    header, _, _, row = tables.by_task(found).splitlines()
+    cells = dict(zip(header.split(" | "), row.split(" | "), strict=True))
+    assert (cells["aime24"], cells["gpqa-diamond"], cells["olymmath-en-easy"]) == ("10.0", "50.0", "90.0")
+    assert (cells["mean of mmlu-pro (2) |"], cells["mean of maths (3)"]) == ("70.0 |", "43.3")
+    assert "plain mean of aime24, amc23" in report.page(found, "")
 
 
 @pytest.mark.parametrize(("low", "high", "want"), [(-0.6, -0.2, "holds"), (-1.5, -0.2, "undecided"), (-1.5, -1.2, "does not hold")])
 def test_not_worse_is_an_interval_above_one_point_below(low, high, want):
-    assert grid_results.Estimate((low + high) / 200, 0.001, (high - low) / 200, 5).verdict(not_worse=True) == want
+    assert runs.Estimate((low + high) / 200, 0.001, (high - low) / 200).verdict(not_worse=True) == want
+
+
+def one_run(tmp_path, later: int, reference: int = 60) -> runs.Runs:
+    """GRPO right on 40, 50, 60 of 100 problems at 150, 250, 400 steps; NExt on `later` of them at 250."""
+    for step, right in ((150, 40), (250, 50), (400, reference)):
+        record(tmp_path, f"train/step_{step:04d}", share(right), step)
+    record(tmp_path, "extrapolated/next-aligned_alpha1.5", share(45), 150)
+    record(tmp_path, "continued/next-aligned_alpha1.5/step_0250", share(later), 250)
+    return runs.Runs(tmp_path)
+
+
+@pytest.mark.parametrize(("later", "want"), [(53, "does not hold"), (60, "holds"), (59, "undecided")])
+def test_not_worse_needs_the_whole_interval_in_a_single_run_too(tmp_path, later, want):
+    """7 problems of 100 fewer are -7.0 +- 5.1 points; one fewer is -1 +- 2, which may be worse by more than a point."""
+    found = one_run(tmp_path, later)
+    cells = claims.column(found, "next-aligned")
+    assert cells["Tables 3, 4: at 250 steps not worse than GRPO at 400"].startswith(f"**{want}**")
+
+
+def test_a_claim_needs_all_that_it_is_about(tmp_path):
+    """Alpha 1.5 alone is no sweep; a reference run that is not measured, or shorter, is none."""
+    found = one_run(tmp_path, 55)
+    cells = claims.column(found, "next-aligned")
+    sweep = "Fig. 6: the jump gains at every alpha of 0.5, 1, 1.5, 2, 2.5"
+    assert cells[sweep] == ""
+    for alpha in (0.5, 1, 2, 2.5):
+        record(tmp_path, f"extrapolated/next-aligned_alpha{alpha:g}", share(50), 150)
+    assert claims.column(runs.Runs(tmp_path), "next-aligned")[sweep].startswith("**holds**: +10.0 ")
+    for path in (tmp_path / "eval").glob("train__step_0[24]*"):
+        (path / "test.json").unlink()
+    log(tmp_path / "train", range(1, 151))
+    log(tmp_path / "continued" / "next-aligned_alpha1.5", range(151, 251))
+    run_dir.write_json(tmp_path / "deltas" / "done.json", {"seconds": 10.0})
+    run_dir.write_json(tmp_path / "predictor" / "aligned" / "done.json", {"training_seconds": 100.0})
+    short = runs.Runs(tmp_path)
+    assert short.reference == 0
+    page = claims.page(short)
+    missing = page.split("Not measured: ")[1]
+    assert "not worse than a longer run of GRPO" in missing
+    assert "less time than a longer run of GRPO" in missing
+    assert "better than RLOO alone" in missing
+
+
+def test_more_time_is_not_called_less(tmp_path):
+    one_run(tmp_path, 55)
+    log(tmp_path / "train", range(1, 401), 0.1)
+    log(tmp_path / "continued" / "next-aligned_alpha1.5", range(151, 251), 1.0)
+    run_dir.write_json(tmp_path / "deltas" / "done.json", {"seconds": 0.0})
+    run_dir.write_json(tmp_path / "predictor" / "aligned" / "done.json", {"training_seconds": 0.0})
+    cell = claims.time_saved(runs.Runs(tmp_path), "next-aligned")
+    assert cell == "**does not hold**: 116 against 40 s, 190.0% more"
+
+
+def test_jumps_from_another_trainers_checkpoints_are_compared_with_none(tmp_path):
+    """No train folder, no stage 1: `none` is the policy before the jump, and the difference is paired."""
+    record(tmp_path, "backbone", share(30))
+    record(tmp_path, "extrapolated/none", share(40), 150)
+    record(tmp_path, "extrapolated/next-aligned_alpha1.5", share(47), 150)
+    page = report.page(runs.Runs(tmp_path), "")
+    assert "| before the jump | 150 | 100 | 40.0 ± 4.9 |" in page
+    jumped = next(line for line in page.splitlines() if line.startswith("| NExt, aligned recipe |"))
+    assert "| 100 | 47.0 ± 5.0 | +7.0 [+1.9, +12.1] |" in jumped
+    assert "**holds**: +7.0 [+1.9, +12.1]" in page
+    assert "stage" not in page
 
 
 @pytest.fixture
-def grid(tmp_path) -> grid_results.Grid:
-    """Three seeds on 100 problems: GRPO right on 50, 60, 70 of them at 250 steps; NExt on 1, 2, 3 more; repeat-last on 7, 1, 1 fewer."""
+def grid(tmp_path) -> runs.Runs:
+    """Three seeds on 100 problems: GRPO right on 50, 60, 70 of them at 250 steps; the weighted sum on 1, 2, 3 more; repeat-last on
+    7, 1, 1 fewer.
+    """
     for seed in (0, 1, 2):
         run, right = tmp_path / f"seed{seed}" / "lora", 50 + 10 * seed
-        record(run, "train/step_0250", [1.0] * right + [0.0] * (100 - right), 250)
-        record(run, "train/step_0400", [1.0] * 90 + [0.0] * 10, 400)
-        for start, more in (("next-weighted_alpha1.5", seed + 1), ("repeat-last_alpha1.5", (-7, -1, -1)[seed])):
-            record(run, f"continued/{start}/step_0250", [1.0] * (right + more) + [0.0] * (100 - right - more), 250)
-    record(tmp_path / "seed0" / "lora", "backbone", [1.0] * 30 + [0.0] * 70)
-    return grid_results.Grid(tmp_path, config.load_preset("demo"), [0, 1, 2])
+        record(run, "train/step_0150", share(40), 150)
+        record(run, "train/step_0250", share(right), 250)
+        record(run, "train/step_0400", share(90), 400)
+        for start, more in (("weighted_alpha1.5", seed + 1), ("repeat-last_alpha1.5", (-7, -1, -1)[seed])):
+            record(run, f"extrapolated/{start}", share(45), 150)
+            record(run, f"continued/{start}/step_0250", share(right + more), 250)
+    record(tmp_path / "seed0" / "lora", "backbone", share(30))
+    return runs.Runs(tmp_path, [0, 1, 2])
 
 
 def test_differences_are_paired_by_seed_with_students_interval(grid):
-    found = grid.difference(("lora", grid.after("next-weighted_alpha1.5")), ("lora", "train/step_0250"))
+    found = grid.difference(grid.after("weighted_alpha1.5"), "train/step_0250")
     assert found.mean == pytest.approx(0.02)
     assert found.half == pytest.approx(4.303 * 0.01 / 3**0.5)  # t(2 degrees, 97.5%) times the standard error of 1, 2, 3 points
     assert found.verdict() == "undecided"  # 2 +- 2.5 points
-    assert grid.difference(("lora", "train/step_0250"), ("lora", "train/step_0400")).verdict() == "does not hold"
-    assert grid.difference(("lora", "train/step_0250"), ("lora", "train/step_0250")).verdict(not_worse=True) == "holds"
-    assert grid_results.estimate([0.01, 0.02]).verdict() == "undecided"
-    assert grid_results.estimate([0.01, 0.011, 0.012]).verdict() == "holds"
-    assert grid_results.estimate([0.5]).verdict() == "undecided"
+    assert grid.difference("train/step_0250", "train/step_0400").verdict() == "does not hold"
+    assert grid.difference("train/step_0250", "train/step_0250").verdict(not_worse=True) == "holds"
+    assert runs.over_seeds([0.01, 0.02]).verdict() == "undecided"
+    assert runs.over_seeds([0.01, 0.011, 0.012]).verdict() == "holds"
+    assert runs.over_seeds([0.5]).verdict() == "undecided"
 
 
 def test_the_main_table_counts_steps_per_point_gained_and_leaves_out_what_was_not_run(grid):
     lines = tables.main_table(grid).splitlines()
     assert lines[2].startswith("| Backbone | 0 | 1 | 30.0 | – |")
-    ours = next(line for line in lines if line.startswith("| NExt, weighted recipe"))
+    ours = next(line for line in lines if line.startswith("| weighted sum"))
     assert ours.split(" | ")[1:7] == ["250", "3", "62.0 ± 6.4", "+2.0 [-0.5, +4.5]", "-28.0 [-55.3, -0.7]", "7.8"]  # 250 / (62 - 30)
     assert not any("full parameters" in line or "RELEX" in line for line in lines)
 
 
 def test_claims_name_a_verdict_and_its_numbers(grid):
-    lines = {line.split(" | ")[0].strip("| "): line for line in tables.claims(grid).splitlines()}
-    assert "**undecided**: +2.0 [-0.5, +4.5]" in lines["Tables 3, 4: at 250 steps better than GRPO with LoRA at 250"]
-    assert "**undecided**: -28.0" in lines["... not worse than GRPO with LoRA at 400"]
-    assert "+5.0" in lines["(control) better than repeating the last delta, at 250"]  # mean of 8, 3, 4
+    lines = {line.split(" | ")[0].strip("| "): line for line in claims.page(grid).splitlines()}
+    assert "**undecided**: +2.0 [-0.5, +4.5]" in lines["Tables 3, 4: at 250 steps better than GRPO"]
+    assert "**undecided**: -28.0" in lines["Tables 3, 4: at 250 steps not worse than GRPO at 400"]
+    assert "+5.0" in lines["(control) at 250 steps better than repeat-last"]  # mean of 8, 3, 4
 
 
-def test_the_cosine_of_a_jump_is_that_of_the_dense_matrices():
+def test_a_seed_that_was_trained_otherwise_is_left_out_of_the_grids_means(grid):
+    for seed, rate in ((0, 1e-3), (1, 1e-3), (2, 1e-2)):
+        path = grid.folder(seed) / "train" / "config.json"
+        run_dir.write_json(path, {"config": {"learning_rate": rate}, "inputs": {}})
+    found = runs.Runs(grid.root, [0, 1, 2])
+    assert found.count("train/step_0250") == "2"
+    assert any(line.startswith("seed2/lora/train/step_0250: 70.0%, trained with learning_rate") for line in found.left_out)
+
+
+def test_the_cosine_of_a_jump_is_that_of_the_dense_matrices(tmp_path):
+    """On a run with checkpoints 1 to 3 and k = 1, whose jump is made from 2."""
     generator = torch.Generator().manual_seed(0)
 
-    def adapter(rank: int, alpha: float) -> adapters.Adapter:
+    def adapter(path: str, rank: int, alpha: float) -> adapters.Adapter:
         factors = {m: (torch.randn(6, rank, generator=generator), torch.randn(rank, 5, generator=generator)) for m in ("x", "y")}
-        return adapters.Adapter({"r": rank, "lora_alpha": alpha}, factors)
+        made = adapters.Adapter({"peft_type": "LORA", "r": rank, "lora_alpha": alpha}, factors)
+        adapters.write_adapter(tmp_path / path, made, {"step": 2})
+        return made
 
-    last, jumped, future = adapter(2, 1.0), adapter(3, 2.0), adapter(2, 1.0)
+    last, jumped = adapter("train/step_0002", 2, 1.0), adapter("extrapolated/next-aligned_alpha1.5", 3, 2.0)
+    future = adapter("train/step_0003", 2, 1.0)
+    index = {"steps": [1, 2], "k": 1, "modules": ["x", "y"], "backbone": "b", "checkpoints": {"1": "train/step_0001", "2": "train/step_0002"}}
+    run_dir.write_json(tmp_path / "deltas" / "index.json", index)
     expected = []
     for module in ("x", "y"):
         w, w_hat, w_true = (a.scale(module) * (a.factors[module][0] @ a.factors[module][1]).double() for a in (last, jumped, future))
         expected.append(torch.nn.functional.cosine_similarity((w_hat - w).flatten(), (w_true - w).flatten(), 0).item())
-    assert grid_results.jump_cosine(jumped, last, future) == pytest.approx(sum(expected) / 2, abs=1e-6)
-    assert grid_results.jump_cosine(future, last, future) == pytest.approx(1.0)
+    (tmp_path / "eval").mkdir()
+    found = runs.Runs(tmp_path).jump_cosines()["extrapolated/next-aligned_alpha1.5"]
+    assert found.mean == pytest.approx(sum(expected) / 2, abs=1e-6)
 
 
 def test_a_small_grid_is_interrupted_goes_on_and_writes_its_tables(tmp_path):
     preset = tmp_path / "small.yaml"
-    sections = {"predict": {"recipes": ["weighted"]}, "extrapolate": {"recipes": ["weighted"]}}
-    sections["reproduce"] = {"grid_without_launcher": True, "continue_from": ["next-weighted_alpha1.5"], "jobs": 2}
+    sections = {"extrapolate": {"methods": ["weighted", "repeat-last", "none"]}}
+    sections["reproduce"] = {"grid_without_launcher": True, "continue_from": ["weighted_alpha1.5"], "jobs": 2}
     preset.write_text(yaml.safe_dump({"base": TINY, **sections}))
     command = [sys.executable, "-m", "common.reproduce", "--preset", str(preset), "--grid", "main", "--seeds", "0"]
     command += ["--run-dir", str(tmp_path / "grid")]
@@ -228,8 +365,8 @@ def test_a_small_grid_is_interrupted_goes_on_and_writes_its_tables(tmp_path):
     assert again.returncode == 0, again.stdout + again.stderr
     assert "done already" in again.stdout
     page = (tmp_path / "grid" / "tables.md").read_text()
-    assert "| NExt, weighted recipe | 8 | 1 |" in page
+    assert "| weighted sum (no network) | 8 | 1 |" in page
     assert "RELEX" in page
     values = json.loads((tmp_path / "grid" / "results.json").read_text())
     assert {value["run"] for value in values} == {"lora"}
-    assert len(list((tmp_path / "grid" / "figures").glob("*.png"))) == 5
+    assert len(list((tmp_path / "grid" / "figures").glob("*.png"))) == 7

@@ -1,78 +1,93 @@
-"""The predictor against the paper's equations written as loops."""
+"""The predictor against the paper's equations as loops; `weighted` and the backtest against dense
+matrices."""
 
 import dataclasses
+import types
 
+import numpy
 import pytest
 import torch
+from torch.nn.functional import normalize
 
-from common import predictor, rank1
+from common import predictor
+from common.baselines import weighted
+from common.baselines.backtest import backtest, controls
+from common.files.deltas import Trajectory, Triples
+from common.rank1 import LowRank
 
 
 def tiny_trajectory(c=6, k=2, modules=3, m=7, n=5, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def triples(count):
-        u, v = torch.randn(count, m, generator=generator), torch.randn(count, n, generator=generator)
-        return rank1.Triples(
-            torch.nn.functional.normalize(u, dim=1), torch.rand(count, generator=generator) + 0.5, torch.nn.functional.normalize(v, dim=1)
-        )
+        u, v = (torch.randn(count, size, generator=generator) for size in (m, n))
+        sigma = torch.rand(count, generator=generator) + 0.5
+        return Triples(normalize(u, dim=1), sigma, normalize(v, dim=1))
 
-    deltas = {f"m{j}": {"global": triples(c), "local": triples(c), "target": triples(c - k)} for j in range(modules)}
-    return rank1.Trajectory(list(range(1, c + 1)), k, deltas)
+    counts = {"global": c, "local": c, "target": c - k}
+    names = [f"m{j}" for j in range(modules)]
+    deltas = {name: {role: triples(count) for role, count in counts.items()} for name in names}
+    return Trajectory(list(range(1, c + 1)), k, deltas)
+
+
+def changed(trajectory, change):
+    """The trajectory with change(role, triples) instead of every Triples."""
+    deltas = {
+        module: {role: change(role, t) for role, t in roles.items()}
+        for module, roles in trajectory.deltas.items()
+    }
+    return Trajectory(trajectory.steps, trajectory.k, deltas)
+
+
+RAW = predictor.Recipe(align=False, scale_sigma=False, learning_rate=1e-3, epochs=2)
+
+
+def trained(trajectory, recipe):
+    families = predictor.stack_families(*predictor.prepare(trajectory, recipe))
+    tick = lambda loss: None  # noqa: E731
+    return {f: predictor.train_family(x, recipe, 0, tick)[0] for f, x in families.items()}
+
+
+def predicted(trajectory, recipe):
+    return predictor.predict(trained(trajectory, recipe), trajectory, recipe)
+
+
+def layers(block):
+    return [tuple(layer.weight.shape) for layer in block if hasattr(layer, "weight")]
 
 
 def test_the_network_is_the_official_layout():
     model = predictor.TrajectoryPredictor(12)
-    shapes = [tuple(layer.weight.shape) for layer in model.decode if hasattr(layer, "weight")]
-    assert shapes == [(256, 24), (24, 256), (256, 24), (12, 256)]
-    assert sum(isinstance(layer, torch.nn.ReLU) for layer in model.decode) == 1
-    assert [tuple(layer.weight.shape) for layer in model.encode_global if hasattr(layer, "weight")] == [
-        (256, 12),
-        (12, 256),
-        (256, 12),
-        (12, 256),
-    ]
+    assert layers(model.decode) == [(256, 24), (24, 256), (256, 24), (12, 256)]
+    assert [i for i, x in enumerate(model.decode) if isinstance(x, torch.nn.ReLU)] == [2]
+    for encode in (model.encode_global, model.encode_local):
+        assert layers(encode) == [(256, 12), (12, 256), (256, 12), (12, 256)]
     assert model(torch.zeros(2, 3, 12), torch.zeros(2, 3, 12)).shape == (2, 3, 12)
 
 
 @pytest.mark.parametrize(("inputs", "seen"), [(("global",), 0), (("local",), 1)])
 def test_a_network_of_one_input_has_one_encoder_and_does_not_see_the_other(inputs, seen):
     model = predictor.TrajectoryPredictor(12, inputs)
-    assert [tuple(layer.weight.shape) for layer in model.decode if hasattr(layer, "weight")] == [(256, 12), (12, 256), (256, 12), (12, 256)]
-    assert {name.split(".")[0] for name in model.state_dict()} == {f"encode_{inputs[0]}", "decode"}
+    assert layers(model.decode) == [(256, 12), (12, 256), (256, 12), (12, 256)]
+    names = {name.split(".")[0] for name in model.state_dict()}
+    assert names == {f"encode_{inputs[0]}", "decode"}
     pair = torch.randn(2, 12)
-    other = pair.clone()
-    other[1 - seen] = torch.nan
-    assert torch.equal(model(*pair), model(*other))
-    assert torch.equal(model(*pair), model.decode(getattr(model, f"encode_{inputs[0]}")(pair[seen])))
+    encoded = getattr(model, f"encode_{inputs[0]}")(pair[seen])
+    pair[1 - seen] = torch.nan
+    assert torch.equal(model(*pair), model.decode(encoded))
 
 
-def test_ablations_are_their_recipe_but_for_an_input():
-    for base in ("paper", "aligned"):
-        assert predictor.RECIPES[base].inputs == ("global", "local")
-        for left, out in (("local", "global"), ("global", "local")):
-            recipe = predictor.RECIPES[f"{base}-no-{out}"]
-            assert recipe.inputs == (left,)
-            assert dataclasses.replace(recipe, inputs=("global", "local")) == predictor.RECIPES[base]
-
-
-def test_an_ablated_predictor_is_trained_and_predicts_without_its_input():
-    trajectory, spoilt = tiny_trajectory(), tiny_trajectory()
-    for roles in spoilt.deltas.values():
-        for part in ("u", "sigma", "v"):
-            getattr(roles["local"], part).fill_(torch.nan)
-    recipe = predictor.Recipe(align=False, scale_sigma=True, learning_rate=1e-3, epochs=3, inputs=("global",))
-    found = []
-    for t in (trajectory, spoilt):
-        families = predictor.stack_families(*predictor.prepare(t, recipe))
-        models = {name: predictor.train_family(*data, recipe, seed=0)[0] for name, data in families.items()}
-        found.append(predictor.predict(models, t, recipe))
-    for module, triple in found[0].items():
-        assert all(torch.equal(a, b) for a, b in zip(triple, found[1][module], strict=True))
+def test_a_predictor_without_the_local_deltas_is_trained_and_predicts_without_them():
+    trajectory, recipe = tiny_trajectory(), dataclasses.replace(RAW, inputs=("global",))
+    spoil = lambda role, t: Triples(*(torch.nan * x for x in (t.u, t.sigma, t.v)))  # noqa: E731
+    spoilt = changed(trajectory, lambda role, t: spoil(role, t) if role == "local" else t)
+    one, two = predicted(trajectory, recipe), predicted(spoilt, recipe)
+    for module, triple in one.items():
+        assert all(torch.equal(x, two[module][side]) for side, x in triple.items())
 
 
 def test_the_last_checkpoints_keep_the_targets_that_begin_there():
-    """7 checkpoints, k = 2: targets begin at 1 to 5, so the last four checkpoints have those of 4 and 5."""
+    """7 checkpoints, k = 2: targets begin at 1 to 5, so the last four have those of 4 and 5."""
     trajectory = tiny_trajectory(c=7, k=2)
     tail = trajectory.last(4)
     assert tail.steps == [4, 5, 6, 7]
@@ -81,23 +96,24 @@ def test_the_last_checkpoints_keep_the_targets_that_begin_there():
         assert torch.equal(tail.deltas[module]["local"].sigma, roles["local"].sigma[3:7])
         assert torch.equal(tail.deltas[module]["target"].v, roles["target"].v[3:5])
     assert trajectory.until(5).last(4).steps == [2, 3, 4, 5]
-    assert len(trajectory.until(5).last(4).deltas["m0"]["target"].sigma) == 2
+    assert len(trajectory.until(5).last(4).deltas["m0"]["target"]) == 2
     assert trajectory.last(9).steps == trajectory.steps
 
 
 def test_families_gather_vectors_by_side_and_length():
-    trajectory = tiny_trajectory(modules=3)
-    families = predictor.stack_families(trajectory, {name: torch.ones(()) for name in trajectory.deltas})
+    trajectory = tiny_trajectory()
+    families = predictor.stack_families(*predictor.prepare(trajectory, RAW))
     assert set(families) == {"u.7", "v.5", "sigma"}
-    assert [part.shape for part in families["u.7"]] == [(4, 3, 7)] * 3  # 6 checkpoints, k = 2: four have a target
+    assert [part.shape for part in families["u.7"]] == [(4, 3, 7)] * 3  # four have a target
     assert torch.equal(families["v.5"][2][1, 2], trajectory.deltas["m2"]["target"].v[1])
     assert families["sigma"][0].shape == (4, 3, 1)
 
 
-def test_loss_curve_equals_the_papers_double_sum():
-    recipe = predictor.Recipe(align=False, scale_sigma=False, learning_rate=1e-3, epochs=5)
-    s_global, s_local, s_target = torch.randn(3, 4, 2, 6).unbind(0)
-    model, losses = predictor.train_family(s_global, s_local, s_target, recipe, seed=3)
+def test_the_loss_curve_equals_the_papers_double_sum():
+    recipe, ticks = dataclasses.replace(RAW, epochs=5), []
+    s_global, s_local, s_target = data = torch.randn(3, 4, 2, 6).unbind(0)
+    model, losses = predictor.train_family(data, recipe, 3, ticks.append)
+    assert ticks == losses
 
     torch.manual_seed(3)
     naive = predictor.TrajectoryPredictor(6)
@@ -107,7 +123,8 @@ def test_loss_curve_equals_the_papers_double_sum():
         optimizer.zero_grad()
         total = 0.0
         for i in range(4):  # Eq. 9, gradients of all checkpoints accumulated
-            loss = sum((naive(s_global[i, j], s_local[i, j]) - s_target[i, j]).abs().sum() for j in range(2)) / 4
+            pairs = [(naive(s_global[i, j], s_local[i, j]), s_target[i, j]) for j in range(2)]
+            loss = sum((found - target).abs().sum() for found, target in pairs) / 4
             loss.backward()
             total += loss.item()
         optimizer.step()
@@ -118,125 +135,214 @@ def test_loss_curve_equals_the_papers_double_sum():
 
 
 def test_the_same_seed_gives_the_same_predictor_and_leaves_torchs_generator_alone():
-    recipe = predictor.Recipe(align=False, scale_sigma=False, learning_rate=1e-3, epochs=2)
-    data = torch.randn(3, 4, 2, 6).unbind(0)
-    state = torch.random.get_rng_state()
-    first, again = (predictor.train_family(*data, recipe, seed=1)[1] for _ in range(2))
-    assert first == again
+    data, state = torch.randn(3, 4, 2, 6).unbind(0), torch.random.get_rng_state()
+    one, same, other = (predictor.train_family(data, RAW, s, lambda x: None)[1] for s in (1, 1, 2))
+    assert one == same != other
     assert torch.equal(state, torch.random.get_rng_state())
-    assert first != predictor.train_family(*data, recipe, seed=2)[1]
 
 
 def test_predictions_have_unit_vectors_and_sigma_in_the_trajectorys_unit():
-    trajectory = tiny_trajectory()
-    for roles in trajectory.deltas.values():  # targets twice the last global sigma, in any unit
-        for role in ("global", "local"):
-            roles[role].sigma.fill_(1e-3)
-        roles["target"].sigma.fill_(2e-3)
-    recipe = predictor.Recipe(align=True, scale_sigma=True, learning_rate=3e-3, epochs=400)
-    families = predictor.stack_families(*predictor.prepare(trajectory, recipe))
-    models = {name: predictor.train_family(*data, recipe, seed=0)[0] for name, data in families.items()}
-    for u, sigma, v in predictor.predict(models, trajectory, recipe).values():
-        assert u.norm().item() == pytest.approx(1)
-        assert v.norm().item() == pytest.approx(1)
-        assert sigma.item() == pytest.approx(2e-3, rel=0.05)
+    """Targets are twice the last global sigma, in any unit."""
+    sizes = {"global": 1e-3, "local": 1e-3, "target": 2e-3}
+    scaled = lambda role, t: Triples(t.u, torch.full_like(t.sigma, sizes[role]), t.v)  # noqa: E731
+    recipe = dataclasses.replace(predictor.RECIPES["aligned"], learning_rate=3e-3, epochs=400)
+    for found in predicted(changed(tiny_trajectory(), scaled), recipe).values():
+        assert found["u"].norm().item() == pytest.approx(1)
+        assert found["v"].norm().item() == pytest.approx(1)
+        assert found["sigma"].item() == pytest.approx(2e-3, rel=0.05)
 
 
-def test_signs_matter_only_to_the_recipe_that_does_not_align_them():
-    trajectory = tiny_trajectory()
-    flipped = rank1.Trajectory(
-        trajectory.steps,
-        trajectory.k,
-        {
-            name: {
-                role: rank1.Triples(-t.u if role == "target" else t.u, t.sigma, -t.v if role == "target" else t.v)
-                for role, t in roles.items()
-            }
-            for name, roles in trajectory.deltas.items()
-        },
-    )
-    for recipe, same in ((predictor.RECIPES["aligned"], True), (predictor.RECIPES["paper"], False)):
-        one, two = (predictor.stack_families(*predictor.prepare(t, recipe))["u.7"][2] for t in (trajectory, flipped))
-        assert torch.equal(one, two) is same
+@pytest.mark.parametrize("name", predictor.RECIPES)
+def test_signs_matter_only_to_the_recipe_that_does_not_align_them(name):
+    trajectory, recipe = tiny_trajectory(), predictor.RECIPES[name]
+    turn = lambda role, t: Triples(-t.u, t.sigma, -t.v) if role == "target" else t  # noqa: E731
+    prepared = [predictor.prepare(t, recipe) for t in (trajectory, changed(trajectory, turn))]
+    targets = [predictor.stack_families(*found)["u.7"][2] for found in prepared]
+    assert torch.equal(*targets) is recipe.align
+
+
+# --------------------------------------------------------------------------------------------------
+# `weighted`
+# --------------------------------------------------------------------------------------------------
 
 
 def dense(triples, i):
     return triples.sigma[i].double() * torch.outer(triples.u[i].double(), triples.v[i].double())
 
 
-def dense_terms(roles, i, window, before=0):
-    """The three terms of the recipe `weighted` at checkpoint i (from 0, after `before` left out) as whole matrices."""
-    recent = [dense(roles["local"], j) for j in range(max(0, i - window + 1), i + 1)]
+def dense_terms(roles, i, before=0):
+    """The three terms at checkpoint i, from 0 after `before` left out, as whole matrices."""
+    recent = [dense(roles["local"], j) for j in range(max(0, i - 2), i + 1)]
     return [recent[-1], sum(recent) / len(recent), dense(roles["global"], i) / (before + i + 1)]
 
 
 @pytest.mark.parametrize("before", [0, 2])
-def test_weights_equal_a_dense_least_squares_fit(before):
+def test_the_weights_equal_a_dense_least_squares_fit(monkeypatch, before):
     """Also on the last 7 of 9 checkpoints, whose first is number 3."""
-    recipe = predictor.SumRecipe(window=3, decay=0.7, ridge=0.05, prior=(0.6, 0.3, 0.1))
+    prior = (0.6, 0.3, 0.1)
+    for name, value in {"DECAY": 0.7, "RIDGE": 0.05, "PRIOR": prior}.items():
+        monkeypatch.setattr(weighted, name, value)
     trajectory = tiny_trajectory(c=7 + before).last(7)
     rows, answers, total = [], [], 0.0
     for roles in trajectory.deltas.values():
-        for i in range(1, 6):  # checkpoints 2 to 6 have two or more locals behind them and one ahead
+        for i in range(1, 6):  # checkpoints 2 to 6 have a local behind them and one ahead
             share = 0.7 ** (5 - i)
             scale = share**0.5 / roles["local"].sigma[i].double()
-            rows.append(torch.stack([scale * term.flatten() for term in dense_terms(roles, i, 3, before)], 1))
+            terms = dense_terms(roles, i, before)
+            rows.append(torch.stack([scale * term.flatten() for term in terms], 1))
             answers.append(scale * dense(roles["local"], i + 1).flatten())
             total += share
     rows.append((0.05 * total) ** 0.5 * torch.eye(3, dtype=torch.float64))
-    answers.append((0.05 * total) ** 0.5 * torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64))
-    want = torch.linalg.lstsq(torch.cat(rows), torch.cat(answers)).solution
-    torch.testing.assert_close(predictor.fit_weights(trajectory, recipe).weights, want)
+    answers.append((0.05 * total) ** 0.5 * torch.tensor(prior, dtype=torch.float64))
+    wanted = torch.linalg.lstsq(torch.cat(rows), torch.cat(answers)).solution
+    torch.testing.assert_close(weighted.fit(trajectory), wanted)
 
 
 def test_the_weighted_prediction_is_rank_1_of_the_dense_sum():
-    trajectory, recipe = tiny_trajectory(), predictor.RECIPES["weighted"]
-    model = predictor.fit_weights(trajectory, recipe)
-    for module, (u, sigma, v) in predictor.predict({"sum": model}, trajectory, recipe).items():
-        whole = sum(w * term for w, term in zip(model.weights, dense_terms(trajectory.deltas[module], 5, 3), strict=True))
-        du, ds, dv = torch.linalg.svd(trajectory.k * whole)
-        assert sigma.item() == pytest.approx(ds[0].item(), rel=1e-5)
-        torch.testing.assert_close(torch.outer(u, v), torch.outer(du[:, 0], dv[0]).float(), atol=1e-5, rtol=1e-4)
+    trajectory = tiny_trajectory()
+    weights = weighted.fit(trajectory)
+    for roles in trajectory.deltas.values():
+        found = weighted.predict(roles, trajectory.steps, 2, weights)
+        whole = sum(w * term for w, term in zip(weights, dense_terms(roles, 5), strict=True))
+        torch.testing.assert_close(found.dense(), rank_1(2 * whole), atol=1e-5, rtol=1e-4)
+        assert found.terms[0].unit
+
+
+def rank_1(matrix):
+    """The rank 1 of a dense matrix, in fp32."""
+    u, sigma, vh = torch.linalg.svd(matrix)
+    return (sigma[0] * torch.outer(u[:, 0], vh[0])).float()
 
 
 def test_a_steady_run_is_predicted_to_go_on():
+    """Every local delta is the same: W_i - W_0 is i of them, and the target k."""
     trajectory = tiny_trajectory(c=6, k=2)
-    for roles in trajectory.deltas.values():  # every local delta is the same, so W_i - W_0 is i of them and the target k
-        for role in ("global", "local"):
-            roles[role].u[:], roles[role].v[:] = roles["local"].u[0].clone(), roles["local"].v[0].clone()
-        roles["local"].sigma.fill_(0.3)
-        roles["global"].sigma[:] = 0.3 * torch.arange(1, 7)
-    recipe = predictor.RECIPES["weighted"]
-    for module, (u, sigma, v) in predictor.predict({"sum": predictor.fit_weights(trajectory, recipe)}, trajectory, recipe).items():
-        assert sigma.item() == pytest.approx(0.6, rel=1e-5)
-        local = trajectory.deltas[module]["local"]
-        torch.testing.assert_close(torch.outer(u, v), torch.outer(local.u[0], local.v[0]))
+    for roles in trajectory.deltas.values():
+        local = roles["local"]
+        for role, sigma in (("global", 0.3 * torch.arange(1, 7)), ("local", torch.full((6,), 0.3))):
+            roles[role] = Triples(local.u[:1].expand(6, -1), sigma, local.v[:1].expand(6, -1))
+    weights = weighted.fit(trajectory)
+    for roles in trajectory.deltas.values():
+        found = weighted.predict(roles, trajectory.steps, 2, weights).dense().double()
+        torch.testing.assert_close(found, 2 * dense(roles["local"], 0), rtol=1e-5, atol=1e-6)
 
 
-def test_the_weighted_recipe_sees_neither_signs_nor_targets():
-    trajectory, recipe = tiny_trajectory(), predictor.RECIPES["weighted"]
-    other = tiny_trajectory()
-    for roles in other.deltas.values():
-        for role in ("global", "local"):
-            roles[role].u[::2] *= -1
-            roles[role].v[::2] *= -1
-        roles["target"].sigma.fill_(9)
-    one, two = (predictor.predict({"sum": predictor.fit_weights(t, recipe)}, t, recipe) for t in (trajectory, other))
-    for module, (u, sigma, v) in one.items():
-        torch.testing.assert_close(sigma, two[module][1])
-        torch.testing.assert_close(torch.outer(u, v), torch.outer(two[module][0], two[module][2]))
+def test_weighted_sees_neither_signs_nor_targets():
+    trajectory, turn = tiny_trajectory(), torch.tensor([-1.0, 1, -1, 1, -1, 1])[:, None]
+
+    def spoil(role, t):
+        if role == "target":
+            return Triples(t.u, 9 * t.sigma, t.v)
+        return Triples(turn * t.u, t.sigma, turn * t.v)
+
+    other = changed(trajectory, spoil)
+    torch.testing.assert_close(weighted.fit(other), weighted.fit(trajectory))
+    one, two = (
+        weighted.predict(t.deltas["m0"], t.steps, 2, weighted.fit(trajectory)).dense()
+        for t in (trajectory, other)
+    )
+    torch.testing.assert_close(one, two)
 
 
 def test_two_checkpoints_leave_the_prior():
-    weights = predictor.fit_weights(tiny_trajectory(c=2, k=1), predictor.SumRecipe(prior=(0.7, 0.2, 0.1))).weights
-    torch.testing.assert_close(weights, torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64))
+    wanted = torch.tensor(weighted.PRIOR, dtype=torch.float64)
+    torch.testing.assert_close(weighted.fit(tiny_trajectory(c=2, k=1)), wanted)
 
 
 def test_a_matrix_that_does_not_move_is_left_alone():
-    trajectory, recipe = tiny_trajectory(), predictor.RECIPES["weighted"]
-    for triples in trajectory.deltas["m1"].values():
-        for part in (triples.u, triples.sigma, triples.v):
-            part.zero_()
-    found = predictor.predict({"sum": predictor.fit_weights(trajectory, recipe)}, trajectory, recipe)
-    assert found["m1"][1].item() == 0
-    assert all(part.isfinite().all() for triple in found.values() for part in triple)
+    trajectory = tiny_trajectory()
+    still = changed(trajectory, lambda role, t: Triples(0 * t.u, 0 * t.sigma, 0 * t.v)).deltas["m1"]
+    trajectory.deltas["m1"] = still
+    weights = weighted.fit(trajectory)
+    assert weights.isfinite().all()
+    assert not weighted.predict(still, trajectory.steps, 2, weights).dense().any()
+
+
+# --------------------------------------------------------------------------------------------------
+# The backtest
+# --------------------------------------------------------------------------------------------------
+
+
+def walk(c=8, k=2):
+    """Dense W[0] ... W[c] of two matrices, one of which stands still, and their trajectory."""
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randn(c, 7, 5, generator=generator, dtype=torch.float64) + 0.5
+    whole = [steps[:i].sum(0) for i in range(c + 1)]
+    matrices = {"moves": whole, "still": [0 * w for w in whole]}
+    ends = {
+        "global": [(i, 0) for i in range(1, c + 1)],
+        "local": [(i, i - 1) for i in range(1, c + 1)],
+        "target": [(i, i - k) for i in range(k + 1, c + 1)],
+    }
+    deltas = {}
+    for module, W in matrices.items():
+        deltas[module] = {}
+        for role, pairs in ends.items():
+            u, sigma, vh = torch.linalg.svd(torch.stack([W[i] - W[j] for i, j in pairs]))
+            some = float(module == "moves")  # a matrix that stands still has no direction
+            parts = (some * u[:, :, 0], sigma[:, 0], some * vh[:, 0])
+            deltas[module][role] = Triples(*(x.float() for x in parts))
+    return matrices, Trajectory(list(range(10, 10 * c + 1, 10)), k, deltas)
+
+
+def dense_cosine(a, b):
+    return float((a * b).sum() / (a.norm() * b.norm()))
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "dense"])
+def test_the_backtest_scores_every_row_by_its_cosine_with_the_true_delta(kind):
+    """8 checkpoints, 3 of them hidden: it stands at 50 and predicts 70."""
+    matrices, trajectory = walk()
+    as_lora = lambda x: LowRank(x, torch.eye(5).double())  # noqa: E731
+    series = {m: [as_lora(w) if kind == "LoRA" else w for w in W] for m, W in matrices.items()}
+    u, v = (normalize(torch.ones(size), dim=0) for size in (7, 5))
+    guess, seen = {"u": u, "sigma": 2.0, "v": v}, []
+
+    def predict(past):
+        seen.append(past)
+        return dict.fromkeys(past.deltas, guess)
+
+    found = backtest(trajectory, types.SimpleNamespace(weights=series.get), 3, predict)
+    assert (found.pop("at_step"), found.pop("predicts_step")) == (50, 70)
+    assert seen[0].steps == [10, 20, 30, 40, 50]
+    assert len(seen[0].deltas["moves"]["target"]) == 3
+    W = matrices["moves"]
+    true, locals_ = W[7] - W[5], [rank_1(W[i + 1] - W[i]) for i in (3, 4)]
+    whole = [rank_1(W[i] - W[0]) for i in range(1, 6)]
+    u, sigma, vh = torch.linalg.svd(torch.stack(whole).double())
+    for i in range(3, -1, -1):  # signs consistent with the last one
+        if u[i, :, 0] @ u[i + 1, :, 0] + vh[i, 0] @ vh[i + 1, 0] < 0:
+            u[i], vh[i] = -u[i], -vh[i]
+    slope = numpy.polyfit(numpy.arange(5), (sigma[:, :1] * u[:, :, 0]).numpy(), 1)[0]
+    roles = trajectory.until(5).deltas["moves"]
+    terms = zip(weighted.fit(trajectory.until(5)), dense_terms(roles, 4), strict=True)
+    wanted = {
+        "predictor": 2 * torch.full((7, 5), 35**-0.5),
+        "copy-global": 2 / 5 * whole[-1],
+        "repeat-last": rank_1(W[5] - W[3]),
+        "recent-locals": rank_1(sum(locals_)),
+        "linear-fit": 2 * torch.outer(torch.from_numpy(slope), vh[4, 0]),
+        "weighted": rank_1(2 * sum(w * term for w, term in terms)),
+        "oracle": rank_1(true),
+    }
+    assert list(found) == list(wanted)
+    sigma_1 = torch.linalg.svdvals(true)[0]
+    for row, matrix in wanted.items():
+        assert found[row]["cosine"] == pytest.approx(dense_cosine(matrix, true), rel=1e-4), row
+        error = abs(matrix.norm() / sigma_1 - 1)
+        assert found[row]["sigma_error"] == pytest.approx(float(error), abs=1e-4), row
+
+
+def test_the_controls_of_a_straight_run_are_all_right():
+    trajectory = tiny_trajectory(c=6, k=2)
+    for roles in trajectory.deltas.values():
+        u, v = roles["global"].u[:1], roles["global"].v[:1]
+        sizes = {"global": 0.3 * torch.arange(1, 7), "local": torch.full((6,), 0.3)}
+        sizes["target"] = torch.full((4,), 0.6)
+        for role, sigma in sizes.items():
+            roles[role] = Triples(u.expand(len(sigma), -1), sigma, v.expand(len(sigma), -1))
+    for row, matrices in controls(trajectory).items():
+        for module, matrix in matrices.items():
+            wanted = dense(trajectory.deltas[module]["target"], 0)
+            found = matrix.dense().double()
+            torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5, msg=row)

@@ -107,7 +107,7 @@ def replaced(m: Matrix, a: torch.Tensor) -> LowRank | torch.Tensor:
     """W_0 + a v^T, a [m], v that of the last global delta."""
     length = torch.linalg.vector_norm(a)
     unit = a / length if length > 0 else a
-    return m.W[0] + rank1(unit, length, m.deltas["global"].v[-1])
+    return m.W[0] + rank1(unit, length, m.deltas["global"].v[-1].double())
 
 
 def sigma_u(m: Matrix) -> torch.Tensor:

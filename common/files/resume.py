@@ -15,7 +15,9 @@ import torch
 
 from common import UserError
 from common.files import write
-from common.files.read import check_intact, first_line, read_json, read_jsonl
+from common.files.adapters import read_info
+from common.files.models import is_model
+from common.files.read import check_intact, first_line, read_json, read_jsonl, safe_path
 from common.files.series import step_of
 from common.files.stage import AGAIN, is_writer
 
@@ -114,3 +116,25 @@ def _check_same(state: pathlib.Path, stands_on: dict) -> None:
                 f"{state.parents[1]} was begun with {key} = {noted[key]!r}, now it is "
                 f"{stands_on[key]!r}: bring back what it was"
             )
+
+
+def find_start(run: pathlib.Path, name: str, backbone: str) -> tuple[pathlib.Path, int, str]:
+    """(folder, step, base) of what stage 5 goes on from: extrapolated/<name>, or merged/... itself.
+
+    base is the model that it is an adapter on, or that it is: one in the run directory, with
+    {run_dir} for that, or `backbone`. A file of unknown origin chooses no other.
+    """
+    inside = safe_path(name if name.startswith("merged/") else f"extrapolated/{name}", "--start")
+    start = run / inside
+    if not start.is_dir():
+        there = ", ".join(sorted(path.name for path in start.parent.glob("[!.]*"))) or "nothing"
+        raise UserError(f"{start} not found: run 04_extrapolate.py first (there: {there})")
+    info = read_info(start)
+    step, base = info.get("step"), info.get("backbone") or backbone
+    if step is None or step < 0:
+        raise UserError(f"{start} has no usable step: run 04_extrapolate.py --overwrite")
+    if is_model(start):
+        return start, step, f"{{run_dir}}/{inside}"
+    within = base.removeprefix("{run_dir}/")
+    is_ours = within != base and (run / safe_path(within, f"{start}, backbone")).is_dir()
+    return start, step, base if is_ours else backbone

@@ -47,11 +47,7 @@ def extract_boxed(response: str) -> str | None:
 
 
 def last_number(response: str) -> str | None:
-    """The last number in `response`, None without one: for small models, which do not box.
-
-    >>> last_number("12 + 30 = 42, so 42 - 50 = -8."), last_number("3-2"), last_number("no")
-    ('-8', '2', None)
-    """
+    """The last number in `response`, None without one: for small models, which do not box."""
     found = [match.group() for match in _LAST_NUMBER.finditer(response.replace("\u2212", "-"))]
     return found[-1] if found else None
 

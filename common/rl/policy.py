@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import pathlib
+import sys
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -60,10 +61,8 @@ def fingerprint(backbone) -> str:
 
 
 def add_lora(backbone, rank: int, alpha: float, seed: int):
-    """A new LoRA on all linear layers but the head. Eq. 4: h = W x + (alpha / rank) B A x.
-
-    B is 0 and A is Kaiming-uniform, both in fp32.
-    """
+    """A new LoRA on all linear layers but the head. Eq. 4: h = W x + (alpha / rank) B A x."""
+    # B is 0 and A is Kaiming-uniform, both in fp32.
     torch.manual_seed(seed)
     lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(backbone, lora)
@@ -80,6 +79,8 @@ def load_lora(backbone, folder: pathlib.Path):
     check_intact(folder)
     with _loading(f"adapter {folder}", f"the checkpoint is broken: {adapters.ANOTHER}"):
         config = LoraConfig.from_pretrained(folder)
+        if config.lora_dropout:
+            print(f"{folder}: lora_dropout is set to 0, as rollouts have none", file=sys.stderr)
         config.lora_dropout = 0.0
         return PeftModel.from_pretrained(backbone, folder, is_trainable=True, config=config)
 

@@ -41,10 +41,8 @@ class Rollout:
 
 
 def sequence_seed(seed: int, step: int, problem: int, sample: int, occurrence: int = 0) -> int:
-    """A 63-bit seed: a hash, so that neighbours have nothing in common.
-
-    occurrence counts how often the problem came before in the same step.
-    """
+    """A 63-bit seed: a hash, so that neighbours have nothing in common."""
+    # occurrence: how often the problem came before in the same step.
     parts = (seed, step, problem, sample) + ((occurrence,) if occurrence else ())
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 

@@ -29,11 +29,7 @@ GO_ON = "type the same command again to go on"
 
 
 def allowed_rank(rank: int) -> int:
-    """The smallest max_lora_rank of vLLM that an adapter of this rank fits in.
-
-    >>> [allowed_rank(r) for r in (1, 16, 17, 65)]
-    [1, 16, 32, 128]
-    """
+    """The smallest max_lora_rank of vLLM that fits: 1, 16, 17, 65 -> 1, 16, 32, 128."""
     for allowed in LORA_RANKS:
         if rank <= allowed:
             return allowed

@@ -1,9 +1,10 @@
-"""What it costs to save a LoRA's factors in bf16: how much of a delta between two checkpoints is then rounding. Run by hand.
+"""What it costs to save a LoRA's factors in bf16: the share of a delta that is then rounding.
 
     python tests/bench/bench_bf16.py --run-dir runs/demo
 
-Takes the adapters that stage 2 used, rounds their factors, and compares dense deltas over one checkpoint (local) and over k (target):
-|D_rounded - D| / |D| as measured, beside what stage 2's warning predicts from the factors alone (`rank1.rounding_share`).
+Run it by hand. It takes the adapters that stage 2 used, rounds their factors, and compares dense
+deltas over one checkpoint (local) and over k (target): |D_rounded - D| / |D| as measured, beside
+what stage 2's warning predicts from the factors alone (`rounding_share` in common/files/series.py).
 """
 
 import argparse
@@ -15,28 +16,33 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from common import rank1
-from common.files import adapters
-from common.files import deltas as delta_files
+from common.files import adapters, deltas, series
+from common.rank1 import LowRank
 
 
 def shares(now: adapters.Adapter, before: adapters.Adapter) -> tuple[float, float]:
     """(measured, predicted) share of W(now) - W(before) that is rounding, medians over matrices."""
     measured, predicted = [], []
     for module in now.factors:
-        left, right = rank1.delta_factors(now.factors[module], before.factors[module], 1.0)
-        delta = left.double() @ right.double()
-        rounded = left.bfloat16().double() @ right.bfloat16().double()
-        measured.append(float((rounded - delta).norm() / delta.norm()))
-        predicted.append(rank1.rounding_share(now.factors[module], before.factors[module], torch.bfloat16))
+        new, old = now.update(module), before.update(module)
+        delta, rounded = (new - old).dense(), round_factors(new) - round_factors(old)
+        measured.append(float((rounded.dense() - delta).norm() / delta.norm()))
+        predicted.append(series.rounding_share(new - old, torch.bfloat16))
     return statistics.median(measured), statistics.median(predicted)
 
 
+def round_factors(matrix: LowRank) -> LowRank:
+    """The matrix with factors that were saved in bf16."""
+    (term,) = matrix.terms
+    return LowRank(term.left.bfloat16().double(), term.right.bfloat16().double(), term.weight)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--run-dir", type=pathlib.Path, default=pathlib.Path("runs/demo"))
     run = parser.parse_args().run_dir
-    paths, k = list(delta_files.checkpoint_paths(run).items()), delta_files.load_trajectory(run / "deltas").k
+    paths, k = list(deltas.checkpoint_paths(run).items()), deltas.read_index(run / "deltas")["k"]
     print("| delta | measured | predicted |\n|---|--:|--:|")
     for back in (1, k):
         (last, now), (first, before) = paths[-1], paths[-1 - back]

@@ -1,9 +1,10 @@
-"""Stage 3's training against the official loop, on rank-1 data shaped like a Qwen2.5-1.5B run's (random values). Run by hand, alone.
+"""Stage 3's training against the official loop, on random deltas shaped like a Qwen2.5-1.5B run's.
 
-python tests/bench/bench_predictor_training.py [--epochs 5]
+    python tests/bench/bench_predictor_training.py [--epochs 5]
 
-The official loop goes over the checkpoints inside an epoch, copies each one's vectors to the device and accumulates gradients; ours has
-every vector of a family in one batch on the device. Both take the same steps (tests/test_predictor.py), so seconds are all that differs.
+Run it by hand, alone. The official loop goes over the checkpoints inside an epoch, copies each
+one's vectors to the device and accumulates gradients. Ours has every vector of a family in one
+batch on the device. Both take the same steps (tests/test_predictor.py), so only seconds differ.
 """
 
 import argparse
@@ -16,7 +17,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from common import predictor, rank1
+from common import predictor
+from common.baselines import weighted
+from common.files.deltas import Trajectory, Triples
 
 LAYERS, CHECKPOINTS = 28, 10  # checkpoints that have a target
 FAMILIES = {  # vector length -> matrices that have one of it in a layer
@@ -30,7 +33,7 @@ FAMILIES = {  # vector length -> matrices that have one of it in a layer
 
 
 def official(data: list[torch.Tensor], epochs: int, device: str) -> None:
-    """One predictor by the loop of the official code: data [checkpoints, members, d] in host memory."""
+    """One predictor by the official loop: data [checkpoints, members, d] in host memory."""
     model = predictor.TrajectoryPredictor(data[0].shape[-1]).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
     for _ in range(epochs):
@@ -51,45 +54,53 @@ def seconds(function) -> float:
     return time.perf_counter() - began
 
 
-def random_trajectory() -> rank1.Trajectory:
+def random_trajectory() -> Trajectory:
     """Rank-1 deltas of every matrix of that model, random: what `weighted` is fitted on."""
 
-    def triples(count: int, m: int, n: int) -> rank1.Triples:
-        return rank1.Triples(torch.randn(count, m) / m**0.5, torch.rand(count), torch.randn(count, n) / n**0.5)
+    def triples(count: int, m: int, n: int) -> Triples:
+        u, v = (torch.randn(count, size) / size**0.5 for size in (m, n))
+        return Triples(u, torch.rand(count), v)
 
-    shapes = [(1536, 1536)] * 2 + [(256, 1536)] * 2 + [(8960, 1536)] * 2 + [(1536, 8960)]  # q o, k v, gate up, down
+    # q o, k v, gate up, down
+    shapes = [(1536, 1536)] * 2 + [(256, 1536)] * 2 + [(8960, 1536)] * 2 + [(1536, 8960)]
     counts, k = {"global": CHECKPOINTS + 5, "local": CHECKPOINTS + 5, "target": CHECKPOINTS}, 5
     deltas = {
         f"layer{layer}.{i}": {role: triples(count, m, n) for role, count in counts.items()}
         for layer in range(LAYERS)
         for i, (m, n) in enumerate(shapes)
     }
-    return rank1.Trajectory(list(range(10, 10 * (CHECKPOINTS + 5) + 1, 10)), k, deltas)
+    return Trajectory(list(range(10, 10 * (CHECKPOINTS + 5) + 1, 10)), k, deltas)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=5, help="epochs to time, after one that is not counted")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument(
+        "--epochs", type=int, default=5, help="to time, after one that is not counted"
+    )
     epochs = parser.parse_args().epochs
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    total = {"ours": 0.0, "official": 0.0}
+    total, skip = {"ours": 0.0, "official": 0.0}, lambda loss: None
     print(f"{device}, {torch.get_num_threads()} threads, milliseconds an epoch, mean of {epochs}\n")
     print("| family | vectors | ours | official loop | ratio |\n|---|--:|--:|--:|--:|")
     for name, (d, members) in FAMILIES.items():
         data = [torch.randn(CHECKPOINTS, LAYERS * members, d) / d**0.5 for _ in range(3)]
         there = [part.to(device) for part in data]
         cost = {}
-        for way, run in {
-            "ours": lambda n, there=there: predictor.train_family(*there, predictor.Recipe(False, False, 2e-5, epochs=n), 0),
-            "official": lambda n, data=data: official(data, n, device),
-        }.items():
+
+        def ours(count: int, there=there) -> None:
+            recipe = predictor.Recipe(False, False, 2e-5, epochs=count)
+            predictor.train_family(there, recipe, 0, skip)
+
+        ways = {"ours": ours, "official": lambda count, data=data: official(data, count, device)}
+        for way, run in ways.items():
             run(1)
-            cost[way] = (seconds(lambda run=run: run(epochs + 1)) - seconds(lambda run=run: run(1))) / epochs
+            most, least = (seconds(lambda run=run, n=n: run(n)) for n in (epochs + 1, 1))
+            cost[way] = (most - least) / epochs
             total[way] += cost[way]
-        print(
-            f"| {name} | {CHECKPOINTS * LAYERS * members} | {1e3 * cost['ours']:.1f} | {1e3 * cost['official']:.1f} | "
-            f"{cost['official'] / cost['ours']:.1f} |"
-        )
-    print(f"\n1,000 epochs of all families: {1e3 * total['ours']:.0f} s, official loop {1e3 * total['official']:.0f} s")
+        row = [CHECKPOINTS * LAYERS * members, *(f"{1e3 * x:.1f}" for x in cost.values())]
+        print(f"| {name} | {' | '.join(map(str, row))} | {cost['official'] / cost['ours']:.1f} |")
+    sums = [f"{1e3 * total[way]:.0f} s" for way in ("ours", "official")]
+    print(f"\n1,000 epochs of all families: {sums[0]}, official loop {sums[1]}")
     whole = random_trajectory()
-    print(f"`weighted`, which has no epochs: {seconds(lambda: predictor.fit_weights(whole, predictor.RECIPES['weighted'])):.1f} s")
+    print(f"`weighted`, which has no epochs: {seconds(lambda: weighted.fit(whole)):.1f} s")

@@ -1,0 +1,161 @@
+"""What the paper says of NExt, and what the runs say: a verdict and its numbers for each claim.
+
+A claim whose policies were not measured gets no verdict: the page names it as not measured.
+"""
+
+import statistics
+
+from common.reproduce.results import NAMES, own_seconds
+from common.reproduce.runs import MAIN, Estimate, Runs, over_seeds
+from common.reproduce.tables import RECIPES, folder, jump, table
+
+FIG6 = (0.5, 1.0, 1.5, 2.0, 2.5)  # the alphas of which Fig. 6 says that each gains
+CHEAP = 0.05  # Fig. 5: the share of the wall time that is "next to nothing"
+
+
+def page(runs: Runs) -> str:
+    """All claims as markdown, and the names of those that were not measured."""
+    columns = [column(runs, method) for method in RECIPES]
+    rows = {claim: [cells[claim] for cells in columns] for claim in columns[0]}
+    measured = [[claim, *(cell or "–" for cell in row)] for claim, row in rows.items() if any(row)]
+    missing = "; ".join(claim for claim, row in rows.items() if not any(row))
+    header = ["the paper's claim of NExt, or a control", *(NAMES[method] for method in RECIPES)]
+    text = [section3(runs), table(header, measured).replace("--:", "---")]
+    text.append(f"Not measured: {missing}." if missing else "")
+    return "\n\n".join(part for part in text if part) if any(text[:2]) else ""
+
+
+def column(runs: Runs, method: str) -> dict[str, str]:
+    """Claim -> verdict and numbers on the runs of `method`, or an empty cell."""
+    longer = f"GRPO at {runs.reference}" if runs.reference else "a longer run of GRPO"
+    cells = {}
+    for claim, policies in comparisons(runs, method, longer).items():
+        cells[claim] = judged(runs.difference(*policies), "not worse" in claim)
+    alphas = ", ".join(f"{alpha:g}" for alpha in FIG6)
+    cells[f"Fig. 6: the jump gains at every alpha of {alphas}"] = every_alpha(runs, method)
+    cells["Table 5: the jump gains more than w/o LoRA"] = judged(gain_over_full(runs, jump(method)))
+    cells[f"Fig. 5: what is not RL takes under {CHEAP:.0%} of the time"] = overhead(runs, method)
+    cells[f"Fig. 5: less time than {longer} (the paper: 37.5% less)"] = time_saved(runs, method)
+    return dict(sorted(cells.items(), key=lambda cell: cell[0].startswith("(")))
+
+
+def comparisons(runs: Runs, method: str, longer: str) -> dict[str, tuple[str, ...]]:
+    """Claim -> (a policy, the one that it is better than, their runs if not the main one)."""
+    jumped, later, total = jump(method), runs.after(folder(method)), runs.step(runs.total)
+    merged, none_merged = runs.after(f"{folder(method)}_merged"), runs.after("none_merged")
+    alpharl = runs.after(f"{folder('alpharl')}_merged")  # of rank 1, too little to train on
+    repeat, at = "repeat-last", f"at {runs.total} steps" if runs.total else "after more RL"
+    return {
+        "Table 5: the jump itself gains": (jumped, runs.before),
+        "Table 5: it gains more than w/o the global delta": (jumped, jump(f"{method}-no-global")),
+        "Table 5: it gains more than w/o the local delta": (jumped, jump(f"{method}-no-local")),
+        f"Tables 3, 4: {at} better than GRPO": (later, total),
+        f"Tables 3, 4: {at} better than GRPO, full parameters": (later, total, MAIN, "full"),
+        f"Tables 3, 4: {at} not worse than {longer}": (later, runs.step(runs.reference)),
+        f"Tables 3, 4: {at} better than RL-Extra": (later, runs.after(folder("rl-extra"))),
+        f"Tables 3, 4: {at} better than RELEX": (later, runs.after(folder("relex"))),
+        f"Tables 3, 4: {at} better than AlphaRL (merged restart)": (later, alpharl),
+        f"Table 6: {at} better than RLOO alone": (later, total, "rloo"),
+        f"Table 6: {at} better than REINFORCE++ alone": (later, total, "reinforce++"),
+        "(control) better than a restart without a jump": (later, runs.after("none")),
+        "(control) the jump is better than repeat-last": (jumped, jump(repeat)),
+        f"(control) {at} better than repeat-last": (later, runs.after(folder(repeat))),
+        "(merged restart) better than GRPO": (merged, total),
+        "(merged restart) better than AlphaRL": (merged, alpharl),
+        "(merged restart) better than one without a jump": (merged, none_merged),
+    }
+
+
+def judged(found: Estimate | None, not_worse: bool = False) -> str:
+    return f"**{found.verdict(not_worse)}**: {found.points()}" if found else ""
+
+
+def every_alpha(runs: Runs, method: str) -> str:
+    """Fig. 6 says something of every alpha: nothing is said unless all were measured."""
+    gaps = {alpha: runs.difference(jump(method, alpha), runs.before) for alpha in FIG6}
+    if None in gaps.values():
+        return ""
+    verdicts = {gap.verdict() for gap in gaps.values()}
+    worst = next(v for v in ("does not hold", "undecided", "holds") if v in verdicts)
+    return f"**{worst}**: " + ", ".join(f"{gap.points()} at {a:g}" for a, gap in gaps.items())
+
+
+def gain_over_full(runs: Runs, jumped: str) -> Estimate | None:
+    """The gain of the jump with LoRA minus its gain with full parameters, seed by seed."""
+    runs_, policies = (MAIN, "full"), (jumped, runs.step(runs.prefix))
+    found = [[runs.get(policy, name) for policy in policies] for name in runs_]
+    seeds = [s for s in runs.seeds if all(s in by_seed for pair in found for by_seed in pair)]
+    gains = [[after[s].accuracy - before[s].accuracy for s in seeds] for after, before in found]
+    return over_seeds([x - y for x, y in zip(*gains, strict=True)]) if seeds else None
+
+
+def overhead(runs: Runs, method: str) -> str:
+    """The share of the wall time that `method` adds to RL."""
+    found = {s: r for s, r in runs.get(runs.after(folder(method))).items() if r.seconds}
+    if not found:
+        return ""
+    parts = [own_seconds(runs.folder(seed), method, folder(method)) for seed in found]
+    own = statistics.fmean(sum(part.values()) for part in parts)
+    whole = statistics.fmean(r.seconds for r in found.values())
+    verdict = "holds" if own < CHEAP * whole else "does not hold"
+    return f"**{verdict}**: {own:.1f} of {whole:.0f} s, {own / whole:.1%}"
+
+
+def time_saved(runs: Runs, method: str) -> str:
+    """The wall time of `method` beside that of the longest plain run."""
+    ours, plain = runs.get(runs.after(folder(method))), runs.get(runs.step(runs.reference))
+    seeds = [s for s in ours if s in plain and ours[s].seconds and plain[s].seconds]
+    if not seeds:
+        return ""
+    means = (statistics.fmean(found[s].seconds for s in seeds) for found in (ours, plain))
+    seconds, reference = means
+    verdict, word = ("holds", "less") if seconds < reference else ("does not hold", "more")
+    share = abs(1 - seconds / reference)
+    return f"**{verdict}**: {seconds:.0f} against {reference:.0f} s, {share:.1%} {word}"
+
+
+def level(by_seed: list[list[float]]) -> Estimate:
+    """The mean of one list of values a seed; of one seed alone with the error over its values."""
+    by_seed = [[value for value in values if value == value] for values in by_seed]  # nan: no update
+    if len(by_seed) > 1:
+        return over_seeds([statistics.fmean(values) for values in by_seed])
+    (values,) = by_seed
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return Estimate(statistics.fmean(values), error, 2 * error)
+
+
+def section3(runs: Runs) -> str:
+    """What Sec. 3 says of the trajectory. Of one seed the errors are over matrices, and vectors."""
+    lora, full = runs.spectra(), runs.spectra("full") if runs.is_grid else []
+    if not lora:
+        return ""
+    steps = lora[0]["steps"]
+    early = next((i for i, step in enumerate(steps) if step >= steps[-1] / 3), len(steps) - 1)
+
+    def ratios(found: list[dict], i: int) -> list[list[float]]:
+        return [[e[i] for e in one["energy_ratio_by_module"].values()] for one in found]
+
+    def difference(a: list[list[float]], b: list[list[float]]) -> Estimate:
+        pairs = zip(a, b, strict=False)  # of the seeds that both have
+        return level([[x - y for x, y in zip(now, old, strict=True)] for now, old in pairs])
+
+    def shown(found: list[dict]) -> str:
+        levels = {steps[i]: level(ratios(found, i)).plain() for i in (0, early, -1)}
+        return ", ".join(f"{value} at step {step}" for step, value in levels.items())
+
+    rise = difference(ratios(lora, early), ratios(lora, 0)).verdict()
+    lines = ["* Fig. 2, the rank-1 share E_1 of the update rises early in training: "]
+    lines[0] += f"**{rise}**. It is {shown(lora)}."
+    if full:
+        gap = difference(ratios(lora, -1), ratios(full, -1)).verdict()
+        lines.append(f"* Fig. 2, it is higher with LoRA: **{gap}**. Without it is {shown(full)}.")
+    share = level([[float(row["held_out"] < 0) for row in one["linear_fit"]] for one in lora])
+    half = Estimate(share.mean - 0.5, share.error, share.half).verdict()
+    inside = statistics.median(row["in_sample"] for one in lora for row in one["linear_fit"])
+    lines.append(
+        f"* Fig. 3, a straight line fails on over half of the vectors: **{half}**. On checkpoints "
+        f"that it was not fitted on, {share.plain(100, 1)}% of the vectors have an R² below 0, "
+        "worse than the mean of those few neighbouring points. On those that it was fitted on, the "
+        f"median R² is {inside:.2f}."
+    )
+    return "\n".join(lines)

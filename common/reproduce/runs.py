@@ -1,0 +1,243 @@
+"""The runs that one page is about, which of their policies may be compared, and the statistics.
+
+A page is about one run directory, or about a grid of them (several seeds, several settings).
+With one seed every error is over test problems, paired by problem where two policies are compared.
+With several it is over seeds, paired by seed, with Student's 95% interval.
+"""
+
+import collections
+import dataclasses
+import json
+import pathlib
+import statistics
+
+from common.baselines.measures import cosine
+from common.files import adapters, deltas
+from common.reproduce import results
+from common.reproduce.results import Result
+
+# Student's t, 97.5%, by degrees of freedom
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+NOT_WORSE = 0.01  # "not worse" holds where the whole interval is above minus this
+MAIN = "lora"  # the name of a grid's main run, and of a single one
+
+
+@dataclasses.dataclass
+class Estimate:
+    """A mean, its standard error and half its interval (nan where one seed of several has it)."""
+
+    mean: float
+    error: float = float("nan")
+    half: float = float("nan")
+
+    def points(self) -> str:
+        """In points of accuracy: `+3.0 [+2.1, +3.9]`."""
+        low, high = 100 * (self.mean - self.half), 100 * (self.mean + self.half)
+        return f"{100 * self.mean:+.1f}" + (f" [{low:+.1f}, {high:+.1f}]" if low == low else "")
+
+    def plain(self, scale: float = 1.0, digits: int = 3) -> str:
+        """`0.841 ± 0.003`; without an error where there is none."""
+        error = f" ± {scale * self.error:.{digits}f}" if self.error == self.error else ""
+        return f"{scale * self.mean:.{digits}f}{error}"
+
+    def verdict(self, not_worse: bool = False) -> str:
+        """Of "better" or "not worse": decided where the whole interval is on one side."""
+        bound = -NOT_WORSE if not_worse else 0.0
+        if self.mean + self.half < bound:
+            return "does not hold"
+        return "holds" if self.mean - self.half > bound else "undecided"
+
+
+def over_seeds(values: list[float]) -> Estimate:
+    """Mean and Student's 95% interval of one value a seed.
+
+    >>> round(over_seeds([1.0, 2.0, 3.0]).half, 3)  # 4.303 / sqrt(3)
+    2.484
+    """
+    n = len(values)
+    if n < 2:
+        return Estimate(values[0])
+    error = statistics.stdev(values) / n**0.5
+    return Estimate(statistics.fmean(values), error, error * T975[min(n - 1, len(T975)) - 1])
+
+
+def over_problems(a: Result, b: Result | None = None) -> Estimate:
+    """Accuracy of a, or a minus b paired by problem, with two standard errors on either side."""
+    scores = [a.scores[task] - (b.scores[task] if b else 0.0) for task in a.tasks]
+    error = results.standard_error(scores)
+    return Estimate(statistics.fmean(float(s.mean()) for s in scores), error, 2 * error)
+
+
+class Runs:
+    """results[seed][name][policy] of a run directory (its name is "lora"), or of a grid's runs.
+
+    prefix, total, reference: RL steps before the jump, after the RL that follows it, and of a plain
+    run that is longer than both; 0 where no measured policy has them.
+    left_out: policies that were made otherwise than the rest, and why, as lines for the page.
+    """
+
+    def __init__(self, root: pathlib.Path, seeds: list[int] | None = None):
+        self.root, self.seeds, self.is_grid = root, seeds or [0], seeds is not None
+        one = len(self.seeds) == 1
+        self.over, self.interval = ("problems", "[± 2 s.e.]") if one else ("seeds", "[95%]")
+        self.counted = "seeds" if self.is_grid else "n"
+        self.left_out: list[str] = []
+        self.results: dict[int, dict[str, dict[str, Result]]] = {}
+        for seed in self.seeds:
+            top = root / f"seed{seed}"
+            names = sorted(str(path.parent.relative_to(top)) for path in top.glob("**/eval"))
+            names = names if self.is_grid else [MAIN]
+            self.results[seed] = {n: results.load_results(self.folder(seed, n)) for n in names}
+        self._leave_out_unlike()
+        main = self.some().values()
+        plain = max((r.steps for r in main if r.method == "grpo"), default=0)
+        self.prefix = max((r.steps for r in main if r.jumped), default=plain)
+        self.total = max((r.steps for r in main if r.policy.startswith("continued/")), default=0)
+        self.reference = plain if plain > max(self.prefix, self.total) else 0
+        self.is_full = any(r.trained.get("tune") == "full" for r in main)
+
+    def folder(self, seed: int, name: str = MAIN) -> pathlib.Path:
+        return self.root / f"seed{seed}" / name if self.is_grid else self.root
+
+    def all(self) -> list[tuple[int, str, Result]]:
+        """(seed, name of the run, result) of everything that may be compared."""
+        return [
+            (seed, name, result)
+            for seed, runs in self.results.items()
+            for name, found in runs.items()
+            for result in found.values()
+        ]
+
+    # What may be compared ------------------------------------------------------------------------
+
+    def _leave_out_unlike(self) -> None:
+        """Keeps what was measured on the same problems with the same options, and trained alike."""
+        found, why = self.all(), collections.defaultdict(list)
+        for task in sorted({task for _, _, r in found for task in r.scores}):
+            having = [r for _, _, r in found if task in r.scores]
+            options = most_common([r.measured[task] for r in having])
+            data = most_common([r.data[task] for r in having])
+            for r in having:
+                odd = differing(r.measured[task], options)
+                if odd or r.data[task] != data:
+                    del r.scores[task]
+                    why[id(r)].append(f"measured {odd or f'on another {task}'}")
+        # The accuracy is the mean of one suite, over those tasks of it on which most were measured.
+        sets = {suite: [r.of_suite(suite) for _, _, r in found] for suite in results.SUITES}
+        sets = {suite: [tasks for tasks in many if tasks] for suite, many in sets.items()}
+        biggest = max(sets, key=lambda suite: len(sets[suite]))
+        half = [suite for suite in sets if 2 * len(sets[suite]) >= len(found)]
+        self.tasks = most_common(sets[half[0] if half else biggest]) or ()
+        trained = {}
+        for seed, name, r in found:
+            reasons, r.tasks = why[id(r)], self.tasks
+            missing = [task for task in self.tasks if task not in r.scores]
+            if missing and not reasons:
+                reasons.append(f"not measured on {', '.join(missing)}")
+            usual = trained.setdefault(name, r.trained) if r.trained else {}
+            if not missing and (odd := differing(r.trained, usual)):
+                reasons.append(f"{100 * r.accuracy:.1f}%, trained {odd}")
+            if reasons:
+                del self.results[seed][name][r.policy]
+                run = f"seed{seed}/{name}/" if self.is_grid else ""
+                self.left_out.append(f"{run}{r.policy}: {'; '.join(dict.fromkeys(reasons))}")
+
+    # Policies ------------------------------------------------------------------------------------
+
+    def step(self, step: int) -> str:
+        return f"train/step_{step:04d}"
+
+    def after(self, start: str) -> str:
+        return f"continued/{start}/step_{self.total:04d}"
+
+    @property
+    def before(self) -> str:
+        """The policy from which all jump. For another trainer's it is `none`, its equal."""
+        plain, none = self.step(self.prefix), "extrapolated/none"
+        return none if none in self.some() and plain not in self.some() else plain
+
+    def get(self, policy: str, name: str = MAIN) -> dict[int, Result]:
+        """This policy's result by seed; the backbone's once, as it is the same for all."""
+        having = [seed for seed in self.seeds if policy in self.results[seed].get(name, {})]
+        having = having[:1] if policy == "backbone" else having
+        return {seed: self.results[seed][name][policy] for seed in having}
+
+    def some(self, name: str = MAIN) -> dict[str, Result]:
+        """Every policy that any seed of the run `name` has, with one of its results."""
+        return {r.policy: r for _, run, r in self.all() if run == name}
+
+    def count(self, policy: str, name: str = MAIN) -> str:
+        """How many seeds of a grid have it; of one run the number of responses."""
+        found = self.get(policy, name)
+        return str(len(found) if self.is_grid else sum(r.n for r in found.values()))
+
+    def accuracy(self, policy: str, name: str = MAIN) -> Estimate | None:
+        found = [*self.get(policy, name).values()]
+        if not found or len(self.seeds) == 1:
+            return over_problems(found[0]) if found else None
+        return over_seeds([r.accuracy for r in found])
+
+    def difference(self, a: str, b: str, name: str = MAIN, other: str = "") -> Estimate | None:
+        """Accuracy of a in the run `name` minus that of b in `other`, by default the same run."""
+        first, second = self.get(a, name), self.get(b, other or name)
+        pairs = [(first[seed], second[seed]) for seed in first if seed in second]
+        if not pairs or len(self.seeds) == 1:
+            return over_problems(*pairs[0]) if pairs else None
+        return over_seeds([x.accuracy - y.accuracy for x, y in pairs])
+
+    # What other stages measured ------------------------------------------------------------------
+
+    def spectra(self, name: str = MAIN) -> list[dict]:
+        """Stage 2's spectrum.json of the run `name`, of each seed that has it."""
+        folders = [self.folder(seed, name) / "deltas" for seed in self.seeds]
+        return [deltas.read_spectrum(f) for f in folders if (f / "spectrum.json").is_file()]
+
+    def predictor_reports(self, name: str = MAIN) -> dict[str, list[dict]]:
+        """Stage 3's report.json of each predictor, of each seed that has it."""
+        found = collections.defaultdict(list)
+        for seed in self.seeds:
+            for path in sorted(self.folder(seed, name).glob("predictor/*/report.json")):
+                found[path.parent.name].append(results.read_predictor_report(path))
+        return found
+
+    def backtest(self, method: str, name: str = MAIN) -> Estimate | None:
+        """The cosine of what `method` predicts with a true delta that it has not seen."""
+        recipe, reports = method.removeprefix("next-"), self.predictor_reports(name)
+        row = "predictor" if method != recipe else method
+        found = reports.get(recipe, []) if method != recipe else next(iter(reports.values()), [])
+        values = [r["backtest"][row]["cosine"] for r in found if row in (r["backtest"] or {})]
+        return over_seeds(values) if values else None
+
+    def jump_cosines(self) -> dict[str, Estimate]:
+        """Policy -> cosine of W_hat - W_c with the true W_(c+k) - W_c, mean over the matrices."""
+        found = collections.defaultdict(list)
+        for run in [self.folder(seed) for seed in self.seeds]:
+            if not (run / "deltas" / "index.json").is_file():
+                continue
+            index = deltas.read_index(run / "deltas")
+            c, every = index["steps"][-1], index["steps"][-1] - index["steps"][-2]
+            ends = [run / self.step(step) for step in (c, c + index["k"] * every)]
+            if not all(map(adapters.is_adapter, ends)):
+                continue
+            last, future = map(adapters.read_adapter, ends)
+            true = {m: future.update(m) - last.update(m) for m in last.factors}
+            for path in filter(adapters.is_adapter, sorted((run / "extrapolated").glob("[!.]*"))):
+                jumped = adapters.read_adapter(path)
+                values = [cosine(jumped.update(m) - last.update(m), true[m]) for m in true]
+                if values := [value for value in values if value == value]:  # nan: nothing moved
+                    found[f"extrapolated/{path.name}"].append(statistics.fmean(values))
+        return {policy: over_seeds(values) for policy, values in found.items()}
+
+
+def most_common(values: list):
+    """The value that most have (of several such the first); None of no values."""
+    keys = [json.dumps(value, sort_keys=True) for value in values]
+    return values[keys.index(collections.Counter(keys).most_common(1)[0][0])] if keys else None
+
+
+def differing(options: dict, usual: dict) -> str:
+    """`with temperature 0.5 (the others: 1.0)` for what differs of the options that both have."""
+    keys = [k for k in options.keys() & usual.keys() if None not in (options[k], usual[k])]
+    odd = sorted(key for key in keys if options[key] != usual[key])
+    parts = [f"{key} {options[key]!r} (the others: {usual[key]!r})" for key in odd]
+    return f"with {', '.join(parts)}" if odd else ""
