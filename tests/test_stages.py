@@ -428,7 +428,8 @@ def test_a_failing_process_brings_all_down_with_its_own_error(empty_run, tmp_pat
     script.write_text(
         f"""import importlib, os, sys
 sys.path.insert(0, {str(ROOT)!r})
-from common.files import config, read as inputs
+from common import UserError
+from common.files import stage
 from common.rl import verifier
 score = verifier.Verifier.score
 def spoilt(self, *args):
@@ -437,7 +438,7 @@ def spoilt(self, *args):
         raise UserError("the verifier of process 1 is gone")
     return score(self, *args)
 verifier.Verifier.score = spoilt
-config.run_stage(importlib.import_module("01_train_lora_grpo").main)
+stage.run_stage(importlib.import_module("01_train_lora_grpo").main)
 """
     )
     run = start_two(str(script), folder, "cpu_processes")
