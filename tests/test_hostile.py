@@ -210,7 +210,7 @@ BACKBONES = {
     remote_code: "contains custom code",
     a_tokenizer_with_remote_code: "cannot load backbone",
     kernels_from_the_hub: "wants the hub's 'somebody/kernel' to be run",
-    an_adapter_of_another_base: "has an adapter_config.json beside a model's config.json",
+    an_adapter_of_another_base: "adapter_config.json",
     a_shard_outside: "'../outside.safetensors' cannot be a name here",
 }
 

@@ -147,7 +147,8 @@ sys.addaudithook(_watch)
 def test_stages_that_run_write_there_alone(finished_run, tmp_path, monkeypatch, capsys):
     shutil.copytree(finished_run, run := tmp_path / "run")
     merged = ["--methods", "none", "--merge", "fp32", "--overwrite"]
-    flags = [["--steps", "9"], ["--overwrite"], ["--overwrite"], merged, ["--more-steps", "3"]]
+    paper = ["--recipes", "paper", "--overwrite"]
+    flags = [["--steps", "9"], ["--overwrite"], paper, merged, ["--more-steps", "3"]]
     flags.append(["--policies", "train/step_0009"])
     for script, own in zip(sorted(ROOT.glob("0*.py")), flags, strict=True):
         _watching.append([])
