@@ -428,7 +428,8 @@ def test_a_failing_process_brings_all_down_with_its_own_error(empty_run, tmp_pat
     script.write_text(
         f"""import importlib, os, sys
 sys.path.insert(0, {str(ROOT)!r})
-from common.files import config, read as inputs
+from common import UserError
+from common.files import config
 from common.rl import verifier
 score = verifier.Verifier.score
 def spoilt(self, *args):
@@ -549,8 +550,8 @@ BAD = {
     "truncated backbone": ("06_eval.py", lambda run: truncate(run / "backbone/model.safetensors"), ["--seed", "5"], "backbone/model.safetensors is broken"),
     "truncated resume state": ("01_train_lora_grpo.py", lambda run: [truncate(run / f"train/resume/step_000{step}/weights.safetensors") for step in (7, 8)], ["--steps", "9"], "cannot load resume state"),
     "truncated optimizer": ("01_train_lora_grpo.py", lambda run: [truncate(run / f"train/resume/step_000{step}/optimizer.pt") for step in (7, 8)], ["--steps", "9"], "cannot load resume state"),
-    "foreign train folder": ("01_train_lora_grpo.py", lambda run: (run / "train/config.json").unlink(), ["--steps", "9"], "is not this stage's"),
-    "changed training data": ("01_train_lora_grpo.py", lambda run: (run / "data/train.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n'), ["--steps", "9"], "input train.jsonl"),
+    "foreign train folder": ("01_train_lora_grpo.py", lambda run: (run / "train/config.json").unlink(), ["--steps", "9"], "has files but no config.json"),
+    "changed training data": ("01_train_lora_grpo.py", lambda run: (run / "data/train.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n'), ["--steps", "9"], "input train_data"),
 }  # fmt: skip
 
 
