@@ -574,7 +574,7 @@ def test_a_full_disk_under_the_logs_of_reproduce_is_one_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("script", "file", "flags", "message"),
     [
-        ("01_train_lora_grpo.py", "backbone/model.safetensors", ["--steps", "9"], WRITTEN),
+        ("01_train_lora_grpo.py", "backbone/model.safetensors", ["--steps", "9"], "was made with input backbone"),
         ("02_extract_deltas.py", "train/step_0003/adapter_model.safetensors", ["--overwrite"], WRITTEN),
         ("02_extract_deltas.py", "train/step_0003/adapter_config.json", ["--overwrite"], WRITTEN),
         ("03_train_predictor.py", "deltas/rank1.safetensors", [], WRITTEN),
