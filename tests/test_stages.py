@@ -550,8 +550,8 @@ BAD = {
     "truncated backbone": ("06_eval.py", lambda run: truncate(run / "backbone/model.safetensors"), ["--seed", "5"], "backbone/model.safetensors is broken"),
     "truncated resume state": ("01_train_lora_grpo.py", lambda run: [truncate(run / f"train/resume/step_000{step}/weights.safetensors") for step in (7, 8)], ["--steps", "9"], "cannot load resume state"),
     "truncated optimizer": ("01_train_lora_grpo.py", lambda run: [truncate(run / f"train/resume/step_000{step}/optimizer.pt") for step in (7, 8)], ["--steps", "9"], "cannot load resume state"),
-    "foreign train folder": ("01_train_lora_grpo.py", lambda run: (run / "train/config.json").unlink(), ["--steps", "9"], "is not this stage's"),
-    "changed training data": ("01_train_lora_grpo.py", lambda run: (run / "data/train.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n'), ["--steps", "9"], "input train.jsonl"),
+    "foreign train folder": ("01_train_lora_grpo.py", lambda run: (run / "train/config.json").unlink(), ["--steps", "9"], "has files but no config.json"),
+    "changed training data": ("01_train_lora_grpo.py", lambda run: (run / "data/train.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n'), ["--steps", "9"], "input train_data"),
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from common import UserError
 from common.files import write
 from common.files.adapters import read_info
 from common.files.models import is_model
-from common.files.read import check_intact, first_line, read_json, read_jsonl, safe_path
+from common.files.read import check_intact, first_line, read_json, read_jsonl, safe_name, safe_path
 from common.files.series import step_of
 from common.files.stage import AGAIN, is_writer
 
@@ -124,7 +124,8 @@ def find_start(run: pathlib.Path, name: str, backbone: str) -> tuple[pathlib.Pat
     base is the model that it is an adapter on, or that it is: one in the run directory, with
     {run_dir} for that, or `backbone`. A file of unknown origin chooses no other.
     """
-    inside = safe_path(name if name.startswith("merged/") else f"extrapolated/{name}", "--start")
+    kind = "merged" if name.startswith("merged/") else "extrapolated"
+    inside = f"{kind}/{safe_name(name.removeprefix('merged/'), '--start')}"
     start = run / inside
     if not start.is_dir():
         there = ", ".join(sorted(path.name for path in start.parent.glob("[!.]*"))) or "nothing"
