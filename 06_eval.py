@@ -102,7 +102,9 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
         if now is None or now.base != base:
             if now:
                 now.engine.close()  # the next model needs its memory
-            now = measure.Loaded(cfg, base, tasks, max(ranks, default=0), accelerator)
+            before, now = now, measure.Loaded(cfg, base, tasks, max(ranks, default=0), accelerator)
+            if before is None:
+                accelerator.print(now.first_prompts())
         now.use(lora)
         trained = {} if name == "backbone" else policy.checkpoint_info(run / name)
         if trained.get("template_hash", now.template_hash) != now.template_hash:
@@ -131,6 +133,8 @@ def main() -> None:
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     mixed = "bf16" if torch.cuda.is_available() else "no"
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=mixed)
+    if accelerator.num_processes > 1:
+        accelerator.print(f"{accelerator.num_processes} processes")
     cfg.engine, run = rollout.choose_engine(cfg.engine), pathlib.Path(cfg.run_dir)
     if not run.is_dir():
         raise UserError(f"run directory {run} not found: run 01_train_lora_grpo.py first")

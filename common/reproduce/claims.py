@@ -116,7 +116,8 @@ def time_saved(runs: Runs, method: str) -> str:
 
 def level(by_seed: list[list[float]]) -> Estimate:
     """The mean of one list of values a seed; of one seed alone with the error over its values."""
-    by_seed = [[value for value in values if value == value] for values in by_seed]  # nan: no update
+    # A matrix that did not move has no E_1: nan.
+    by_seed = [[value for value in values if value == value] for values in by_seed]
     if len(by_seed) > 1:
         return over_seeds([statistics.fmean(values) for values in by_seed])
     (values,) = by_seed
@@ -148,7 +149,7 @@ def section3(runs: Runs) -> str:
     lines[0] += f"**{rise}**. It is {shown(lora)}."
     if full:
         gap = difference(ratios(lora, -1), ratios(full, -1)).verdict()
-        lines.append(f"* Fig. 2, it is higher with LoRA: **{gap}**. Without it is {shown(full)}.")
+        lines.append(f"* Fig. 2, it is higher with LoRA: **{gap}**. Without, {shown(full)}.")
     share = level([[float(row["held_out"] < 0) for row in one["linear_fit"]] for one in lora])
     half = Estimate(share.mean - 0.5, share.error, share.half).verdict()
     inside = statistics.median(row["in_sample"] for one in lora for row in one["linear_fit"])

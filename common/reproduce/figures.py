@@ -4,39 +4,26 @@ import itertools
 import pathlib
 import statistics
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from common.files.read import read_jsonl
 from common.files.write import save_figure
-from common.reproduce.results import LOGGED, MAIN_ALPHA, NAMES, method_name, own_seconds
+from common.reproduce.curves import (
+    LOOK,
+    RUNS,
+    accuracy,
+    legend_below,
+    over_seeds,
+    panels,
+    predictor_loss,
+    training,
+)
+from common.reproduce.results import MAIN_ALPHA, NAMES, own_seconds
 from common.reproduce.runs import MAIN, Runs
-from common.reproduce.tables import RECIPES, ended, folder, place, plain_runs
+from common.reproduce.tables import RECIPES, folder, place
 
-LOOK = {  # method: colour (Okabe and Ito's, and a few more), marker, line
-    "grpo": ("#000000", ".", "-"),
-    "next-paper": ("#D55E00", "s", "-"),
-    "next-aligned": ("#0072B2", "o", "-"),
-    "weighted": ("#5D3A9B", "P", "-"),
-    "rl-extra": ("#CC79A7", "D", "-"),
-    "relex": ("#A6761D", ">", "-"),
-    "repeat-last": ("#009E73", "^", "--"),
-    "recent-locals": ("#8A8A00", "<", "--"),
-    "none": ("#56B4E9", "x", ":"),
-    "oracle": ("#E69F00", "v", "--"),
-}
-RUNS = {  # runs of a grid: name, colour, marker
-    MAIN: ("LoRA", "#0072B2", "o"),
-    "rank4": ("LoRA, rank 4", "#56B4E9", "^"),
-    "rank64": ("LoRA, rank 64", "#5D3A9B", "v"),
-    "full": ("all parameters", "#D55E00", "s"),
-}
 EDGES = (float("-inf"), -0.5, 0.0, 0.5, 0.9, float("inf"))  # of the bins of R^2 in Fig. 3
 BINS = ("< −0.5", "−0.5 to 0", "0 to 0.5", "0.5 to 0.9", "> 0.9")
 PARTS = {"RL": "#56B4E9", "SVD": "#D55E00", "predictor": "#E69F00", "extrapolation": "#009E73"}
-WINDOW = 10  # RL steps of which the training curves are means
 
 
 def draw_all(runs: Runs) -> dict[str, pathlib.Path]:
@@ -56,105 +43,6 @@ def draw_all(runs: Runs) -> dict[str, pathlib.Path]:
             save_figure(paths[title], figure)
             plt.close(figure)
     return paths
-
-
-def panels(rows: int, columns: int, width: float, height: float, **options):
-    """A figure of `rows` times `columns` axes with grid lines, of this size in inches."""
-    size = {"figsize": (width, height), "layout": "constrained", "squeeze": False}
-    figure, axes = plt.subplots(rows, columns, **size, **options)
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-        axis.set_axisbelow(True)
-    return figure, list(axes.flat)
-
-
-def legend_below(figure, axis, columns: int) -> None:
-    handles = axis.get_legend_handles_labels()
-    figure.legend(*handles, fontsize=9, ncol=columns, loc="outside lower center", frameon=False)
-
-
-def over_seeds(columns) -> tuple[list[float], list[float]]:
-    """Mean and standard error over seeds of each column; no error for one seed."""
-    columns = [list(values) for values in columns]
-    errors = [statistics.stdev(v) / len(v) ** 0.5 if len(v) > 1 else float("nan") for v in columns]
-    return [statistics.fmean(values) for values in columns], errors
-
-
-def accuracy(runs: Runs):
-    """Test accuracy by RL step without a jump; beside it every method at the last step."""
-    shown, curves = ended(runs)[::-1], {name: plain_runs(runs, name) for name in (MAIN, "full")}
-    if not shown or not any(curves.values()):
-        return None
-    figure, axes = panels(1, 2, 11, 1.6 + 0.24 * max(len(shown), 9), width_ratios=(1, 1.1))
-    for name, results in curves.items():
-        if results:
-            found, (_, colour, mark) = [runs.accuracy(r.policy, name) for r in results], RUNS[name]
-            bars = [100 * f.mean for f in found], [100 * f.error for f in found]
-            look = {"color": colour, "marker": mark, "ms": 4, "label": results[0].label}
-            axes[0].errorbar([r.steps for r in results], *bars, capsize=2, **look)
-    axes[0].set(xlabel="RL steps, without a jump", ylabel=f"accuracy %, ± s.e. over {runs.over}")
-    axes[0].legend(fontsize=9, loc="lower right")
-    for y, result in enumerate(shown):
-        found = runs.accuracy(result.policy)
-        colour, mark, _ = LOOK.get(result.method, ("#666666", "o", "-"))
-        bars = {"xerr": 100 * found.error, "color": colour, "marker": mark, "capsize": 2}
-        axes[1].errorbar(100 * found.mean, y, **bars)
-    if plain := runs.accuracy(runs.step(runs.total)):
-        axes[1].axvline(100 * plain.mean, color="black", lw=1, ls=":")
-        axes[1].set_title(f"dotted: GRPO at {runs.total}, without a jump", fontsize=9)
-    axes[1].set_yticks(range(len(shown)), [r.label for r in shown], fontsize=9)
-    axes[1].set_xlabel(f"accuracy % after {runs.total} RL steps, with a jump at {runs.prefix}")
-    return figure
-
-
-def logged(runs: Runs, key: str) -> dict[str, dict[int, float]]:
-    """method -> step -> `key` of metrics.jsonl, mean over seeds: the plain run and what goes on."""
-    found = {}
-    for seed in runs.seeds:
-        paths = [*runs.folder(seed).glob("continued/*/metrics.jsonl")]
-        for path in [runs.folder(seed) / "train" / "metrics.jsonl", *sorted(paths)]:
-            name = path.parent.name
-            method = "grpo" if name == "train" else name.split("_alpha")[0]
-            if method in LOOK and path.is_file() and not name.endswith("_merged"):
-                for row in read_jsonl(path, LOGGED):
-                    found.setdefault(method, {}).setdefault(row["step"], []).append(row[key])
-    shown = [method for method in LOOK if method in found]
-    return {m: {step: statistics.fmean(v) for step, v in found[m].items()} for m in shown}
-
-
-def smooth(rows: dict[int, float], window: int) -> dict[int, float]:
-    """Step -> the mean of the `window` steps that end there; the first window - 1 have none."""
-    steps = sorted(rows)
-    ends = range(window - 1, len(steps))
-    parts = {steps[i]: steps[i + 1 - window : i + 1] for i in ends}
-    return {end: statistics.fmean(rows[step] for step in part) for end, part in parts.items()}
-
-
-def training(runs: Runs):
-    """Reward (of the whole run, and after the jump) and response length by RL step."""
-    reward, length = logged(runs, "accuracy"), logged(runs, "response_length")
-    if not reward:
-        return None
-    jumped, full = [m for m in reward if m != "grpo"], runs.is_full
-    window = min([WINDOW, *map(len, reward.values())])
-    figure, axes = panels(1, 3, 12, 4.1)
-    titles = ("reward, the whole run", "reward after the jump", "response length, tokens")
-    for axis, title, curves in zip(axes, titles, (reward, reward, length), strict=True):
-        for method, rows in curves.items():
-            (colour, _, line), curve = LOOK[method], smooth(rows, window)
-            look = {"color": colour, "lw": 1.6, "label": method_name(method, full)}
-            axis.plot(list(curve), list(curve.values()), line, **look)
-        axis.set(title=title, xlabel=f"RL step (curves: means of {window})")
-        if jumped:
-            axis.axvline(runs.prefix, color="gray", lw=1, ls=":")
-    if jumped:
-        end = max(max(reward[method]) for method in jumped)
-        curves = [smooth(rows, window) for rows in reward.values()]
-        near = [v for curve in curves for step, v in curve.items() if runs.prefix < step <= end]
-        low, high = min(near, default=0.0), max(near, default=1.0)
-        axes[1].set(xlim=(runs.prefix, end), ylim=(low - 0.02, high + 0.02))
-    legend_below(figure, axes[0], 4)
-    return figure
 
 
 def energy(runs: Runs):
@@ -207,31 +95,6 @@ def linear_fit(runs: Runs):
     axis.set_ylabel(f"% of {len(found[0])} vectors")
     axis.margins(y=0.15)
     axis.legend(fontsize=8, loc="upper center")
-    return figure
-
-
-def predictor_loss(runs: Runs):
-    """Eq. 9's loss by epoch, relative to predicting zeros: a panel a predictor, a line a family."""
-    found = {name: many for name, many in runs.predictor_reports().items() if many[0]["losses"]}
-    if not found:
-        return None
-    columns = min(len(found), 4)
-    rows = -(-len(found) // columns)
-    figure, axes = panels(rows, columns, max(4 * columns, 5), 0.8 + 2.8 * rows, sharey=True)
-    for axis in axes[len(found) :]:
-        axis.remove()
-    for axis, (name, reports) in zip(axes, found.items(), strict=False):
-        for i, family in enumerate(reports[0]["losses"]):
-            moved = [r for r in reports if r["loss_of_zeros"][family]]
-            curves = [[x / r["loss_of_zeros"][family] for x in r["losses"][family]] for r in moved]
-            mean = [statistics.fmean(losses) for losses in zip(*curves, strict=True)]
-            epochs = [j * reports[0]["loss_stride"] for j in range(len(mean))]
-            colour = plt.cm.viridis(i / max(1, len(reports[0]["losses"]) - 1))
-            axis.plot(epochs, mean, color=colour, lw=1.4, label=family)
-        axis.axhline(1, color="gray", lw=1, ls=":")
-        axis.set(title=name, xlabel="epoch", yscale="log")
-    axes[0].set_ylabel("L1 loss / that of predicting zeros")
-    legend_below(figure, axes[0], 6)
     return figure
 
 

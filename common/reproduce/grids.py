@@ -123,17 +123,16 @@ def rivals(plan: Plan, run: str, first: str, jump: str) -> list[str]:
 def side_run(plan: Plan, seed: int, name: str, flags: list[str], reference: int) -> None:
     """GRPO with other settings, and jumps from its first steps: Table 5 (w/o LoRA), 6, other ranks.
 
-    With `reference` 0 it ends with the jump, and trains no network.
+    With `reference` 0 it ends with the jump.
     """
     run, flags, total = f"seed{seed}/{name}", ["--seed", str(seed), *flags], plan.prefix + plan.more
     ends = sorted({plan.prefix, total, reference}) if reference else [plan.prefix]
-    networks = ["paper"] if reference else []
+    network = "paper" if reference else "aligned"
     first = train(plan, run, flags, ends)
     after = plan.add(run, "02", ["--last-step", str(plan.prefix)], [first], 15)
-    if networks:
-        after = plan.add(run, "03", ["--seed", str(seed), "--recipes", *networks], [after], 60)
-    chosen = ["--recipes", *networks, "--methods", "next"] if networks else ["--methods"]
-    methods = [*chosen, "weighted", "repeat-last", "--alphas", ALPHA]
+    after = plan.add(run, "03", ["--seed", str(seed), "--recipes", network], [after], 60)
+    methods = ["--recipes", network, "--methods", "next", "weighted", "repeat-last"]
+    methods += ["--alphas", ALPHA]
     needs = [plan.add(run, "04", methods, [after], 15)]
     policies = [*(f"train/step_{end:04d}" for end in ends), "extrapolated/*"]
     if reference:

@@ -54,10 +54,10 @@ POLICY = re.compile(
 )
 # Options of stages 1 and 5 that may differ between two runs that are compared.
 NOT_TRAINING = {
-    *("backbone", "train_data", "steps", "more_steps", "start", "restart", "seed", "save_every"),
-    *("engine", "vllm_options", "max_logprob_gap", "micro_tokens", "gradient_checkpointing"),
-    *("verifier_seconds", "mixed_precision", "resume_every", "log_every", "report_to"),
-    *("prompt_column", "answer_column", "data_split"),
+    *("backbone", "train_data", "prompt_column", "answer_column", "data_split", "engine", "seed"),
+    *("steps", "more_steps", "start", "restart", "save_every", "resume_every", "log_every"),
+    *("report_to", "vllm_options", "max_logprob_gap", "micro_tokens", "gradient_checkpointing"),
+    *("verifier_seconds", "mixed_precision"),
 }
 
 
@@ -159,8 +159,7 @@ def load_results(run: pathlib.Path) -> dict[str, Result]:
             template = {"template_hash": record.get("template_hash")}
             result.measured[task] = (record.get("settings") or {}) | template
             result.data[task] = f"{record.get('data')} {len(record['by_problem'])}"
-        suites = [result.of_suite(suite) for suite in SUITES]
-        result.tasks = next(tasks for tasks in suites if tasks)
+        result.tasks = next(t for suite in SUITES if (t := result.of_suite(suite)))
         result.seconds = wall_seconds(run, result)
     return found
 
@@ -185,9 +184,6 @@ def jump_info(run: pathlib.Path, policy: str) -> dict:
     paths = [folder / "checkpoint.json" for folder in folders]
     path = next((path for path in paths if path.is_file()), paths[0])
     return read_json(path, "the stage that made it", {"step": int, "seconds": float | None})
-
-
-# Seconds ----------------------------------------------------------------------------------------
 
 
 def rl_seconds(folder: pathlib.Path, last_step: int) -> float:
@@ -232,8 +228,8 @@ def wall_seconds(run: pathlib.Path, result: Result) -> float | None:
         return None
     if result.method in ("backbone", "grpo"):
         return rl_seconds(run / "train", result.steps) if result.steps else 0.0
-    name, method = result.policy.split("/")[1], result.method.removesuffix("_merged")
-    name = name.removesuffix("_merged").removeprefix("merged__")
+    method = result.method.removesuffix("_merged")
+    name = result.policy.split("/")[1].removesuffix("_merged").removeprefix("merged__")
     seconds = rl_seconds(run / "train", jump_info(run, f"extrapolated/{name}")["step"])
     seconds += sum(own_seconds(run, method, name).values())
     if result.policy.startswith("continued/"):
@@ -243,13 +239,11 @@ def wall_seconds(run: pathlib.Path, result: Result) -> float | None:
 
 def read_predictor_report(path: pathlib.Path) -> dict:
     """What stage 3 wrote of one predictor: losses by family, and its backtest or None."""
-    kinds = {"losses": dict[str, list[float]], "loss_of_zeros": dict[str, float]}
-    kinds |= {"loss_stride": int, "backtest": dict | None}
+    losses = {"losses": dict[str, list[float]], "loss_of_zeros": dict[str, float]}
+    kinds = {**losses, "loss_stride": int, "backtest": dict | None}
     found = read_json(path, "03_train_predictor.py --overwrite", kinds)
     tested, steps = found["backtest"], {"at_step": int, "predicts_step": int}
     rows = {row: {"cosine": float} for row in TESTED if row in (tested or {})}
     if tested and not matches(tested, {**steps, "predictor": dict, **rows}):
         raise UserError(f"{path} has no usable backtest: run 03_train_predictor.py --overwrite")
-    if found["losses"].keys() - found["loss_of_zeros"].keys():
-        raise UserError(f"{path} has no loss_of_zeros: run 03_train_predictor.py --overwrite")
     return found

@@ -31,11 +31,15 @@ class Loaded:
         self.template_hash = data.template_hash(self.tokenizer, *around)
         for task, problems in tasks.items():
             wanted = (problems, self.tokenizer, *around, cfg.max_prompt_tokens, task)
-            prompts = self.prompts[task] = data.encode_prompts(*wanted)
-            first = self.tokenizer.decode(prompts[0])
-            accelerator.print(f"{task}: {len(prompts)} problems; first prompt: {first!r}")
+            self.prompts[task] = data.encode_prompts(*wanted)
         where = (cfg.path(base), rank, cfg.batch_size)
         self.engine = rollout.make_engine(cfg, model, self.tokenizer, *where)
+
+    def first_prompts(self) -> str:
+        """A line a task, for whoever wants to see what the model is asked."""
+        firsts = {task: (len(p), self.tokenizer.decode(p[0])) for task, p in self.prompts.items()}
+        lines = [f"{task}: {n} problems; first prompt: {p!r}" for task, (n, p) in firsts.items()]
+        return "\n".join(lines)
 
     def use(self, lora: pathlib.Path | None) -> None:
         """Samples from the model with this adapter. Raises UserError for another model's."""
