@@ -18,6 +18,7 @@ import torch
 from common import UserError
 from common.files.read import check_intact, matches, read_json, reading
 from common.files.write import atomic_dir, atomic_write_text, save_tensors, writing
+from common.rank1 import LowRank
 
 ANOTHER = "put a good copy there, leave this checkpoint out, or have the stage that wrote it make it again"
 TRAINING = "the training that writes it (here: 01_train_lora_grpo.py)"
@@ -107,6 +108,11 @@ class Adapter:
     config: dict  # adapter_config.json
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
     others: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # what else the file holds (modules_to_save ...), by key
+
+    def update(self, module: str) -> LowRank:
+        """s B A of `module`, in float64."""
+        b, a = self.factors[module]
+        return LowRank(b.double(), a.double(), self.scale(module))
 
     def scale(self, module: str) -> float:
         """s of `module`, see `module_scale`."""
@@ -255,3 +261,10 @@ def extended(last: Adapter, factors: dict[str, tuple[torch.Tensor, torch.Tensor]
     """`last` with other factors, of whatever rank, at the same scales. A LoRA on an embedding is among `others` and keeps its rank."""
     kept = [match[1] for key in last.others if (match := _EMBEDDING.fullmatch(key))]
     return Adapter(with_ranks(last.config, {module: b.shape[1] for module, (b, _) in factors.items()}, kept), factors, last.others)
+
+
+def empty_adapter(folder: pathlib.Path, shapes: dict[str, tuple[int, int]]) -> Adapter:
+    """An adapter of rank 0 on the modules [m, n] of the whole model in `folder`: what a jump from a whole model adds its rank to."""
+    factors = {module: (torch.zeros(m, 0), torch.zeros(0, n)) for module, (m, n) in shapes.items()}
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 0, "lora_alpha": 0, "target_modules": [*shapes], "bias": "none"}
+    return Adapter({**config, "base_model_name_or_path": str(folder.resolve())}, factors)

@@ -29,6 +29,13 @@ INTEGERS = 2**31  # options are below it, and above its negative
 PRESETS = pathlib.Path(__file__).parents[1] / "presets"
 
 
+def option(default: object, help: str) -> object:
+    """A field of a config class: its default, and one line of help for --help. A list is copied."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
 @dataclasses.dataclass
 class StageConfig:
     """What every stage takes."""

@@ -1,69 +1,153 @@
-"""What stage 2 left in <run>/deltas, checked when it is read: the rank-1 deltas, and which checkpoints they were made from."""
+"""What stage 2 leaves in <run>/deltas: the rank-1 deltas of every matrix, and their checkpoints."""
 
+import dataclasses
 import os
 import pathlib
 
+import safetensors
 import safetensors.torch
 import torch
 
 from common import UserError
-from common.files.read import check_intact, matches, read_json, reading, safe_path
-from common.rank1 import ROLES, Trajectory, Triples
+from common.files.read import check_intact, read_json, reading, safe_name, safe_path
+from common.rank1 import ROLES, LowRank, align, rank1
+
+STAGE = "02_extract_deltas.py"
+AGAIN = "run 02_extract_deltas.py --overwrite"
+
+
+@dataclasses.dataclass
+class Triples:
+    """One kind of delta of one matrix by checkpoint: u [c, m], sigma [c], v [c, n]."""
+
+    u: torch.Tensor
+    sigma: torch.Tensor
+    v: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.sigma)
+
+    def __getitem__(self, i: int) -> LowRank:
+        """sigma u v^T of checkpoint i."""
+        return rank1(self.u[i], self.sigma[i], self.v[i])
+
+    def part(self, which: slice) -> "Triples":
+        """The triples of some checkpoints."""
+        return Triples(self.u[which], self.sigma[which], self.v[which])
+
+
+def align_roles(roles: dict[str, Triples]) -> dict[str, Triples]:
+    """One matrix's deltas with consistent signs: the global ones backwards from the last checkpoint,
+    local and target ones towards the global delta of their checkpoint."""
+    u, v = roles["global"].u.clone(), roles["global"].v.clone()
+    for i in range(len(u) - 2, -1, -1):
+        u[i], v[i] = align(u[i], v[i], u[i + 1], v[i + 1])
+    found = {"global": Triples(u, roles["global"].sigma, v)}
+    for role in ("local", "target"):
+        t, count = roles[role], len(roles[role])
+        turned_u, turned_v = align(t.u, t.v, u[:count], v[:count])
+        found[role] = Triples(turned_u, t.sigma, turned_v)
+    return found
+
+
+@dataclasses.dataclass
+class Trajectory:
+    """deltas[module][role] are Triples over `steps`, the targets over the first len(steps) - k."""
+
+    steps: list[int]
+    k: int
+    deltas: dict[str, dict[str, Triples]]
+
+    def aligned(self) -> "Trajectory":
+        """The same with consistent signs."""
+        deltas = {module: align_roles(roles) for module, roles in self.deltas.items()}
+        return Trajectory(self.steps, self.k, deltas)
+
+    def until(self, count: int) -> "Trajectory":
+        """What was known when only the first `count` checkpoints existed."""
+        return self._part(slice(count), slice(max(count - self.k, 0)))
+
+    def last(self, count: int) -> "Trajectory":
+        """The last `count` checkpoints, and the targets that begin at one of them: count - k."""
+        tail = slice(max(len(self.steps) - count, 0), None)
+        return self._part(tail, tail)
+
+    def _part(self, checkpoints: slice, targets: slice) -> "Trajectory":
+        cut = {"global": checkpoints, "local": checkpoints, "target": targets}
+        deltas = {
+            module: {role: t.part(cut[role]) for role, t in roles.items()}
+            for module, roles in self.deltas.items()
+        }
+        return Trajectory(self.steps[checkpoints], self.k, deltas)
 
 
 def load_trajectory(folder: pathlib.Path) -> Trajectory:
-    """Reads what 02_extract_deltas.py wrote to `folder`; signs are as LAPACK left them. Raises UserError where it is not that."""
-    index = read_json(folder / "index.json", "02_extract_deltas.py", {"steps": list[int], "k": int, "modules": list[str]})
-    steps, k = index["steps"], index["k"]
-    if not 1 <= k < len(steps) or not index["modules"] or steps[0] < 1 or steps != sorted({*steps}):
-        raise UserError(f"{folder}/index.json has no usable steps, k and modules: run 02_extract_deltas.py --overwrite")
-    path = folder / "rank1.safetensors"
-    with reading(path, "run 02_extract_deltas.py --overwrite"):
-        tensors = safetensors.torch.load_file(path)
+    """The deltas in `folder`, with the signs that they were stored with.
+
+    Raises UserError where they are not what stage 2 wrote.
+    """
+    index = read_index(folder)
+    steps, k, modules = index["steps"], index["k"], index["modules"]
     check_intact(folder)
-    deltas, counts = {}, {"global": len(steps), "local": len(steps), "target": len(steps) - k}
-    for module in index["modules"]:
-        parts = {role: [tensors.get(f"{role}.{module}.{part}", torch.empty(0)) for part in ("u", "sigma", "v")] for role in ROLES}
-        m, n = (parts["global"][i].shape[1:] for i in (0, 2))
-        for role, found in parts.items():
+    counts, deltas = {"global": len(steps), "local": len(steps), "target": len(steps) - k}, {}
+    for module in modules:
+        path = folder / f"{safe_name(module, f'{folder}/index.json')}.safetensors"
+        with reading(path, AGAIN):
+            tensors = safetensors.torch.load_file(path)
+            found = {r: Triples(*(tensors[f"{r}.{x}"] for x in ("u", "sigma", "v"))) for r in ROLES}
+        m, n = found["global"].u.shape[1:], found["global"].v.shape[1:]
+        for role, t in found.items():
             wanted = [(counts[role], *m), (counts[role],), (counts[role], *n)]
-            if [t.shape for t in found] != wanted or not all(t.numel() and t.dtype == torch.float32 and t.isfinite().all() for t in found):
-                raise UserError(f"{path} does not hold the {role} deltas of {module}: run 02_extract_deltas.py --overwrite")
-        deltas[module] = {role: Triples(*found) for role, found in parts.items()}
+            parts = (t.u, t.sigma, t.v)
+            if [x.shape for x in parts] != wanted or not all(x.isfinite().all() for x in parts):
+                raise UserError(f"{path} does not hold the {role} deltas of {module}: {AGAIN}")
+        deltas[module] = found
     return Trajectory(steps, k, deltas)
 
 
+def load_spectra(folder: pathlib.Path) -> dict[str, torch.Tensor]:
+    """module -> the singular values of its global deltas [c, q] that stage 2 left in `folder`."""
+    found = {}
+    for module in read_index(folder)["modules"]:
+        path = folder / f"{module}.safetensors"
+        with reading(path, AGAIN), safetensors.safe_open(path, "pt") as file:
+            found[module] = file.get_tensor("spectrum")
+    return found
+
+
+def read_index(folder: pathlib.Path) -> dict:
+    """index.json of the deltas in `folder`: steps, checkpoints (step -> path), k, modules."""
+    kinds = {"steps": list[int], "k": int, "modules": list[str], "checkpoints": dict[str, str]}
+    index = read_json(folder / "index.json", STAGE, kinds)
+    steps = index["steps"]
+    usable = 1 <= index["k"] < len(steps) and index["modules"] and steps == sorted({*steps})
+    if not usable or steps[0] < 1 or [str(step) for step in steps] != list(index["checkpoints"]):
+        raise UserError(f"{folder}/index.json has no usable steps, k, modules or checkpoints: {AGAIN}")
+    return index
+
+
 def checkpoint_paths(run: pathlib.Path) -> dict[int, pathlib.Path]:
-    """The checkpoints that the deltas of the run directory `run` were made from, by step, in order."""
-    index = read_json(run / "deltas" / "index.json", "02_extract_deltas.py")
-    if "checkpoints" not in index:
-        raise UserError(f"{run}/deltas/index.json does not say where its checkpoints are: run 02_extract_deltas.py --overwrite")
-    found = index["checkpoints"]
-    if not matches(found, dict[str, str]) or [str(step) for step in index.get("steps", [])] != list(found):
-        raise UserError(f"{run}/deltas/index.json has no usable checkpoints: run 02_extract_deltas.py --overwrite")
-    return {  # those elsewhere are absolute
-        int(step): pathlib.Path(path) if os.path.isabs(path) else run / safe_path(path, f"{run}/deltas/index.json, checkpoints")
-        for step, path in found.items()
+    """The checkpoints that the deltas of `run` were made from, by step. Those elsewhere are absolute."""
+    what = f"{run}/deltas/index.json, checkpoints"
+    return {
+        int(step): pathlib.Path(path) if os.path.isabs(path) else run / safe_path(path, what)
+        for step, path in read_index(run / "deltas")["checkpoints"].items()
     }
 
 
-def kind_of(run: pathlib.Path) -> str:
-    """What the deltas of the run directory `run` were made from: "lora" or "full"."""
-    return read_json(run / "deltas" / "index.json", "02_extract_deltas.py").get("kind", "lora")
-
-
 def read_spectrum(folder: pathlib.Path) -> dict:
-    """What stage 2 measured of the deltas in `folder` (Sec. 3): energy ratios by step, and the R^2 of every vector."""
+    """What stage 2 measured of the deltas in `folder` (Sec. 3): energy ratios, and R^2 of fits."""
     kinds = {
         "steps": list[int],
         **dict.fromkeys(("energy_ratio", "energy_ratio_squared"), list[float]),
         "energy_ratio_by_module": dict[str, list[float]],
         "linear_fit": list[dict],
     }
-    found = read_json(folder / "spectrum.json", "02_extract_deltas.py --overwrite", kinds)
-    numbers = [row.get(key) for row in found["linear_fit"] for key in ("held_out", "in_sample")]  # -inf too, for what does not move
-    lengths = {len(found["steps"])} | {len(row) for row in [found["energy_ratio"], *found["energy_ratio_by_module"].values()]}
-    some = found["steps"] and found["linear_fit"] and found["energy_ratio_by_module"]
-    if not some or len(lengths) > 1 or not all(isinstance(number, int | float) for number in numbers):
-        raise UserError(f"{folder}/spectrum.json has not one number a step: run 02_extract_deltas.py --overwrite")
+    found = read_json(folder / "spectrum.json", f"{STAGE} --overwrite", kinds)
+    rows = [found["energy_ratio"], *found["energy_ratio_by_module"].values()]
+    numbers = [row.get(key) for row in found["linear_fit"] for key in ("held_out", "in_sample")]
+    some = found["steps"] and numbers and len(rows) > 1
+    kinds = {type(number) for number in numbers}  # -inf too, for a vector that did not move
+    if not some or {len(r) for r in rows} != {len(found["steps"])} or not kinds <= {int, float}:
+        raise UserError(f"{folder}/spectrum.json has not one number a step: {AGAIN}")
     return found

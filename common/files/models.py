@@ -7,7 +7,7 @@ import safetensors
 import torch
 
 from common import UserError
-from common.files.read import check_intact, read_json, reading, safe_name
+from common.files.read import check_intact, first_line, read_json, reading, safe_name
 
 WANTED = "a Hugging Face folder with safetensors weights"
 
@@ -89,3 +89,21 @@ def find_model(name: str) -> pathlib.Path:
         return pathlib.Path(snapshot_download(name, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError) as error:
         raise UserError(f"backbone {name} is no folder, and no hub id in this machine's cache: want {WANTED}") from error
+
+
+def linear_layers(model: ModelFolder) -> list[str]:
+    """The names of the linear layers but the head, those that a LoRA on "all-linear" would have. Builds the model without weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(model.path, trust_remote_code=False)
+        with torch.device("meta"):
+            built = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever transformers raises on a config.json that is not what it expects
+        raise UserError(f"cannot build the model of {model.path}: {first_line(error)}") from error
+    head = built.get_output_embeddings()
+    layers = [name for name, layer in built.named_modules() if isinstance(layer, torch.nn.Linear) and layer is not head]
+    found = [name for name in layers if f"{name}.weight" in model.shapes]
+    if not found:
+        raise UserError(f"{model.path} has no linear layers under the names that transformers gives them")
+    return sorted(found)

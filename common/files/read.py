@@ -13,14 +13,12 @@ import typing
 
 import safetensors
 
+from common import UserError
+
 JSON_LIMIT = 50 * 2**20  # bytes of a JSON file; an index.json of ours has 0.2 kB a matrix and checkpoint
 LINE_LIMIT = 10 * 2**20  # characters of a line of JSONL
 DEPTH = 100  # of nested JSON; ours has 4. Python's own limit is that of its stack, which differs from place to place
 HASHES = "sha256.json"  # beside weights of ours: file -> its hash
-
-
-class UserError(Exception):
-    """Something the user can put right. Shown as one line with exit code 2, never as a traceback."""
 
 
 def safe_name(name: str, what: str) -> str:

@@ -1,0 +1,50 @@
+"""What Section 3 of the paper measures on a trajectory: energy ratios (Fig. 2), straight lines (Fig. 3)."""
+
+import torch
+
+
+def energy_ratio(sigma: torch.Tensor, power: int = 1) -> torch.Tensor:
+    """E_1 = sigma_1 / sum_q sigma_q (Sec. 3.2), [..., q] -> [...]; nan for a zero matrix.
+
+    power 2 gives the share of the squared Frobenius norm.
+    """
+    return sigma[..., 0] ** power / (sigma**power).sum(-1)
+
+
+def linear_fit_r2(steps: torch.Tensor, y: torch.Tensor, fit: int) -> tuple[float, float]:
+    """R^2 = 1 - SSE / SST of the least-squares line y_t = a + b t (Sec. 3.3), steps [c], y [c, d].
+
+    The line is fitted on the first `fit` checkpoints. Returns R^2 on the others, and on those. SST is
+    around the mean of the same points, so below 0 is worse than to know their mean.
+    """
+    t, y = steps.double() - steps[:fit].double().mean(), y.double()
+    mean = y[:fit].mean(0)
+    slope = (t[:fit, None] * (y[:fit] - mean)).sum(0) / t[:fit].square().sum()
+    squares = (y - mean - t[:, None] * slope).square()
+
+    def r2(part: slice) -> float:
+        return float(1 - squares[part].sum() / (y[part] - y[part].mean(0)).square().sum())
+
+    return r2(slice(fit, None)), r2(slice(fit))
+
+
+def measure(trajectory, spectra: dict[str, torch.Tensor], fit: int) -> dict:
+    """Fig. 2 and 3 of a trajectory: means over matrices by step, and the R^2 of every vector.
+
+    spectra: module -> singular values of its global deltas [c, q].
+    """
+    rows = []
+    for module, roles in trajectory.aligned().deltas.items():
+        for side in ("u", "v"):
+            vectors = roles["global"].sigma[:, None] * getattr(roles["global"], side)  # [c, d]
+            r2 = linear_fit_r2(torch.tensor(trajectory.steps), vectors, fit)
+            rows.append({"module": module, "side": side, "held_out": r2[0], "in_sample": r2[1]})
+    energy = torch.stack([energy_ratio(sigma) for sigma in spectra.values()])  # [modules, c]
+    squared = torch.stack([energy_ratio(sigma, 2) for sigma in spectra.values()])
+    return {
+        "steps": trajectory.steps,
+        "energy_ratio": energy.nanmean(0).tolist(),
+        "energy_ratio_squared": squared.nanmean(0).tolist(),
+        "energy_ratio_by_module": {m: row.tolist() for m, row in zip(spectra, energy, strict=True)},
+        "linear_fit": rows,
+    }
