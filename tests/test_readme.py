@@ -36,7 +36,8 @@ def section(title: str) -> str:
 
 def blocks(page: str, language: str = "") -> list[str]:
     """The code blocks of a page in that language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.M | re.S)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", PAGES[page], re.M | re.S)
+    return [block for its_language, block in found if its_language == language]
 
 
 def outside_blocks(page: str) -> str:
@@ -140,6 +141,10 @@ def known_flags(script: str) -> set[str]:
     return set(re.findall(r'"(--[a-z-]+)"', "".join(f.read_text(encoding="utf-8") for f in files)))
 
 
+def test_commands_are_found():
+    assert len(EVERY_COMMAND) > 35
+
+
 @pytest.mark.parametrize(("page", "command"), EVERY_COMMAND, ids=[c for _, c in EVERY_COMMAND])
 def test_commands_name_what_there_is(page, command):
     script, words = script_and_flags(command)
@@ -154,7 +159,8 @@ def test_commands_name_what_there_is(page, command):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_within_a_line_exist(page):
-    others = {"--num_processes", "--config_file", "--index-url", "--quiet", "--model"}
+    others = {"--num_processes", "--config_file", "--index-url", "--quiet"}  # of other programs
+    others |= {"--help", "--model", "--epochs"}  # of argparse, and of benches
     known = others.union(*map(known_flags, (*STAGES.values(), "common.reproduce", "common.demo")))
     known |= known_flags("tests/bench/torture.py") | known_flags("tests/bench/bench_bf16.py")
     assert set(re.findall(r"--[a-z][a-z_-]+", outside_blocks(page))) - known == set()
