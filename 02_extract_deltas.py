@@ -67,7 +67,7 @@ def main() -> None:
     # The work is the CPUs', and one process may need much longer than the others.
     state = PartialState(cpu=True, timeout=datetime.timedelta(days=1))
     run = pathlib.Path(cfg.run_dir)
-    found = series.open_series(select(cfg), cfg)
+    found = series.open_series(select(cfg), cfg.backbone, cfg.run_dir)
     with state.main_process_first():
         stage = Stage(run / "deltas", cfg, found.hashes(), may_change=("backbone",))
     if stage.done:
@@ -94,7 +94,7 @@ def main() -> None:
 
     paths = {step: within(path, run) for step, path in found.paths.items()}
     index = {"steps": found.steps, "checkpoints": paths, "k": cfg.k, "modules": found.modules}
-    stage.write_json("index.json", index)
+    stage.write_json("index.json", {**index, "backbone": found.backbone})
     spectra = deltas.load_spectra(stage.folder)
     if not any(sigma[-1, 0] > 0 for sigma in spectra.values()):
         raise UserError(

@@ -95,10 +95,12 @@ class LowRank:
         A LoRA's own B and A come back as they were. Unit vectors share their weight evenly, c =
         sqrt(weight / scale) on each side, because both sides are trained on.
         """
+        if not self.terms:  # PEFT knows no rank 0
+            return torch.zeros(self.shape[0], 1), torch.zeros(1, self.shape[1])
         if sum(t.left.shape[1] for t in self.terms) > min(self.shape):
             u, sigma, vh = torch.linalg.svd(self.dense().double() / scale, full_matrices=False)
             return (u * sigma.sqrt()).float(), (sigma.sqrt()[:, None] * vh).float()
-        lefts, rights = [torch.zeros(self.shape[0], 0)], [torch.zeros(0, self.shape[1])]
+        lefts, rights = [], []
         for t in self.terms:
             amount = t.weight / scale
             a = abs(amount) ** 0.5 if t.unit else 1.0

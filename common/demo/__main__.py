@@ -1,6 +1,4 @@
-"""`python -m common.demo`, see common/demo/__init__.py."""
-
 from common import demo
-from common.files.config import run_stage
+from common.files.stage import run_stage
 
 run_stage(demo.main)

@@ -1,6 +1,8 @@
 """What stage 2 leaves in <run>/deltas: the rank-1 deltas of every matrix, and their checkpoints."""
 
 import dataclasses
+import hashlib
+import json
 import os
 import pathlib
 
@@ -105,6 +107,13 @@ def load_trajectory(folder: pathlib.Path) -> Trajectory:
     return Trajectory(steps, k, deltas)
 
 
+def fingerprint(folder: pathlib.Path) -> str:
+    """A hash of the deltas in `folder` and of what they were made from."""
+    done = read_json(folder / "done.json", STAGE, {"inputs": dict, "outputs": dict})
+    text = json.dumps([done["inputs"], done["outputs"]], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def load_spectra(folder: pathlib.Path) -> dict[str, torch.Tensor]:
     """module -> the singular values of its global deltas [c, q] that stage 2 left in `folder`."""
     found = {}
@@ -117,7 +126,8 @@ def load_spectra(folder: pathlib.Path) -> dict[str, torch.Tensor]:
 
 def read_index(folder: pathlib.Path) -> dict:
     """index.json of the deltas in `folder`: steps, checkpoints (step -> path), k, modules."""
-    kinds = {"steps": list[int], "k": int, "modules": list[str], "checkpoints": dict[str, str]}
+    kinds = {"steps": list[int], "k": int, "modules": list[str], "backbone": str}
+    kinds["checkpoints"] = dict[str, str]
     index = read_json(folder / "index.json", STAGE, kinds)
     steps = index["steps"]
     usable = 1 <= index["k"] < len(steps) and index["modules"] and steps == sorted({*steps})
@@ -133,6 +143,30 @@ def checkpoint_paths(run: pathlib.Path) -> dict[int, pathlib.Path]:
         int(step): pathlib.Path(path) if os.path.isabs(path) else run / safe_path(path, what)
         for step, path in read_index(run / "deltas")["checkpoints"].items()
     }
+
+
+def check_predicted(run: pathlib.Path, recipe: str) -> pathlib.Path:
+    """The file with what stage 3 predicted by `recipe`. Raises UserError where it is not there, or was
+    made from other deltas."""
+    folder = run / "predictor" / safe_name(recipe, "a recipe")
+    done = read_json(folder / "done.json", "03_train_predictor.py", {"inputs": {"deltas": str}})
+    if done["inputs"]["deltas"] != fingerprint(run / "deltas"):
+        raise UserError(
+            f"{folder} was trained on other deltas than those there now: run 03_train_predictor.py "
+            "--overwrite"
+        )
+    check_intact(folder)
+    return folder / "predicted.safetensors"
+
+
+def load_predicted(run: pathlib.Path, recipe: str) -> dict[str, dict[str, torch.Tensor]]:
+    """module -> {"u": [m], "sigma": [], "v": [n]}: the predicted next target (Eq. 8, 11)."""
+    path, found = check_predicted(run, recipe), {}
+    with reading(path, "run 03_train_predictor.py --overwrite"):
+        for name, tensor in safetensors.torch.load_file(path).items():
+            module, side = name.rsplit(".", 1)
+            found.setdefault(module, {})[side] = tensor
+    return found
 
 
 def read_spectrum(folder: pathlib.Path) -> dict:

@@ -1,6 +1,8 @@
-"""The tensors of a Hugging Face model folder, one at a time: no model is loaded, so it works at any model size."""
+"""The tensors of a Hugging Face model folder, one at a time. No model is loaded."""
 
+import contextlib
 import dataclasses
+import hashlib
 import pathlib
 
 import safetensors
@@ -10,11 +12,13 @@ from common import UserError
 from common.files.read import check_intact, first_line, read_json, reading, safe_name
 
 WANTED = "a Hugging Face folder with safetensors weights"
+WRITER = f"whatever writes {WANTED}"
+START = 2**16  # bytes of tensors of a file that `quick_hash` looks at
 
 
 @dataclasses.dataclass
 class ModelFolder:
-    """What config.json and the headers of the safetensors files say; the tensors stay on the disk."""
+    """What config.json and the headers of the safetensors files say. Tensors stay on the disk."""
 
     path: pathlib.Path
     config: dict  # config.json
@@ -24,12 +28,14 @@ class ModelFolder:
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor `name` as it is stored. Reads nothing else."""
-        with _reading(self.files[name]), safetensors.safe_open(self.files[name], "pt") as file:
+        with _opened(self.files[name]) as file:
             return file.get_tensor(name)
 
 
-def _reading(path: pathlib.Path):
-    return reading(path, f"want {WANTED}, complete")
+@contextlib.contextmanager
+def _opened(path: pathlib.Path):
+    with reading(path, f"want {WANTED}, complete"), safetensors.safe_open(path, "pt") as file:
+        yield file
 
 
 def is_model(folder: pathlib.Path) -> bool:
@@ -38,48 +44,52 @@ def is_model(folder: pathlib.Path) -> bool:
     return (folder / "config.json").is_file() and any((folder / name).is_file() for name in weights)
 
 
-def open_model(folder: pathlib.Path) -> ModelFolder:
-    """The model in `folder`: model.safetensors, or the shards that model.safetensors.index.json names. Reads headers, no tensor.
+def _files_by_index(index: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Tensor -> file, as model.safetensors.index.json says. Refuses pickles and other folders."""
+    weight_map = read_json(index, WRITER, {"weight_map": dict[str, str]})["weight_map"]
+    for file in weight_map.values():
+        if not file.endswith(".safetensors"):
+            raise UserError(f"{index} names {file!r}, which is no safetensors file: want {WANTED}")
+    return {name: index.parent / safe_name(file, str(index)) for name, file in weight_map.items()}
 
-    Raises UserError where a file is missing or broken, or a shard does not hold what the index says. Also where transformers would load
-    more than safetensors from this folder: a pickle as a shard, another model below an adapter, attention kernels from the hub.
+
+def open_model(folder: pathlib.Path) -> ModelFolder:
+    """The model in `folder`, one file or shards with an index. Reads headers, no tensor.
+
+    Raises UserError where a file is missing or broken, and where transformers would load more than
+    safetensors from this folder: a pickle, another model below an adapter, the hub's kernels.
     """
-    config = read_json(folder / "config.json", f"whatever writes {WANTED}")
-    if "/" in str(config.get("attn_implementation")):
-        raise UserError(f"{folder}/config.json wants the hub's {config['attn_implementation']!r} to be run: remove attn_implementation")
+    found = ModelFolder(folder, read_json(folder / "config.json", WRITER), {}, {}, {})
+    if "/" in str(kernel := found.config.get("attn_implementation")):
+        wish = f"{folder}/config.json wants the hub's {kernel!r} to be run"
+        raise UserError(f"{wish}: remove attn_implementation")
     if (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder} has an adapter_config.json beside a model's config.json: want {WANTED}, and adapters elsewhere")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index, f"whatever writes {WANTED}", {"weight_map": dict[str, str]})["weight_map"]
-        if other := [file for file in weight_map.values() if not file.endswith(".safetensors")]:
-            raise UserError(f"{index} names {other[0]!r}, which is no safetensors file: want {WANTED}")
-        wanted = {name: folder / safe_name(file, str(index)) for name, file in weight_map.items()}
-    elif (folder / "model.safetensors").is_file():
-        wanted = None
-    else:
-        raise UserError(f"{folder} has no model.safetensors and no {index.name}: want {WANTED}")
-    files, shapes, dtypes = {}, {}, {}
-    for path in sorted({*wanted.values()}) if wanted else [folder / "model.safetensors"]:
-        with _reading(path), safetensors.safe_open(path, "pt") as file:
+        raise UserError(f"{folder} has an adapter_config.json beside a model's config.json")
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not index.is_file() and not single.is_file():
+        raise UserError(f"{folder} has no {single.name} and no {index.name}: want {WANTED}")
+    wanted = _files_by_index(index) if index.is_file() else {}
+    for path in sorted({*wanted.values()} or {single}):
+        with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118  (a safe_open is no dict)
                 part = file.get_slice(name)
-                files[name], shapes[name], dtypes[name] = path, tuple(part.get_shape()), part.get_dtype()
-    for name, path in (wanted or {}).items():
-        if files.get(name) != path:
-            raise UserError(f"{path} does not hold {name}, as {index} says: want {WANTED}, complete")
-    return ModelFolder(folder, config, files, shapes, dtypes)
+                found.files[name], found.dtypes[name] = path, part.get_dtype()
+                found.shapes[name] = tuple(part.get_shape())
+    for name, path in wanted.items():
+        if found.files.get(name) != path:
+            raise UserError(f"{path} does not hold {name}, as {index} says: want {WANTED}")
+    return found
 
 
 def open_intact(folder: pathlib.Path) -> ModelFolder:
-    """`open_model`, and raises UserError also where the weights are not what our code wrote there. Reads every file once."""
+    """`open_model`. Raises UserError also where a file is not what we wrote. Reads every file."""
     model = open_model(folder)
     check_intact(folder)
     return model
 
 
 def find_model(name: str) -> pathlib.Path:
-    """The folder of the model `name`, which is a folder or a hub id whose files are in the hub's cache on this machine."""
+    """The folder of the model `name`: a folder, or a hub id in this machine's cache."""
     if pathlib.Path(name).is_dir():
         return pathlib.Path(name)
     from huggingface_hub import snapshot_download
@@ -88,22 +98,41 @@ def find_model(name: str) -> pathlib.Path:
     try:
         return pathlib.Path(snapshot_download(name, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError) as error:
-        raise UserError(f"backbone {name} is no folder, and no hub id in this machine's cache: want {WANTED}") from error
+        where = "is no folder, and no hub id in this machine's cache"
+        raise UserError(f"backbone {name} {where}: want {WANTED}") from error
+
+
+def quick_hash(name: str) -> str | None:
+    """A cheap fingerprint of the model `name`; None where no such model is on this machine.
+
+    It is of config.json, and of the header and the first tensors of every safetensors file.
+    """
+    try:
+        folder = find_model(name)
+        found = hashlib.sha256((folder / "config.json").read_bytes())
+    except (UserError, OSError):
+        return None
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            size = file.read(8)  # of the header
+            most = min(int.from_bytes(size, "little") + START, path.stat().st_size)
+            found.update(path.name.encode() + size + file.read(most))
+    return found.hexdigest()[:16]
 
 
 def linear_layers(model: ModelFolder) -> list[str]:
-    """The names of the linear layers but the head, those that a LoRA on "all-linear" would have. Builds the model without weights."""
+    """The linear layers but the head, which a LoRA on "all-linear" has. Loads no weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(model.path, trust_remote_code=False)
         with torch.device("meta"):
             built = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # whatever transformers raises on a config.json that is not what it expects
+    except Exception as error:  # transformers may raise anything on an odd config.json
         raise UserError(f"cannot build the model of {model.path}: {first_line(error)}") from error
-    head = built.get_output_embeddings()
-    layers = [name for name, layer in built.named_modules() if isinstance(layer, torch.nn.Linear) and layer is not head]
-    found = [name for name in layers if f"{name}.weight" in model.shapes]
+    head, layers = built.get_output_embeddings(), built.named_modules()
+    linear = [name for name, x in layers if isinstance(x, torch.nn.Linear) and x is not head]
+    found = sorted(name for name in linear if f"{name}.weight" in model.shapes)
     if not found:
-        raise UserError(f"{model.path} has no linear layers under the names that transformers gives them")
-    return sorted(found)
+        raise UserError(f"{model.path} has no linear layers with the names of transformers")
+    return found

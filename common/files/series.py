@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from common import UserError
-from common.files import adapters, models
+from common.files import adapters, deltas, models
 from common.files.read import check_intact, sha256
+from common.files.stage import within
 from common.rank1 import LowRank, inner
 
 ROUNDED = {"BF16": torch.bfloat16, "F16": torch.float16}  # too coarse for a step of RL
@@ -44,6 +45,8 @@ class Weights(Sequence):
 
 class AdapterSeries:
     """LoRA adapters of one training."""
+
+    backbone = ""  # is not needed
 
     def __init__(self, paths: dict[int, pathlib.Path]):
         """paths: step -> folder in order. Raises UserError where they are not one training's."""
@@ -94,9 +97,13 @@ class AdapterSeries:
         """What that adapter stands on: the backbone, zero here."""
         return self.weights(module)[0]
 
-    def base_name(self) -> str:
-        """The backbone as the last checkpoint names it."""
-        return adapters.read_info(self.paths[self.steps[-1]]).get("backbone", "")
+    def read(self, folder: pathlib.Path) -> Callable[[str], LowRank]:
+        """A function module -> W of another checkpoint of this training."""
+        return adapters.read_adapter(folder).update
+
+    def info(self, run: pathlib.Path) -> dict:
+        """What is known of the last checkpoint, the backbone that it stands on first of all."""
+        return adapters.read_info(self.paths[self.steps[-1]])
 
     def hashes(self) -> dict[str, str]:
         """A hash of every file that the deltas are made from, and of the scales."""
@@ -140,13 +147,14 @@ def rounding_share(delta: LowRank, dtype: torch.dtype) -> float:
 class ModelSeries:
     """Whole models of one training, and the backbone that it started from."""
 
-    def __init__(self, paths: dict[int, pathlib.Path], backbone: str):
+    def __init__(self, paths: dict[int, pathlib.Path], backbone: str, run_dir: str):
         """Raises UserError where they are not evenly spaced, broken, or not of one shape."""
         if not backbone:
             raise UserError("whole models: name the one that training started from with --backbone")
         check_spacing(list(paths))
-        self.paths, self.steps = paths, list(paths)
-        folders = [models.find_model(backbone), *paths.values()]
+        self.paths, self.steps, self.backbone = paths, list(paths), backbone
+        start = models.find_model(backbone.replace("{run_dir}", run_dir))
+        folders = [start, *paths.values()]
         self.models = [models.open_intact(folder) for folder in folders]
         self.modules = models.linear_layers(self.models[0])
         names = [f"{module}.weight" for module in self.modules]
@@ -184,9 +192,14 @@ class ModelSeries:
         """What that adapter stands on: the last model's own matrix."""
         return self.weights(module)[-1]
 
-    def base_name(self) -> str:
-        """The last model."""
-        return str(self.models[-1].path)
+    def read(self, folder: pathlib.Path) -> Callable[[str], torch.Tensor]:
+        """A function module -> W of another checkpoint of this training."""
+        model = models.open_intact(folder)
+        return lambda module: model.tensor(f"{module}.weight").float()
+
+    def info(self, run: pathlib.Path) -> dict:
+        """What the jump stands on: the last model."""
+        return {"backbone": within(self.models[-1].path, run, "{run_dir}")}
 
     def hashes(self) -> dict[str, str]:
         """A hash of every file of weights that the deltas are made from."""
@@ -217,18 +230,25 @@ class ModelSeries:
 Series = AdapterSeries | ModelSeries
 
 
-def open_series(paths: dict[int, pathlib.Path], cfg) -> Series:
+def open_series(paths: dict[int, pathlib.Path], backbone: str, run_dir: str) -> Series:
     """The checkpoints in `paths`, step -> folder in order. Reads headers and hashes, no tensor.
 
-    Whole models need a backbone: --backbone of the stage's config `cfg`, else the one they name.
+    backbone: of whole models, folder or hub id; without it the one that they name. {run_dir} in it
+    stands for `run_dir`.
     """
     whole = [path for path in paths.values() if not adapters.is_adapter(path)]
     if not whole:
         return AdapterSeries(paths)
     if len(whole) < len(paths):
         raise UserError(f"{whole[0]} is a whole model, others are adapters: name one series alone")
-    named = cfg.backbone or adapters.read_info(whole[0]).get("backbone", "")
-    return ModelSeries(paths, cfg.path(named))
+    backbone = backbone or adapters.read_info(whole[0]).get("backbone", "")
+    return ModelSeries(paths, backbone, run_dir)
+
+
+def reopen(run: pathlib.Path) -> Series:
+    """The checkpoints that the deltas of the run directory `run` were made from."""
+    backbone = deltas.read_index(run / "deltas")["backbone"]
+    return open_series(deltas.checkpoint_paths(run), backbone, str(run))
 
 
 def warn_of_others(others: list[str], what: str) -> None:

@@ -11,9 +11,10 @@ import re
 import torch
 
 from common import UserError
-from common.files.read import LINE_LIMIT, first_line, parse_json, safe_name, text_lines
+from common.files.read import first_line, parse_json, safe_name, text_lines
 from common.rl.benchmarks import MMLU_PRO_CATEGORIES, SOURCES, Source, dapo_question
 
+LINE_LIMIT = 10 * 2**20  # characters of a prompt
 # One template for training and evaluation: what RL teaches about the format has to hold where it is measured.
 PROMPT_TEMPLATE = "{prompt}\nPlease reason step by step, and put your final answer within \\boxed{}."
 # Qwen2.5-Instruct's chat template puts in this system turn where none is given. Written out, the paper's models see the same tokens as

@@ -132,7 +132,6 @@ def load_lora(backbone, folder: str | pathlib.Path):
     folder = pathlib.Path(folder)
     refuse_foreign(folder, fingerprint(backbone))
     inputs.check_intact(folder)
-    adapters.try_patterns(folder, adapters.read_config(folder), [module for module, _ in backbone.named_modules()])
     with _loading(f"adapter {folder}", f"the checkpoint is broken: {adapters.ANOTHER}"):
         return PeftModel.from_pretrained(backbone, folder, is_trainable=True)
 

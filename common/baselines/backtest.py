@@ -1,0 +1,73 @@
+"""What a prediction is worth, measured without RL: stage 3's backtest.
+
+Standing at an earlier checkpoint, with all later ones hidden, how near would the prediction have come
+to the true delta? Beside it stand controls without a network, and the true delta's own rank 1.
+"""
+
+import statistics
+from collections.abc import Callable
+
+import torch
+
+from common.baselines import methods, weighted
+from common.rank1 import LowRank, cosine, rank1, top
+
+
+def controls(trajectory) -> dict[str, dict[str, LowRank]]:
+    """What the next target would be without a network: name -> module -> matrix. Signs aligned.
+
+    copy-global is the global delta's direction with its mean growth over k checkpoints, linear-fit k
+    times the slope of the line through sigma u of the global deltas. The others are those of stage 4.
+    """
+    trajectory, k = trajectory.aligned(), trajectory.k
+    c, fitted = len(trajectory.steps), weighted.fit(trajectory)
+    t = torch.arange(c, dtype=torch.float32) - (c - 1) / 2
+    names = ("copy-global", "repeat-last", "recent-locals", "linear-fit", "weighted")
+    found = {name: {} for name in names}
+    for module, roles in trajectory.deltas.items():
+        whole = roles["global"]
+        slope = (t[:, None] * whole.sigma[:, None] * whole.u).sum(0) / t.square().sum() * k  # [m]
+        unit = torch.nn.functional.normalize(slope, dim=0)
+        found["copy-global"][module] = k / c * whole[-1]
+        found["repeat-last"][module] = roles["target"][-1]
+        found["recent-locals"][module] = methods.recent(roles, k)
+        found["linear-fit"][module] = rank1(unit, slope.norm(), whole.v[-1])
+        found["weighted"][module] = weighted.predict(roles, trajectory.steps, k, fitted)
+    return found
+
+
+def score(predicted: dict[str, LowRank], true: dict) -> dict[str, float]:
+    """Means over matrices: the cosine with the whole true delta, and |sigma / sigma_1 - 1|.
+
+    true: module -> (true delta, its sigma_1). Matrices that did not move do not count.
+    """
+    cosines, errors = [], []
+    for module, matrix in predicted.items():
+        delta, sigma = true[module]
+        if sigma > 0:
+            cosines.append(cosine(matrix, delta))
+            errors.append(abs(matrix.terms[0].weight / sigma - 1))
+    return {"cosine": statistics.fmean(cosines), "sigma_error": statistics.fmean(errors)}
+
+
+def backtest(trajectory, series, holdout: int, predict: Callable) -> dict:
+    """Stands at checkpoint c - holdout, predicts k checkpoints ahead, and scores what was predicted.
+
+    predict: trajectory as known then -> module -> {"u", "sigma", "v"}; it is trained anew. series has
+    the true weights.
+    """
+    now, k = len(trajectory.steps) - holdout, trajectory.k
+    past = trajectory.until(now)
+    made = {m: rank1(t["u"], t["sigma"], t["v"]) for m, t in predict(past).items()}
+    true, oracle = {}, {}
+    for module in trajectory.deltas:
+        W = series.weights(module)
+        delta = W[now + k] - W[now]
+        true[module] = delta, float(top(delta).sigma[0])
+        oracle[module] = trajectory.deltas[module]["target"][now - 1]
+    rows = {"predictor": made, **controls(past), "oracle": oracle}
+    return {
+        "at_step": trajectory.steps[now - 1],
+        "predicts_step": trajectory.steps[now - 1 + k],
+        **{name: score(matrices, true) for name, matrices in rows.items()},
+    }

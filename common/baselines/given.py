@@ -1,0 +1,151 @@
+"""What some methods must be given beside the deltas: the future, measured accuracies, a fit.
+
+Each function takes what stage 4 knows. It returns (a function that gets it, the files it comes from):
+what is dear is got only where a jump is not there already.
+"""
+
+import dataclasses
+import pathlib
+import shlex
+import subprocess
+import sys
+
+import torch
+
+from common import UserError
+from common.baselines import weighted
+from common.files import adapters, deltas, series, write
+from common.files.read import read_json
+from common.files.stage import within
+
+MEASURED = {"accuracy": float, "data": str, "settings": dict}  # of a result of stage 6
+
+
+@dataclasses.dataclass
+class Known:
+    """What stage 4 knows when it jumps."""
+
+    cfg: object  # its options
+    run: pathlib.Path
+    series: series.Series
+    trajectory: deltas.Trajectory
+
+
+def weights(known: Known):
+    """The three weights of `weighted` [3], of fp32's precision."""
+    return lambda: weighted.fit(known.trajectory).float().double(), []
+
+
+def future(known: Known):
+    """A function module -> W of the checkpoint k after the last one."""
+    steps, k = known.trajectory.steps, known.trajectory.k
+    ahead = steps[-1] + k * (steps[-1] - steps[-2])
+    kinds = {"config": {"checkpoints": list[str]}}
+    done = read_json(known.run / "deltas" / "done.json", deltas.STAGE, kinds)
+    found = series.find_checkpoints(done["config"]["checkpoints"], str(known.run))
+    if ahead not in found:
+        raise UserError(
+            f"oracle needs the checkpoint of step {ahead}: train on (01_train_lora_grpo.py with a "
+            "larger --steps)"
+        )
+    return lambda: known.series.read(found[ahead]), sorted(found[ahead].glob("*.safetensors"))
+
+
+def results(known: Known, policy: str) -> list[pathlib.Path]:
+    """What stage 6 wrote to <run>/validation about `policy`, a file a task."""
+    folder = known.run / "validation"
+    if pathlib.Path(policy).is_absolute():
+        raise UserError(f"{policy} needs a measured accuracy, so it must be inside {known.run}")
+    found = sorted((folder / policy.replace("/", "__")).glob("*.json"))
+    if not found:
+        pattern = str(pathlib.PurePath(policy).with_name("*"))
+        line = shlex.join(["python", "06_eval.py", *_measuring(known.cfg, pattern)])
+        raise UserError(f"{policy} has no measured accuracy in {folder}: run {line}")
+    return found
+
+
+def _measuring(cfg, policies: str) -> list[str]:
+    """Stage 6's flags for measuring policies on validation problems."""
+    flags = ["--config", cfg.config] if cfg.config else []
+    flags += ["--run-dir", cfg.run_dir, "--policies", policies]
+    return [*flags, "--test-data", *cfg.validation_data, "--output", "validation"]
+
+
+def measured(known: Known) -> tuple[dict[str, list[dict]], list[pathlib.Path]]:
+    """policy -> its results, a row a task, for every checkpoint. All must be measured alike."""
+    rows, files = {}, []
+    for path in known.series.paths.values():
+        policy = within(path, known.run)
+        found = results(known, policy)
+        rows[policy] = [read_json(file, "06_eval.py", MEASURED) for file in found]
+        files += found
+    first = next(iter(rows))
+    for policy, made in rows.items():
+        if [_how(row) for row in made] != [_how(row) for row in rows[first]]:
+            raise UserError(
+                f"{known.run}/validation: {policy} was measured otherwise than {first} (problems or "
+                "options): measure all alike"
+            )
+    return rows, files
+
+
+def _how(row: dict) -> tuple:
+    return row["data"], row["settings"]
+
+
+def mean(rows: list[dict]) -> float:
+    """The plain mean over tasks."""
+    return sum(row["accuracy"] for row in rows) / len(rows)
+
+
+def accuracies(known: Known):
+    """The accuracy of every checkpoint on validation problems [c]."""
+    rows, files = measured(known)
+    found = torch.tensor([mean(tasks) for tasks in rows.values()], dtype=torch.float64)
+    return lambda: found, files
+
+
+def soup(known: Known):
+    """The checkpoints of a greedy soup [positions in W], see `choose`."""
+    rows, files = measured(known)
+    return lambda: choose(known, rows), files
+
+
+def choose(known: Known, rows: dict[str, list[dict]]) -> list[int]:
+    """From the best checkpoint down, each is taken if the accuracy of the mean rises.
+
+    c - 1 means are measured by stage 6, as a person would type it.
+    """
+    settings = next(iter(rows.values()))[0]["settings"]
+    accuracy = [mean(tasks) for tasks in rows.values()]
+    first, *others = sorted(range(1, len(accuracy) + 1), key=lambda i: -accuracy[i - 1])
+    chosen, best = [first], accuracy[first - 1]
+    for number, i in enumerate(others, 1):
+        found = measure_mean(known, [*chosen, i], f"validation/candidate_{number:02d}", settings)
+        if found > best:
+            chosen, best = [*chosen, i], found
+    return chosen
+
+
+def measure_mean(known: Known, members: list[int], name: str, settings: dict) -> float:
+    """The accuracy of the mean of the checkpoints at `members`, measured under the policy `name`.
+
+    With a name of its own, an interrupted run finds each one measured already.
+    """
+    last, modules = known.series.last(), known.series.modules
+    factors = {}
+    for module in modules:
+        W = known.series.weights(module)
+        factors[module] = (sum(W[i] for i in members) / len(members)).factors(last.scale(module))
+    folder = known.run / name
+    info = known.series.info(known.run)
+    adapters.write_adapter(folder, adapters.extended(last, factors), info)
+    flags = _measuring(known.cfg, name)
+    for key, value in settings.items():
+        flags += [f"--{key.replace('_', '-')}", str(value)]
+    if info.get("backbone"):
+        flags += ["--backbone", info["backbone"]]
+    if subprocess.run([sys.executable, "06_eval.py", *flags]).returncode:
+        raise UserError(f"stage 6 failed on {folder}; its message is above")
+    write.remove(folder)
+    return mean([read_json(path, "06_eval.py", MEASURED) for path in results(known, name)])
