@@ -1,59 +1,255 @@
-"""The README says what the commands wrote, and names what is there."""
+"""The pages name what is there, show what commands wrote, and their examples run."""
 
 import ast
+import dataclasses
+import importlib
+import itertools
+import json
 import re
+import shlex
+import subprocess
+import sys
 
 import pytest
+import torch
+import yaml
 from conftest import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+from common.baselines.methods import METHODS
+from common.files.config import StageConfig
+
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in sorted([ROOT / "README.md", *ROOT.glob(".github/results/*.md")])
+    + sorted([*(ROOT / "common").rglob("*.md"), ROOT / "tests" / "README.md"])
+}
+README = PAGES["README.md"]
+TABLES = (ROOT / ".github" / "results" / "tables" / "tables.md").read_text(encoding="utf-8")
+STAGES = {"train": "01_train_lora_grpo", "extract": "02_extract_deltas"}
+STAGES |= {"predict": "03_train_predictor", "extrapolate": "04_extrapolate"}
+STAGES |= {"continue": "05_continue_rl", "eval": "06_eval"}
 
 
-def test_every_result_in_the_readme_stands_in_the_report_that_a_run_wrote():
-    report = (ROOT / ".github" / "results" / "tables" / "tables.md").read_text(encoding="utf-8").splitlines()
-    shown = README.split("## What holds, on this toy")[1].split("## Is there a better predictor?")[0].splitlines()
-    rows = [line for line in shown if line.startswith("|") or line.startswith("* Fig.")]
-    assert len(rows) > 60
-    assert [row for row in rows if row not in report] == []
+def section(title: str) -> str:
+    return README.split(f"\n## {title}")[1].split("\n## ")[0]
 
 
-def test_files_pictures_and_functions_that_the_readme_names_exist():
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / path).exists(), path
-    code = "".join(path.read_text(encoding="utf-8") for path in [*ROOT.glob("0*.py"), *(ROOT / "common").glob("*.py")])
-    mapped = README.split("## From the paper to the code")[1].split("## The stages by hand")[0]
-    names = [name for name in re.findall(r"`([A-Za-z_0-9]+)`", mapped)]
+def blocks(page: str, language: str = "") -> list[str]:
+    """The code blocks of a page in that language."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", PAGES[page], re.M | re.S)
+    return [block for its_language, block in found if its_language == language]
+
+
+def outside_blocks(page: str) -> str:
+    return re.sub(r"^```.*?^```", "", PAGES[page], flags=re.M | re.S)
+
+
+def options(stage: str) -> set[str]:
+    """The option names of a stage."""
+    classes = vars(importlib.import_module(stage)).values()
+    configs = [c for c in classes if isinstance(c, type) and issubclass(c, StageConfig)]
+    own = [c for c in configs if c.__module__ == stage]
+    return {field.name for c in own for field in dataclasses.fields(c)}
+
+
+# --------------------------------------------------------------------------------------------------
+# What is named exists
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_lead_somewhere(page):
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", PAGES[page])
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_that_are_named_exist(page):
+    paths = re.findall(r"(?<![\w/.])(?:common|tests|\.github|0\d_\w+\.py)(?:/[\w.]+)*", PAGES[page])
+    assert [path for path in paths if not (ROOT / path.rstrip(".")).exists()] == []
+
+
+def named() -> list[tuple[str, str]]:
+    """(file, function or class) of the README's two tables."""
+    found = []
+    for row in section("From the paper to the code").splitlines():
+        if place := re.search(r"(.*) in (\S+\.py) \|$", row):
+            found += [(place[2], name) for name in re.findall(r"`(\w+)`", place[1])]
+    for row in section("The method").splitlines():
+        if place := re.search(r"\| (\S+\.py) \| `(?:(\w+)\.)?(\w+)` \|$", row):
+            found.append((f"common/{place[2]}.py" if place[2] else place[1], place[3]))
+    return found
+
+
+def test_the_tables_of_functions_are_read():
+    assert len(named()) > 18
+
+
+@pytest.mark.parametrize(("file", "name"), named())
+def test_functions_of_the_tables_exist(file, name):
+    nodes = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+    assert name in {getattr(node, "name", None) for node in nodes}
+
+
+def test_every_method_stands_in_the_table_of_methods():
+    page = PAGES["common/baselines/README.md"].split("| method | source |")[0]
+    assert set(re.findall(r"^\| `([\w-]+)` \| ", page, re.M)) == {"next", *METHODS}
+
+
+def test_every_metric_that_is_explained_is_written():
+    keys = re.findall(r"^\| (`.*?`) \| ", PAGES["common/rl/README.md"], re.M)
+    names = re.findall(r"`(\w+)`", " ".join(keys))
+    code = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "common" / "rl").glob("*.py"))
+    code += (ROOT / "01_train_lora_grpo.py").read_text(encoding="utf-8")
     assert len(names) > 15
-    assert [name for name in names if not re.search(rf"(def|class) {name}\b", code)] == []
+    assert [name for name in names if not re.search(rf"\b{name}\b", code)] == []
 
 
-def needed(module: str) -> set[str]:
-    """The modules of ours without which `module` cannot be imported."""
-    tree = ast.parse((ROOT / "common" / f"{module}.py").read_text(encoding="utf-8"))
-    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "common"]
-    direct = {name for node in imports for name in (node.module.split(".")[1:] or [alias.name for alias in node.names])}
-    return direct.union(*(needed(other) for other in direct))
+# --------------------------------------------------------------------------------------------------
+# Commands and presets
+# --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("module", "others"),
-    [
-        ("grpo", set()),
-        ("rank1", set()),
-        ("predictor", {"rank1"}),
-        ("extrapolators", {"rank1", "adapters", "adapter_series", "inputs", "model_files", "run_dir"}),
-    ],
-)
-def test_a_copied_module_needs_what_the_readme_says(module, others):
-    assert needed(module) == others
-    paragraph = README.split("To copy one stage: ")[1].split("\n\n")[0]
-    assert all(f"{name}.py" in paragraph for name in {module, *others})
+def commands(page: str) -> list[str]:
+    """Commands in code blocks, and those within a line that begin with python."""
+    lines = "".join(blocks(page)).replace("\\\n", " ").splitlines()
+    lines += re.findall(r"`(python [^`]+)`", outside_blocks(page))
+    typed = [line.split("#")[0].strip() for line in lines]
+    return [line for line in typed if re.match(r"python |accelerate |pip ", line)]
 
 
-@pytest.mark.parametrize(("section", "results"), [("Is there a better predictor?", "predictor_demo"), ("How fast, how exact", "extract")])
-def test_tables_in_the_readme_are_what_a_bench_printed(section, results):
-    printed = (ROOT / ".github" / "results" / f"{results}.md").read_text(encoding="utf-8").splitlines()
-    shown = README.split(f"## {section}")[1].split("\n## ")[0].splitlines()
-    rows = [line for line in shown if line.startswith(("|", "* "))]
-    assert len(rows) > 6
-    assert [row for row in rows if row not in printed] == []
+EVERY_COMMAND = [(page, command) for page in PAGES for command in commands(page)]
+
+
+def script_and_flags(command: str) -> tuple[str, list[str]]:
+    """The script or module that a command starts, and the words after it."""
+    words = shlex.split(command.split("&&")[-1])
+    for i, word in enumerate(words):
+        if word == "-m":
+            return words[i + 1], words[i + 2 :]
+        if word.endswith(".py") or word.startswith("01_"):
+            return word, words[i + 1 :]
+    return "", []
+
+
+def known_flags(script: str) -> set[str]:
+    if script[:1] == "0":
+        names = {"config", *options(script.removesuffix(".py"))}
+        return {f"--{name.replace('_', '-')}" for name in names}
+    place = ROOT / script if script.endswith(".py") else ROOT / script.replace(".", "/")
+    files = [place] if place.is_file() else place.glob("*.py")
+    return set(re.findall(r'"(--[a-z-]+)"', "".join(f.read_text(encoding="utf-8") for f in files)))
+
+
+def test_commands_are_found():
+    assert len(EVERY_COMMAND) > 35
+
+
+@pytest.mark.parametrize(("page", "command"), EVERY_COMMAND, ids=[c for _, c in EVERY_COMMAND])
+def test_commands_name_what_there_is(page, command):
+    script, words = script_and_flags(command)
+    if script in ("", "pytest") or "..." in script:
+        return
+    assert (ROOT / script).is_file() or (ROOT / script.replace(".", "/") / "__main__.py").is_file()
+    assert [word for word in words if word[:2] == "--" and word not in known_flags(script)] == []
+    for flag, value in itertools.pairwise(words):
+        if flag in ("--config", "--preset") and value.isidentifier():
+            assert (ROOT / "common" / "presets" / f"{value}.yaml").is_file()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_flags_within_a_line_exist(page):
+    others = {"--num_processes", "--config_file", "--index-url", "--quiet"}  # of other programs
+    others |= {"--num_machines", "--machine_rank", "--main_process_ip"}
+    others |= {"--help", "--model", "--epochs"}  # of argparse, and of benches
+    known = others.union(*map(known_flags, (*STAGES.values(), "common.reproduce", "common.demo")))
+    known |= known_flags("tests/bench/torture.py") | known_flags("tests/bench/bench_bf16.py")
+    assert set(re.findall(r"--[a-z][a-z_-]+", outside_blocks(page))) - known == set()
+
+
+def test_ci_finds_the_two_commands():
+    found = re.findall(r"^pip install -r requirements.txt && python -m (.*)$", README, re.M)
+    assert found == ["common.reproduce --preset demo", "pytest"]
+
+
+EXAMPLES = [(page, block) for page in PAGES for block in blocks(page, "yaml")]
+
+
+@pytest.mark.parametrize(("page", "block"), EXAMPLES, ids=[page for page, _ in EXAMPLES])
+def test_examples_of_presets_have_known_keys_and_both_prompts(page, block):
+    preset = yaml.safe_load(block)
+    assert {"prompt_template", "system_prompt"} <= preset["shared"].keys()
+    every = set().union(*map(options, STAGES.values()))
+    for name, stage in STAGES.items():
+        assert preset.get(name, {}).keys() <= options(stage)
+    assert preset["shared"].keys() <= every
+
+
+# --------------------------------------------------------------------------------------------------
+# Numbers
+# --------------------------------------------------------------------------------------------------
+
+
+def test_numbers_of_the_results_stand_in_the_tables():
+    shown = re.findall(r"(?<![\d.])\d+\.\d+", section("Results"))
+    there = set(re.findall(r"(?<![\d.])\d+\.\d+", TABLES))
+    assert len(shown) > 25
+    assert [number for number in shown if number not in there | {"1.5"}] == []
+
+
+def test_what_the_results_page_says_of_speed_is_what_the_bench_printed():
+    page = PAGES[".github/results/README.md"]
+    page = page.split("## How fast")[1].split("## ")[0]
+    shown = [line for line in page.splitlines() if line.startswith("* ")]
+    printed = (ROOT / ".github" / "results" / "extract.md").read_text(encoding="utf-8").splitlines()
+    assert len(shown) == 3
+    assert [line for line in shown if line not in printed] == []
+
+
+# --------------------------------------------------------------------------------------------------
+# The lines for another project
+# --------------------------------------------------------------------------------------------------
+
+
+def checkpoints(folder, model, count: int) -> list[dict]:
+    """`count` adapters of a PEFT model with random factors, as TRL saves them; their tensors."""
+    from peft.utils import get_peft_model_state_dict
+
+    saved, generator = [], torch.Generator().manual_seed(0)
+    for i in range(1, count + 1):
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
+        model.save_pretrained(folder / f"checkpoint-{10 * i}")
+        saved.append({k: w.clone() for k, w in get_peft_model_state_dict(model).items()})
+    return saved
+
+
+def test_the_lines_for_another_project_jump(tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    (tmp_path / "rank1.py").write_text((ROOT / "common" / "rank1.py").read_text(encoding="utf-8"))
+    [lines] = blocks("README.md", "python")
+    assert len([line for line in lines.splitlines() if not re.match("import|from", line)]) <= 16
+    (tmp_path / "jump.py").write_text(lines)
+    backbone = ROOT / "common" / "demo" / "backbone"
+    model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32)
+    lora = LoraConfig(r=4, lora_alpha=2, target_modules=["q_proj", "up_proj"])
+    saved = checkpoints(tmp_path / "outputs", get_peft_model(model, lora), 11)
+    subprocess.run([sys.executable, "jump.py"], cwd=tmp_path, check=True)
+
+    config = json.loads((tmp_path / "outputs" / "jumped" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (5, 2.5)
+    fresh = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32)
+    jumped = PeftModel.from_pretrained(fresh, tmp_path / "outputs" / "jumped", is_trainable=True)
+    loaded = {name: w for name, w in jumped.named_parameters() if "lora_" in name}
+    assert all(w.requires_grad for w in loaded.values())
+    for b in [name for name in saved[-1] if "lora_B" in name]:
+        a = b.replace("lora_B", "lora_A")
+        old, last = (0.5 * one[b].double() @ one[a].double() for one in (saved[-6], saved[-1]))
+        u, sigma, vh = torch.linalg.svd(last - old)
+        wanted = last + 1.5 * sigma[0] * torch.outer(u[:, 0], vh[0])
+        names = (name.replace(".weight", ".default.weight") for name in (b, a))
+        left, right = (loaded[name].detach().double() for name in names)
+        torch.testing.assert_close(0.5 * left @ right, wanted, rtol=1e-4, atol=1e-6)
