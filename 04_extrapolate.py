@@ -16,7 +16,6 @@ an adapter has rank 1 and belongs on the last whole model.
 import dataclasses
 import functools
 import pathlib
-import time
 from typing import Literal
 
 import torch
@@ -24,9 +23,9 @@ import torch
 from common import UserError
 from common.baselines.given import Known
 from common.baselines.methods import METHODS, Matrix, Method
-from common.files import adapters, config, deltas, merge, models, series, write
+from common.files import adapters, config, deltas, jumps, merge, series, write
 from common.files.config import option
-from common.files.read import read_json, sha256
+from common.files.read import sha256
 from common.files.stage import run_stage, within
 from common.rank1 import LowRank, rank1
 
@@ -67,40 +66,16 @@ def wanted(known: Known):
             yield name, method, get, files
 
 
-def is_made(folder: pathlib.Path, info: dict, overwrite: bool) -> bool:
-    """Whether `folder` is there and was made from the same."""
-    if overwrite or not (folder / "checkpoint.json").is_file():
-        return False
-    before = read_json(folder / "checkpoint.json", "04_extrapolate.py --overwrite")
-    same = {**before, "seconds": None} == {**info, "seconds": None} and write.is_complete(folder)
-    if same:
-        write.tidy(folder)
-    return same
-
-
-def make(known: Known, label: str, method: Method, given: object, info: dict) -> None:
-    """Writes the jump of every matrix: an adapter, or a whole model where a result is dense."""
-    began, last, trajectory = time.perf_counter(), known.series.last(), known.trajectory
+def make(known: Known, method: Method, given: object, places: tuple, info: dict) -> None:
+    """Writes the jump of every matrix."""
+    last, trajectory = known.series.last(), known.trajectory
 
     def jumped(module: str) -> LowRank | torch.Tensor:
         W, roles = known.series.weights(module), trajectory.deltas[module]
         m = Matrix(module, W, last.update(module), roles, trajectory.steps, trajectory.k, given)
         return method.jump(m, info["alpha"])
 
-    if isinstance(jumped(known.series.modules[0]), LowRank):
-        factors = {m: jumped(m).factors(last.scale(m)) for m in known.series.modules}
-        folder = known.run / "extrapolated" / label
-        write.claim(folder)
-        info["seconds"] = round(time.perf_counter() - began, 3)
-        adapters.write_adapter(folder, adapters.extended(last, factors), info)
-    else:
-        folder, fp32 = known.run / "merged" / label, known.cfg.merge != "backbone"
-        base = models.find_model(known.cfg.path(info["backbone"]))
-        write.claim(folder)
-        change = lambda module: jumped(module) - known.series.base(module)  # noqa: E731
-        merge.warn_of_rounding(folder, merge.merge(folder, last, base, fp32, {}, change))
-        info["seconds"] = round(time.perf_counter() - began, 3)
-        write.write_json(folder / "checkpoint.json", info)
+    jumps.save(known.series, jumped, places, info, known.cfg)
 
 
 def main() -> None:
@@ -117,14 +92,14 @@ def main() -> None:
             label = f"{name}_alpha{alpha:g}" if method.has_alpha else name
             info = {**known.series.info(run), "step": step, "method": name, "alpha": alpha}
             info["inputs"] = inputs
-            folders = [run / "extrapolated" / label, run / "merged" / label]
-            if any(is_made(folder, info, cfg.overwrite) for folder in folders):
+            adapter, whole = run / "extrapolated" / label, run / "merged" / label
+            if jumps.is_made(adapter, whole, info, cfg):
                 kept += 1
             else:
-                make(known, label, method, get(), info)
+                make(known, method, get(), (adapter, whole), info)
                 made += 1
-            if cfg.merge and adapters.is_adapter(folders[0]):
-                merge.merge_jump(*folders, cfg)
+            if cfg.merge and adapters.is_adapter(adapter):
+                merge.merge_jump(adapter, whole, cfg)
             write.release()
     print(f"done: {made} made from step {step}, {kept} were there already, in {run}/extrapolated")
 

@@ -14,9 +14,10 @@ import torch
 
 from common import UserError
 from common.baselines import weighted
-from common.files import adapters, deltas, series, write
+from common.files import deltas, jumps, series, write
 from common.files.read import read_json
 from common.files.stage import within
+from common.rank1 import LowRank
 
 MEASURED = {"accuracy": float, "data": str, "settings": dict}  # of a result of stage 6
 
@@ -132,14 +133,13 @@ def measure_mean(known: Known, members: list[int], name: str, settings: dict) ->
 
     With a name of its own, an interrupted run finds each one measured already.
     """
-    last, modules = known.series.last(), known.series.modules
-    factors = {}
-    for module in modules:
+    folder, info = known.run / name, known.series.info(known.run)
+
+    def new(module: str) -> LowRank | torch.Tensor:
         W = known.series.weights(module)
-        factors[module] = (sum(W[i] for i in members) / len(members)).factors(last.scale(module))
-    folder = known.run / name
-    info = known.series.info(known.run)
-    adapters.write_adapter(folder, adapters.extended(last, factors), info)
+        return sum(W[i] for i in members) / len(members)
+
+    jumps.save(known.series, new, (folder, folder), info, known.cfg)
     flags = _measuring(known.cfg, name)
     for key, value in settings.items():
         flags += [f"--{key.replace('_', '-')}", str(value)]
