@@ -67,7 +67,6 @@ def values_of(name: str, preset: dict) -> dict[str, dict]:
             if not matches(value, kind) or (kind is int and value < min(defaults[key], 1)):
                 shown = reprlib.repr(value)
                 raise UserError(f"preset {name}: {section}.{key} cannot be {shown}: want {kind}")
-    return found
     wanted = found["reproduce"]
     for key, allowed in ALLOWED.items():
         if not re.fullmatch(allowed, wanted[key]):
