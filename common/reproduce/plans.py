@@ -1,6 +1,7 @@
 """The command lines of an experiment, and that of one run. Nothing runs here."""
 
 import dataclasses
+import fnmatch
 import re
 import reprlib
 import shlex
@@ -8,8 +9,9 @@ import shlex
 from common import UserError
 from common.files.config import nearest
 from common.files.read import matches, safe_name
-from common.reproduce.results import MAIN_ALPHA
+from common.reproduce.results import MAIN_ALPHA, table_of
 
+TABLES = table_of("plans.yaml")
 ALPHA = f"{MAIN_ALPHA:g}"
 SCRIPTS = ("01_train_lora_grpo.py", "02_extract_deltas.py", "03_train_predictor.py")
 SCRIPTS += ("04_extrapolate.py", "05_continue_rl.py", "06_eval.py")
@@ -93,19 +95,31 @@ class Plan:
             command = [*self.wanted["prepare"].split(), "--run-dir", root]
             self.jobs.append(Job("prepare", command, [], 5))
 
-    def add(self, run: str, label: str, flags: str = "", needs=(), work: float = 15) -> str:
-        """Appends a stage on the run `root/run`; returns the job's name, `run label`.
+    def add(self, table: str, run: str, parts=(), **values) -> None:
+        """Appends the rows of `table` in plans.yaml on the run `root/run`.
 
-        label: the stage's number, and a word if it runs twice. flags: as one types them; {root} is
-        the root directory. A need that no job has is dropped.
+        parts: the words at the end of rows that hold. values: what stands in {} in them.
         """
-        name, known = f"{run} {label}".strip(), {job.name for job in self.jobs}
+        values = {"starts": [], "ends": [], "root": "{root}", "alpha": ALPHA, **values}
+        values |= {"prefix": self.prefix, "reference": self.reference, "more": self.more}
+        values.setdefault("longer", self.reference - self.prefix)
+        for label, flags, needs, work, *only in TABLES[table]:
+            repeated = next((key for key in ("start", "end") if f"{{{key}}}" in label), "")
+            for one in values[f"{repeated}s"] if repeated else [""]:
+                v = {**values, repeated: one, "go_on": continuing(str(one))}
+                texts = [text.format_map(v) for text in (label, flags, needs)]
+                if {*only} <= {*parts}:
+                    self._append(run, *texts, v.get(work, work))
+
+    def _append(self, run: str, label: str, flags: str, needs: str, work: float) -> None:
+        known = [job.name for job in self.jobs]
+        patterns = [p for need in needs.split(", ") for p in (need, f"{run} {need}")]
+        found = [name for name in known if any(fnmatch.fnmatch(name, p) for p in patterns)]
         words = [word.replace("{root}", self.root) for word in shlex.split(flags)]
         where = ["--config", self.name, "--run-dir", f"{self.root}/{run}".rstrip("/")]
         where += self.shared(label[:2], words) if run else []
         argv = [*self.launch, SCRIPTS[int(label[:2]) - 1], *where, *words]
-        self.jobs.append(Job(name, argv, [need for need in needs if need in known], work))
-        return name
+        self.jobs.append(Job(f"{run} {label}".strip(), argv, found, work))
 
     def shared(self, stage: str, words: list[str]) -> list[str]:
         """Flags for what a preset has in "{run_dir}/...": in a grid that is the root's."""
@@ -117,27 +131,17 @@ class Plan:
                 found += [flag, *(v.replace("{run_dir}", self.root) for v in values)]
         return found
 
-    def go_on(self, run: str, start: str, flags: str, needs: list[str]) -> str:
-        """Stage 5 from a start like `none` or `next-paper_alpha1.5_merged`."""
-        flags += f" --start {shlex.quote(start.removesuffix('_merged'))}"
-        flags += " --restart merged" if start.endswith("_merged") else ""
-        return self.add(run, f"05 {start}", flags, needs, self.more)
+
+def continuing(start: str) -> str:
+    """Stage 5's flags for a start like `none` or `next-paper_alpha1.5_merged`."""
+    merged = " --restart merged" if start.endswith("_merged") else ""
+    return f"--start {shlex.quote(start.removesuffix('_merged'))}{merged}"
 
 
 def single(preset_name: str, preset: dict, run_dir: str) -> list[Job]:
     """One run: the first steps, the jumps, what follows them, the reference, the evaluation."""
     plan = Plan(preset_name, preset, run_dir)
-    plan.add("", "01", "", ["prepare"], plan.prefix)
-    longer = f"--steps {plan.reference}"
-    plan.add("", "01 reference", longer, ["01"], plan.reference - plan.prefix)
     # Without it stage 2 takes all that is there, and the reference run goes on making checkpoints.
     last = "" if "last_step" in preset.get("extract", {}) else f"--last-step {plan.prefix}"
-    plan.add("", "02", last, ["01"])
-    plan.add("", "03", "", ["02"], 180)
-    plan.add("", "04", "", ["03"])
-    plan.add("", "04 oracle", "--methods oracle", ["04", "01 reference"])
-    plan.add("", "06 sweep", "--policies 'extrapolated/*'", ["04 oracle"], 200)
-    for start in plan.wanted["continue_from"]:
-        plan.go_on("", start, "", ["04"])
-    plan.add("", "06", "", [job.name for job in plan.jobs], 60)
+    plan.add("single", "", last_step=last, starts=plan.wanted["continue_from"])
     return plan.jobs
