@@ -86,8 +86,7 @@ def time_saved(runs: Runs, method: str) -> str:
     seeds = [s for s in ours if s in plain and ours[s].seconds and plain[s].seconds]
     if not seeds:
         return ""
-    means = (statistics.fmean(found[s].seconds for s in seeds) for found in (ours, plain))
-    seconds, reference = means
+    seconds, reference = (statistics.fmean(r[s].seconds for s in seeds) for r in (ours, plain))
     verdict, word = ("holds", "less") if seconds < reference else ("does not hold", "more")
     share = abs(1 - seconds / reference)
     return f"**{verdict}**: {seconds:.0f} against {reference:.0f} s, {share:.1%} {word}"

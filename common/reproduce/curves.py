@@ -1,5 +1,6 @@
 """Curves by RL step and by epoch, and what all figures share: looks, axes, the legend."""
 
+import math
 import statistics
 
 import matplotlib
@@ -104,21 +105,22 @@ def training(runs: Runs):
     jumped = [method for method in reward if method != "grpo"]
     full = any(r.trained.get("tune") == "full" for r in runs.some().values())
     window = min([WINDOW, *map(len, reward.values())])
+    ends = [max(reward[method]) for method in jumped]  # of what went on from a jump
+    after = (runs.prefix + 1, max(ends, default=0))
     figure, axes = panels(1, 3, 12, 4.1)
-    titles = ("reward, the whole run", "reward after the jump", "response length, tokens")
-    for axis, title, curves in zip(axes, titles, (reward, reward, length), strict=True):
+    shown = {
+        "reward, the whole run": (reward, 0, math.inf),
+        "reward after the jump": (reward, *after),
+        "response length, tokens": (length, 0, math.inf),
+    }
+    for axis, (title, (curves, begin, end)) in zip(axes, shown.items(), strict=True):
         for method, rows in curves.items():
-            curve, look = smooth(rows, window), CURVES[method] | {"marker": None, "lw": 1.6}
+            curve = {s: v for s, v in smooth(rows, window).items() if begin <= s <= end}
+            look = CURVES[method] | {"marker": None, "lw": 1.6}
             axis.plot(list(curve), list(curve.values()), label=label_of(method, full), **look)
         axis.set(title=title, xlabel=f"RL step (curves: means of {window})")
         if jumped:
             axis.axvline(runs.prefix, color="gray", lw=1, ls=":")
-    if jumped:
-        end = max(max(reward[method]) for method in jumped)
-        curves = [smooth(rows, window) for rows in reward.values()]
-        near = [v for curve in curves for step, v in curve.items() if runs.prefix < step <= end]
-        low, high = min(near, default=0.0), max(near, default=1.0)
-        axes[1].set(xlim=(runs.prefix, end), ylim=(low - 0.02, high + 0.02))
     legend_below(figure, axes[0], 4)
     return figure
 
