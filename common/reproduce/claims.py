@@ -61,11 +61,12 @@ def every_alpha(runs: Runs, method: str) -> str:
 
 def gain_over_full(runs: Runs, jumped: str) -> Estimate | None:
     """The gain of the jump with LoRA minus its gain with full parameters, seed by seed."""
-    runs_, policies = (MAIN, "full"), (jumped, runs.step(runs.prefix))
-    found = [[runs.get(policy, name) for policy in policies] for name in runs_]
-    seeds = [s for s in runs.seeds if all(s in by_seed for pair in found for by_seed in pair)]
-    gains = [[after[s].accuracy - before[s].accuracy for s in seeds] for after, before in found]
-    return over_seeds([x - y for x, y in zip(*gains, strict=True)]) if seeds else None
+    policies = (jumped, runs.step(runs.prefix))
+    found = [runs.get(policy, name) for name in (MAIN, "full") for policy in policies]
+    seeds = [seed for seed in runs.seeds if all(seed in by_seed for by_seed in found)]
+    levels = [[by_seed[seed].accuracy for by_seed in found] for seed in seeds]
+    gains = [(lora - before) - (full - start) for lora, before, full, start in levels]
+    return over_seeds(gains) if gains else None
 
 
 def overhead(runs: Runs, method: str) -> str:
@@ -114,27 +115,27 @@ def section3(runs: Runs) -> str:
     def ratios(found: list[dict], i: int) -> list[list[float]]:
         return [[e[i] for e in one["energy_ratio_by_module"].values()] for one in found]
 
-    def difference(a: list[list[float]], b: list[list[float]]) -> Estimate:
+    def verdict(a: list[list[float]], b: list[list[float]]) -> str:
         pairs = zip(a, b, strict=False)  # of the seeds that both have
-        return level([[x - y for x, y in zip(now, old, strict=True)] for now, old in pairs])
+        gaps = [[x - y for x, y in zip(now, old, strict=True)] for now, old in pairs]
+        return f"**{level(gaps).verdict()}**"
 
     def shown(found: list[dict]) -> str:
-        levels = {steps[i]: level(ratios(found, i)).plain() for i in (0, early, -1)}
-        return ", ".join(f"{value} at step {step}" for step, value in levels.items())
+        at = (0, early, -1)
+        return ", ".join(f"{level(ratios(found, i)).plain()} at step {steps[i]}" for i in at)
 
-    rise = difference(ratios(lora, early), ratios(lora, 0)).verdict()
-    lines = ["* Fig. 2, the rank-1 share E_1 of the update rises early in training: "]
-    lines[0] += f"**{rise}**. It is {shown(lora)}."
-    if full:
-        gap = difference(ratios(lora, -1), ratios(full, -1)).verdict()
-        lines.append(f"* Fig. 2, it is higher with LoRA: **{gap}**. Without, {shown(full)}.")
+    rise = verdict(ratios(lora, early), ratios(lora, 0))
+    gap = verdict(ratios(lora, -1), ratios(full, -1)) if full else ""
     share = level([[float(row["held_out"] < 0) for row in one["linear_fit"]] for one in lora])
     half = Estimate(share.mean - 0.5, share.error, share.half).verdict()
     inside = statistics.median(row["in_sample"] for one in lora for row in one["linear_fit"])
-    lines.append(
+    lines = [
+        "* Fig. 2, the rank-1 share E_1 of the update rises early in training: "
+        f"{rise}. It is {shown(lora)}.",
+        f"* Fig. 2, it is higher with LoRA: {gap}. Without, {shown(full)}." if full else "",
         f"* Fig. 3, a straight line fails on over half of the vectors: **{half}**. On checkpoints "
         f"that it was not fitted on, {share.plain(100, 1)}% of the vectors have an R² below 0, "
         "worse than the mean of those few neighbouring points. On those that it was fitted on, the "
-        f"median R² is {inside:.2f}."
-    )
-    return "\n".join(lines)
+        f"median R² is {inside:.2f}.",
+    ]
+    return "\n".join(filter(None, lines))

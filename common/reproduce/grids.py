@@ -51,7 +51,7 @@ def main_run(plan: Plan, seed: int, everything: bool) -> None:
         # AlphaRL's adapter has rank 1 and would stay so: a new LoRA on the merged model.
         starts += [f"alpharl_alpha{ALPHA}_merged", "none_merged"]
         starts += [f"next-paper-no-{role}_alpha{ALPHA}" for role in ("global", "local")]
-    names = [f"{network}-no-{r}" for r in ("global", "local") for network in ("paper", "aligned")]
+    names = ["paper-no-global", "aligned-no-global", "paper-no-local", "aligned-no-local"]
     names += [f"{recipe}-last{FEWER_CHECKPOINTS}" for recipe in recipes]
     every = plan.values["train"]["save_every"]
     steps = range(every, plan.prefix + 1, every)
@@ -60,7 +60,7 @@ def main_run(plan: Plan, seed: int, everything: bool) -> None:
     plan.add(
         "main",
         f"seed{seed}/lora",
-        [*(["tables"] if everything else []), *(["validation"] if problems else [])],
+        ["tables" if everything else "", "validation" if problems else ""],
         **{"seed": seed, "starts": dict.fromkeys(starts), "recipes": " ".join(recipes)},
         **{"fewer": FEWER_CHECKPOINTS, "ablations": " ".join(names), "by_accuracy": by_accuracy},
         checkpoints=" ".join(f"train/step_{step:04d}" for step in steps),
@@ -70,14 +70,11 @@ def main_run(plan: Plan, seed: int, everything: bool) -> None:
 
 def side_run(plan: Plan, seed: int, name: str, flags: str, reference: int) -> None:
     """GRPO with other settings, and jumps from its first steps. With `reference` 0 no RL after."""
-    total, starts = plan.prefix + plan.more, []
-    ends, policies = sorted({plan.prefix, total, reference} - {0}), ["'extrapolated/*'"]
-    if reference:
-        starts = [f"weighted_alpha{ALPHA}", f"next-paper_alpha{ALPHA}"]
-        policies.append(f"'continued/*/step_{total:04d}'")
-    else:
-        ends = [plan.prefix]
-    policies = [*(f"train/step_{end:04d}" for end in ends), *policies]
+    total = plan.prefix + plan.more
+    starts = [f"weighted_alpha{ALPHA}", f"next-paper_alpha{ALPHA}"] if reference else []
+    ends = sorted({plan.prefix, total, reference}) if reference else [plan.prefix]
+    policies = [*(f"train/step_{end:04d}" for end in ends), "'extrapolated/*'"]
+    policies += [f"'continued/*/step_{total:04d}'"] if reference else []
     plan.add(
         "side",
         f"seed{seed}/{name}",
@@ -96,7 +93,5 @@ def rl_extra_loop(plan: Plan, seed: int) -> None:
         part = "jump" if number < LOOP_ROUNDS else "end"
         values = {"merged": merged, "before": before, "checkpoints": LOOP_CHECKPOINTS}
         plan.add("loop", run, [part], **numbers, **values)
-        merged, before = (
-            f"--backbone '{{root}}/{run}/merged/rl-extra_alpha{LOOP_CHECKPOINTS}'",
-            f"{run} 04",
-        )
+        before = f"{run} 04"
+        merged = f"--backbone '{{root}}/{run}/merged/rl-extra_alpha{LOOP_CHECKPOINTS}'"
