@@ -165,9 +165,11 @@ def test_what_was_measured_otherwise_is_left_out_and_named(tmp_path, change):
         record(tmp_path, f"train/step_{step:04d}", share(40 + step), step, **(change if step == 2 else {}))
     found = runs.Runs(tmp_path)
     assert [*found.some()] == ["train/step_0001", "train/step_0003"]
-    assert found.left_out == [f"train/step_0002: measured {'on another test' if 'data' in change else 'with '}" + (
-        "" if "data" in change else ", ".join(f"{k} {v!r} (the others: {1.0 if k == 'temperature' else 48!r})" for k, v in change.items())
-    )]  # fmt: skip
+    ((key, value),) = change.items()
+    usual = {"temperature": 1.0, "max_new_tokens": 48, "data": "hash, 100 problems"}[key]
+    odd = "other, 100 problems" if key == "data" else value
+    line = f"measured with {key} {odd!r} (the others: {usual!r})"
+    assert found.left_out == [f"train/step_0002: {line}"]
     page = report.page(found, "")
     assert "train/step_0002: measured" in page
     assert "| GRPO with LoRA | 2 |" not in page

@@ -4,11 +4,8 @@
     python -m common.reproduce --preset demo --grid tables --seeds 0 1 2 3 4    # every table
     python -m common.reproduce --preset demo --print             # only show the commands
 
-Each line is printed before it runs and can be typed by hand instead. A line starts when those it
-needs are done, up to `--jobs` at a time; they share the first RL steps, which are trained once.
-Interrupt it and type it again: finished lines are skipped, an interrupted stage goes on where it
-was. What the commands of a grid print goes to <run-dir>/logs. On a machine with several GPUs, a
-preset's `gpus_per_job` gives every command its own.
+Each line is printed before it runs and can be typed by hand instead. Interrupt it and type it
+again: finished lines are skipped, an interrupted stage goes on where it was.
 """
 
 import argparse
@@ -31,15 +28,12 @@ from common.reproduce.runner import Runner
 
 
 def lanes_of(preset: dict, jobs: int | None, grid: bool) -> list[str | None]:
-    """What every lane sees of the GPUs: with `gpus_per_job` its own share, else what we see.
-
-    `jobs` lanes, or the preset's; without one a grid has as many as there are GPUs for, or CPUs.
-    """
-    wanted, gpus = preset.get("reproduce", {}), torch.cuda.device_count()
+    """What every lane sees of the GPUs: with `gpus_per_job` its own share, else what we see."""
+    wanted, gpus = preset.get("reproduce", {}), [*map(str, range(torch.cuda.device_count()))]
     each = wanted.get("gpus_per_job", 0)
-    if each and gpus >= each:
-        starts = range(0, gpus - each + 1, each)
-        return [",".join(map(str, range(start, start + each))) for start in starts][:jobs]
+    if each and len(gpus) >= each:
+        starts = range(0, len(gpus) - each + 1, each)
+        return [",".join(gpus[start : start + each]) for start in starts][:jobs]
     return [None] * (jobs or wanted.get("jobs") or (os.cpu_count() if grid else 1))
 
 
@@ -47,9 +41,8 @@ def made_with(args: argparse.Namespace) -> str:
     """The command and the commit of the code, for the page of a grid."""
     commit = "unknown"
     with contextlib.suppress(OSError):  # no git here
-        asked, here = ["git", "describe", "--always", "--dirty"], pathlib.Path(__file__).parent
-        asking = subprocess.run(asked, capture_output=True, text=True, cwd=here)
-        commit = asking.stdout.strip() or commit
+        asked = ["git", "-C", str(config.PRESETS), "describe", "--always", "--dirty"]
+        commit = subprocess.run(asked, capture_output=True, text=True).stdout.strip() or commit
     seeds = " ".join(map(str, args.seeds)) + (" --report" if args.report else "")
     flags = f"--preset {args.preset} --grid {args.grid} --seeds {seeds}"
     return f"`python -m common.reproduce {flags}` at commit {commit}"
@@ -61,10 +54,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--preset", default="demo", help="a name in common/presets or a YAML file")
     kinds = "main: the preset's methods for several seeds; tables: everything; rl-extra: its loop"
     parser.add_argument("--grid", choices=grids.GRIDS, help=f"{kinds} [one run]")
-    seeds = {"type": int, "nargs": "+", "default": [0, 1, 2, 3, 4]}
-    parser.add_argument("--seeds", **seeds, help="training seeds of the grid [0 1 2 3 4]")
-    where = "where everything goes [runs/<preset>, of a grid runs/<preset>_<grid>]"
-    parser.add_argument("--run-dir", help=where)
+    five = "training seeds of the grid [0 1 2 3 4]"
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help=five)
+    parser.add_argument("--run-dir", help="[runs/<preset>, of a grid runs/<preset>_<grid>]")
     parser.add_argument("--jobs", type=int, help="commands at a time [the preset's]")
     only = "of a grid: only write its tables from the runs that are there"
     parser.add_argument("--report", action="store_true", help=only)

@@ -5,7 +5,7 @@ A claim whose policies were not measured gets no verdict: the page names it as n
 
 import statistics
 
-from common.reproduce.results import NAMES, own_seconds
+from common.reproduce.results import label_of, own_seconds, table_of
 from common.reproduce.runs import MAIN, Estimate, Runs, over_seeds
 from common.reproduce.tables import RECIPES, folder, jump, table
 
@@ -17,9 +17,9 @@ def page(runs: Runs) -> str:
     """All claims as markdown, and the names of those that were not measured."""
     columns = [column(runs, method) for method in RECIPES]
     rows = {claim: [cells[claim] for cells in columns] for claim in columns[0]}
-    measured = [[claim, *(cell or "–" for cell in row)] for claim, row in rows.items() if any(row)]
+    measured = [[claim, *(c or "–" for c in row)] for claim, row in rows.items() if any(row)]
     missing = "; ".join(claim for claim, row in rows.items() if not any(row))
-    header = ["the paper's claim of NExt, or a control", *(NAMES[method] for method in RECIPES)]
+    header = ["the paper's claim of NExt, or a control", *map(label_of, RECIPES)]
     text = [section3(runs), table(header, measured).replace("--:", "---")]
     text.append(f"Not measured: {missing}." if missing else "")
     return "\n\n".join(part for part in text if part) if any(text[:2]) else ""
@@ -27,43 +27,22 @@ def page(runs: Runs) -> str:
 
 def column(runs: Runs, method: str) -> dict[str, str]:
     """Claim -> verdict and numbers on the runs of `method`, or an empty cell."""
-    longer = f"GRPO at {runs.reference}" if runs.reference else "a longer run of GRPO"
-    cells = {}
-    for claim, policies in comparisons(runs, method, longer).items():
-        cells[claim] = judged(runs.difference(*policies), "not worse" in claim)
+    longer, cells = f"GRPO at {runs.reference}" if runs.reference else "a longer run of GRPO", {}
+    names = {
+        **{"method": method, "jump": jump(method), "later": runs.after(folder(method))},
+        **{"before": runs.before, "grpo": runs.step(runs.total), "end": f"step_{runs.total:04d}"},
+        **{"longest": runs.step(runs.reference), "longer": longer},
+        "at": f"at {runs.total} steps" if runs.total else "after more RL",
+    }
+    for texts in table_of("claims.yaml"):
+        claim, a, b, *names_of_runs = (text.format(**names) for text in texts)
+        cells[claim] = judged(runs.difference(a, b, *names_of_runs), "not worse" in claim)
     alphas = ", ".join(f"{alpha:g}" for alpha in FIG6)
     cells[f"Fig. 6: the jump gains at every alpha of {alphas}"] = every_alpha(runs, method)
     cells["Table 5: the jump gains more than w/o LoRA"] = judged(gain_over_full(runs, jump(method)))
     cells[f"Fig. 5: what is not RL takes under {CHEAP:.0%} of the time"] = overhead(runs, method)
     cells[f"Fig. 5: less time than {longer} (the paper: 37.5% less)"] = time_saved(runs, method)
     return dict(sorted(cells.items(), key=lambda cell: cell[0].startswith("(")))
-
-
-def comparisons(runs: Runs, method: str, longer: str) -> dict[str, tuple[str, ...]]:
-    """Claim -> (a policy, the one that it is better than, their runs if not the main one)."""
-    jumped, later, total = jump(method), runs.after(folder(method)), runs.step(runs.total)
-    merged, none_merged = runs.after(f"{folder(method)}_merged"), runs.after("none_merged")
-    alpharl = runs.after(f"{folder('alpharl')}_merged")  # of rank 1, too little to train on
-    repeat, at = "repeat-last", f"at {runs.total} steps" if runs.total else "after more RL"
-    return {
-        "Table 5: the jump itself gains": (jumped, runs.before),
-        "Table 5: it gains more than w/o the global delta": (jumped, jump(f"{method}-no-global")),
-        "Table 5: it gains more than w/o the local delta": (jumped, jump(f"{method}-no-local")),
-        f"Tables 3, 4: {at} better than GRPO": (later, total),
-        f"Tables 3, 4: {at} better than GRPO, full parameters": (later, total, MAIN, "full"),
-        f"Tables 3, 4: {at} not worse than {longer}": (later, runs.step(runs.reference)),
-        f"Tables 3, 4: {at} better than RL-Extra": (later, runs.after(folder("rl-extra"))),
-        f"Tables 3, 4: {at} better than RELEX": (later, runs.after(folder("relex"))),
-        f"Tables 3, 4: {at} better than AlphaRL (merged restart)": (later, alpharl),
-        f"Table 6: {at} better than RLOO alone": (later, total, "rloo"),
-        f"Table 6: {at} better than REINFORCE++ alone": (later, total, "reinforce++"),
-        "(control) better than a restart without a jump": (later, runs.after("none")),
-        "(control) the jump is better than repeat-last": (jumped, jump(repeat)),
-        f"(control) {at} better than repeat-last": (later, runs.after(folder(repeat))),
-        "(merged restart) better than GRPO": (merged, total),
-        "(merged restart) better than AlphaRL": (merged, alpharl),
-        "(merged restart) better than one without a jump": (merged, none_merged),
-    }
 
 
 def judged(found: Estimate | None, not_worse: bool = False) -> str:
@@ -82,11 +61,12 @@ def every_alpha(runs: Runs, method: str) -> str:
 
 def gain_over_full(runs: Runs, jumped: str) -> Estimate | None:
     """The gain of the jump with LoRA minus its gain with full parameters, seed by seed."""
-    runs_, policies = (MAIN, "full"), (jumped, runs.step(runs.prefix))
-    found = [[runs.get(policy, name) for policy in policies] for name in runs_]
-    seeds = [s for s in runs.seeds if all(s in by_seed for pair in found for by_seed in pair)]
-    gains = [[after[s].accuracy - before[s].accuracy for s in seeds] for after, before in found]
-    return over_seeds([x - y for x, y in zip(*gains, strict=True)]) if seeds else None
+    policies = (jumped, runs.step(runs.prefix))
+    found = [runs.get(policy, name) for name in (MAIN, "full") for policy in policies]
+    seeds = [seed for seed in runs.seeds if all(seed in by_seed for by_seed in found)]
+    levels = [[by_seed[seed].accuracy for by_seed in found] for seed in seeds]
+    gains = [(lora - before) - (full - start) for lora, before, full, start in levels]
+    return over_seeds(gains) if gains else None
 
 
 def overhead(runs: Runs, method: str) -> str:
@@ -107,8 +87,7 @@ def time_saved(runs: Runs, method: str) -> str:
     seeds = [s for s in ours if s in plain and ours[s].seconds and plain[s].seconds]
     if not seeds:
         return ""
-    means = (statistics.fmean(found[s].seconds for s in seeds) for found in (ours, plain))
-    seconds, reference = means
+    seconds, reference = (statistics.fmean(r[s].seconds for s in seeds) for r in (ours, plain))
     verdict, word = ("holds", "less") if seconds < reference else ("does not hold", "more")
     share = abs(1 - seconds / reference)
     return f"**{verdict}**: {seconds:.0f} against {reference:.0f} s, {share:.1%} {word}"
@@ -136,27 +115,27 @@ def section3(runs: Runs) -> str:
     def ratios(found: list[dict], i: int) -> list[list[float]]:
         return [[e[i] for e in one["energy_ratio_by_module"].values()] for one in found]
 
-    def difference(a: list[list[float]], b: list[list[float]]) -> Estimate:
+    def verdict(a: list[list[float]], b: list[list[float]]) -> str:
         pairs = zip(a, b, strict=False)  # of the seeds that both have
-        return level([[x - y for x, y in zip(now, old, strict=True)] for now, old in pairs])
+        gaps = [[x - y for x, y in zip(now, old, strict=True)] for now, old in pairs]
+        return f"**{level(gaps).verdict()}**"
 
     def shown(found: list[dict]) -> str:
-        levels = {steps[i]: level(ratios(found, i)).plain() for i in (0, early, -1)}
-        return ", ".join(f"{value} at step {step}" for step, value in levels.items())
+        at = (0, early, -1)
+        return ", ".join(f"{level(ratios(found, i)).plain()} at step {steps[i]}" for i in at)
 
-    rise = difference(ratios(lora, early), ratios(lora, 0)).verdict()
-    lines = ["* Fig. 2, the rank-1 share E_1 of the update rises early in training: "]
-    lines[0] += f"**{rise}**. It is {shown(lora)}."
-    if full:
-        gap = difference(ratios(lora, -1), ratios(full, -1)).verdict()
-        lines.append(f"* Fig. 2, it is higher with LoRA: **{gap}**. Without, {shown(full)}.")
+    rise = verdict(ratios(lora, early), ratios(lora, 0))
+    gap = verdict(ratios(lora, -1), ratios(full, -1)) if full else ""
     share = level([[float(row["held_out"] < 0) for row in one["linear_fit"]] for one in lora])
     half = Estimate(share.mean - 0.5, share.error, share.half).verdict()
     inside = statistics.median(row["in_sample"] for one in lora for row in one["linear_fit"])
-    lines.append(
+    lines = [
+        "* Fig. 2, the rank-1 share E_1 of the update rises early in training: "
+        f"{rise}. It is {shown(lora)}.",
+        f"* Fig. 2, it is higher with LoRA: {gap}. Without, {shown(full)}." if full else "",
         f"* Fig. 3, a straight line fails on over half of the vectors: **{half}**. On checkpoints "
         f"that it was not fitted on, {share.plain(100, 1)}% of the vectors have an R² below 0, "
         "worse than the mean of those few neighbouring points. On those that it was fitted on, the "
-        f"median R² is {inside:.2f}."
-    )
-    return "\n".join(lines)
+        f"median R² is {inside:.2f}.",
+    ]
+    return "\n".join(filter(None, lines))

@@ -1,5 +1,6 @@
 """Curves by RL step and by epoch, and what all figures share: looks, axes, the legend."""
 
+import math
 import statistics
 
 import matplotlib
@@ -8,27 +9,21 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from common.files.read import read_jsonl
-from common.reproduce.results import LOGGED, method_name
-from common.reproduce.runs import MAIN, Runs
+from common.reproduce.results import LOGGED, METHODS, label_of
+from common.reproduce.runs import MAIN, Estimate, Runs
 from common.reproduce.tables import ended, plain_runs
 
-LOOK = {  # method: colour (Okabe and Ito's, and a few more), marker, line
-    "grpo": ("#000000", ".", "-"),
-    "next-paper": ("#D55E00", "s", "-"),
-    "next-aligned": ("#0072B2", "o", "-"),
-    "weighted": ("#5D3A9B", "P", "-"),
-    "rl-extra": ("#CC79A7", "D", "-"),
-    "relex": ("#A6761D", ">", "-"),
-    "repeat-last": ("#009E73", "^", "--"),
-    "recent-locals": ("#8A8A00", "<", "--"),
-    "none": ("#56B4E9", "x", ":"),
-    "oracle": ("#E69F00", "v", "--"),
+SIZES = {"ms": 4, "capsize": 2}
+CURVES = {  # the methods that have one, and how it looks
+    method: {key: row[key] for key in ("color", "marker", "ls")}
+    for method, row in METHODS.items()
+    if "color" in row
 }
-RUNS = {  # runs of a grid: name, colour, marker
-    MAIN: ("LoRA", "#0072B2", "o"),
-    "rank4": ("LoRA, rank 4", "#56B4E9", "^"),
-    "rank64": ("LoRA, rank 64", "#5D3A9B", "v"),
-    "full": ("all parameters", "#D55E00", "s"),
+RUNS = {  # runs of a grid
+    MAIN: {"label": "LoRA", "color": "#0072B2", "marker": "o"},
+    "rank4": {"label": "LoRA, rank 4", "color": "#56B4E9", "marker": "^"},
+    "rank64": {"label": "LoRA, rank 64", "color": "#5D3A9B", "marker": "v"},
+    "full": {"label": "all parameters", "color": "#D55E00", "marker": "s"},
 }
 WINDOW = 10  # RL steps of which the training curves are means
 
@@ -48,11 +43,10 @@ def legend_below(figure, axis, columns: int) -> None:
     figure.legend(*handles, fontsize=9, ncol=columns, loc="outside lower center", frameon=False)
 
 
-def over_seeds(columns) -> tuple[list[float], list[float]]:
-    """Mean and standard error over seeds of each column; no error for one seed."""
-    columns = [list(values) for values in columns]
-    errors = [statistics.stdev(v) / len(v) ** 0.5 if len(v) > 1 else float("nan") for v in columns]
-    return [statistics.fmean(values) for values in columns], errors
+def series(axis, x: list, found: list[Estimate], scale: float = 100, **look) -> None:
+    """A curve of estimates with their standard errors, in percent unless `scale` is 1."""
+    errors = [scale * f.error for f in found]
+    axis.errorbar(x, [scale * f.mean for f in found], errors, **SIZES | look)
 
 
 def accuracy(runs: Runs):
@@ -63,17 +57,16 @@ def accuracy(runs: Runs):
     figure, axes = panels(1, 2, 11, 1.6 + 0.24 * max(len(shown), 9), width_ratios=(1, 1.1))
     for name, results in curves.items():
         if results:
-            found, (_, colour, mark) = [runs.accuracy(r.policy, name) for r in results], RUNS[name]
-            bars = [100 * f.mean for f in found], [100 * f.error for f in found]
-            look = {"color": colour, "marker": mark, "ms": 4, "label": results[0].label}
-            axes[0].errorbar([r.steps for r in results], *bars, capsize=2, **look)
+            found = [runs.accuracy(r.policy, name) for r in results]
+            look = RUNS[name] | {"label": results[0].label}
+            series(axes[0], [r.steps for r in results], found, **look)
     axes[0].set(xlabel="RL steps, without a jump", ylabel=f"accuracy %, ± s.e. over {runs.over}")
     axes[0].legend(fontsize=9, loc="lower right")
     for y, result in enumerate(shown):
         found = runs.accuracy(result.policy)
-        colour, mark, _ = LOOK.get(result.method, ("#666666", "o", "-"))
-        bars = {"xerr": 100 * found.error, "color": colour, "marker": mark, "capsize": 2}
-        axes[1].errorbar(100 * found.mean, y, **bars)
+        look = CURVES.get(result.method, {"color": "#666666", "marker": "o"})
+        bars = {"xerr": 100 * found.error, "color": look["color"], "marker": look["marker"]}
+        axes[1].errorbar(100 * found.mean, y, **bars, capsize=2)
     if plain := runs.accuracy(runs.step(runs.total)):
         axes[1].axvline(100 * plain.mean, color="black", lw=1, ls=":")
         axes[1].set_title(f"dotted: GRPO at {runs.total}, without a jump", fontsize=9)
@@ -84,25 +77,24 @@ def accuracy(runs: Runs):
 
 def logged(runs: Runs, key: str) -> dict[str, dict[int, float]]:
     """method -> step -> `key` of metrics.jsonl, mean over seeds: the plain run and what goes on."""
-    found = {}
+    found = {method: {} for method in CURVES}
     for seed in runs.seeds:
         paths = [*runs.folder(seed).glob("continued/*/metrics.jsonl")]
         for path in [runs.folder(seed) / "train" / "metrics.jsonl", *sorted(paths)]:
             name = path.parent.name
             method = "grpo" if name == "train" else name.split("_alpha")[0]
-            if method in LOOK and path.is_file() and not name.endswith("_merged"):
+            if method in found and path.is_file() and not name.endswith("_merged"):
                 for row in read_jsonl(path, LOGGED):
-                    found.setdefault(method, {}).setdefault(row["step"], []).append(row[key])
-    shown = [method for method in LOOK if method in found]
-    return {m: {step: statistics.fmean(v) for step, v in found[m].items()} for m in shown}
+                    found[method].setdefault(row["step"], []).append(row[key])
+    some = {method: rows for method, rows in found.items() if rows}
+    return {m: {step: statistics.fmean(v) for step, v in some[m].items()} for m in some}
 
 
 def smooth(rows: dict[int, float], window: int) -> dict[int, float]:
     """Step -> the mean of the `window` steps that end there; the first window - 1 have none."""
-    steps = sorted(rows)
-    ends = range(window - 1, len(steps))
-    parts = {steps[i]: steps[i + 1 - window : i + 1] for i in ends}
-    return {end: statistics.fmean(rows[step] for step in part) for end, part in parts.items()}
+    steps, values = sorted(rows), [rows[step] for step in sorted(rows)]
+    ends = range(window, len(steps) + 1)
+    return {steps[end - 1]: statistics.fmean(values[end - window : end]) for end in ends}
 
 
 def training(runs: Runs):
@@ -110,24 +102,25 @@ def training(runs: Runs):
     reward, length = logged(runs, "accuracy"), logged(runs, "response_length")
     if not reward:
         return None
-    jumped, full = [m for m in reward if m != "grpo"], runs.is_full
+    jumped = [method for method in reward if method != "grpo"]
+    full = any(r.trained.get("tune") == "full" for r in runs.some().values())
     window = min([WINDOW, *map(len, reward.values())])
+    ends = [max(reward[method]) for method in jumped]  # of what went on from a jump
+    after = (runs.prefix + 1, max(ends, default=0))
     figure, axes = panels(1, 3, 12, 4.1)
-    titles = ("reward, the whole run", "reward after the jump", "response length, tokens")
-    for axis, title, curves in zip(axes, titles, (reward, reward, length), strict=True):
+    shown = {
+        "reward, the whole run": (reward, 0, math.inf),
+        "reward after the jump": (reward, *after),
+        "response length, tokens": (length, 0, math.inf),
+    }
+    for axis, (title, (curves, begin, end)) in zip(axes, shown.items(), strict=True):
         for method, rows in curves.items():
-            (colour, _, line), curve = LOOK[method], smooth(rows, window)
-            look = {"color": colour, "lw": 1.6, "label": method_name(method, full)}
-            axis.plot(list(curve), list(curve.values()), line, **look)
+            curve = {s: v for s, v in smooth(rows, window).items() if begin <= s <= end}
+            look = CURVES[method] | {"marker": None, "lw": 1.6}
+            axis.plot(list(curve), list(curve.values()), label=label_of(method, full), **look)
         axis.set(title=title, xlabel=f"RL step (curves: means of {window})")
         if jumped:
             axis.axvline(runs.prefix, color="gray", lw=1, ls=":")
-    if jumped:
-        end = max(max(reward[method]) for method in jumped)
-        curves = [smooth(rows, window) for rows in reward.values()]
-        near = [v for curve in curves for step, v in curve.items() if runs.prefix < step <= end]
-        low, high = min(near, default=0.0), max(near, default=1.0)
-        axes[1].set(xlim=(runs.prefix, end), ylim=(low - 0.02, high + 0.02))
     legend_below(figure, axes[0], 4)
     return figure
 

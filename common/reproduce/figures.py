@@ -7,18 +7,10 @@ import statistics
 import matplotlib.pyplot as plt
 
 from common.files.write import save_figure
-from common.reproduce.curves import (
-    LOOK,
-    RUNS,
-    accuracy,
-    legend_below,
-    over_seeds,
-    panels,
-    predictor_loss,
-    training,
-)
-from common.reproduce.results import MAIN_ALPHA, NAMES, own_seconds
-from common.reproduce.runs import MAIN, Runs
+from common.reproduce import curves
+from common.reproduce.curves import CURVES, RUNS, legend_below, panels, series
+from common.reproduce.results import MAIN_ALPHA, label_of, own_seconds
+from common.reproduce.runs import MAIN, Estimate, Runs, over_seeds
 from common.reproduce.tables import RECIPES, folder, place
 
 EDGES = (float("-inf"), -0.5, 0.0, 0.5, 0.9, float("inf"))  # of the bins of R^2 in Fig. 3
@@ -28,16 +20,16 @@ PARTS = {"RL": "#56B4E9", "SVD": "#D55E00", "predictor": "#E69F00", "extrapolati
 
 def draw_all(runs: Runs) -> dict[str, pathlib.Path]:
     """Draws what there is data for into `figures` in the page's folder; title -> path."""
-    found, paths = {
-        "Accuracy by RL step": ("accuracy", accuracy),
-        "Reward and response length": ("training", training),
+    paths = {}
+    for title, (name, draw) in {
+        "Accuracy by RL step": ("accuracy", curves.accuracy),
+        "Reward and response length": ("training", curves.training),
         "Fig. 2: how much of the update is rank 1": ("fig2_energy_ratio", energy),
         "Fig. 3: a straight line through the trajectory": ("fig3_linear_fit", linear_fit),
-        "The predictors' training loss (Eq. 9)": ("predictor_loss", predictor_loss),
+        "The predictors' training loss (Eq. 9)": ("predictor_loss", curves.predictor_loss),
         "Fig. 5: where the time goes": ("fig5_cost", cost),
         "Fig. 6: how far to jump": ("fig6_alpha", alpha_sweep),
-    }, {}
-    for title, (name, draw) in found.items():
+    }.items():
         if figure := draw(runs):
             paths[title] = runs.root / "figures" / f"{name}.png"
             save_figure(paths[title], figure)
@@ -56,11 +48,11 @@ def energy(runs: Runs):
     for axis, key, title in zip(axes, keys, titles, strict=True):
         for name, spectra in found.items():
             if spectra:
-                label, colour, mark = RUNS[name]
-                label += f" ({len(spectra)} seeds)" if len(runs.seeds) > 1 else ""
-                look = {"color": colour, "marker": mark, "ms": 4, "capsize": 2, "label": label}
-                bars = over_seeds(zip(*(one[key] for one in spectra), strict=True))
-                axis.errorbar(spectra[0]["steps"], *bars, **look)
+                of = f" ({len(spectra)} seeds)" if len(runs.seeds) > 1 else ""
+                look = RUNS[name] | {"label": RUNS[name]["label"] + of}
+                values = zip(*(one[key] for one in spectra), strict=True)
+                levels = [over_seeds(many) for many in values]
+                series(axis, spectra[0]["steps"], levels, 1, **look)
         axis.set(title=title, xlabel="RL step", ylim=(0, 1))
     if len(runs.seeds) == 1:
         (one,) = found[MAIN]
@@ -82,13 +74,13 @@ def linear_fit(runs: Runs):
     sides = {"held_out": (-0.2, "#0072B2", "held-out checkpoints")}
     sides["in_sample"] = (0.2, "#E69F00", "checkpoints it was fitted on")
     for key, (offset, colour, label) in sides.items():
-        shares = []  # [bin][seed]
+        shares = []
         for low, high in itertools.pairwise(EDGES):
             inside = [statistics.fmean(low <= row[key] < high for row in one) for one in found]
-            shares.append([100 * share for share in inside])
-        mean, error = over_seeds(shares)
-        at = [i + offset for i in range(len(BINS))]
-        bars = axis.bar(at, mean, 0.4, yerr=error, capsize=2, color=colour, label=label)
+            shares.append(over_seeds([100 * share for share in inside]))
+        at, mean = [i + offset for i in range(len(BINS))], [share.mean for share in shares]
+        look = {"yerr": [share.error for share in shares], "capsize": 2, "color": colour}
+        bars = axis.bar(at, mean, 0.4, label=label, **look)
         axis.bar_label(bars, [f"{share:.0f}" for share in mean], fontsize=8)
     axis.set_xticks(range(len(BINS)), BINS)
     axis.set_xlabel(r"$R^2$ of a straight line through $\sigma u$ (or $\sigma v$)")
@@ -130,21 +122,19 @@ def cost(runs: Runs):
 
 def alpha_sweep(runs: Runs):
     """Fig. 6: accuracy right after the jump by alpha; errors are those of the gain by the jump."""
-    sweeps = {}
-    for r in sorted(runs.some().values(), key=lambda r: r.alpha or 0.0):
-        if r.policy.startswith("extrapolated/") and r.alpha and r.method in LOOK:
-            sweeps.setdefault(r.method, []).append(r)
-    if not sweeps:
+    found = [r for r in runs.some().values() if r.policy.startswith("extrapolated/") and r.alpha]
+    found = sorted((r for r in found if r.method in CURVES), key=lambda r: (place(r), r.alpha))
+    if not found:
         return None
     figure, (axis,) = panels(1, 1, 8, 4.8)
-    for method in sorted(sweeps, key=place):
-        levels = [100 * runs.accuracy(r.policy).mean for r in sweeps[method]]
-        gaps = [runs.difference(r.policy, runs.before) for r in sweeps[method]]
-        errors = [100 * gap.error if gap else float("nan") for gap in gaps]
-        colour, mark, line = LOOK[method]
-        look = {"color": colour, "marker": mark, "ls": line, "ms": 4.5, "capsize": 2, "lw": 1.3}
-        alphas = [r.alpha for r in sweeps[method]]
-        axis.errorbar(alphas, levels, errors, label=NAMES[method], **look)
+    for method in dict.fromkeys(r.method for r in found):
+        rows, levels = [r for r in found if r.method == method], []
+        for r in rows:
+            gap = runs.difference(r.policy, runs.before)
+            level = runs.accuracy(r.policy).mean
+            levels.append(Estimate(level, gap.error if gap else float("nan")))
+        look = CURVES[method] | {"label": label_of(method), "ms": 4.5, "lw": 1.3}
+        series(axis, [r.alpha for r in rows], levels, **look)
     if before := runs.accuracy(runs.before):
         label = f"before the jump (step {runs.prefix})"
         axis.axhline(100 * before.mean, color="black", lw=1, ls=":", label=label)

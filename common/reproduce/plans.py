@@ -1,8 +1,7 @@
 """The command lines of an experiment, and that of one run. Nothing runs here."""
 
-import ast
 import dataclasses
-import pathlib
+import fnmatch
 import re
 import reprlib
 import shlex
@@ -10,37 +9,37 @@ import shlex
 from common import UserError
 from common.files.config import nearest
 from common.files.read import matches, safe_name
-from common.reproduce.results import MAIN_ALPHA
+from common.reproduce.results import MAIN_ALPHA, table_of
 
+TABLES = table_of("plans.yaml")
 ALPHA = f"{MAIN_ALPHA:g}"
-NEXT = f"next-aligned_alpha{ALPHA}"
 SCRIPTS = ("01_train_lora_grpo.py", "02_extract_deltas.py", "03_train_predictor.py")
 SCRIPTS += ("04_extrapolate.py", "05_continue_rl.py", "06_eval.py")
 # A process on the CPU; accelerate's launcher would take four seconds more.
-WITHOUT_LAUNCHER = ["env", "ACCELERATE_USE_CPU=true", "CUDA_VISIBLE_DEVICES=", "python"]
+WITHOUT_LAUNCHER = "env ACCELERATE_USE_CPU=true CUDA_VISIBLE_DEVICES= python"
 # A preset may be another's. It may run a module of ours, and the launcher with these options.
-PREPARE = re.compile(r"(python -m common\.\w+)?")
-LAUNCH = re.compile(
-    r"(--quiet\s*|--(config_file|num_processes|num_machines|machine_rank|main_process_ip"
-    r"|main_process_port|mixed_precision)[ =]\w\S*\s*)*"
-)
-KINDS = {  # of what a plan takes from a preset
-    "reproduce": {
-        **dict.fromkeys(("prepare", "launch", "full_preset", "validation_data"), str),
-        **dict.fromkeys(("jobs", "gpus_per_job", "reference_steps"), int),
-        "grid_without_launcher": bool,
-        "continue_from": list[str],
-    },
-    "shared": {"backbone": str},
-    "train": {
-        **dict.fromkeys(("steps", "save_every", "lora_rank"), int),
-        **{"lora_alpha": float, "train_data": str},
-    },
-    "extract": {"k": int},
-    "predict": {"recipes": list[str]},
-    "continue": {"more_steps": int},
-    "eval": {"test_data": list[str] | str},
+ALLOWED = {
+    "prepare": r"(python -m common\.\w+)?",
+    "launch": r"(--quiet\s*|--(config_file|num_processes|num_machines|machine_rank"
+    r"|main_process_ip|main_process_port|mixed_precision)[ =]\w\S*\s*)*",
 }
+DEFAULTS = {  # of what a plan takes from a preset; they give the types too
+    "reproduce": {
+        **dict.fromkeys(("prepare", "launch", "full_preset", "validation_data"), ""),
+        **{"jobs": 0, "gpus_per_job": 0, "reference_steps": 400, "grid_without_launcher": False},
+        "continue_from": [f"next-aligned_alpha{ALPHA}"],
+    },
+    "shared": {"backbone": ""},
+    "train": {"steps": 150, "save_every": 10, "lora_rank": 64, "lora_alpha": 32.0}
+    | {"train_data": ""},
+    "extract": {"k": 5},
+    "predict": {"recipes": ["aligned"]},
+    "continue": {"more_steps": 100},
+    "eval": {"test_data": []},
+}
+# Where a preset says which model and problems, and which stages take the flag.
+PATHS = {"backbone": ("shared", "01 02 05 06"), "train_data": ("train", "01 05")}
+PATHS["test_data"] = ("eval", "06")
 
 
 @dataclasses.dataclass
@@ -56,108 +55,93 @@ class Job:
     def line(self) -> str:
         return shlex.join(self.argv)
 
-    @property
-    def heading(self) -> str:
-        """What the stage says of itself: its docstring's first line, without the sections."""
-        scripts = [pathlib.Path(word) for word in self.argv if word.endswith(".py")]
-        if not scripts:
-            return "Preparation"
-        docstring = ast.get_docstring(ast.parse(scripts[0].read_text(encoding="utf-8")))
-        return docstring.splitlines()[0].split("  ")[0]
+
+def values_of(name: str, preset: dict) -> dict[str, dict]:
+    """The preset's values of DEFAULTS. Raises UserError for what no plan can use."""
+    for key in preset.get("reproduce", {}).keys() - DEFAULTS["reproduce"].keys():
+        known = nearest(key, DEFAULTS["reproduce"])
+        raise UserError(f"preset {name}: unknown key reproduce.{key}; {known}")
+    found = {}
+    for section, defaults in DEFAULTS.items():
+        found[section] = {k: preset.get(section, {}).get(k, defaults[k]) for k in defaults}
+        for key, value in found[section].items():
+            kind = list[str] if isinstance(defaults[key], list) else type(defaults[key])
+            if not matches(value, kind) or (kind is int and value < min(defaults[key], 1)):
+                shown = reprlib.repr(value)
+                raise UserError(f"preset {name}: {section}.{key} cannot be {shown}: want {kind}")
+    wanted = found["reproduce"]
+    for key, allowed in ALLOWED.items():
+        if not re.fullmatch(allowed, wanted[key]):
+            raise UserError(f"preset {name}: reproduce does not run {key}: {wanted[key]!r}")
+    for start in wanted["continue_from"]:
+        safe_name(start, f"preset {name}, continue_from")
+    return found
 
 
 class Plan:
     """The jobs of one root directory, whose runs share a backbone and problems."""
 
     def __init__(self, name: str, preset: dict, root: str, is_grid: bool = False):
-        check(name, preset)
-        self.name, self.preset, self.root = name, preset, root
-        self.wanted = preset.get("reproduce", {})
-        self.launch = ["accelerate", "launch", *self.wanted.get("launch", "").split()]
-        if is_grid and self.wanted.get("grid_without_launcher"):
-            self.launch = WITHOUT_LAUNCHER
-        self.prefix, self.more, self.reference = numbers(preset)
+        self.name, self.root, self.values = name, root, values_of(name, preset)
+        self.wanted = self.values["reproduce"]
+        self.prefix = self.values["train"]["steps"]  # RL steps before the jump, and after it
+        self.more = self.values["continue"]["more_steps"]
+        self.reference = self.wanted["reference_steps"]  # RL steps of the run without a jump
+        self.launch = f"accelerate launch {self.wanted['launch']}".split()
+        if is_grid and self.wanted["grid_without_launcher"]:
+            self.launch = WITHOUT_LAUNCHER.split()
         self.jobs: list[Job] = []
-        if self.wanted.get("prepare"):
+        if self.wanted["prepare"]:
             command = [*self.wanted["prepare"].split(), "--run-dir", root]
             self.jobs.append(Job("prepare", command, [], 5))
 
-    def add(self, run: str, label: str, flags: list[str], needs: list[str], work: float) -> str:
-        """Appends a stage on the run `root/run`; returns the job's name, `run label`.
+    def add(self, table: str, run: str, parts=(), **values) -> None:
+        """Appends the rows of `table` in plans.yaml on the run `root/run`.
 
-        label: the stage's number, and a word if it runs twice. A need that no job has is dropped.
+        parts: the words at the end of rows that hold. values: what stands in {} in them.
         """
-        name, known = f"{run} {label}".strip(), {job.name for job in self.jobs}
-        where = ["--config", self.name, "--run-dir", f"{self.root}/{run}".rstrip("/")]
-        shared = self.shared(label[:2], flags) if run else []
-        argv = [*self.launch, SCRIPTS[int(label[:2]) - 1], *where, *shared, *flags]
-        self.jobs.append(Job(name, argv, [need for need in needs if need in known], work))
-        return name
+        values = {"starts": [], "ends": [], "root": "{root}", "alpha": ALPHA, **values}
+        values |= {"prefix": self.prefix, "reference": self.reference, "more": self.more}
+        values.setdefault("longer", self.reference - self.prefix)
+        for label, flags, needs, work, *only in TABLES[table]:
+            repeated = next((key for key in ("start", "end") if f"{{{key}}}" in label), "")
+            for one in values[f"{repeated}s"] if repeated else [""]:
+                v = {**values, repeated: one, "go_on": continuing(str(one))}
+                texts = [text.format_map(v) for text in (label, flags, needs)]
+                if {*only} <= {*parts}:
+                    self._append(run, *texts, v.get(work, work))
 
-    def shared(self, stage: str, flags: list[str]) -> list[str]:
+    def _append(self, run: str, label: str, flags: str, needs: str, work: float) -> None:
+        known = [job.name for job in self.jobs]
+        patterns = [p for need in needs.split(", ") for p in (need, f"{run} {need}")]
+        found = [name for name in known if any(fnmatch.fnmatch(name, p) for p in patterns)]
+        words = [word.replace("{root}", self.root) for word in shlex.split(flags)]
+        where = ["--config", self.name, "--run-dir", f"{self.root}/{run}".rstrip("/")]
+        where += self.shared(label[:2], words) if run else []
+        argv = [*self.launch, SCRIPTS[int(label[:2]) - 1], *where, *words]
+        self.jobs.append(Job(f"{run} {label}".strip(), argv, found, work))
+
+    def shared(self, stage: str, words: list[str]) -> list[str]:
         """Flags for what a preset has in "{run_dir}/...": in a grid that is the root's."""
-        training, found = ("backbone", "train_data"), []
-        takes = {"01": training, "02": ("backbone",), "05": training}
-        takes["06"] = ("backbone", "test_data")
-        for key in takes.get(stage, ()):
-            flag = f"--{key.replace('_', '-')}"
-            for section in ("shared", "train", "eval") if flag not in flags else ():
-                value = self.preset.get(section, {}).get(key, "")
-                values = value if isinstance(value, list) else [value]
-                if any("{run_dir}" in v for v in values):
-                    found += [flag, *(v.replace("{run_dir}", self.root) for v in values)]
+        found = []
+        for key, (section, stages) in PATHS.items():
+            flag, value = f"--{key.replace('_', '-')}", self.values[section][key]
+            values = [value] if isinstance(value, str) else value
+            if stage in stages.split() and flag not in words and "{run_dir}" in str(values):
+                found += [flag, *(v.replace("{run_dir}", self.root) for v in values)]
         return found
 
 
-def check(name: str, preset: dict) -> None:
-    """Raises UserError for an unknown key of `reproduce`, or a value that no plan can use."""
-    wanted = preset.get("reproduce", {})
-    for key in wanted.keys() - KINDS["reproduce"].keys():
-        known = nearest(key, KINDS["reproduce"])
-        raise UserError(f"preset {name}: unknown key reproduce.{key}; {known}")
-    for section, kinds in KINDS.items():
-        for key in kinds.keys() & preset.get(section, {}).keys():
-            kind, value = kinds[key], preset[section][key]
-            least = 0 if key == "gpus_per_job" else 1
-            if not matches(value, kind) or (kind is int and value < least):
-                kind = "a positive int" if kind is int else getattr(kind, "__name__", kind)
-                shown = reprlib.repr(value)
-                raise UserError(f"preset {name}: {section}.{key}: want {kind}, not {shown}")
-    for key, allowed in (("prepare", PREPARE), ("launch", LAUNCH)):
-        if not allowed.fullmatch(wanted.get(key, "")):
-            text = f"reproduce does not run {key}: {wanted[key]!r}; want {allowed.pattern}"
-            raise UserError(f"preset {name}: {text}")
-    for start in wanted.get("continue_from", []):
-        safe_name(start, f"preset {name}, continue_from")
-
-
-def numbers(preset: dict) -> tuple[int, int, int]:
-    """RL steps before the jump, after it, and of the reference run without a jump."""
-    more = preset.get("continue", {}).get("more_steps", 100)
-    reference = preset.get("reproduce", {}).get("reference_steps", 400)
-    return preset.get("train", {}).get("steps", 150), more, reference
-
-
-def continuing(start: str) -> list[str]:
+def continuing(start: str) -> str:
     """Stage 5's flags for a start like `none` or `next-paper_alpha1.5_merged`."""
-    restart = ["--restart", "merged"] if start.endswith("_merged") else []
-    return ["--start", start.removesuffix("_merged"), *restart]
+    merged = " --restart merged" if start.endswith("_merged") else ""
+    return f"--start {shlex.quote(start.removesuffix('_merged'))}{merged}"
 
 
 def single(preset_name: str, preset: dict, run_dir: str) -> list[Job]:
     """One run: the first steps, the jumps, what follows them, the reference, the evaluation."""
     plan = Plan(preset_name, preset, run_dir)
     # Without it stage 2 takes all that is there, and the reference run goes on making checkpoints.
-    last = [] if "last_step" in preset.get("extract", {}) else ["--last-step", str(plan.prefix)]
-    plan.add("", "01", [], ["prepare"], plan.prefix)
-    longer = ["--steps", str(plan.reference)]
-    plan.add("", "01 reference", longer, ["01"], plan.reference - plan.prefix)
-    plan.add("", "02", last, ["01"], 15)
-    plan.add("", "03", [], ["02"], 180)
-    plan.add("", "04", [], ["03"], 15)
-    plan.add("", "04 oracle", ["--methods", "oracle"], ["04", "01 reference"], 15)
-    plan.add("", "06 sweep", ["--policies", "extrapolated/*"], ["04 oracle"], 200)
-    for start in plan.wanted.get("continue_from", [NEXT]):
-        plan.add("", f"05 {start}", continuing(start), ["04"], plan.more)
-    plan.add("", "06", [], [job.name for job in plan.jobs], 60)
+    last = "" if "last_step" in preset.get("extract", {}) else f"--last-step {plan.prefix}"
+    plan.add("single", "", last_step=last, starts=plan.wanted["continue_from"])
     return plan.jobs

@@ -1,15 +1,12 @@
 """Runs the commands of a plan: those whose needs are met, as many at a time as there are lanes."""
 
-import collections
 import os
 import pathlib
 import queue
-import re
 import signal
 import subprocess
 import sys
 import threading
-import time
 
 from tqdm import tqdm
 
@@ -18,12 +15,11 @@ from common.files.read import read_json
 from common.files.write import append_text, write_json
 from common.reproduce.plans import Job
 
-PROGRESS = re.compile(r"(?:step )?(\d+)/(\d+) ")
 # For every command, where nobody has set them: one thread, and glibc keeps the memory of tensors
 # that are gone, because they come again (5% on a CPU).
 DEFAULTS = {"OMP_NUM_THREADS": "1"}
 DEFAULTS |= dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), "500000000")
-BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed} gone{postfix}"
+BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left"
 
 
 class Runner:
@@ -34,44 +30,36 @@ class Runner:
     """
 
     def __init__(self, jobs: list[Job], lanes: list, record: pathlib.Path, stamp: str, logs=None):
-        self.jobs, self.lanes, self.record, self.stamp, self.logs = jobs, lanes, record, stamp, logs
-        self.free, self.lane_of = list(lanes), {}
-        self.last_lines: dict[str, collections.deque] = {}
+        self.jobs, self.free, self.record, self.stamp, self.logs = jobs, lanes, record, stamp, logs
         self.finished: set[str] = set()
-        self.running: dict[str, subprocess.Popen] = {}
-        self.readers: dict[str, threading.Thread] = {}  # of what they print
+        self.running: dict[str, tuple] = {}  # name -> process, its lane, the thread that reads it
         self.output: queue.Queue = queue.Queue()  # (job, line), and (job, None) at its end
-        self.progress = {job.name: 0.0 for job in jobs}  # in units of work
-        self.first_step: dict[str, int] = {}
+        self.bar = None
 
     def run(self) -> None:
         """Runs everything that is not done. Raises UserError naming the command that failed."""
         self._skip_finished()
-        left = [job for job in self.jobs if job.name not in self.finished]
-        total, began, lane_seconds = sum(job.work for job in left), time.monotonic(), 0.0
-        bar = tqdm(total=round(total), desc="whole experiment", bar_format=BAR, postfix="")
+        work = sum(job.work for job in self.jobs if job.name not in self.finished)
+        self.bar = tqdm(total=work, desc="whole experiment", bar_format=BAR)
         number = signal.SIGINT
         try:
             while len(self.finished) < len(self.jobs):
-                self._start_ready(bar)
+                self._start_ready()
                 job, line = self.output.get()
-                now = time.monotonic()
-                lane_seconds, began = lane_seconds + (now - began) * len(self.running), now
                 if line is None:
                     self._end(job)
                 else:
-                    self._show(job, line, bar)
-                done = sum(self.progress[j.name] for j in left)
-                bar.n = round(done)
-                if done > total / 100:  # before that there is nothing to reckon with
-                    minutes = lane_seconds / done * (total - done) / len(self.lanes) / 60
-                    bar.set_postfix_str(f"about {minutes:.0f} min left")
+                    self._show(job, line)
         except KeyboardInterrupt as stop:
             number = stop.args[0] if stop.args else number
             raise
         finally:
-            self._stop(number)
-            bar.close()
+            for process, *_ in self.running.values():  # a launcher does not pass a signal on
+                os.killpg(process.pid, number)
+            for process, _, reader in self.running.values():
+                reader.join()  # the output ends with the stage, not with its launcher
+                process.wait()
+            self.bar.close()
 
     def _done(self) -> dict:
         return read_json(self.record, "this command") if self.record.exists() else {}
@@ -86,27 +74,17 @@ class Runner:
             count = f"{len(skipped)} of {len(self.jobs)} commands"
             print(f"done already: {count if self.logs else ', '.join(skipped)}")
 
-    def _stop(self, number: int) -> None:
-        """Passes a signal on to all that runs, and waits for its end."""
-        for process in self.running.values():  # the group: a launcher does not pass a signal on
-            os.killpg(process.pid, number)
-        for name, process in self.running.items():
-            self.readers[name].join()  # the output ends with the stage, not with its launcher
-            process.wait()
-
-    def _start_ready(self, bar) -> None:
+    def _start_ready(self) -> None:
         for job in self.jobs:
             known = self.finished | self.running.keys()
             if self.free and job.name not in known and set(job.needs) <= self.finished:
-                bar.write(f"$ {job.line}" if self.logs else f"\n{job.heading}\n$ {job.line}")
-                self._start(job)
+                self.bar.write(f"$ {job.line}")
+                self._start(job, self.free.pop(0))
 
-    def _start(self, job: Job) -> None:
-        lane = self.lane_of[job.name] = self.free.pop(0)
-        self.last_lines[job.name] = collections.deque(maxlen=20)
+    def _start(self, job: Job, lane: str | None) -> None:
         own = {"PYTHONUNBUFFERED": "1"} | ({} if lane is None else {"CUDA_VISIBLE_DEVICES": lane})
         paths = [str(pathlib.Path(sys.executable).parent), os.environ.get("PATH", "")]
-        process = self.running[job.name] = subprocess.Popen(
+        process = subprocess.Popen(
             job.argv,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -116,7 +94,7 @@ class Runner:
             start_new_session=True,
         )
         reader = threading.Thread(target=self._read, args=(job, process), daemon=True)
-        self.readers[job.name] = reader
+        self.running[job.name] = process, lane, reader
         reader.start()
 
     def _read(self, job: Job, process: subprocess.Popen) -> None:
@@ -124,27 +102,24 @@ class Runner:
             self.output.put((job, line.rstrip()))
         self.output.put((job, None))
 
-    def _show(self, job: Job, line: str, bar) -> None:
-        if match := PROGRESS.match(line):
-            at, last = int(match[1]), int(match[2])
-            begun = at - 1 if line.startswith("step") else 0
-            first = self.first_step.setdefault(job.name, begun)
-            self.progress[job.name] = job.work * (at - first) / max(last - first, 1)
-        self.last_lines[job.name].append(line)
+    def _log(self, job: Job) -> pathlib.Path:
+        return self.logs / f"{job.name.replace('/', '.').replace(' ', '_')}.log"
+
+    def _show(self, job: Job, line: str) -> None:
         if self.logs:
-            name = job.name.replace("/", ".").replace(" ", "_")
-            append_text(self.logs / f"{name}.log", line + "\n")
+            append_text(self._log(job), line + "\n")
         elif line.strip():
-            bar.write(f"[{job.name}] {line}")
+            self.bar.write(f"[{job.name}] {line}")
 
     def _end(self, job: Job) -> None:
-        code = self.running.pop(job.name).wait()
-        self.free.append(self.lane_of.pop(job.name))
-        if code:
-            if self.logs:
-                print("\n".join(self.last_lines[job.name]), file=sys.stderr)
+        process, lane, _ = self.running.pop(job.name)
+        self.free.append(lane)
+        if code := process.wait():
+            if self.logs and self._log(job).is_file():
+                tail = self._log(job).read_text(encoding="utf-8").splitlines()[-20:]
+                print("\n".join(tail), file=sys.stderr)
             text = f"this command failed (exit code {code}); its message is above"
             raise UserError(f"{text}: {job.line}")
         self.finished.add(job.name)
-        self.progress[job.name] = job.work
+        self.bar.update(job.work)
         write_json(self.record, {**self._done(), job.line: self.stamp})

@@ -63,7 +63,8 @@ def over_seeds(values: list[float]) -> Estimate:
 
 def over_problems(a: Result, b: Result | None = None) -> Estimate:
     """Accuracy of a, or a minus b paired by problem, with two standard errors on either side."""
-    scores = [a.scores[task] - (b.scores[task] if b else 0.0) for task in a.tasks]
+    pairs = zip(a.scores, b.scores if b else [0.0] * len(a.tasks), strict=True)
+    scores = [x - y for x, y in pairs]
     error = results.standard_error(scores)
     return Estimate(statistics.fmean(float(s.mean()) for s in scores), error, 2 * error)
 
@@ -81,57 +82,48 @@ class Runs:
         one = len(self.seeds) == 1
         self.over, self.interval = ("problems", "[± 2 s.e.]") if one else ("seeds", "[95%]")
         self.counted = "seeds" if self.is_grid else "n"
-        self.left_out: list[str] = []
         self.results: dict[int, dict[str, dict[str, Result]]] = {}
         for seed in self.seeds:
             top = root / f"seed{seed}"
             names = sorted(str(path.parent.relative_to(top)) for path in top.glob("**/eval"))
             names = names if self.is_grid else [MAIN]
             self.results[seed] = {n: results.load_results(self.folder(seed, n)) for n in names}
-        self._leave_out_unlike()
+        self.tasks, self.left_out = (), []
+        if found := self.all():
+            self._keep_alike(found)
         main = self.some().values()
         plain = max((r.steps for r in main if r.method == "grpo"), default=0)
         self.prefix = max((r.steps for r in main if r.jumped), default=plain)
         self.total = max((r.steps for r in main if r.policy.startswith("continued/")), default=0)
         self.reference = plain if plain > max(self.prefix, self.total) else 0
-        self.is_full = any(r.trained.get("tune") == "full" for r in main)
 
     def folder(self, seed: int, name: str = MAIN) -> pathlib.Path:
         return self.root / f"seed{seed}" / name if self.is_grid else self.root
 
     def all(self) -> list[tuple[int, str, Result]]:
         """(seed, name of the run, result) of everything that may be compared."""
-        return [
-            (seed, name, result)
-            for seed, runs in self.results.items()
-            for name, found in runs.items()
-            for result in found.values()
-        ]
+        runs = [(seed, name, f) for seed, by in self.results.items() for name, f in by.items()]
+        return [(seed, name, result) for seed, name, f in runs for result in f.values()]
 
-    # What may be compared ------------------------------------------------------------------------
-
-    def _leave_out_unlike(self) -> None:
+    def _keep_alike(self, found: list[tuple[int, str, Result]]) -> None:
         """Keeps what was measured on the same problems with the same options, and trained alike."""
-        found, why = self.all(), collections.defaultdict(list)
-        for task in sorted({task for _, _, r in found for task in r.scores}):
-            having = [r for _, _, r in found if task in r.scores]
-            options = most_common([r.measured[task] for r in having])
-            data = most_common([r.data[task] for r in having])
+        why, trained = collections.defaultdict(list), {}
+        for task in sorted({task for *_, r in found for task in r.records}):
+            having = [r for *_, r in found if task in r.records]
+            usual = most_common([measured(r.records[task]) for r in having])
             for r in having:
-                odd = differing(r.measured[task], options)
-                if odd or r.data[task] != data:
-                    del r.scores[task]
-                    why[id(r)].append(f"measured {odd or f'on another {task}'}")
+                if odd := differing(measured(r.records[task]), usual):
+                    del r.records[task]
+                    why[id(r)].append(f"measured {odd}")
         # The accuracy is the mean of one suite, over those tasks of it on which most were measured.
-        sets = {suite: [r.of_suite(suite) for _, _, r in found] for suite in results.SUITES}
+        sets = {suite: [r.of_suite(suite) for *_, r in found] for suite in results.SUITES}
         sets = {suite: [tasks for tasks in many if tasks] for suite, many in sets.items()}
-        biggest = max(sets, key=lambda suite: len(sets[suite]))
-        half = [suite for suite in sets if 2 * len(sets[suite]) >= len(found)]
-        self.tasks = most_common(sets[half[0] if half else biggest]) or ()
-        trained = {}
+        # The first suite on which half were measured, else the one on which most were.
+        suite = max(sets, key=lambda suite: min(len(sets[suite]), len(found) / 2))
+        self.tasks = most_common(sets[suite])
         for seed, name, r in found:
             reasons, r.tasks = why[id(r)], self.tasks
-            missing = [task for task in self.tasks if task not in r.scores]
+            missing = [task for task in self.tasks if task not in r.records]
             if missing and not reasons:
                 reasons.append(f"not measured on {', '.join(missing)}")
             usual = trained.setdefault(name, r.trained) if r.trained else {}
@@ -141,8 +133,6 @@ class Runs:
                 del self.results[seed][name][r.policy]
                 run = f"seed{seed}/{name}/" if self.is_grid else ""
                 self.left_out.append(f"{run}{r.policy}: {'; '.join(dict.fromkeys(reasons))}")
-
-    # Policies ------------------------------------------------------------------------------------
 
     def step(self, step: int) -> str:
         return f"train/step_{step:04d}"
@@ -173,19 +163,17 @@ class Runs:
 
     def accuracy(self, policy: str, name: str = MAIN) -> Estimate | None:
         found = [*self.get(policy, name).values()]
-        if not found or len(self.seeds) == 1:
-            return over_problems(found[0]) if found else None
-        return over_seeds([r.accuracy for r in found])
+        if found and len(self.seeds) > 1:
+            return over_seeds([r.accuracy for r in found])
+        return over_problems(found[0]) if found else None
 
     def difference(self, a: str, b: str, name: str = MAIN, other: str = "") -> Estimate | None:
         """Accuracy of a in the run `name` minus that of b in `other`, by default the same run."""
         first, second = self.get(a, name), self.get(b, other or name)
         pairs = [(first[seed], second[seed]) for seed in first if seed in second]
-        if not pairs or len(self.seeds) == 1:
-            return over_problems(*pairs[0]) if pairs else None
-        return over_seeds([x.accuracy - y.accuracy for x, y in pairs])
-
-    # What other stages measured ------------------------------------------------------------------
+        if pairs and len(self.seeds) > 1:
+            return over_seeds([x.accuracy - y.accuracy for x, y in pairs])
+        return over_problems(*pairs[0]) if pairs else None
 
     def spectra(self, name: str = MAIN) -> list[dict]:
         """Stage 2's spectrum.json of the run `name`, of each seed that has it."""
@@ -202,9 +190,11 @@ class Runs:
 
     def backtest(self, method: str, name: str = MAIN) -> Estimate | None:
         """The cosine of what `method` predicts with a true delta that it has not seen."""
-        recipe, reports = method.removeprefix("next-"), self.predictor_reports(name)
-        row = "predictor" if method != recipe else method
-        found = reports.get(recipe, []) if method != recipe else next(iter(reports.values()), [])
+        reports = self.predictor_reports(name)
+        if method.startswith("next-"):
+            row, found = "predictor", reports.get(method.removeprefix("next-"), [])
+        else:  # a control: it stands in every report
+            row, found = method, next(iter(reports.values()), [])
         values = [r["backtest"][row]["cosine"] for r in found if row in (r["backtest"] or {})]
         return over_seeds(values) if values else None
 
@@ -229,15 +219,22 @@ class Runs:
         return {policy: over_seeds(values) for policy, values in found.items()}
 
 
+def measured(record: dict) -> dict:
+    """What decides a result of stage 6: its options, the prompt's template, the problems."""
+    data = f"{record.get('data')}, {len(record['by_problem'])} problems"
+    template = record.get("template_hash")
+    return {**(record.get("settings") or {}), "template_hash": template, "data": data}
+
+
 def most_common(values: list):
-    """The value that most have (of several such the first); None of no values."""
+    """The value that most have; of several such the first."""
     keys = [json.dumps(value, sort_keys=True) for value in values]
-    return values[keys.index(collections.Counter(keys).most_common(1)[0][0])] if keys else None
+    return values[keys.index(collections.Counter(keys).most_common(1)[0][0])]
 
 
 def differing(options: dict, usual: dict) -> str:
     """`with temperature 0.5 (the others: 1.0)` for what differs of the options that both have."""
-    keys = [k for k in options.keys() & usual.keys() if None not in (options[k], usual[k])]
-    odd = sorted(key for key in keys if options[key] != usual[key])
+    keys = sorted(k for k in options.keys() & usual.keys() if None not in (options[k], usual[k]))
+    odd = [key for key in keys if options[key] != usual[key]]
     parts = [f"{key} {options[key]!r} (the others: {usual[key]!r})" for key in odd]
     return f"with {', '.join(parts)}" if odd else ""

@@ -1,22 +1,25 @@
 """The tables of a page: Tables 3 to 6, all jumps, other settings, backtests, every task."""
 
+import itertools
 import statistics
 
 from common.files.deltas import read_index
 from common.reproduce import grids
 from common.reproduce.results import (
     MAIN_ALPHA,
-    NAMES,
+    METHODS,
     OWN_ALPHA,
     SUITES,
     TESTED,
     Result,
+    label_of,
     split_name,
 )
 from common.reproduce.runs import MAIN, Estimate, Runs, over_seeds
 
 RECIPES = ("next-paper", "next-aligned", "weighted")  # NExt's own, and the sum without a network
 COST = ("ICER ↓", "length", "wall s")
+ALGORITHMS = {MAIN: "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++"}  # of Table 6, by run
 
 
 def folder(method: str, alpha: float = MAIN_ALPHA) -> str:
@@ -35,17 +38,16 @@ def points(found: Estimate | None) -> str:
     return found.points() if found else "–"
 
 
-def table(header: list[str], rows: list[list[str] | None]) -> str:
+def table(header: list[str], rows: list[list[str]]) -> str:
     """Markdown; the first column is text, the others are numbers. Empty without a row."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows if row]
-    rule = "|---|" + "--:|" * (len(header) - 1)
-    return "\n".join(["| " + " | ".join(header) + " |", rule, *lines]) if lines else ""
+    lines = ["| " + " | ".join(row) + " |" for row in [header, *rows]]
+    return "\n".join([lines[0], "|---|" + "--:|" * (len(header) - 1), *lines[1:]]) if rows else ""
 
 
-def place(method: str) -> tuple[int, str]:
-    """Where a method stands in a table: in the order of NAMES, others last."""
-    name = split_name(method.removesuffix("_merged"))[0]
-    return (list(NAMES).index(name) if name in NAMES else len(NAMES), method)
+def place(result: Result) -> tuple[int, str]:
+    """Where a method stands in a table: in the order of methods.yaml, others last."""
+    names, name = list(METHODS), split_name(result.method.removesuffix("_merged"))[0]
+    return (names.index(name) if name in names else len(names), result.method)
 
 
 def plain_runs(runs: Runs, name: str = MAIN) -> list[Result]:
@@ -57,7 +59,7 @@ def plain_runs(runs: Runs, name: str = MAIN) -> list[Result]:
 def ended(runs: Runs) -> list[Result]:
     """What went on from a jump to the last step, in the order of the tables."""
     found = [r for r in runs.some().values() if r.policy.startswith("continued/")]
-    return sorted((r for r in found if r.steps == runs.total), key=lambda r: place(r.method))
+    return sorted((r for r in found if r.steps == runs.total), key=place)
 
 
 def cost(runs: Runs, policy: str, name: str, steps: int) -> list[str]:
@@ -74,27 +76,30 @@ def cost(runs: Runs, policy: str, name: str, steps: int) -> list[str]:
 
 def main_table(runs: Runs) -> str:
     """Tables 3 and 4: the backbone, plain GRPO, every method after the RL that follows its jump."""
-    against = [0, *([runs.reference] if runs.reference else [])]  # 0: GRPO at as many steps
-
-    def row(result: Result, name: str = MAIN, label: str = "", steps: int = 0) -> list[str]:
-        policy, steps = result.policy, steps or result.steps
-        others = [runs.step(step or steps) for step in against]
-        same = [not steps or (policy, name) == (other, MAIN) for other in others]
-        pairs = zip(same, others, strict=True)
-        gaps = [None if s else runs.difference(policy, o, name, MAIN) for s, o in pairs]
-        cells = [label or result.label, str(steps), runs.count(policy, name)]
-        cells += [percent(runs.accuracy(policy, name)), *map(points, gaps)]
-        return cells + cost(runs, policy, name, steps)
-
-    main, loop = runs.some(), f"loop/round{grids.LOOP_ROUNDS}"
-    rows = [row(main["backbone"])] if "backbone" in main else []
-    rows += [row(r, name) for name in ("full", MAIN) for r in plain_runs(runs, name)]
+    main, rounds = runs.some(), grids.LOOP_ROUNDS
+    against = [0, runs.reference] if runs.reference else [0]  # 0: GRPO at as many steps
+    listed = [(main["backbone"], MAIN, 1)] if "backbone" in main else []  # the last: rounds
+    listed += [(r, name, 1) for name in ("full", MAIN) for r in plain_runs(runs, name)]
     if not runs.before.startswith("train/"):
-        rows.append(row(main[runs.before], label="before the jump"))
-    rows += [row(r) for r in ended(runs)]
-    for last in runs.some(loop).values():  # its own steps are not all there were, nor its seconds
-        label = f"RL-Extra, {grids.LOOP_ROUNDS} rounds of {last.steps}"
-        rows.append([*row(last, loop, label, grids.LOOP_ROUNDS * last.steps)[:-1], "–"])
+        listed.append((main[runs.before], MAIN, 1))
+    listed += [(r, MAIN, 1) for r in ended(runs)]
+    loop = f"loop/round{rounds}"
+    listed += [(r, loop, rounds) for r in runs.some(loop).values()]
+    rows = []
+    for r, name, times in listed:
+        label, steps = r.label, times * r.steps
+        if times > 1:
+            label = f"RL-Extra, {times} rounds of {r.steps}"
+        elif r.policy == runs.before and r.method != "grpo":
+            label = "before the jump"
+        cells = [label, str(steps), runs.count(r.policy, name)]
+        cells.append(percent(runs.accuracy(r.policy, name)))
+        for other in [runs.step(step or steps) for step in against]:
+            same = not steps or (r.policy, name) == (other, MAIN)
+            cells.append("–" if same else points(runs.difference(r.policy, other, name, MAIN)))
+        cells += cost(runs, r.policy, name, steps)
+        # The seconds of a loop's last round are not those of all rounds.
+        rows.append([*cells[:-1], "–"] if times > 1 else cells)
     header = ["policy", "RL steps", runs.counted, "accuracy % ± s.e."]
     header += [f"− GRPO{f' at {a}' if a else ', equal steps'} {runs.interval}" for a in against]
     return table([*header, *COST], rows)
@@ -104,58 +109,57 @@ def jumps_table(runs: Runs) -> str:
     """Right after the jump, before any more RL: at the paper's alpha, or what has none."""
     found = [r for r in runs.some().values() if r.jumped and r.method != "none"]
     found = [r for r in found if r.alpha in (MAIN_ALPHA, None, OWN_ALPHA.get(r.method))]
-    found, rows = sorted(found, key=lambda r: place(r.method)), []
-    before, repeat, cosines = runs.before, jump("repeat-last"), runs.jump_cosines() if found else {}
-    labels = {before: "before the jump"} | {r.policy: r.label for r in found}
-    for policy in [policy for policy in labels if found and runs.get(policy)]:
+    if not found:
+        return ""
+    rows, before, cosines = [], runs.before, runs.jump_cosines() | {runs.before: None}
+    labels = {before: "before the jump"} | {r.policy: r.label for r in sorted(found, key=place)}
+    for policy in filter(runs.get, labels):
         cells = [labels[policy], runs.count(policy), percent(runs.accuracy(policy))]
-        for other in (before, repeat):
+        for other in (before, jump("repeat-last")):
             cells.append("–" if policy == other else points(runs.difference(policy, other)))
-        cosine = cosines[policy].plain() if policy in cosines and policy != before else "–"
-        rows.append([*cells, cosine, *cost(runs, policy, MAIN, runs.prefix)])
+        cosine = cosines.get(policy)
+        cells.append(cosine.plain() if cosine else "–")
+        rows.append([*cells, *cost(runs, policy, MAIN, runs.prefix)])
     header = ["jump", runs.counted, "accuracy % ± s.e.", f"− before it {runs.interval}"]
     header += [f"− repeat-last {runs.interval}", "cosine with the true next delta"]
     return table([*header, *COST], rows)
 
 
-def ablation(runs: Runs, label: str, name: str, method: str, alpha=MAIN_ALPHA) -> list[str] | None:
+def ablation_table(runs: Runs, first: str, groups: list[list[tuple]]) -> str:
     """Held-out cosine, accuracy after the jump and its gain, accuracy after more RL and its gain.
 
-    Another k has no RL of its own: its gain is that over the main run.
+    A row is (label, name of the run, method, alpha), where it was measured. The plain method stands
+    first in its group; the table is empty without another row. Another k has no RL of its own: its
+    gain is that over the main run.
     """
-    jumped, later = jump(method, alpha), runs.after(folder(method, alpha))
-    if not runs.get(jumped, name):
-        return None
-    base = MAIN if alpha != MAIN_ALPHA else name
-    before = runs.before if base == MAIN else runs.step(runs.prefix)
-    cosine = runs.backtest(method, name)
-    gain, late = runs.difference(jumped, before, name, base), runs.step(runs.total)
-    cells = [label, runs.count(jumped, name), cosine.plain() if cosine else "–"]
-    cells += [percent(runs.accuracy(jumped, name)), points(gain)]
-    cells.append(percent(runs.accuracy(later, name)))
-    return [*cells, points(runs.difference(later, late, name, base))]
-
-
-def ablation_table(runs: Runs, first: str, groups: list[list[list[str] | None]]) -> str:
-    """A table of `ablation` rows, in groups with the plain method first; empty without another."""
-    if not any(row for group in groups for row in group[1:]):
+    there = [[r for r in rows if runs.get(jump(*r[2:]), r[1])] for rows in groups]
+    if all(row[1] == MAIN and row[2] in RECIPES for rows in there for row in rows):
         return ""
+    cells, late = [], runs.step(runs.total)
+    for label, name, method, alpha in itertools.chain(*there):
+        jumped, later = jump(method, alpha), runs.after(folder(method, alpha))
+        base = MAIN if alpha != MAIN_ALPHA else name
+        before = runs.before if base == MAIN else runs.step(runs.prefix)
+        cosine = runs.backtest(method, name)
+        row = [label, runs.count(jumped, name), cosine.plain() if cosine else "–"]
+        for policy, other in ((jumped, before), (later, late)):
+            row.append(percent(runs.accuracy(policy, name)))
+            row.append(points(runs.difference(policy, other, name, base)))
+        cells.append(row)
     header = [first, runs.counted, "held-out cosine", "after the jump % ± s.e."]
     header += [f"− before it {runs.interval}", f"at {runs.total} % ± s.e."]
-    rows = [row for group in groups for row in group]
-    return table([*header, f"− GRPO at {runs.total} {runs.interval}"], rows)
+    return table([*header, f"− GRPO at {runs.total} {runs.interval}"], cells)
 
 
 def table5(runs: Runs) -> str:
     """Table 5: NExt, w/o LoRA, w/o the global delta, w/o the local delta."""
     groups = []
     for method in RECIPES:
-        label = NAMES[method]
-        group = [ablation(runs, label, MAIN, method)]
-        group.append(ablation(runs, f"{label}, w/o LoRA", "full", method))
+        label = label_of(method)
+        rows = [(label, MAIN, method), (f"{label}, w/o LoRA", "full", method)]
         for role in ("global", "local"):
-            group.append(ablation(runs, f"{label}, w/o {role} delta", MAIN, f"{method}-no-{role}"))
-        groups.append(group)
+            rows.append((f"{label}, w/o {role} delta", MAIN, f"{method}-no-{role}"))
+        groups.append([(*row, MAIN_ALPHA) for row in rows])
     return ablation_table(runs, "variant", groups)
 
 
@@ -165,18 +169,13 @@ def settings_table(runs: Runs) -> str:
     if not (deltas / "index.json").is_file():
         return ""
     index = read_index(deltas)
-    k, checkpoints = index["k"], len(index["steps"])
+    k, count, alpha = index["k"], len(index["steps"]), MAIN_ALPHA
     for method in ("weighted", "next-aligned"):
-        label = NAMES[method]
-        group = [ablation(runs, f"{label}: k = {k}, {checkpoints} checkpoints", MAIN, method)]
-        for other in grids.OTHER_K:
-            alpha = MAIN_ALPHA * k / other
-            group.append(ablation(runs, f"{label}: k = {other}", f"k{other}", method, alpha))
-        fewer = f"{method}-last{last}"
-        group.append(ablation(runs, f"{label}: last {last} checkpoints", MAIN, fewer))
-        for other in grids.OTHER_RANKS:
-            group.append(ablation(runs, f"{label}: rank {other}", f"rank{other}", method))
-        groups.append(group)
+        rows = [(f"k = {k}, {count} checkpoints", MAIN, method, alpha)]
+        rows += [(f"k = {n}", f"k{n}", method, alpha * k / n) for n in grids.OTHER_K]
+        rows.append((f"last {last} checkpoints", MAIN, f"{method}-last{last}", alpha))
+        rows += [(f"rank {n}", f"rank{n}", method, alpha) for n in grids.OTHER_RANKS]
+        groups.append([(f"{label_of(method)}: {setting}", *row) for setting, *row in rows])
     return ablation_table(runs, "recipe and setting", groups)
 
 
@@ -184,16 +183,15 @@ def table6(runs: Runs) -> str:
     """Table 6: other RL algorithms, and NExt from their first steps."""
     rows, total, methods = [], runs.step(runs.total), ("weighted", "next-paper")
     steps = [step for step in (runs.prefix, runs.total, runs.reference) if step]
-    for name, label in ((MAIN, "GRPO"), ("rloo", "RLOO"), ("reinforce++", "REINFORCE++")):
-        if runs.get(total, name):
-            cells = [percent(runs.accuracy(runs.step(step), name)) for step in steps]
-            for later in [runs.after(folder(method)) for method in methods]:
-                cells.append(percent(runs.accuracy(later, name)))
-                cells.append(points(runs.difference(later, total, name)))
-            rows.append([label, runs.count(total, name), *cells])
+    for name in [name for name in ALGORITHMS if runs.get(total, name)]:
+        cells = [percent(runs.accuracy(runs.step(step), name)) for step in steps]
+        for later in [runs.after(folder(method)) for method in methods]:
+            cells.append(percent(runs.accuracy(later, name)))
+            cells.append(points(runs.difference(later, total, name)))
+        rows.append([ALGORITHMS[name], runs.count(total, name), *cells])
     header = ["algorithm", runs.counted, *(f"at {step}" for step in steps)]
     for method in methods:
-        header += [f"{NAMES[method]}, at {runs.total}", f"− at {runs.total} {runs.interval}"]
+        header += [f"{label_of(method)}, at {runs.total}", f"− at {runs.total} {runs.interval}"]
     return table(header, rows if len(rows) > 1 else [])
 
 
@@ -201,8 +199,7 @@ def backtests(runs: Runs) -> str:
     """What each predictor is worth on a target it has not seen, beside the controls."""
     rows = []
     for recipe, reports in runs.predictor_reports().items():
-        tested = [report["backtest"] for report in reports if report["backtest"]]
-        if tested:
+        if tested := [report["backtest"] for report in reports if report["backtest"]]:
             at = f"{recipe} ({tested[0]['at_step']} → {tested[0]['predicts_step']})"
             cosines = [[t[row]["cosine"] for t in tested if row in t] for row in TESTED]
             rows.append([at, *(over_seeds(many).plain() if many else "–" for many in cosines)])
@@ -213,7 +210,7 @@ def by_task(runs: Runs) -> str:
     """A column a task, and the mean of each suite of several. Empty where there is one task."""
     names = sorted({name for _, name, _ in runs.all()})
     found = [(name, r) for name in names for r in runs.some(name).values()]
-    columns = {task: [task] for task in sorted({task for _, r in found for task in r.scores})}
+    columns = {task: [task] for task in sorted({task for _, r in found for task in r.records})}
     if len(columns) < 2:
         return ""
     for suite in SUITES:
@@ -223,8 +220,8 @@ def by_task(runs: Runs) -> str:
     for name, result in found:
         cells = [result.policy if name == MAIN else f"{name}: {result.policy}"]
         for group in columns.values():
-            having = [r for r in runs.get(result.policy, name).values() if {*group} <= {*r.scores}]
-            scores = [float(r.scores[task].mean()) for r in having for task in group]
+            having = [r for r in runs.get(result.policy, name).values() if {*group} <= {*r.records}]
+            scores = [statistics.fmean(r.records[t]["by_problem"]) for r in having for t in group]
             cells.append(f"{100 * statistics.fmean(scores):.1f}" if scores else "–")
         rows.append(cells)
     return table(["accuracy %", *columns], rows)
