@@ -147,8 +147,7 @@ def read_index(folder: pathlib.Path) -> dict:
 
 
 def checkpoint_paths(run: pathlib.Path) -> dict[int, pathlib.Path]:
-    """The checkpoints that the deltas of `run` were made from, by step. Those elsewhere are
-    absolute."""
+    """Step -> checkpoint that the deltas of `run` were made from. Those elsewhere are absolute."""
     what = f"{run}/deltas/index.json, checkpoints"
     return {
         int(step): pathlib.Path(path) if os.path.isabs(path) else run / safe_path(path, what)
@@ -157,8 +156,7 @@ def checkpoint_paths(run: pathlib.Path) -> dict[int, pathlib.Path]:
 
 
 def check_predicted(run: pathlib.Path, recipe: str) -> pathlib.Path:
-    """The file with what stage 3 predicted by `recipe`. Raises UserError where it is not there, or
-    was made from other deltas."""
+    """The file with what stage 3 predicted by `recipe` from the deltas that are there now."""
     folder = run / "predictor" / safe_name(recipe, "a recipe")
     done = read_json(folder / "done.json", "03_train_predictor.py", {"inputs": {"deltas": str}})
     if done["inputs"]["deltas"] != fingerprint(run / "deltas"):

@@ -86,7 +86,8 @@ def merge(
         return merged
 
     with atomic_dir(out, overwrite=True) as folder:
-        copy_files((p for p in base.iterdir() if p.suffix in _COPIED and p.name not in _OWN), folder)
+        beside = [path for path in base.iterdir() if path.suffix in _COPIED]
+        copy_files([path for path in beside if path.name not in _OWN], folder)
         for file in sorted({*model.files.values()}):
             tensors = {name: new(name) for name in model.files if model.files[name] == file}
             save_tensors(folder / file.name, tensors, {"format": "pt"}, dtype=None)

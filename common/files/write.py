@@ -12,7 +12,6 @@ import pathlib
 import shutil
 import socket
 import sys
-from collections.abc import Iterable
 
 import safetensors.torch
 import torch
@@ -20,8 +19,7 @@ import torch
 from common import UserError
 from common.files.read import HASHES, first_line, sha256, written_hashes
 
-# Writes under way, the signal that came during one, and whether --overwrite has begun a run again.
-_state = {"writes": 0, "signal": 0, "anew": False}
+_state = {"writes": 0, "signal": 0, "anew": False}  # under way, come meanwhile, by --overwrite
 _claimed: dict[pathlib.Path, int] = {}  # folder -> its lock file, open
 
 
@@ -85,7 +83,7 @@ def _delete(path: pathlib.Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     elif os.path.lexists(path):  # on a read-only disk, unlink is an error even if there is nothing
-        path.unlink(missing_ok=True)
+        path.unlink()
 
 
 def remove(path: pathlib.Path) -> None:
@@ -158,7 +156,7 @@ def save_figure(path: pathlib.Path, figure) -> None:
         figure.savefig(temporary, format=path.suffix[1:], dpi=150, bbox_inches="tight")
 
 
-def copy_files(paths: Iterable[pathlib.Path], folder: pathlib.Path) -> None:
+def copy_files(paths: list[pathlib.Path], folder: pathlib.Path) -> None:
     """Copies files into `folder`. Use it within `atomic_dir`."""
     with writing(folder):
         for path in paths:
@@ -195,7 +193,7 @@ def hashes_of(folder: pathlib.Path, also: tuple[str, ...] = ()) -> dict[str, str
     """File -> hash of the weights and states in `folder`, if there are any, and of files `also`."""
     weights = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".pt")]
     others = [folder / name for name in also if weights and (folder / name).is_file()]
-    return {path.name: sha256(path) for path in weights + others}
+    return {path.name: sha256(path) for path in sorted(weights + others)}
 
 
 def is_complete(folder: pathlib.Path) -> bool:
@@ -212,10 +210,9 @@ def claim(folder: pathlib.Path) -> None:
     folder = pathlib.Path(os.path.abspath(folder))
     if folder in _claimed:
         return
-    lock = folder.with_name(f".{folder.name}.lock")
-    with writing(lock):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        _claimed[folder] = _locked(lock, folder)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _claimed[folder] = _locked(folder)
     for left in [_beside(folder), _beside(folder, ".old"), *folder.rglob(".*.tmp")]:
         with writing(left):
             _delete(left)
@@ -227,18 +224,16 @@ def tidy(folder: pathlib.Path) -> None:
         claim(folder)
 
 
-def _locked(lock: pathlib.Path, folder: pathlib.Path) -> int:
-    handle = os.open(lock, os.O_RDWR | os.O_CREAT)
+def _locked(folder: pathlib.Path) -> int:
+    handle = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        owner = os.read(handle, 200).decode().strip() or "another process"
+        busy = f"{folder} is being written by {os.read(handle, 200).decode().strip()}"
         os.close(handle)
-        what = f"{folder} is being written by {owner}"
-        raise UserError(f"{what}: wait for it, or stop it") from None
-    except OSError as error:
-        warning = f"warning: no locks on this file system ({error.strerror})"
-        print(f"{warning}: keep a second process out of {folder}", file=sys.stderr)
+        raise UserError(f"{busy}: wait for it, or stop it") from None
+    except OSError:
+        print(f"warning: no locks here: keep a second process out of {folder}", file=sys.stderr)
     with contextlib.suppress(OSError):  # a full disk is named by what is written next
         os.ftruncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
