@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """Something the user can put right. Shown as one line with exit code 2, never as a traceback."""
+    """Something the user can put right: shown as one line with exit code 2, without traceback."""

@@ -232,7 +232,7 @@ def test_a_stage_depends_on_local_files_by_content_and_on_hub_data_by_name(tmp_p
     write(tmp_path / "b" / "p.jsonl", [{"prompt": "1", "answer": 2}])
     assert data.content_hash(one) != data.content_hash(two)
     assert data.content_hash("dapo-math-17k") is data.content_hash("someone/sums") is None
-    with pytest.raises(UserError, match="data file no[.]jsonl not found"):
+    with pytest.raises(UserError, match=r"data file no[.]jsonl not found"):
         data.content_hash("no.jsonl")
 
 

@@ -44,12 +44,12 @@ SIZES = [(300, 200), (200, 500), (1000, 24), (24, 1000), (5, 7)]
 @pytest.mark.parametrize(("m", "n"), SIZES)
 def test_the_leading_triple_equals_that_of_a_dense_svd(m, n, spectrum):
     delta = 1e-4 * matrix(m, n, SPECTRA[spectrum][: min(m, n)])
-    u, sigma, v, hard = rank1.top(delta)
+    u, sigma, v = rank1.top(delta)
     du, ds, dv = torch.linalg.svd(delta.double(), full_matrices=False)
-    assert (len(sigma), hard) == (min(64, m, n), False)
+    assert len(sigma) == min(64, m, n)
     assert sigma[0].item() == pytest.approx(ds[0].item(), rel=1e-5)
     assert (sigma <= ds[: len(sigma)] * (1 + 1e-5)).all()  # Ritz values
-    sine = (rank1.TOLERANCE + 1e-6) * ds[0] / (ds[0] - ds[1])
+    sine = 1.1e-5 * ds[0] / (ds[0] - ds[1])
     for found, true in ((u.double(), du[:, 0]), (v.double(), dv[0])):
         assert (found - true * (true @ found)).norm() <= sine
     assert (u.double() @ delta.double() @ v.double()).item() == pytest.approx(
@@ -61,9 +61,8 @@ def test_the_leading_triple_equals_that_of_a_dense_svd(m, n, spectrum):
 
 def test_a_near_tie_keeps_sigma_and_stays_in_the_leading_plane():
     delta = matrix(300, 200, [1.0, 1.0 - 1e-7, *SPECTRA["geometric"][5:]])
-    u, sigma, v, hard = rank1.top(delta)
+    u, sigma, v = rank1.top(delta)
     du, _, dv = torch.linalg.svd(delta.double())
-    assert not hard
     assert sigma[:2].tolist() == pytest.approx([1.0, 1.0], rel=1e-5)
     assert (du[:, :2].T @ u.double()).norm().item() == pytest.approx(1.0, abs=1e-6)
     assert (dv[:2] @ v.double()).norm().item() == pytest.approx(1.0, abs=1e-6)
@@ -72,28 +71,15 @@ def test_a_near_tie_keeps_sigma_and_stays_in_the_leading_plane():
 @pytest.mark.parametrize(("m", "n"), [(300, 200), (200, 300), (10, 8)])
 def test_a_rank_1_matrix_is_found_and_the_rest_of_its_spectrum_is_zero(m, n):
     delta = matrix(m, n, [0.02])
-    u, sigma, v, hard = rank1.top(delta)
+    u, sigma, v = rank1.top(delta)
     torch.testing.assert_close(sigma[0] * torch.outer(u, v), delta, atol=1e-8, rtol=1e-4)
     assert sigma[1:].max() < 1e-6 * sigma[0]
-    assert not hard
 
 
 def test_a_zero_matrix_has_no_direction():
-    u, sigma, v, hard = rank1.top(torch.zeros(100, 90))
-    assert (u.any(), sigma.any(), v.any(), hard) == (False, False, False, False)
+    u, sigma, v = rank1.top(torch.zeros(100, 90))
+    assert not any(part.any() for part in (u, sigma, v))
     assert (len(u), len(sigma), len(v)) == (100, 64, 90)
-
-
-def test_an_iteration_that_does_not_converge_is_counted(monkeypatch):
-    delta = matrix(300, 200, SPECTRA["slow"])
-    still = [torch.zeros(300, 200), delta, delta]
-    assert rank1.trajectory(still, 1)["hard"] == 0
-    monkeypatch.setattr(rank1, "ROUNDS", 0)
-    u, sigma, v, hard = rank1.top(delta)
-    assert hard
-    residual = (delta.double() @ v.double() - sigma[0] * u.double()).norm() / sigma[0]
-    assert residual > rank1.TOLERANCE
-    assert rank1.trajectory(still, 1)["hard"] == 3  # two global ones, the first local one
 
 
 def test_the_same_matrix_gives_the_same_bits_and_torchs_generator_is_left_alone():
@@ -320,7 +306,7 @@ def test_the_oracle_of_whole_models_is_the_dense_future(
     flags = [runs / "full" / "checkpoint-*", "--last-step", "60", "--backbone", str(backbone_dir)]
     code, line = extract_from(monkeypatch, capsys, tmp_path, *flags)
     assert code == 0
-    assert line.startswith("note: model.embed_tokens.weight and 16 more take no part in the jump")
+    assert line.startswith("note: model.embed_tokens.weight and 16 other tensors take no part")
     flags = ["--methods", "oracle", "--alphas", "2"]
     assert call_on(monkeypatch, capsys, "04_extrapolate.py", tmp_path, *flags) == (0, "")
     jump = adapters.read_adapter(tmp_path / "extrapolated" / "oracle_alpha2")
@@ -329,28 +315,16 @@ def test_the_oracle_of_whole_models_is_the_dense_future(
         torch.testing.assert_close(jump.update(module).dense(), wanted, atol=1e-5, rtol=1e-3)
 
 
-def test_rounded_models_are_read_with_a_warning_that_counts_what_did_not_move(
-    runs, backbone_dir, tmp_path, monkeypatch, capsys
-):
-    policy.load_backbone(str(backbone_dir), dtype=torch.bfloat16)[0].save_pretrained(
-        tmp_path / "bf16"
-    )
+def test_rounded_models_are_read_with_a_warning(runs, backbone_dir, tmp_path, monkeypatch, capsys):
+    backbone = policy.load_backbone(str(backbone_dir), dtype=torch.bfloat16)[0]
+    backbone.save_pretrained(tmp_path / "bf16")
     for step in STEPS:
         adapter = adapters.read_adapter(runs / "lora" / f"checkpoint-{step}")
-        for factor, _ in adapter.factors.values():
-            factor *= 0.02  # steps near bf16's spacing
         merge.merge(tmp_path / f"checkpoint-{step}", adapter, tmp_path / "bf16", False, {})
     flags = [tmp_path / "checkpoint-*", "--backbone", str(backbone_dir)]
     code, line = extract_from(monkeypatch, capsys, tmp_path / "run", *flags)
     assert code == 0
-    assert line.startswith("warning: weights in BF16")
-    found = {step: models.open_model(tmp_path / f"checkpoint-{step}") for step in (60, 70, 80)}
-    names = [f"{m}.weight" for m in deltas.read_index(tmp_path / "run" / "deltas")["modules"]]
-    for before, role in ((70, "local"), (60, "target")):
-        pairs = [(found[80].tensor(name), found[before].tensor(name)) for name in names]
-        share = torch.stack([(new == old).double().mean() for new, old in pairs]).median()
-        assert 0.05 < share < 0.95
-        assert f"{share:.1%} of the" in line, role
+    assert line.startswith("warning: checkpoints in BF16")
 
 
 def test_the_layers_that_take_part_are_those_of_a_lora_on_all_linear_layers(backbone_dir):

@@ -56,8 +56,8 @@ def backtest(trajectory, series, holdout: int, predict: Callable) -> dict:
     """Stands at checkpoint c - holdout, predicts k checkpoints ahead, and scores what was
     predicted.
 
-    predict: trajectory as known then -> (module -> {"u", "sigma", "v"}, ...); it trains anew. series
-    has the true weights.
+    predict: trajectory as known then -> (module -> {"u", "sigma", "v"}, ...); it trains anew.
+    series has the true weights.
     """
     now, k = len(trajectory.steps) - holdout, trajectory.k
     past = trajectory.until(now)

@@ -3,8 +3,7 @@
     python tests/bench/bench_bf16.py --run-dir runs/demo
 
 Run it by hand. It takes the adapters that stage 2 used, rounds their factors, and compares dense
-deltas over one checkpoint (local) and over k (target): |D_rounded - D| / |D| as measured, beside
-what stage 2's warning predicts from the factors alone (`rounding_share` in common/files/series.py).
+deltas over one checkpoint (local) and over k (target): |D_rounded - D| / |D|.
 """
 
 import argparse
@@ -12,23 +11,20 @@ import pathlib
 import statistics
 import sys
 
-import torch
-
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from common.files import adapters, deltas, series
+from common.files import adapters, deltas
 from common.rank1 import LowRank
 
 
-def shares(now: adapters.Adapter, before: adapters.Adapter) -> tuple[float, float]:
-    """(measured, predicted) share of W(now) - W(before) that is rounding, medians over matrices."""
-    measured, predicted = [], []
+def share(now: adapters.Adapter, before: adapters.Adapter) -> float:
+    """The share of W(now) - W(before) that is rounding, median over matrices."""
+    measured = []
     for module in now.factors:
         new, old = now.update(module), before.update(module)
         delta, rounded = (new - old).dense(), round_factors(new) - round_factors(old)
         measured.append(float((rounded.dense() - delta).norm() / delta.norm()))
-        predicted.append(series.rounding_share(new - old, torch.bfloat16))
-    return statistics.median(measured), statistics.median(predicted)
+    return statistics.median(measured)
 
 
 def round_factors(matrix: LowRank) -> LowRank:
@@ -43,8 +39,8 @@ if __name__ == "__main__":
     parser.add_argument("--run-dir", type=pathlib.Path, default=pathlib.Path("runs/demo"))
     run = parser.parse_args().run_dir
     paths, k = list(deltas.checkpoint_paths(run).items()), deltas.read_index(run / "deltas")["k"]
-    print("| delta | measured | predicted |\n|---|--:|--:|")
+    print("| delta | rounding |\n|---|--:|")
     for back in (1, k):
         (last, now), (first, before) = paths[-1], paths[-1 - back]
-        found = shares(adapters.read_adapter(now), adapters.read_adapter(before))
-        print(f"| step {first} to {last} | {found[0]:.1%} | {found[1]:.1%} |")
+        found = share(adapters.read_adapter(now), adapters.read_adapter(before))
+        print(f"| step {first} to {last} | {found:.1%} |")

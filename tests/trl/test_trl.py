@@ -1,6 +1,5 @@
 """NExt on a run of TRL's own GRPOTrainer. Needs TRL: python -m pytest tests/trl -c .pytest.ini -o addopts=-q"""
 
-import importlib
 import json
 import sys
 
@@ -13,15 +12,11 @@ from peft import LoraConfig, PeftModel
 sys.path.remove(str(ROOT / "tests"))  # where TRL would take the folder tests/vllm for the package vllm
 from trl import GRPOConfig, GRPOTrainer
 
-from common import predictor
-from common.files import adapters
-from common.files import deltas as delta_files
-from common.files import read as inputs
-from common.files import series as adapter_series
+from common.files import adapters, deltas, series
 from common.rl import policy
 
 STEPS = 9
-JUMPED = "extrapolated/next-weighted_alpha1.5"
+JUMPED = "extrapolated/next-aligned_alpha1.5"
 
 
 def solved(completions, answer, **_):
@@ -76,28 +71,26 @@ def load(run, dtype=torch.float64):
 
 
 def test_trl_trained_and_every_checkpoint_was_read(run):
-    assert delta_files.load_trajectory(run / "deltas").steps == list(range(1, STEPS + 1))
-    series = adapter_series.open_series(delta_files.checkpoint_paths(run))
-    moved = [module for module in series.shapes if not torch.equal(series.factors(module, 1)[0], series.factors(module, STEPS)[0])]
-    assert len(moved) == len(series.shapes) == 21
-    assert {shape[1] for shape in series.shapes.values()} == {4, 6}
-    tested = json.loads((run / "predictor" / "weighted" / "report.json").read_text())["backtest"]
+    assert deltas.load_trajectory(run / "deltas").steps == list(range(1, STEPS + 1))
+    found = series.reopen(run)
+    weights = {module: found.weights(module) for module in found.modules}
+    assert len(weights) == 21
+    assert all((W[STEPS] - W[1]).dense().any() for W in weights.values())
+    assert {shape[1] for shape in found.shapes.values()} == {4, 6}
+    tested = json.loads((run / "predictor" / "aligned" / "report.json").read_text())["backtest"]
     assert (tested["at_step"], tested["predicts_step"]) == (7, 9)
 
 
 def predicted(run):
-    """Module -> (u, sigma, v) of the trained predictor, straight from its file."""
-    trajectory = delta_files.load_trajectory(run / "deltas")
-    models = importlib.import_module("04_extrapolate").load_predictors(
-        run / "predictor" / "weighted", trajectory, predictor.RECIPES["weighted"]
-    )
-    return predictor.predict(models, trajectory, predictor.RECIPES["weighted"])
+    """module -> u, sigma, v of the trained predictor."""
+    return deltas.load_predicted(run, "aligned")
 
 
 def last_known(run):
-    """Module -> (u, sigma, v) of the last target."""
-    targets = {module: roles["target"] for module, roles in delta_files.load_trajectory(run / "deltas").deltas.items()}
-    return {module: (t.u[-1], t.sigma[-1], t.v[-1]) for module, t in targets.items()}
+    """module -> u, sigma, v of the last target."""
+    found = deltas.load_trajectory(run / "deltas").deltas
+    targets = {module: roles["target"] for module, roles in found.items()}
+    return {m: {"u": t.u[-1], "sigma": t.sigma[-1], "v": t.v[-1]} for m, t in targets.items()}
 
 
 @pytest.mark.parametrize(("name", "triples"), [(JUMPED, predicted), ("extrapolated/repeat-last_alpha1.5", last_known)])
@@ -105,8 +98,9 @@ def test_peft_loads_the_jump_as_trls_last_checkpoint_plus_alpha_sigma_u_v(run, n
     ids = torch.tensor([[2, 7, 8, 9, 3, 5]])
     last = PeftModel.from_pretrained(load(run), run / "outputs" / f"checkpoint-{STEPS}", autocast_adapter_dtype=False).merge_and_unload()
     before = last(input_ids=ids).logits
-    for module, (u, sigma, v) in triples(run).items():
-        last.get_submodule(module).weight.data += 1.5 * sigma.double() * torch.outer(u.double(), v.double())
+    for module, triple in triples(run).items():
+        u, sigma, v = (triple[side].double() for side in ("u", "sigma", "v"))
+        last.get_submodule(module).weight.data += 1.5 * sigma * torch.outer(u, v)
     by_hand = last(input_ids=ids).logits
     jumped = PeftModel.from_pretrained(load(run), run / name, autocast_adapter_dtype=False)(input_ids=ids).logits
     assert (by_hand - before).abs().max() > 1e-2
@@ -120,9 +114,11 @@ def test_stage_6_measures_the_jump_against_the_last_checkpoint(run):
     done = run_stage("06_eval.py", *where, *flags, "--policies", "backbone", "extrapolated/*")
     assert done.returncode == 0, done.stderr
     assert "extrapolated/none  test: " in done.stdout
-    rows = [line for line in (run / "report.md").read_text().splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + 3
-    assert all(row.endswith("| – |") for row in rows[2:])  # nobody knows the seconds of TRL's steps
+    report = (run / "report.md").read_text()
+    assert "before the jump" in report
+    assert "repeat-last (control)" in report
+    assert "[" in next(line for line in report.splitlines() if line.startswith("| NExt, aligned"))  # a paired difference
+    assert "stages 1 and 2" not in report
 
 
 def test_trl_trains_the_jumped_adapter_on(run):
@@ -134,4 +130,4 @@ def test_trl_trains_the_jumped_adapter_on(run):
     drift = max((end.factors[m][0] - start.factors[m][0]).abs().max().item() for m in start.factors)
     assert 0 < drift < 0.01
     assert all(end.scale(m) == pytest.approx(start.scale(m)) for m in start.factors)
-    assert inputs.read_json(run / JUMPED / "checkpoint.json", "04")["step"] == STEPS
+    assert json.loads((run / JUMPED / "checkpoint.json").read_text())["step"] == STEPS
