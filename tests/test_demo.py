@@ -91,7 +91,7 @@ def test_training_and_test_problems_are_those_that_every_result_here_was_made_wi
 
 def test_pretraining_never_sees_a_test_problem():
     tokenizer, held_out = (
-        demo.make_tokenizer(),
+        AutoTokenizer.from_pretrained(demo.SHIPPED),
         {(a, b) for a in range(100, 1000) for b in range(100, 1000) if (a + b) % 2},
     )
     for ids, labels in demo.pretraining_batch(random.Random(1), tokenizer, held_out):

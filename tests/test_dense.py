@@ -107,7 +107,9 @@ def runs(backbone_dir, tmp_path_factory):
     torch.manual_seed(0)
     model = policy.add_lora(policy.load_backbone(str(backbone_dir))[0], 4, 2.0, seed=0)
     base, tokenizer = policy.load_backbone(str(backbone_dir))
-    tokenizer.save_pretrained(folder / "base")
+    bases = {"1GB": folder / "base", "100KB": folder / "base_in_files"}
+    for path in bases.values():
+        tokenizer.save_pretrained(path)
     for step in STEPS:
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -115,10 +117,9 @@ def runs(backbone_dir, tmp_path_factory):
         lora, full = (folder / kind / f"checkpoint-{step}" for kind in ("lora", "full"))
         save_lora(model, lora, {"backbone": str(backbone_dir)})
         base.model.norm.weight.data += 0.01
-        base.save_pretrained(folder / "base")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(merge, "SHARD_BYTES", 10**9 if step % 20 else 100_000)
-            merge.merge(full, adapters.read_adapter(lora), folder / "base", True, {})
+        size = "1GB" if step % 20 else "100KB"
+        base.save_pretrained(bases[size], max_shard_size=size)
+        merge.merge(full, adapters.read_adapter(lora), bases[size], True, {})
         assert (full / "model.safetensors.index.json").exists() == (step % 20 == 0)
     return folder
 

@@ -19,9 +19,8 @@ import pathlib
 import random
 
 import torch
-from tokenizers import AddedToken
 from tqdm import tqdm
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from common.files.write import atomic_dir, copy_files, save_pretrained, write_text
 
@@ -29,34 +28,7 @@ SHIPPED = pathlib.Path(__file__).parent / "backbone"
 CAREFUL_SHARE, SLIP, WRONG_DIGIT = 0.30, 0.05, 0.35
 STEPS, BATCH, PEAK_LR, WARMUP = 3000, 128, 3e-3, 100
 TRAIN_PROBLEMS, TEST_PROBLEMS, VALID_PROBLEMS = 4096, 256, 256
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}<|user|>{{ message['content'] }}{% elif message['role'] =="
-    " 'assistant' %}<|assistant|>{{ message['content'] }}<|end|>{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 Pair = tuple[int, int]
-
-
-def make_tokenizer() -> Qwen2Tokenizer:
-    r"""One token a character, but one for `\boxed{`. It is Qwen2's tokenizer without merges."""
-    special = {"pad_token": "<|pad|>", "eos_token": "<|end|>", "unk_token": None}
-    roles = ["<|user|>", "<|assistant|>"]
-    tokens = ["<|pad|>", "<|end|>", *roles, "\\boxed{", "}", *"0123456789", *"+=,;"]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], extra_special_tokens=roles, **special)
-    tokenizer.add_tokens([AddedToken("\\boxed{", special=False, normalized=False)])
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
-def make_model(vocab_size: int) -> Qwen2ForCausalLM:
-    """A Qwen2 of 150k parameters. Its heads have 32 dimensions, which vLLM's attention needs."""
-    sizes = {"vocab_size": vocab_size, "hidden_size": 64, "intermediate_size": 192}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
-    depth = {"num_hidden_layers": 3, "max_position_embeddings": 128, "tie_word_embeddings": True}
-    tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    return Qwen2ForCausalLM(Qwen2Config(**sizes, **heads, **depth, **tokens))
 
 
 def careful_answer(a: int, b: int, rng: random.Random, slip: float = SLIP) -> str:
@@ -144,17 +116,21 @@ def pretraining_batch(rng: random.Random, tokenizer, held_out: set[Pair]) -> lis
 def pretrain(out: pathlib.Path, steps: int = STEPS) -> list[float]:
     """Pre-trains the backbone into `out`. Returns the loss of each step (mean over tokens, nats).
 
-    The schedule is always that of `STEPS`: fewer steps are the start of the whole run.
+    Config and tokenizer are those of the shipped one. The schedule is always that of `STEPS`: fewer
+    steps are the start of the whole run.
     """
     torch.manual_seed(0)
-    rng, tokenizer, held_out = random.Random(0), make_tokenizer(), either_order(test_problems())
-    model = make_model(len(tokenizer))
+    rng, held_out = random.Random(0), either_order(test_problems())
+    # 150,000 parameters; heads of 32 dimensions, which vLLM's attention needs. A token is a
+    # character, but for one that is `\boxed{`.
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    model = Qwen2ForCausalLM(Qwen2Config.from_pretrained(SHIPPED))
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.01)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS - WARMUP)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARMUP, total_iters=WARMUP)
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm_up, cosine], [WARMUP])
     losses = []
-    for _ in (bar := tqdm(range(steps), desc="pre-training")):
+    for _ in tqdm(range(steps), desc="pre-training"):
         groups = pretraining_batch(rng, tokenizer, held_out)
         tokens = sum(int((labels != -100).sum()) for _, labels in groups)
         losses.append(0.0)
@@ -168,7 +144,6 @@ def pretrain(out: pathlib.Path, steps: int = STEPS) -> list[float]:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        bar.set_postfix(loss=f"{losses[-1]:.3f}")
     with atomic_dir(out, overwrite=True) as folder:
         save_pretrained(folder, model, tokenizer)
         text = json.dumps([round(loss, 6) for loss in losses])
@@ -190,9 +165,6 @@ def main() -> None:
         return
     if not (args.run_dir / "backbone").exists():
         with atomic_dir(args.run_dir / "backbone") as folder:
-            copy_files(SHIPPED.iterdir(), folder)
+            copy_files([*SHIPPED.iterdir()], folder)
     write_data(args.run_dir / "data")
-    size = sum(p.numel() for p in make_model(20).parameters())
-    counts = f"{TRAIN_PROBLEMS:,} training, {TEST_PROBLEMS} test and {VALID_PROBLEMS} validation"
-    print(f"wrote {args.run_dir}/backbone (a {size:,}-parameter Qwen2)")
-    print(f"and {args.run_dir}/data ({counts} problems)")
+    print(f"wrote {args.run_dir}/backbone and {args.run_dir}/data")

@@ -26,11 +26,12 @@ FLOATS = {"F64", "F32", "BF16", "F16"}
 INFO = dict.fromkeys(("backbone", "backbone_fingerprint", "template_hash"), str | None)
 INFO["step"] = int | None  # these are the kinds of the keys of checkpoint.json
 
-# With these options of PEFT a module is not W + s B A with one B and one A.
+# With these options of PEFT a module is not W + s B A with one B and one A. The last one makes PEFT
+# import a module that the file names.
 _OTHER_FORMULAS = (
     *("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config"),
     *("kasa_config", "monteclora_config", "target_parameters", "layer_replication"),
-    "megatron_config",  # PEFT imports a module that it names
+    "megatron_config",
 )
 _OTHER_BACKBONES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # they change the backbone
 _MODULES = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save")
@@ -75,18 +76,19 @@ def with_ranks(config: dict, ranks: dict[str, int], kept: list[str] = ()) -> dic
     divisor = math.sqrt if config.get("use_rslora") else float
     ranks = ranks | {module: module_rank(config, module) for module in kept}
     alphas = {m: module_scale(config, m) * divisor(rank) for m, rank in ranks.items()}
-    rank = statistics.mode(ranks.values())
-    alpha = statistics.mode(alphas[module] for module in ranks if ranks[module] == rank)
-    # PEFT compares the end of a name only, unless the pattern begins with ^.
-    names = {module: f"^{re.escape(module)}" for module in ranks}
-    other_alphas = {m: x for m, x in alphas.items() if not math.isclose(x, alpha)}
+    r = statistics.mode(ranks.values())
+    alpha = statistics.mode(alphas[module] for module in ranks if ranks[module] == r)
     patterns = {
-        "rank_pattern": {names[m]: value for m, value in ranks.items() if value != rank},
-        "alpha_pattern": {names[m]: value for m, value in other_alphas.items()},
+        "rank_pattern": {m: rank for m, rank in ranks.items() if rank != r},
+        "alpha_pattern": {m: x for m, x in alphas.items() if not math.isclose(x, alpha)},
     }
     # The file's tensors replace any initialisation, and some kinds of it do not work at every rank.
-    new = {**config, "r": rank, "lora_alpha": alpha, "init_lora_weights": True}
-    return new | {key: found for key, found in patterns.items() if found or config.get(key)}
+    new = {**config, "r": r, "lora_alpha": alpha, "init_lora_weights": True}
+    for key, found in patterns.items():
+        if found or config.get(key):
+            # PEFT compares the end of a name only, unless the pattern begins with ^.
+            new[key] = {f"^{re.escape(m)}": value for m, value in found.items()}
+    return new
 
 
 @dataclasses.dataclass
@@ -127,14 +129,10 @@ def read_config(folder: pathlib.Path) -> dict:
     if bad := [key for key, kind in _KINDS.items() if not matches(config.get(key), kind)]:
         raise UserError(f"{path} has no usable {bad[0]}")
     ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
-    if min([config["r"], *ranks.values()]) < 1:
-        raise UserError(f"{path}: r and rank_pattern must be positive")
-    if not all(alpha > 0 for alpha in (config["lora_alpha"], *alphas.values())):
-        raise UserError(f"{path}: lora_alpha and alpha_pattern must be positive")
-    patterns = [*ranks, *alphas]
-    for names in (config.get(key) or [] for key in _MODULES):
-        patterns += [names] if isinstance(names, str) else names
-    for pattern in patterns:
+    numbers = (config["r"], config["lora_alpha"], *ranks.values(), *alphas.values())
+    if not all(number > 0 for number in numbers):
+        raise UserError(f"{path}: r, lora_alpha and their patterns must be positive")
+    for pattern in (*ranks, *alphas):
         try:
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
@@ -171,10 +169,9 @@ def read_header(folder: pathlib.Path) -> Header:
     """The header of the adapter in `folder`. Raises UserError where it does not fit its config."""
     config, path = read_config(folder), folder / WEIGHTS
     if not path.is_file():
-        if (folder / "adapter_model.bin").is_file():
-            why = "has its weights in adapter_model.bin, a pickle, which can run code"
-            raise UserError(f"{folder} {why}: train with save_safetensors")
-        raise UserError(f"{path} is missing: {ANOTHER}")
+        pickled = (folder / "adapter_model.bin").is_file()
+        why = "adapter_model.bin is a pickle, which can run code" if pickled else ANOTHER
+        raise UserError(f"{path} is missing: {why}")
     with _opened(folder) as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (no dict)
         sizes = {key: tuple(part.get_shape()) for key, part in slices.items()}
@@ -189,13 +186,11 @@ def read_header(folder: pathlib.Path) -> Header:
     shapes = {}
     for module in sorted(halves["A"]):
         b, a, r = halves["B"][module], halves["A"][module], module_rank(config, module)
-        if len(a) != 2 or len(b) != 2:
+        if len(a) != 2 or len(b) != 2 or not (b[0] and a[1]):
             raise UserError(f"{path}: {module} is no matrix and cannot jump (B {b}, A {a})")
         if (b[1], a[0]) != (r, r):
             ranks = f"factors of rank {b[1]} and {a[0]}"
             raise UserError(f"{path}: {module} has {ranks}, its config says {r}")
-        if not (b[0] and a[1]):
-            raise UserError(f"{path}: {module} has no rows or no columns (B {b}, A {a})")
         shapes[module] = (b[0], r, a[1])
     return Header(config, shapes, dtypes, sorted(key for key in sizes if not _KEY.fullmatch(key)))
 
@@ -223,15 +218,12 @@ def read_adapter(folder: pathlib.Path) -> Adapter:
 def write_adapter(folder: pathlib.Path, adapter: Adapter, info: dict) -> None:
     """Writes `adapter` to `folder` as PEFT does, with `info` in checkpoint.json.
 
-    Raises UserError where it is not finite, ValueError where ranks are not those of its config.
+    Raises UserError where it is not finite.
     """
     tensors = dict(adapter.others)
     for module, (b, a) in adapter.factors.items():
-        rank = module_rank(adapter.config, module)
         if not (b.isfinite().all() and a.isfinite().all()):
             raise UserError(f"{folder} would not be finite: lower alpha")
-        if b.shape[1] != rank or a.shape[0] != rank:
-            raise ValueError(f"{module}: rank {b.shape[1]} where the config says {rank}")
         tensors[f"base_model.model.{module}.lora_A.weight"] = a.float()
         tensors[f"base_model.model.{module}.lora_B.weight"] = b.float()
     with writing(folder), atomic_dir(folder, overwrite=True) as temporary:

@@ -18,7 +18,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from common import UserError
-from common.files.read import first_line, matches
+from common.files.read import matches
 
 STAGES = ("train", "extract", "predict", "extrapolate", "continue", "eval")
 SECTIONS = ("shared", *STAGES, "reproduce")
@@ -88,17 +88,14 @@ def load_preset(name: str, above: tuple[pathlib.Path, ...] = ()) -> dict:
         raise UserError(f"{path} is its own base, by way of {above[-1]}")
     try:
         preset = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     except Exception as error:  # int(), datetime and others raise their own errors on a bad value
-        reason = f"{type(error).__name__}: {first_line(error)}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise UserError(f"{path} is not valid YAML: {reason}") from error
     base = {}
     if isinstance(preset, dict) and preset.get("base") not in (None, name):
         base = load_preset(str(preset.pop("base")), (*above, path.resolve()))
     if not matches(preset, dict[str, dict[str, object]]):
-        form = "a mapping of sections (train, ...), each a mapping of keys to values"
-        raise UserError(f"{path}: a preset is {form}")
+        raise UserError(f"{path}: a preset is a mapping of sections, each a mapping of keys")
     return {key: base.get(key, {}) | preset.get(key, {}) for key in {**base, **preset}}
 
 
@@ -108,9 +105,8 @@ def preset_values(cls: type, preset: dict, sections: tuple[str, ...], source: st
     Of `sections`, later ones win. `source` names the preset in messages.
     """
     kinds, values = get_type_hints(cls), {}
-    for section in preset:
-        if section not in SECTIONS:
-            raise UserError(f"{source}: unknown section '{section}'; {nearest(section, SECTIONS)}")
+    if other := [section for section in preset if section not in SECTIONS]:
+        raise UserError(f"{source}: unknown section '{other[0]}'; {nearest(other[0], SECTIONS)}")
     for section in ("shared", *sections):
         for key, value in preset.get(section, {}).items():
             if key in COMMAND_LINE_ONLY:
@@ -134,7 +130,7 @@ def parse(cls: type, sections: str | tuple[str, ...], doc: str, argv=None) -> St
     for action in parser._actions:  # show --run-dir, not --run_dir, which works too
         dashed = [flag for flag in action.option_strings if "_" not in flag]
         action.option_strings = dashed or action.option_strings
-        if action.nargs != 0 and not action.choices and not action.metavar:
+        if action.nargs != 0 and not action.choices:
             action.metavar = action.dest.split("_")[-1].upper()
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")

@@ -147,8 +147,7 @@ def read_index(folder: pathlib.Path) -> dict:
 
 
 def checkpoint_paths(run: pathlib.Path) -> dict[int, pathlib.Path]:
-    """The checkpoints that the deltas of `run` were made from, by step. Those elsewhere are
-    absolute."""
+    """Step -> checkpoint that the deltas of `run` were made from. Those elsewhere are absolute."""
     what = f"{run}/deltas/index.json, checkpoints"
     return {
         int(step): pathlib.Path(path) if os.path.isabs(path) else run / safe_path(path, what)
@@ -157,15 +156,12 @@ def checkpoint_paths(run: pathlib.Path) -> dict[int, pathlib.Path]:
 
 
 def check_predicted(run: pathlib.Path, recipe: str) -> pathlib.Path:
-    """The file with what stage 3 predicted by `recipe`. Raises UserError where it is not there, or
-    was made from other deltas."""
+    """The file with what stage 3 predicted by `recipe` from the deltas that are there now."""
     folder = run / "predictor" / safe_name(recipe, "a recipe")
     done = read_json(folder / "done.json", "03_train_predictor.py", {"inputs": {"deltas": str}})
     if done["inputs"]["deltas"] != fingerprint(run / "deltas"):
-        raise UserError(
-            f"{folder} was trained on other deltas than those there now: run 03_train_predictor.py "
-            "--overwrite"
-        )
+        other = f"{folder} was trained on other deltas than those there now"
+        raise UserError(f"{other}: run 03_train_predictor.py --overwrite")
     check_intact(folder)
     return folder / "predicted.safetensors"
 
@@ -188,11 +184,4 @@ def read_spectrum(folder: pathlib.Path) -> dict:
         "energy_ratio_by_module": dict[str, list[float]],
         "linear_fit": list[dict],
     }
-    found = read_json(folder / "spectrum.json", f"{STAGE} --overwrite", kinds)
-    rows = [found["energy_ratio"], *found["energy_ratio_by_module"].values()]
-    numbers = [row.get(key) for row in found["linear_fit"] for key in ("held_out", "in_sample")]
-    some = found["steps"] and numbers and len(rows) > 1
-    kinds = {type(number) for number in numbers}  # -inf too, for a vector that did not move
-    if not some or {len(r) for r in rows} != {len(found["steps"])} or not kinds <= {int, float}:
-        raise UserError(f"{folder}/spectrum.json has not one number a step: {AGAIN}")
-    return found
+    return read_json(folder / "spectrum.json", f"{STAGE} --overwrite", kinds)

@@ -32,8 +32,7 @@ def save(
         return
     base, fp32 = models.find_model(cfg.path(info["backbone"])), cfg.merge != "backbone"
     write.claim(places[1])
-    lost = merge.merge(places[1], last, base, fp32, {}, lambda m: new(m) - series.base(m))
-    merge.warn_of_rounding(places[1], lost)
+    merge.merge(places[1], last, base, fp32, {}, lambda m: new(m) - series.base(m))
     seconds = {"seconds": round(time.perf_counter() - began, 3)}
     write.write_json(places[1] / "checkpoint.json", info | dtype_of(cfg) | seconds)
 

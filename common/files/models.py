@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import pathlib
 
 import safetensors
@@ -11,9 +10,9 @@ import torch
 from common import UserError
 from common.files.read import check_intact, first_line, read_json, reading, safe_name
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WANTED = "a Hugging Face folder with safetensors weights"
 WRITER = f"whatever writes {WANTED}"
-START = 2**16  # bytes of tensors of a file that `quick_hash` looks at
 
 
 @dataclasses.dataclass
@@ -40,17 +39,8 @@ def _opened(path: pathlib.Path):
 
 def is_model(folder: pathlib.Path) -> bool:
     """Whether `folder` has a whole model's config and weights."""
-    weights = ("model.safetensors", "model.safetensors.index.json")
-    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in weights)
-
-
-def _files_by_index(index: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Tensor -> file, as model.safetensors.index.json says. Refuses pickles and other folders."""
-    weight_map = read_json(index, WRITER, {"weight_map": dict[str, str]})["weight_map"]
-    for file in weight_map.values():
-        if not file.endswith(".safetensors"):
-            raise UserError(f"{index} names {file!r}, which is no safetensors file: want {WANTED}")
-    return {name: index.parent / safe_name(file, str(index)) for name, file in weight_map.items()}
+    weights = (folder / SINGLE, folder / INDEX)
+    return (folder / "config.json").is_file() and any(path.is_file() for path in weights)
 
 
 def open_model(folder: pathlib.Path) -> ModelFolder:
@@ -65,10 +55,16 @@ def open_model(folder: pathlib.Path) -> ModelFolder:
         raise UserError(f"{wish}: remove attn_implementation")
     if (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder} has an adapter_config.json beside a model's config.json")
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    index, single = folder / INDEX, folder / SINGLE
     if not index.is_file() and not single.is_file():
-        raise UserError(f"{folder} has no {single.name} and no {index.name}: want {WANTED}")
-    wanted = _files_by_index(index) if index.is_file() else {}
+        raise UserError(f"{folder} has no {SINGLE} and no {INDEX}: want {WANTED}")
+    wanted = {}  # tensor -> file, by the index
+    if index.is_file():
+        files = read_json(index, WRITER, {"weight_map": dict[str, str]})["weight_map"]
+        wanted = {name: folder / safe_name(file, str(index)) for name, file in files.items()}
+    for path in wanted.values():
+        if path.suffix != ".safetensors":
+            raise UserError(f"{index} names {path.name!r}, which is no safetensors file")
     for path in sorted({*wanted.values()} or {single}):
         with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118  (a safe_open is no dict)
@@ -100,24 +96,6 @@ def find_model(name: str) -> pathlib.Path:
     except (HFValidationError, LocalEntryNotFoundError) as error:
         where = "is no folder, and no hub id in this machine's cache"
         raise UserError(f"backbone {name} {where}: want {WANTED}") from error
-
-
-def quick_hash(name: str) -> str | None:
-    """A cheap fingerprint of the model `name`; None where no such model is on this machine.
-
-    It is of config.json, and of the header and the first tensors of every safetensors file.
-    """
-    try:
-        folder = find_model(name)
-        found = hashlib.sha256((folder / "config.json").read_bytes())
-    except (UserError, OSError):
-        return None
-    for path in sorted(folder.glob("*.safetensors")):
-        with open(path, "rb") as file:
-            size = file.read(8)  # of the header
-            most = min(int.from_bytes(size, "little") + START, path.stat().st_size)
-            found.update(path.name.encode() + size + file.read(most))
-    return found.hexdigest()[:16]
 
 
 def linear_layers(model: ModelFolder) -> list[str]:

@@ -22,8 +22,7 @@ def find_policies(run: pathlib.Path, patterns: list[str]) -> list[str]:
         names = [str(p.relative_to(run)) for p in paths]
         names = ["backbone"] if pattern == "backbone" else names
         if not names:
-            advice = "run the stage that makes it, or leave it out of --policies"
-            raise UserError(f"no policy matches {run}/{pattern}: {advice}")
+            raise UserError(f"no policy matches {run}/{pattern}: run the stage that makes it first")
         found |= dict.fromkeys(names)
     return list(found)
 

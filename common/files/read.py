@@ -70,17 +70,17 @@ def read_json(path: pathlib.Path, made_by: str, wanted: dict | None = None) -> d
     """
     if not path.is_file():
         raise UserError(f"{path} is missing: run {made_by} first")
-    wrong, value = "holds no JSON object", None
+    again = f"delete it and run {made_by} again"
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        wrong = f"is not valid JSON ({error})"
-    if isinstance(value, dict):
-        bad = [key for key, kind in (wanted or {}).items() if not matches(value.get(key), kind)]
-        if not bad:
-            return value
-        wrong = f"has no usable {bad[0]}"
-    raise UserError(f"{path} {wrong}: delete it and run {made_by} again")
+        raise UserError(f"{path} is not valid JSON ({error}): {again}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object: {again}")
+    for key, kind in (wanted or {}).items():
+        if not matches(value.get(key), kind):
+            raise UserError(f"{path} has no usable {key}: {again}")
+    return value
 
 
 def text_lines(path: pathlib.Path):
@@ -136,13 +136,13 @@ def written_hashes(folder: pathlib.Path) -> dict[str, str]:
     elif (record := folder / "done.json").is_file():
         written = read_json(record, "the stage that wrote it with --overwrite").get("outputs") or {}
     if not matches(written, dict[str, str]):
-        raise UserError(f"{record} has no usable hashes of its files: make the folder again")
+        raise UserError(f"{record} has no usable hashes: make the folder again")
     return {safe_name(name, str(record)): value for name, value in written.items()}
 
 
 def check_intact(folder: pathlib.Path) -> None:
     """Raises UserError where a file in `folder` is not bit for bit what we wrote there."""
     for name, wanted in written_hashes(folder).items():
-        if (folder / name).is_file() and sha256(folder / name) != wanted:
+        if (path := folder / name).is_file() and sha256(path) != wanted:
             cause = "is not as it was written, by a bad disk or by hand"
-            raise UserError(f"{folder / name} {cause}: put a good copy there, or make it again")
+            raise UserError(f"{path} {cause}: put a good copy there, or make it again")

@@ -16,8 +16,8 @@ import torch
 from common import UserError
 from common.files import write
 from common.files.adapters import read_info
-from common.files.models import is_model
-from common.files.read import check_intact, first_line, read_json, read_jsonl, safe_name, safe_path
+from common.files.policies import base_of
+from common.files.read import check_intact, first_line, read_json, read_jsonl, safe_name
 from common.files.series import step_of
 from common.files.stage import AGAIN, is_writer
 
@@ -71,71 +71,54 @@ def go_on(folder, first_step: int, every: int, stands_on: dict, put_back: Callab
     Returns first_step where nothing has been trained. `every` is the interval of the states. Raises
     UserError where no state is whole, where all are gone, or where one stands on something else.
     """
-    found = states(folder)
-    rows = []
-    if (folder / "metrics.jsonl").is_file():
-        rows = [row["step"] for row in read_jsonl(folder / "metrics.jsonl", {"step": int})]
-    reached = max([0, *rows, *map(step_of, folder.glob("step_[0-9]*"))])
+    found, log = states(folder), folder / "metrics.jsonl"
+    rows = read_jsonl(log, {"step": int}) if log.is_file() else []
+    reached = max([0, *(row["step"] for row in rows), *map(step_of, folder.glob("step_[0-9]*"))])
     if not found and reached > first_step + every:
-        raise UserError(
-            f"{folder} has come to step {reached}, but its resume/ is gone: put it back, or start "
-            "again with --overwrite"
-        )
-    for state in reversed(found):
+        gone = f"{folder} has come to step {reached}, but its resume/ is gone"
+        raise UserError(f"{gone}: put it back, or start again with --overwrite")
+    while found:
+        state = found.pop()
         try:
-            _load(state, put_back)
+            check_intact(state)
+            weights = safetensors.torch.load_file(state / "weights.safetensors")
+            moments = torch.load(state / "optimizer.pt", weights_only=True, map_location="cpu")
+            put_back(weights, moments)
         except Exception as error:  # whatever the libraries raise on a broken file
             reason = f"cannot load resume state {state}: {first_line(error)}"
-            if state == found[0]:
+            if not found:
                 raise UserError(f"{reason}; start the stage again with --overwrite") from error
-            before = found[found.index(state) - 1].name
-            print(f"warning: {reason}; going on from {before}", file=sys.stderr)
+            print(f"warning: {reason}; going on from {found[-1].name}", file=sys.stderr)
             continue
         _check_same(state, stands_on)
         if is_writer():
             print(f"going on after step {step_of(state)}")
-            for broken in found[found.index(state) + 1 :]:
+            for broken in states(folder)[len(found) + 1 :]:
                 write.remove(broken)
         return step_of(state)
     return first_step
 
 
-def _load(state: pathlib.Path, put_back: Callable[[dict, dict], None]) -> None:
-    check_intact(state)
-    weights = safetensors.torch.load_file(state / "weights.safetensors")
-    put_back(weights, torch.load(state / "optimizer.pt", weights_only=True, map_location="cpu"))
-
-
 def _check_same(state: pathlib.Path, stands_on: dict) -> None:
-    """What info.json lacks does not count: older code did not note it."""
-    path = state / "info.json"
-    noted = read_json(path, AGAIN) if path.is_file() else {}
+    noted = read_json(state / "info.json", AGAIN)
     for key in noted.keys() & stands_on.keys():
-        if noted[key] != stands_on[key]:
-            raise UserError(
-                f"{state.parents[1]} was begun with {key} = {noted[key]!r}, now it is "
-                f"{stands_on[key]!r}: bring back what it was"
-            )
+        if (old := noted[key]) != (new := stands_on[key]):
+            begun = f"{state.parents[1]} was begun with {key} = {old!r}, now it is {new!r}"
+            raise UserError(f"{begun}: bring back what it was")
 
 
 def find_start(run: pathlib.Path, name: str, backbone: str) -> tuple[pathlib.Path, int, str]:
     """(folder, step, base) of what stage 5 goes on from: extrapolated/<name>, or merged/... itself.
 
-    base is the model that it is an adapter on, or that it is: one in the run directory, with
-    {run_dir} for that, or `backbone`. A file of unknown origin chooses no other.
+    base is the model that it is an adapter on, or that it is, see `base_of`.
     """
     kind = "merged" if name.startswith("merged/") else "extrapolated"
-    inside = f"{kind}/{safe_name(name.removeprefix('merged/'), '--start')}"
-    start = run / inside
+    policy = f"{kind}/{safe_name(name.removeprefix('merged/'), '--start')}"
+    start = run / policy
     if not start.is_dir():
         there = ", ".join(sorted(path.name for path in start.parent.glob("[!.]*"))) or "nothing"
         raise UserError(f"{start} not found: run 04_extrapolate.py first (there: {there})")
-    info = read_info(start)
-    step, base = info.get("step"), info.get("backbone") or backbone
+    step = read_info(start).get("step")
     if step is None or step < 0:
         raise UserError(f"{start} has no usable step: run 04_extrapolate.py --overwrite")
-    if is_model(start):
-        return start, step, f"{{run_dir}}/{inside}"
-    within = base.removeprefix("{run_dir}/")
-    is_ours = within != base and (run / safe_path(within, f"{start}, backbone")).is_dir()
-    return start, step, base if is_ours else backbone
+    return start, step, base_of(run, policy, backbone)

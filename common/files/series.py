@@ -22,37 +22,53 @@ from common.files.stage import within
 from common.rank1 import LowRank
 
 ROUNDED = {"BF16", "F16"}  # too coarse for a step of RL
-FLOATS = {"F64", "F32", *ROUNDED}
-DIVERGED = "is not finite: the training diverged; leave this checkpoint out (--last-step)"
 
 
 class Weights(Sequence):
     """W[0] ... W[c] of one matrix, read when they are asked for; the last `keep` stay in memory."""
 
     def __init__(self, read: Callable[[int], LowRank | torch.Tensor], count: int, keep: int):
-        self.read, self.count = functools.lru_cache(keep)(read), count
+        self.read, self.range = functools.lru_cache(keep)(read), range(count)
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.range)
 
     def __getitem__(self, i):
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(self.count))]
-        if not -self.count <= i < self.count:
-            raise IndexError(i)
-        return self.read(i % self.count)
+        at = self.range[i]  # an IndexError where there is none
+        return [self.read(j) for j in at] if isinstance(i, slice) else self.read(at)
 
 
-class AdapterSeries:
-    """LoRA adapters of one training."""
+class Series:
+    """The checkpoints of one training, evenly spaced: what its two kinds share."""
 
-    backbone = ""  # is not needed
+    backbone = ""  # what whole models stand on
 
     def __init__(self, paths: dict[int, pathlib.Path]):
-        """paths: step -> folder in order. Raises UserError where they are not one training's."""
-        self.paths, self.steps, first = paths, list(paths), None
-        check_spacing(self.steps)
-        dtypes = set()
+        """paths: step -> folder in order."""
+        self.paths, self.steps = paths, list(paths)
+        # The backbone counts as step 0.
+        if self.steps != [self.steps[0] * (i + 1) for i in range(len(paths))]:
+            spacing = f"checkpoints are not evenly spaced: {self.steps}, counted from step 0"
+            raise UserError(f"{spacing}, the backbone; leave out what is in between")
+
+    def weights(self, module: str, keep: int | None = None) -> Weights:
+        """W[0] ... W[c] of `module`."""
+        return Weights(functools.partial(self._weight, module), len(self.steps) + 1, keep)
+
+
+def _finite(where: str, *tensors: torch.Tensor) -> None:
+    if not all(x.isfinite().all() for x in tensors):
+        advice = "the training diverged; leave this checkpoint out (--last-step)"
+        raise UserError(f"{where} is not finite: {advice}")
+
+
+class AdapterSeries(Series):
+    """LoRA adapters. W is a LowRank in float64, relative to the backbone."""
+
+    def __init__(self, paths: dict[int, pathlib.Path]):
+        """Raises UserError where they are not one training's."""
+        super().__init__(paths)
+        first, dtypes = None, set()
         for path in paths.values():
             header, info = adapters.read_header(path), adapters.read_info(path)
             check_intact(path)
@@ -67,27 +83,19 @@ class AdapterSeries:
             first, dtypes = first or facts, dtypes | header.dtypes
             for what, value in facts.items():
                 if value != first[what]:
-                    raise UserError(
-                        f"{path} has another {what} than {paths[self.steps[0]]}: "
-                        "a series is one adapter, trained on"
-                    )
+                    other = f"{path} has another {what} than {paths[self.steps[0]]}"
+                    raise UserError(f"{other}: a series is one adapter, trained on")
         self.modules, self.scales = list(first["shapes"]), first["scales"]
         self.shapes, self.dtypes, self.others = first["shapes"], dtypes, first["others"]
 
-    def weights(self, module: str, keep: int | None = None) -> Weights:
-        """W[0] ... W[c] of `module` as LowRank in float64, relative to the backbone."""
+    def _weight(self, module: str, i: int) -> LowRank:
         m, _, n = self.shapes[module]
-
-        def read(i: int) -> LowRank:
-            if i == 0:
-                return LowRank(torch.zeros(m, 0), torch.zeros(0, n))
-            path = self.paths[self.steps[i - 1]]
-            b, a = adapters.read_factors(path, module)
-            if not (b.isfinite().all() and a.isfinite().all()):
-                raise UserError(f"{path}: {module} {DIVERGED}")
-            return LowRank(b.double(), a.double(), self.scales[module])
-
-        return Weights(read, len(self.steps) + 1, keep)
+        if i == 0:
+            return LowRank(torch.zeros(m, 0), torch.zeros(0, n))
+        path = self.paths[self.steps[i - 1]]
+        b, a = adapters.read_factors(path, module)
+        _finite(f"{path}: {module}", b, a)
+        return LowRank(b.double(), a.double(), self.scales[module])
 
     def last(self) -> adapters.Adapter:
         """What a jump adds its rank to: the last checkpoint's adapter."""
@@ -111,43 +119,32 @@ class AdapterSeries:
         return {**{name: sha256(path) for name, path in files.items()}, "scales": str(self.scales)}
 
 
-class ModelSeries:
-    """Whole models of one training, and the backbone that it started from."""
+class ModelSeries(Series):
+    """Whole models, and the backbone that they started from. W is dense in fp32."""
 
     def __init__(self, paths: dict[int, pathlib.Path], backbone: str, run_dir: str):
-        """Raises UserError where they are not evenly spaced, broken, or not of one shape."""
+        """Raises UserError where they are broken, or not of one shape."""
         if not backbone:
             raise UserError("whole models: name the one that training started from with --backbone")
-        check_spacing(list(paths))
-        self.paths, self.steps, self.backbone = paths, list(paths), backbone
-        start = models.find_model(backbone.replace("{run_dir}", run_dir))
-        folders = [start, *paths.values()]
-        self.models = [models.open_intact(folder) for folder in folders]
+        super().__init__(paths)
+        self.backbone, start = backbone, models.find_model(backbone.replace("{run_dir}", run_dir))
+        self.models = [models.open_intact(folder) for folder in (start, *paths.values())]
         self.modules = models.linear_layers(self.models[0])
-        names = [f"{module}.weight" for module in self.modules]
-        for model in self.models[1:]:
+        names, wanted = [f"{module}.weight" for module in self.modules], self.models[0].shapes
+        for model in self.models:
             for name in names:
-                found, wanted = model.shapes.get(name), self.models[0].shapes[name]
-                if found != wanted:
-                    raise UserError(
-                        f"{model.path} has {name} as {found}, the backbone {backbone} as {wanted}: "
-                        "not one training"
-                    )
+                if (found := model.shapes.get(name)) != wanted[name]:
+                    other = f"{model.path} has {name} as {found}, the backbone as {wanted[name]}"
+                    raise UserError(f"{other}: not one training")
         self.dtypes = {model.dtypes[name] for model in self.models for name in names}
-        if not self.dtypes <= FLOATS:
+        if not self.dtypes <= adapters.FLOATS:
             raise UserError(f"quantised weights ({', '.join(sorted(self.dtypes))}) cannot jump")
-        self.others = sorted(self.models[0].shapes.keys() - {*names})
+        self.others = sorted(wanted.keys() - {*names})
 
-    def weights(self, module: str, keep: int | None = None) -> Weights:
-        """W[0] ... W[c] of `module`, dense in fp32."""
-
-        def read(i: int) -> torch.Tensor:
-            weight = self.models[i].tensor(f"{module}.weight")
-            if not weight.isfinite().all():
-                raise UserError(f"{self.models[i].path}: {module} {DIVERGED}")
-            return weight.float()
-
-        return Weights(read, len(self.steps) + 1, keep)
+    def _weight(self, module: str, i: int) -> torch.Tensor:
+        weight = self.models[i].tensor(f"{module}.weight")
+        _finite(f"{self.models[i].path}: {module}", weight)
+        return weight.float()
 
     def last(self) -> adapters.Adapter:
         """What a jump adds its rank to: an adapter of rank 0 on the last model."""
@@ -177,9 +174,6 @@ class ModelSeries:
         }
 
 
-Series = AdapterSeries | ModelSeries
-
-
 def open_series(paths: dict[int, pathlib.Path], backbone: str, run_dir: str) -> Series:
     """The checkpoints in `paths`, step -> folder in order. Reads headers and hashes, no tensor.
 
@@ -205,13 +199,9 @@ def reopen(run: pathlib.Path) -> Series:
 
 def warn(series: Series) -> None:
     """Says on stderr what takes no part in a jump, and where rounding has spoilt the deltas."""
-    if series.others:
-        first, more = series.others[0], len(series.others) - 1
-        print(
-            f"note: {first} and {more} other tensors take no part in the jump: they stay as they "
-            "last were",
-            file=sys.stderr,
-        )
+    if others := series.others:
+        part = f"{others[0]} and {len(others) - 1} other tensors take no part in the jump"
+        print(f"note: {part}: they stay as they last were", file=sys.stderr)
     if rounded := sorted(series.dtypes & ROUNDED):
         print(
             f"warning: checkpoints in {', '.join(rounded)}: rounding is a part of every delta, and "
@@ -220,22 +210,11 @@ def warn(series: Series) -> None:
         )
 
 
-def check_spacing(steps: list[int]) -> None:
-    """Raises UserError where `steps` are not n, 2n, 3n and so on: the backbone counts as step 0."""
-    if len({b - a for a, b in zip([0, *steps], steps, strict=False)}) > 1:
-        raise UserError(
-            f"checkpoints are not evenly spaced: {steps}, counted from step 0, the backbone; "
-            "leave out what is in between"
-        )
-
-
 def step_of(path: pathlib.Path) -> int | None:
     """The last number in the last part of `path` that has one: checkpoint-20, step_0020,
     global_step_20/actor/lora_adapter."""
-    for part in reversed(path.parts):
-        if numbers := re.findall(r"\d+", part):
-            return int(numbers[-1])
-    return None
+    numbers = [re.findall(r"\d+", part) for part in path.parts]
+    return next((int(found[-1]) for found in reversed(numbers) if found), None)
 
 
 def find_checkpoints(patterns: list[str], run: str) -> dict[int, pathlib.Path]:
@@ -243,22 +222,17 @@ def find_checkpoints(patterns: list[str], run: str) -> dict[int, pathlib.Path]:
 
     Raises UserError for a folder that is no checkpoint, has no step, or has one that is taken.
     """
-    found, seen = {}, set()
+    found, paths = {}, {}
     for pattern in patterns:
         where = os.path.expanduser(pattern.replace("{run_dir}", glob.escape(run)))
-        for path in map(pathlib.Path, sorted(glob.glob(where))):
-            if not path.is_dir() or path in seen:
-                continue
-            seen.add(path)
-            if not adapters.is_adapter(path) and not models.is_model(path):
-                raise UserError(
-                    f"{path} has no adapter_config.json: name the adapters alone "
-                    "(verl's are global_step_*/actor/lora_adapter)"
-                )
-            step = step_of(path)
-            if step is None:
-                raise UserError(f"no step in the name {path}: want checkpoint-20 or step_20")
-            if step in found:
-                raise UserError(f"{found[step]}, {path}: both are of step {step}: name one series")
-            found[step] = path
+        paths |= dict.fromkeys(map(pathlib.Path, sorted(glob.glob(where))))
+    for path in filter(pathlib.Path.is_dir, paths):
+        if not adapters.is_adapter(path) and not models.is_model(path):
+            missing = f"{path} has no adapter_config.json: name the adapters alone"
+            raise UserError(f"{missing} (verl's are global_step_*/actor/lora_adapter)")
+        if (step := step_of(path)) is None:
+            raise UserError(f"no step in the name {path}: want checkpoint-20 or step_20")
+        if step in found:
+            raise UserError(f"{found[step]}, {path}: both are of step {step}: name one series")
+        found[step] = path
     return dict(sorted(found.items()))

@@ -1,7 +1,7 @@
 """A stage's folder in the run directory, and how a stage begins and ends.
 
-`config.json` is written first (what is being made, from what) and `done.json` last. So a stage without
-`done.json` is unfinished, however it was interrupted, and the same command goes on.
+`config.json` is written first (what is being made, from what) and `done.json` last. So a stage
+without `done.json` is unfinished, however it was interrupted, and the same command goes on.
 """
 
 import contextlib
@@ -65,27 +65,25 @@ class Stage:
     ):
         """Opens `folder`, and writes config.json unless `done.json` says that all is there.
 
-        inputs: name -> hash of a file the result depends on. An option of the same name is a path, and
-        does not count where there is a hash: files may be moved. may_change: options that do not spoil
-        what is there. grows: an option, such as steps, which a finished run may have larger.
-        Raises UserError where the folder holds something made otherwise.
+        inputs: name -> hash of a file the result depends on. An option of the same name is a path,
+        and does not count where there is a hash: files may be moved. may_change: options that do
+        not spoil what is there. grows: an option, such as steps, that a finished run may have
+        larger. Raises UserError where the folder holds something made otherwise.
         """
         self.folder, self.began = folder, time.perf_counter()
-        self.may_change = {*may_change, grows}
-        self.defaults = configs.as_dict(type(cfg)())
         self.record = {"config": configs.as_dict(cfg), "inputs": inputs}
         if cfg.overwrite and is_writer():
             write.claim(folder)
             write.remove(folder)
         if cfg.overwrite and grows:
-            write.begun_anew(folder)
+            write.begun_anew()
         if (folder / "config.json").exists():
-            kinds = {"config": dict, "inputs": dict}
-            self._check_same(read_json(folder / "config.json", AGAIN, kinds))
+            before = read_json(folder / "config.json", AGAIN, {"config": dict, "inputs": dict})
+            before["config"] = configs.as_dict(type(cfg)()) | before["config"]  # of older code
+            self._check_same(before, {*may_change, grows})
         elif folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
-            raise UserError(
-                f"{folder} has files but no config.json: move it away, or use --overwrite"
-            )
+            foreign = f"{folder} has files but no config.json"
+            raise UserError(f"{foreign}: move it away, or use --overwrite")
         self.done = self._is_done(grows)
         if is_writer() and not self.done:
             write.claim(folder)
@@ -94,42 +92,33 @@ class Stage:
     def _is_done(self, grows: str) -> bool:
         if not (self.folder / "done.json").exists():
             return False
-        wanted = self.record["config"].get(grows)
         kinds = {"config": {grows: float} if grows else dict}
         done = read_json(self.folder / "done.json", AGAIN, kinds)["config"]
         if not write.is_complete(self.folder):
             if is_writer():
-                print(f"{self.folder} was done, but files of it are gone: it is made again", file=sys.stderr)
+                gone = f"{self.folder} was done, but files of it are gone"
+                print(f"{gone}: it is made again", file=sys.stderr)
                 write.claim(self.folder)
                 write.remove(self.folder / "done.json")
             return False
-        if grows and done[grows] < wanted:
+        if grows and done[grows] < self.record["config"][grows]:
             return False
         if is_writer():
             write.tidy(self.folder)
             print(f"{self.folder} is done already; --overwrite makes it again")
         return True
 
-    def _check_same(self, before: dict) -> None:
-        """Raises UserError where config.json has another option or input than this command.
-
-        An option that older code did not have counts as its default.
-        """
+    def _check_same(self, before: dict, may_change: set[str]) -> None:
+        """Raises UserError where config.json has another option or input than this command."""
         now = json.loads(json.dumps(self.record))
-        for key, value in now["inputs"].items():
-            if value is not None and before["inputs"].get(key, value) != value:
-                raise UserError(self._differs("input", key, before["inputs"][key], value))
-        hashed = {key for key, value in now["inputs"].items() if value and before["inputs"].get(key)}
-        for key, value in now["config"].items():
-            old = before["config"].get(key, self.defaults.get(key, value))
-            if key not in hashed and key not in self.may_change and old != value:
-                raise UserError(self._differs("option", key, old, value))
-
-    def _differs(self, what: str, key: str, old: object, new: object) -> str:
-        return (
-            f"{self.folder} was made with {what} {key} = {old!r}, now it is {new!r}: "
-            "use another --run-dir, or --overwrite to make it again"
-        )
+        both = [key for key, value in now["inputs"].items() if value and before["inputs"].get(key)]
+        options = [key for key in now["config"] if key not in {*both, *may_change}]
+        for what, part, keys in (("input", "inputs", both), ("option", "config", options)):
+            for key in keys:
+                if (old := before[part].get(key)) != (new := now[part][key]):
+                    made = f"{self.folder} was made with {what} {key} = {old!r}, now it is {new!r}"
+                    advice = "use another --run-dir, or --overwrite to make it again"
+                    raise UserError(f"{made}: {advice}")
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that have no file of tensors yet."""
@@ -147,12 +136,12 @@ class Stage:
         """Writes done.json with `result` and the hash of every file of weights in the folder."""
         if is_writer():
             seconds = round(time.perf_counter() - self.began, 2)
-            made = {"outputs": write.hashes_of(self.folder), "versions": versions(), "seconds": seconds}
-            write.write_json(self.folder / "done.json", {**self.record, **made, **result})
+            made = {"outputs": write.hashes_of(self.folder), "versions": versions()}
+            self.write_json("done.json", {**self.record, **made, "seconds": seconds, **result})
 
 
 class StepLog:
-    """A JSONL file with a row a step. Rows after `keep_to`, from before an interruption, are dropped.
+    """A JSONL file with a row a step. Rows after `keep_to`, before an interruption, are dropped.
 
     Only the first process writes. With `begins`, a warning is printed unless there is one row for
     each step from `begins` to `keep_to`.
@@ -163,13 +152,10 @@ class StepLog:
         if is_writer():
             rows = read_jsonl(path, {"step": int}) if path.exists() else []
             rows = [row for row in rows if row["step"] <= keep_to]
-            steps = [row["step"] for row in rows]
-            if begins is not None and steps != list(range(begins, keep_to + 1)):
-                print(
-                    f"warning: {path} had not one row for each of the steps {begins} to {keep_to}; "
-                    "it stays so",
-                    file=sys.stderr,
-                )
+            wanted = range(begins or 0, keep_to + 1)
+            if begins is not None and [row["step"] for row in rows] != [*wanted]:
+                steps = f"one row for each of the steps {begins} to {keep_to}"
+                print(f"warning: {path} had not {steps}; it stays so", file=sys.stderr)
             write.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append(self, *rows: dict) -> None:
@@ -183,15 +169,11 @@ class StepLog:
             write.flush(self.path)
 
 
-def _go_on() -> str:
-    return f"type {write.same_command()} to go on from the last complete step"
-
-
 def run_stage(main: Callable[[], None], one_process: bool = False) -> None:
     """Calls a stage's `main` and turns what the user can put right into one line.
 
-    Exit codes: 2 for a UserError, 130 for Ctrl-C, 143 for SIGTERM, 1 where another process of the run
-    has ended. one_process: of the processes of `accelerate launch` only the first works.
+    Exit codes: 2 for a UserError, 130 for Ctrl-C, 143 for SIGTERM, 1 where another process of the
+    run has ended. one_process: of the processes of `accelerate launch` only the first works.
     """
     if one_process and not is_writer():
         return
@@ -199,6 +181,7 @@ def run_stage(main: Callable[[], None], one_process: bool = False) -> None:
     # A shell that starts us in the background has SIGINT ignored.
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, write.interrupt) for number in numbers]
+    hint = "type {} to go on from the last complete step"
     try:
         main()
     except UserError as error:
@@ -210,12 +193,13 @@ def run_stage(main: Callable[[], None], one_process: bool = False) -> None:
         for number in numbers:  # a launcher may pass on a signal that the whole group has already
             signal.signal(number, signal.SIG_IGN)
         if is_writer():
-            print(f"\nstopped: {_go_on()}", file=sys.stderr)
+            print(f"\nstopped: {hint.format(write.same_command())}", file=sys.stderr)
         raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
     except RuntimeError as error:
         if not re.search("(closed|reset) by peer", str(error)):
             raise
-        print(f"error: another process of this run has ended: {_go_on()}", file=sys.stderr)
+        ended = "error: another process of this run has ended"
+        print(f"{ended}: {hint.format(write.same_command())}", file=sys.stderr)
         raise SystemExit(1) from None
     finally:
         write.release()

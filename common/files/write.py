@@ -12,7 +12,6 @@ import pathlib
 import shutil
 import socket
 import sys
-from collections.abc import Iterable
 
 import safetensors.torch
 import torch
@@ -20,8 +19,7 @@ import torch
 from common import UserError
 from common.files.read import HASHES, first_line, sha256, written_hashes
 
-_state = {"writes": 0, "signal": 0}  # writes under way, and the signal that came during one
-_anew: set[pathlib.Path] = set()  # folders of training that --overwrite has begun again
+_state = {"writes": 0, "signal": 0, "anew": False}  # under way, come meanwhile, by --overwrite
 _claimed: dict[pathlib.Path, int] = {}  # folder -> its lock file, open
 
 
@@ -32,14 +30,14 @@ def interrupt(number: int, frame: object = None) -> None:
     _state["signal"] = number
 
 
-def begun_anew(folder: pathlib.Path) -> None:
-    """Notes that --overwrite has begun `folder` again, see `same_command`."""
-    _anew.add(folder)
+def begun_anew() -> None:
+    """Notes that --overwrite has begun a training again, see `same_command`."""
+    _state["anew"] = True
 
 
 def same_command() -> str:
     """What to type to go on. With --overwrite again, the steps made since would be lost."""
-    return "the same command" + (" without --overwrite" if _anew else "")
+    return "the same command" + (" without --overwrite" if _state["anew"] else "")
 
 
 @contextlib.contextmanager
@@ -71,10 +69,8 @@ def _beside(path: pathlib.Path, mark: str = "") -> pathlib.Path:
 def _flush(path: pathlib.Path) -> None:
     for part in [*path.iterdir(), path] if path.is_dir() else [path]:
         handle = os.open(part, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def flush(path: pathlib.Path) -> None:
@@ -87,7 +83,7 @@ def _delete(path: pathlib.Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     elif os.path.lexists(path):  # on a read-only disk, unlink is an error even if there is nothing
-        path.unlink(missing_ok=True)
+        path.unlink()
 
 
 def remove(path: pathlib.Path) -> None:
@@ -110,9 +106,8 @@ def atomic_file(path: pathlib.Path):
             yield temporary
             _flush(temporary)
             os.replace(temporary, path)
-        except BaseException:
+        finally:
             temporary.unlink(missing_ok=True)  # a full disk needs the room
-            raise
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -148,11 +143,11 @@ def save_state(path: pathlib.Path, state: dict) -> None:
             raise OSError("the file was cut short") from error
 
 
-def save_pretrained(folder: pathlib.Path, *parts, **options) -> None:
+def save_pretrained(folder: pathlib.Path, *parts) -> None:
     """Saves models and tokenizers as Hugging Face does. Use it within `atomic_dir`."""
     with writing(folder):
         for part in parts:
-            part.save_pretrained(folder, **options)
+            part.save_pretrained(folder)
 
 
 def save_figure(path: pathlib.Path, figure) -> None:
@@ -161,7 +156,7 @@ def save_figure(path: pathlib.Path, figure) -> None:
         figure.savefig(temporary, format=path.suffix[1:], dpi=150, bbox_inches="tight")
 
 
-def copy_files(paths: Iterable[pathlib.Path], folder: pathlib.Path) -> None:
+def copy_files(paths: list[pathlib.Path], folder: pathlib.Path) -> None:
     """Copies files into `folder`. Use it within `atomic_dir`."""
     with writing(folder):
         for path in paths:
@@ -175,7 +170,7 @@ def atomic_dir(path: pathlib.Path, overwrite: bool = False):
     Hashes of the weights in it and of their configs go into its sha256.json, see `check_intact`.
     `overwrite` replaces `path`; use it only for what can be made again: for a moment there is none.
     """
-    temporary, old = _beside(path), _beside(path, ".old")
+    temporary = _beside(path)
     with writing(path):
         _delete(temporary)
         temporary.mkdir(parents=True)
@@ -187,11 +182,8 @@ def atomic_dir(path: pathlib.Path, overwrite: bool = False):
             _flush(temporary)
             if path.exists() and not overwrite:
                 raise UserError(f"{path} is there already")
-            _delete(old)
-            if os.path.lexists(path):
-                os.replace(path, old)
+            remove(path)
             os.replace(temporary, path)
-            _delete(old)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -199,10 +191,9 @@ def atomic_dir(path: pathlib.Path, overwrite: bool = False):
 
 def hashes_of(folder: pathlib.Path, also: tuple[str, ...] = ()) -> dict[str, str]:
     """File -> hash of the weights and states in `folder`, if there are any, and of files `also`."""
-    files = sorted(folder.iterdir())
-    weights = [path for path in files if path.suffix in (".safetensors", ".pt")]
-    hashed = [path for path in files if path in weights or path.name in also] if weights else []
-    return {path.name: sha256(path) for path in hashed}
+    weights = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".pt")]
+    others = [folder / name for name in also if weights and (folder / name).is_file()]
+    return {path.name: sha256(path) for path in sorted(weights + others)}
 
 
 def is_complete(folder: pathlib.Path) -> bool:
@@ -219,10 +210,9 @@ def claim(folder: pathlib.Path) -> None:
     folder = pathlib.Path(os.path.abspath(folder))
     if folder in _claimed:
         return
-    lock = folder.with_name(f".{folder.name}.lock")
-    with writing(lock):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        _claimed[folder] = _locked(lock, folder)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _claimed[folder] = _locked(folder)
     for left in [_beside(folder), _beside(folder, ".old"), *folder.rglob(".*.tmp")]:
         with writing(left):
             _delete(left)
@@ -234,25 +224,16 @@ def tidy(folder: pathlib.Path) -> None:
         claim(folder)
 
 
-def _locked(lock: pathlib.Path, folder: pathlib.Path) -> int:
-    while True:
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(handle, 200).decode().strip() or "a process that has just begun"
-            os.close(handle)
-            advice = "wait for it, or stop it"
-            raise UserError(f"{folder} is being written by {owner}: {advice}") from None
-        except OSError as error:
-            warning = f"warning: no locks on this file system ({error.strerror})"
-            print(f"{warning}: keep a second process out of {folder}", file=sys.stderr)
-            return handle
-        # The owner removes its lock at its end. If that was after we opened it, we try again.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(lock), os.fstat(handle)):
-                break
+def _locked(folder: pathlib.Path) -> int:
+    handle = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        busy = f"{folder} is being written by {os.read(handle, 200).decode().strip()}"
         os.close(handle)
+        raise UserError(f"{busy}: wait for it, or stop it") from None
+    except OSError:
+        print(f"warning: no locks here: keep a second process out of {folder}", file=sys.stderr)
     with contextlib.suppress(OSError):  # a full disk is named by what is written next
         os.ftruncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -261,7 +242,7 @@ def _locked(lock: pathlib.Path, folder: pathlib.Path) -> int:
 
 def release() -> None:
     """Gives back every folder that this process has claimed."""
-    _anew.clear()
+    _state["anew"] = False
     while _claimed:
         folder, handle = _claimed.popitem()
         with contextlib.suppress(OSError):

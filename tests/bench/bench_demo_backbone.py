@@ -24,7 +24,7 @@ with tempfile.TemporaryDirectory() as scratch:
     losses = demo.pretrain(out)
     new, shipped = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (out, demo.SHIPPED))
     models = [policy.load_backbone(str(folder))[0] for folder in (out, demo.SHIPPED)]
-tokenizer = demo.make_tokenizer()
+tokenizer = policy.load_backbone(str(demo.SHIPPED))[1]
 prompts = torch.tensor([tokenizer(f"<|user|>{a}+{b}<|assistant|>")["input_ids"] for a, b in demo.test_problems()])
 first, second = (model(input_ids=prompts).logits[:, -1].softmax(-1).mean(0) for model in models)
 gap = max((new[name] - shipped[name]).abs().max().item() for name in shipped)
