@@ -75,19 +75,16 @@ POSITIVE = (
 def check(cfg) -> None:
     """Raises UserError where the options of stage 1 do not go together."""
     rollout.vllm_options(cfg.vllm_options)
-    for name in POSITIVE:
-        if getattr(cfg, name) <= 0:
-            raise UserError(f"{name} must be positive, not {getattr(cfg, name)}")
-    if cfg.prompts_per_step % cfg.mini_batch:
-        raise UserError(
-            f"prompts_per_step ({cfg.prompts_per_step}) must be a multiple of mini_batch "
-            f"({cfg.mini_batch})"
-        )
+    low = [f"{name} must be positive, not {getattr(cfg, name)}" for name in POSITIVE
+           if getattr(cfg, name) <= 0]
+    if low:
+        raise UserError(low[0])
+    P, mini = cfg.prompts_per_step, cfg.mini_batch
+    if P % mini:
+        raise UserError(f"prompts_per_step ({P}) must be a multiple of mini_batch ({mini})")
     if cfg.top_p != 1.0:
         raise UserError(f"top_p {cfg.top_p} biases the importance ratio in training: set it to 1.0")
     if cfg.rollouts == 1 and cfg.algorithm != "reinforce++":
-        raise UserError(
-            f"{cfg.algorithm} compares responses to a problem: rollouts must be 2 or more"
-        )
+        raise UserError(f"{cfg.algorithm} compares responses: rollouts must be 2 or more")
     if cfg.kl_in == "reward" and not cfg.kl_coef:
         raise UserError("kl_in reward takes nothing from the reward with kl_coef 0: set kl_coef")

@@ -5,7 +5,6 @@ at a time limit: answers such as 9^{9^{9^9}} hang a parser for ever.
 """
 
 import concurrent.futures
-import contextlib
 import json
 import os
 import pathlib
@@ -31,7 +30,9 @@ class Verifier:
     def __init__(self, time_limit: float = 5.0, answer_format: str = "boxed", workers: int = 2):
         self.time_limit, self.answer_format, self.workers = time_limit, answer_format, workers
         self.timeouts = self.errors = 0
-        self._idle: queue.SimpleQueue | None = None
+        self._idle = queue.SimpleQueue()
+        for _ in range(workers):
+            self._idle.put(None)  # a place for a process that is not yet started
 
     def score(self, responses, golds, finished, kinds=None) -> list[float]:
         """1.0 for each response whose answer equals its gold, else 0.0.
@@ -39,16 +40,14 @@ class Verifier:
         A response that was cut at the length limit (not finished) gets 0.0. `kinds` are those of
         the problems, "latex" without any. Raises UserError where math-verify fails on all.
         """
-        verdicts, questions = [], []
-        kinds = kinds or ["latex"] * len(golds)
+        verdicts, kinds = [], kinds or ["latex"] * len(golds)
         for response, gold, whole, kind in zip(responses, golds, finished, kinds, strict=True):
             answer = self._extract(response, gold) if whole else None
-            verdicts.append(False if answer is None else quick_verdict(answer, gold, kind))
-            questions.append((answer, gold))
-        pairs = list(zip(questions, verdicts, strict=True))
-        asked = list(dict.fromkeys(question for question, verdict in pairs if verdict is None))
-        replies = dict(zip(asked, self._ask_all(asked), strict=True)) if asked else {}
-        return [float(replies[q] if verdict is None else verdict) for q, verdict in pairs]
+            verdict = False if answer is None else quick_verdict(answer, gold, kind)
+            verdicts.append((answer, gold) if verdict is None else verdict)
+        asked = list(dict.fromkeys(v for v in verdicts if isinstance(v, tuple)))
+        replies = dict(zip(asked, self._ask_all(asked), strict=True))
+        return [float(replies.get(verdict, verdict)) for verdict in verdicts]
 
     def _extract(self, response: str, gold: str) -> str | None:
         if self.answer_format == "boxed":
@@ -58,51 +57,40 @@ class Verifier:
         return last_number(response)
 
     def _ask_all(self, questions: list[tuple[str, str]]) -> list[bool]:
-        if self._idle is None:
-            self._idle = queue.SimpleQueue()
-            for _ in range(self.workers):
-                self._idle.put(None)  # a slot without a process yet
         with concurrent.futures.ThreadPoolExecutor(self.workers) as threads:
             replies = list(threads.map(lambda question: self._ask(*question), questions))
         errors = [error for _, error in replies if error not in (None, "timeout")]
         self.errors += len(errors)
         self.timeouts += sum(error == "timeout" for _, error in replies)
         # Garbage in every answer, or a broken installation that would score everything 0?
-        if len(errors) == len(questions):
+        if errors and len(errors) == len(questions):
             correct, error = self._ask(r"\frac{1}{2}", "0.5")
             if not correct and error != "timeout":
-                raise UserError(
-                    f"math-verify fails on every answer, even on 1/2 = 0.5 ({error}): "
-                    "pip install -r requirements.txt"
-                )
+                what = f"math-verify fails on every answer, even on 1/2 = 0.5 ({error})"
+                raise UserError(f"{what}: pip install -r requirements.txt")
         return [correct for correct, _ in replies]
 
     def _ask(self, answer: str, gold: str) -> tuple[bool, str | None]:
-        """(correct, error) from one worker. One over the time limit is killed.
-
-        A worker that died may have been killed by others: a new one is asked once more.
-        """
+        """(correct, error) from one worker. One over the time limit is killed."""
         question = {"answer": normalise(answer), "gold": normalise(gold), "limit": self.time_limit}
         worker = self._idle.get()
-        try:
-            for _ in range(2):
-                if worker is None or worker.poll() is not None:
-                    worker = _start_worker()
-                correct, error = _reply(worker, json.dumps(question) + "\n", self.time_limit)
-                if error in ("timeout", DIED):
-                    _end(worker)
-                if error != DIED:
-                    break
-        finally:
-            self._idle.put(worker)
+        for _ in range(2):  # one that died may have been killed by others: a new one is asked
+            worker = worker or _start_worker()
+            correct, error = _reply(worker, json.dumps(question) + "\n", self.time_limit)
+            if error in ("timeout", DIED):
+                _end(worker)
+                worker = None
+            if error != DIED:
+                break
+        self._idle.put(worker)
         return correct, error
 
     def close(self) -> None:
         """Ends the worker processes."""
-        while self._idle is not None and not self._idle.empty():
-            if (worker := self._idle.get()) is not None:
+        for _ in range(self._idle.qsize()):
+            if worker := self._idle.get():
                 _end(worker)
-        self._idle = None
+            self._idle.put(None)
 
 
 def _start_worker() -> subprocess.Popen:
@@ -121,17 +109,14 @@ def _start_worker() -> subprocess.Popen:
 
 
 def _reply(worker: subprocess.Popen, question: str, limit: float) -> tuple[bool, str | None]:
-    """(correct, error) as `worker` answers, or where it takes longer than `limit` or dies."""
-    reply = ""
-    with contextlib.suppress(BrokenPipeError):  # it died before it read the question
+    try:
         worker.stdin.write(question)
         worker.stdin.flush()
         if not select.select([worker.stdout], [], [], limit)[0]:
             return False, "timeout"
-        reply = worker.stdout.readline()
-    if not reply.endswith("\n"):
+        verdict = json.loads(worker.stdout.readline())
+    except (BrokenPipeError, json.JSONDecodeError):  # before it read, or while it answered
         return False, DIED
-    verdict = json.loads(reply)
     return verdict["correct"], verdict["error"]
 
 
