@@ -57,7 +57,6 @@ def test_options_are_a_json_object():
         ('{"download_dir": "../x"}', "'download_dir' is not allowed"),
         ('{"seed": 1}', "'seed' is not allowed"),
         ('{"gpu_memory_utilisation": 0.4}', "did you mean gpu_memory_utilization"),
-        ('{"dtype": ["evil"]}', "dtype must be a number, a word, true or false"),
         ("[" * 100_000, "is not JSON"),
     ],
 )

@@ -140,11 +140,11 @@ def micro_batches(run: Run, batch: Batch, sequences: list[int]) -> list[list[int
     """
     lengths = {i: len(batch.prompts[i]) + len(batch.completions[i]) for i in sequences}
     parts = grpo.micro_batches(lengths, run.cfg.micro_tokens)
-    if not policy.is_sharded(run.model):
-        return parts
-    count = torch.tensor([len(parts)], device=run.accelerator.device)
-    most = run.accelerator.gather(count).max().item()
-    return grpo.micro_batches(lengths, run.cfg.micro_tokens, at_least=most)
+    if policy.is_sharded(run.model):
+        count = torch.tensor([len(parts)], device=run.accelerator.device)
+        most = run.accelerator.gather(count).max().item()
+        parts = grpo.micro_batches(lengths, run.cfg.micro_tokens, at_least=most)
+    return parts
 
 
 @torch.no_grad()

@@ -1,15 +1,17 @@
 """The verifiable reward: is the answer of a response the right one?
 
 What common/rl/answers.py cannot decide goes to math-verify (sympy), in processes that are killed
-at a time limit: answers such as 9^{9^{9^9}} hang a parser for ever.
+at a time limit: answers such as 9^{9^{9^9}} hang a parser for ever. `main` is such a process.
 """
 
 import concurrent.futures
 import json
+import logging
 import os
 import pathlib
 import queue
 import select
+import signal
 import subprocess
 import sys
 
@@ -95,7 +97,7 @@ class Verifier:
 
 def _start_worker() -> subprocess.Popen:
     worker = subprocess.Popen(
-        [sys.executable, "-m", "common.rl.verifier_worker"],
+        [sys.executable, "-m", "common.rl.verifier"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -123,3 +125,30 @@ def _reply(worker: subprocess.Popen, question: str, limit: float) -> tuple[bool,
 def _end(worker: subprocess.Popen) -> None:
     worker.kill()
     worker.wait()
+
+
+def main() -> None:
+    """Reads lines {"answer", "gold", "limit"}; answers each with {"correct", "error"}."""
+    pipe = os.fdopen(os.dup(1), "w")  # for the answers; what a library prints goes to stderr
+    os.dup2(2, 1)
+    from math_verify import parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its limit is off
+    print("ready", file=pipe, flush=True)
+    for line in sys.stdin:
+        question = json.loads(line)
+        correct, error = False, None
+        # Our caller kills us at the limit. Should it be gone, the alarm does.
+        signal.alarm(int(question["limit"]) + 5)
+        try:
+            boxed = (f"\\boxed{{{question[key]}}}" for key in ("gold", "answer"))
+            gold, answer = (parse(text, parsing_timeout=None) for text in boxed)
+            correct = bool(verify(gold, answer, timeout_seconds=None))
+        except Exception as failure:  # whatever sympy raises on garbage; the caller counts it
+            error = f"{type(failure).__name__}: {failure}"[:200]
+        signal.alarm(0)
+        print(json.dumps({"correct": correct, "error": error}), file=pipe, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -57,7 +57,6 @@ class VLLMEngine:
     def __init__(self, model, tokenizer, path: str, max_tokens: int, lora_rank: int, options: dict):
         """`model` gives dtype and end tokens and is not kept; else see `rollout.make_engine`."""
         self.ends, self.ram = end_tokens(model, tokenizer), RamDisk()
-        self.sleeps, self.asleep = options.get("enable_sleep_mode", False), False
         self.lora, self.synced = None, 0
         settings = {
             "dtype": dtype_of(model),
@@ -80,7 +79,6 @@ class VLLMEngine:
         if isinstance(model, PeftModel):
             self.use(self.ram.save(model))
             return
-        self._wake()
         weights = iter(model.state_dict().items())
         with in_one_line("vLLM failed while taking over the weights", GO_ON):
             # vLLM's own reload packs them for its kernels, which an assignment would not.
@@ -98,7 +96,6 @@ class VLLMEngine:
 
     def generate(self, prompts, seeds, max_new_tokens, temperature=1.0, top_p=1.0) -> list[Rollout]:
         """One response to each prompt (token ids) with its seed, in the order given."""
-        self._wake()
         options = {
             "temperature": temperature,
             "top_p": top_p,
@@ -113,12 +110,7 @@ class VLLMEngine:
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
         with in_one_line("vLLM failed while sampling", GO_ON):
             outputs = self.llm.generate(asked, params, lora_request=self.lora, use_tqdm=False)
-            found = [_rollout(output) for output, _ in zip(outputs, prompts, strict=True)]
-        if self.sleeps:
-            with in_one_line("vLLM failed while going to sleep", GO_ON):
-                self.llm.sleep(level=1)  # weights to CPU memory; level 2 would lose the backbone
-            self.asleep = True
-        return found
+            return [_rollout(output) for output, _ in zip(outputs, prompts, strict=True)]
 
     def close(self) -> None:
         """Gives the device memory back. Ends the process group that vLLM shares, too."""
@@ -129,13 +121,6 @@ class VLLMEngine:
         self.ram.close()
         gc.collect()
         torch.cuda.empty_cache()
-
-    def _wake(self) -> None:
-        if self.asleep:
-            torch.cuda.empty_cache()  # what the trainer has freed but torch still holds
-            with in_one_line("vLLM failed while waking up", GO_ON):
-                self.llm.wake_up()
-            self.asleep = False
 
 
 def _rollout(output) -> Rollout:
