@@ -54,7 +54,9 @@ def last_number(response: str) -> str | None:
 
 def plain_number(text: str) -> fractions.Fraction | None:
     r"""`text` as an exact number if it is a plain one: 073, 12,345, $-3$, 10\text{ cm}, 4.5e33."""
-    text = _UNIT.sub("", text.strip().strip("$").strip()).rstrip(".") if len(text) <= 1000 else ""
+    if len(text) > 1000:
+        return None
+    text = _UNIT.sub("", text.strip().strip("$").strip()).rstrip(".")
     power = _POWER.search(text)  # \times 10^{33}
     number = _NUMBER.fullmatch(_THOUSANDS.sub("", text[: power.start()] if power else text).strip())
     if not number:
@@ -65,7 +67,7 @@ def plain_number(text: str) -> fractions.Fraction | None:
 
 
 def _number_answer(answer: str) -> fractions.Fraction | None:
-    """A plain number or a fraction of two, perhaps after "x =" or before a percent sign."""
+    # A plain number or a fraction of two, perhaps after "x =" or before a percent sign.
     answer = re.sub(r"^[\s$]*[A-Za-z]\s*=", "", answer[:1001]).strip().strip("$").strip()
     answer = answer.removesuffix("%").removesuffix("\\")
     if not (fraction := _FRACTION.fullmatch(answer)):

@@ -142,14 +142,13 @@ def _problem(row: dict, source: Source, place: str) -> Problem:
 
 
 def _column(row: object, column: str) -> object:
-    """The value of a column, or of "column.key"; None where there is none."""
     for key in column.split("."):
         row = row.get(key) if isinstance(row, dict) else None
     return row
 
 
 def _text(value: object) -> str | None:
-    """A text, a finite number, or the last turn of a user in a chat, as text; None for others."""
+    # A text, a finite number, or the last turn of a user in a chat.
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         value = value[-1].get("content") if value[-1].get("role") == "user" else None
     if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
@@ -186,7 +185,6 @@ def encode_prompts(problems, tokenizer, template, system, limit: int, source) ->
 
 
 def _warn(texts, encoded, tokenizer, system: str, source) -> None:
-    """Lines on stderr where a prompt has another model's system turn, or loses characters."""
     found = []
     if system == SYSTEM_PROMPT and "Qwen" not in str(tokenizer.chat_template):
         found.append("the system turn is Qwen2.5's, and the backbone is not: set --system-prompt")

@@ -75,7 +75,7 @@ def start(cfg, folder) -> Accelerator:
         project_dir=folder,
     )
     if cfg.mini_batch % (processes := accelerator.num_processes):
-        raise UserError(f"mini_batch ({cfg.mini_batch}) must be a multiple of {processes} processes")
+        raise UserError(f"mini_batch {cfg.mini_batch} must be a multiple of {processes} processes")
     return accelerator
 
 
@@ -87,11 +87,10 @@ def place(model, device: torch.device):
     """
     if os.environ.get("ACCELERATE_USE_FSDP") != "true":
         return model.to(device)
-    loading = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")
-    if os.environ.get("FSDP_VERSION") != "2" or loading != "false":
-        raise UserError("FSDP is set up otherwise here: launch with common/accelerate/fsdp2.yaml")
-    if not isinstance(model, PeftModel):
-        raise UserError("FSDP shards frozen layers, and --tune full has none: launch without it")
+    version, ram = (os.environ.get(f"FSDP_{k}") for k in ("VERSION", "CPU_RAM_EFFICIENT_LOADING"))
+    if (version, ram) != ("2", "false") or not isinstance(model, PeftModel):
+        what = "common/accelerate/fsdp2.yaml and a LoRA: it shards frozen layers"
+        raise UserError(f"FSDP wants {what}, and --tune full has none")
     decoder = policy.base_model(model).get_decoder()
     whole = {*policy.trained(model).values()}
     for layer in decoder.layers:
@@ -159,9 +158,8 @@ def score(run: Run, batch: Batch) -> dict:
             old, entropy = policy.token_logprobs(run.model, *tokens, cfg.temperature, True)
             reference = old  # [tokens]
             if cfg.kl_coef:
-                without = contextlib.nullcontext() if run.frozen else run.model.disable_adapter()
-                with without:
-                    backbone = run.frozen or run.model
+                backbone = run.frozen or run.model
+                with contextlib.nullcontext() if run.frozen else run.model.disable_adapter():
                     reference, _ = policy.token_logprobs(backbone, *tokens, cfg.temperature)
         gap = (old - torch.cat([batch.engine[i] for i in part])).abs()
         sums["entropy"] += entropy.sum().item()

@@ -96,15 +96,11 @@ class Verifier:
 
 
 def _start_worker() -> subprocess.Popen:
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "common.rl.verifier"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        start_new_session=True,  # so that Ctrl-C reaches the training loop alone
-    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    pipes["env"] = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "common.rl.verifier"]
+    # In a session of its own, so that Ctrl-C reaches the training loop alone.
+    worker = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
     # It is ready when math-verify is imported. That is not the time of an answer.
     any(line == "ready\n" for line in iter(worker.stdout.readline, ""))
     return worker
