@@ -3,7 +3,7 @@
     accelerate launch 01_train_lora_grpo.py --config demo --run-dir runs/demo
     accelerate launch --num_processes 8 01_train_lora_grpo.py --config demo --run-dir runs/demo
 
-Reads   the backbone and the problems: a file, a hub id or a name of common/rl/benchmarks.py
+Reads   the backbone and the problems: a file, a hub id or a name of common/rl/benchmarks.yaml
 Writes  <run-dir>/train/step_0010 ... step_0150   PEFT adapters in fp32; with --tune full models
         <run-dir>/train/metrics.jsonl, samples.jsonl, config.json, resume/, done.json
 

@@ -35,7 +35,7 @@ from common.files.policies import base_of, find_policies, weights_hash
 from common.files.read import read_json, safe_name
 from common.files.stage import run_stage, versions
 from common.reproduce import report
-from common.rl import data, measure, policy, rollout, verifier
+from common.rl import data, measure, rollout, verifier
 from common.rl.options import SamplingConfig
 
 FOLDERS = ("backbone", "data", "train", "deltas", "predictor", "extrapolated", "merged")
@@ -106,7 +106,7 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
             if before is None:
                 accelerator.print(now.first_prompts())
         now.use(lora)
-        trained = {} if name == "backbone" else policy.checkpoint_info(run / name)
+        trained = {} if name == "backbone" else adapters.read_info(run / name)
         if trained.get("template_hash", now.template_hash) != now.template_hash:
             bar.write(f"warning: {name} was trained with another prompt template")
         # `runs` answers to every problem, scored.

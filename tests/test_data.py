@@ -159,7 +159,7 @@ def test_a_wrong_kind_is_an_error_that_names_the_line(tmp_path):
         data.load_problems(write(tmp_path / "p.jsonl", [{"prompt": "1", "answer": 1, "kind": "float"}]))
 
 
-@pytest.mark.parametrize("name", benchmarks.SOURCES)
+@pytest.mark.parametrize("name", [*LAYOUTS, "gpqa-diamond", "mmlu-pro"])
 def test_offline_the_error_names_id_file_and_flag(name):
     source = benchmarks.SOURCES[name]
     with pytest.raises(UserError) as error:

@@ -199,7 +199,7 @@ def test_a_jump_of_rank_1_is_an_adapter_on_the_last_model(runs, extracted, stage
             wanted = (W[module][8] + 1.5 * rank_1(W[module][8] - W[module][6])).float()
         torch.testing.assert_close(weight.detach(), wanted, atol=1e-5, rtol=1e-4)
     for name, step in ((label, 80), ("weighted_alpha1.5", 80)):
-        info = policy.checkpoint_info(extracted / "extrapolated" / name)
+        info = adapters.read_info(extracted / "extrapolated" / name)
         assert (info["backbone"], info["step"]) == (str(last), step)
 
 

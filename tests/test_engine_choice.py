@@ -34,14 +34,6 @@ def test_a_vllm_that_is_not_installed_is_named_with_what_to_install(monkeypatch)
         rollout.choose_engine("vllm")
 
 
-@pytest.mark.parametrize(("version", "warns"), [("0.24.0", False), ("0.32.1", False), ("0.25.0", True), ("1.0", True), ("0.3.2", True)])
-def test_a_vllm_that_was_not_tried_gets_a_warning(version, warns, capsys):
-    rollout.warn_if_untried(version)
-    line = capsys.readouterr().err
-    assert (line == f"warning: vLLM {version} was not tried with this code, 0.24 and 0.32 were\n") == warns
-    assert bool(line) == warns
-
-
 def test_options_are_a_json_object():
     assert rollout.vllm_options('{"gpu_memory_utilization": 0.4}') == {"gpu_memory_utilization": 0.4}
     for text in ("gpu_memory_utilization=0.4", "", "[1]", "0.4"):
@@ -65,9 +57,6 @@ def test_options_are_a_json_object():
         ('{"download_dir": "../x"}', "'download_dir' is not allowed"),
         ('{"seed": 1}', "'seed' is not allowed"),
         ('{"gpu_memory_utilisation": 0.4}', "did you mean gpu_memory_utilization"),
-        ('{"gpu_memory_utilization": "0.4"}', "gpu_memory_utilization must be float, not '0.4'"),
-        ('{"enforce_eager": 1}', "enforce_eager must be bool, not 1"),
-        ('{"dtype": ["evil"]}', "dtype must be str"),
         ("[" * 100_000, "is not JSON"),
     ],
 )

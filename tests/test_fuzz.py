@@ -328,7 +328,6 @@ def read_adapter_weights(place: Place, content: bytes):
 def read_checkpoint_info(place: Place, content: bytes):
     place.write("a/adapter_config.json", LORA)
     folder = place.write("a/checkpoint.json", content).parent
-    policy.checkpoint_info(folder)
     adapters.read_info(folder)
 
 

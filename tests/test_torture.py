@@ -936,13 +936,7 @@ def vllm_engine(monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "common.rl.vllm_engine", raising=False)
     module = importlib.import_module("common.rl.vllm_engine")
     engine = object.__new__(module.VLLMEngine)
-    engine.ends, engine.lora, engine.sleeps, engine.asleep, engine.synced = (
-        [1],
-        None,
-        False,
-        False,
-        0,
-    )
+    engine.ends, engine.lora, engine.synced = [1], None, 0
     monkeypatch.setattr(ram, "DISK", str(tmp_path))
     engine.ram = ram.RamDisk()
     yield engine
@@ -964,12 +958,12 @@ def response(*completions: list[int], missing: int = 0) -> types.SimpleNamespace
 @pytest.mark.parametrize(
     ("outputs", "message"),
     [
-        ([response([5, 1])], "vLLM returned 1 responses to 2 prompts"),
-        ([response([5, 1]), response()], "vLLM returned 0 responses to one prompt"),
-        ([response([5, 1]), response([])], "or one without a token"),
+        ([response([5, 1])], "vLLM failed while sampling (ValueError: zip()"),
+        ([response([5, 1]), response()], "vLLM failed while sampling (ValueError: not enough values"),
+        ([response([5, 1]), response([])], "0 tokens with 0 log-probabilities"),
         (
             [response([5, 1]), response([5, 1], missing=1)],
-            "vLLM returned 1 log-probabilities to 2 tokens",
+            "2 tokens with 1 log-probabilities",
         ),
         (
             RuntimeError("EngineCore encountered an issue.\nSee stack trace"),
@@ -1013,22 +1007,12 @@ def ended_core() -> types.SimpleNamespace:
     ("llm", "call", "message"),
     [
         ({"collective_rpc": broken}, "sync", "failed while taking over the weights"),
-        ({"wake_up": broken}, "sync", "failed while waking up"),
-        ({"wake_up": broken}, "generate", "failed while waking up"),
-        (
-            {"sleep": broken, "generate": lambda *_, **__: [response([1])]},
-            "generate",
-            "failed while going to sleep",
-        ),
+        ({"generate": broken}, "generate", "failed while sampling"),
         ({"llm_engine": ended_core()}, "close", "failed while ending"),
     ],
 )
 def test_a_vllm_that_fails_at_anything_is_one_line(vllm_engine, llm, call, message):
-    vllm_engine.llm, vllm_engine.sleeps, vllm_engine.asleep = (
-        types.SimpleNamespace(**llm),
-        True,
-        "wake_up" in llm,
-    )
+    vllm_engine.llm = types.SimpleNamespace(**llm)
     arguments = {"sync": (torch.nn.Linear(2, 2),), "generate": ([[2]], [0], 8), "close": ()}[call]
     with pytest.raises(UserError) as error:
         getattr(vllm_engine, call)(*arguments)

@@ -268,7 +268,7 @@ def verify(*_, **__):
 def test_what_a_library_prints_in_a_worker_is_no_answer(monkeypatch, tmp_path, capfd):
     """On its import, while it is asked, and before our code runs at all."""
     (tmp_path / "math_verify.py").write_text(LOUD)
-    run = "import runpy; runpy.run_module('common.rl.verifier_worker', run_name='__main__')"
+    run = "import runpy; runpy.run_module('common.rl.verifier', run_name='__main__')"
     started_with(monkeypatch, f"import sys; sys.path.insert(0, {str(tmp_path)!r}); print('hello'); {run}")
     judge = verifier.Verifier(workers=1)
     assert judge.score([r"\boxed{x+1}", r"\boxed{y+z}"], ["1+x", "z+y"], [True, True]) == [1.0, 1.0]

@@ -12,16 +12,9 @@ import sys
 import torch
 
 from common import UserError
-from common.files.read import first_line, safe_name, sha256
-from common.rl.benchmarks import (
-    FILE_TYPES,
-    HUB_ID,
-    MMLU_PRO_CATEGORIES,
-    SOURCES,
-    Source,
-    dapo_question,
-    rows,
-)
+from common.files.read import safe_name, sha256
+from common.rl import in_one_line
+from common.rl.benchmarks import CHOICES, FILE_TYPES, HUB_ID, SOURCES, Source, dapo_question, rows
 
 # One template for training and evaluation.
 STEP_BY_STEP = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -46,28 +39,27 @@ def load_problems(spec, english_only=False, flag="--train-data", **columns) -> l
     """The problems of one data set. `spec` is one of
 
     - a file, .jsonl, .parquet or .csv, with columns for prompt and answer, and perhaps for `kind`;
-    - a name in common/rl/benchmarks.py, or its hub id; `name=path` reads a local file or folder;
+    - a name in common/rl/benchmarks.yaml, or its hub id; `name=path` reads a local copy;
     - any other hub id, "owner/name" or "owner/name:config".
 
     columns: prompt_column, answer_column ("a.b" is the key b of column a) and split, for what is
     not a known benchmark. Raises UserError where it cannot be had, or where a row is not usable.
     """
-    name, category, where = parse_spec(str(spec))
+    name, where = parse_spec(str(spec))
     source = SOURCES.get(name) or _unknown(where, **columns)
     problems = {}  # in order; DAPO repeats every problem, other sets keep what stands twice
-    for place, row in rows(name, source, where, flag):
-        if category and row.get(source.category) != category:
+    for place, row in rows(where, source, f"{flag} {name.split('/')[0]}"):
+        if source.category and _column(row, "category") != source.category:
             continue
         key, problem = place, _problem(row, source, place)
-        if source.dapo:
+        if source.template == "dapo":
             key = dapo_question(problem.prompt)
             problem = dataclasses.replace(problem, prompt=key)
-        problems.setdefault(key, problem)
-    found = [p for p in problems.values() if not (english_only and _CJK.search(p.prompt))]
-    if not found:
-        which = f" of category {category}" if category else ""
-        raise UserError(f"data file {where} holds no problem{which}")
-    return found
+        if not (english_only and _CJK.search(problem.prompt)):
+            problems.setdefault(key, problem)
+    if not problems:
+        raise UserError(f"data file {where} holds no problem for {name}")
+    return list(problems.values())
 
 
 def load_tasks(specs: list[str], **columns) -> dict[str, list[Problem]]:
@@ -77,50 +69,45 @@ def load_tasks(specs: list[str], **columns) -> dict[str, list[Problem]]:
     """
     tasks = {}
     for spec in specs:
-        name, category, where = parse_spec(spec)
-        is_whole = name == "mmlu-pro" and category is None
-        for part in MMLU_PRO_CATEGORIES if is_whole else [category]:
-            full = name if part is None else f"{name}/{part.replace(' ', '-')}"
-            task = safe_name(full.replace("/", "-"), "test data set")  # files are named after it
+        name, where = parse_spec(spec)
+        parts = [part for part in SOURCES if part.startswith("mmlu-pro/")]
+        for part in parts if name == "mmlu-pro" else [name]:
+            task = safe_name(part.replace("/", "-"), "test data set")  # files are named after it
             if task in tasks:
                 what = f"two of the test data sets are called {task}"
                 raise UserError(f"{what}; give one another name: other={where}")
-            one = spec if part is None else f"{full}={where}"
+            one = spec if part == name else f"{part}={where}"
             tasks[task] = load_problems(one, flag="--test-data", **columns)
     return tasks
 
 
-def parse_spec(spec: str) -> tuple[str, str | None, str]:
-    """(name, category or None, where): `where` is a local path or a hub id.
+def parse_spec(spec: str) -> tuple[str, str]:
+    """(name, where): `where` is a local path or a hub id.
 
     >>> parse_spec("aime24"), parse_spec("aime25=/data/test.jsonl")
-    (('aime24', None, 'HuggingFaceH4/aime_2024'), ('aime25', None, '/data/test.jsonl'))
-    >>> parse_spec("mmlu-pro/computer-science"), parse_spec("data/test.jsonl")
-    (('mmlu-pro', 'computer science', 'TIGER-Lab/MMLU-Pro'), ('test', None, 'data/test.jsonl'))
+    (('aime24', 'HuggingFaceH4/aime_2024'), ('aime25', '/data/test.jsonl'))
     """
     if not spec.isprintable() or max(len(part.encode()) for part in spec.split("/")) > 250:
         raise UserError(f"data set {spec[:80]!r}: no name of a file or a data set")
-    names = {source.hub_id: name for name, source in SOURCES.items()}
     name, _, where = spec.partition("=")
-    if "/" in name and name not in names and not name.startswith("mmlu-pro/"):
-        name, where = spec, ""  # the "=" belongs to a path
+    names = {source.hub_id: name for name, source in SOURCES.items() if not source.category}
     name = names.get(name, name)
+    if name in SOURCES:
+        return name, where or SOURCES[name].hub_id
     if name.startswith("mmlu-pro/"):
-        categories = {f"mmlu-pro/{part.replace(' ', '-')}": part for part in MMLU_PRO_CATEGORIES}
-        if name not in categories:
-            raise UserError(f"unknown task {name}; known: {', '.join(categories)}")
-        return "mmlu-pro", categories[name], where or SOURCES["mmlu-pro"].hub_id
-    if where or name in SOURCES:
-        return name, None, where or SOURCES[name].hub_id
-    path = pathlib.Path(name)
-    if re.fullmatch(HUB_ID, name) and path.suffix not in FILE_TYPES and not path.exists():
-        return name.split("/")[1].replace(":", "-"), None, name
-    return path.stem, None, name
+        known = ", ".join(part for part in SOURCES if part.startswith("mmlu-pro/"))
+        raise UserError(f"unknown task {name}; known: {known}")
+    if where and "/" not in name:
+        return name, where
+    path = pathlib.Path(spec)  # an "=" belongs to the path
+    if re.fullmatch(HUB_ID, spec) and path.suffix not in FILE_TYPES and not path.exists():
+        return spec.split("/")[1].replace(":", "-"), spec
+    return path.stem, spec
 
 
 def content_hash(spec: str) -> str | None:
     """The hash of the local file that `spec` reads; None for a hub id or a folder."""
-    path = pathlib.Path(parse_spec(spec)[2])
+    path = pathlib.Path(parse_spec(spec)[1])
     if path.suffix not in FILE_TYPES:
         return None
     if not path.is_file():
@@ -135,18 +122,13 @@ def fingerprint(problems: list[Problem]) -> str:
 
 
 def _unknown(where, prompt_column="prompt", answer_column="answer", split="train") -> Source:
-    hub_id = where.split(":")[0]
-    return Source(hub_id, "its data file", None, split, "latex", prompt_column, answer_column)
+    return Source(where.split(":")[0], split, "latex", prompt_column, answer_column)
 
 
 def _problem(row: dict, source: Source, place: str) -> Problem:
-    """Raises UserError, with the place, for a row without a usable prompt or answer."""
-    if source.choice is not None:
-        try:
-            return Problem(*source.choice(row), source.kind)
-        except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise UserError(f"{place}: not a row of {source.hub_id} ({what})") from error
+    if source.template in CHOICES:
+        with in_one_line(f"{place}: not a row of {source.hub_id}", "give a copy of the hub's"):
+            return Problem(*CHOICES[source.template](row), source.kind)
     texts = []
     for column in (source.prompt, source.answer):
         texts.append(_text(_column(row, column)))
@@ -160,20 +142,18 @@ def _problem(row: dict, source: Source, place: str) -> Problem:
 
 
 def _column(row: object, column: str) -> object:
-    """The value of a column, or of "column.key"; None where there is none."""
     for key in column.split("."):
         row = row.get(key) if isinstance(row, dict) else None
     return row
 
 
 def _text(value: object) -> str | None:
-    """A text, a finite number, or the last turn of a user in a chat, as text; None for others."""
+    # A text, a finite number, or the last turn of a user in a chat.
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         value = value[-1].get("content") if value[-1].get("role") == "user" else None
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
         return None
-    is_usable = isinstance(value, str | int | float) and not isinstance(value, bool)
-    return str(value) if is_usable else None
+    return str(value) if isinstance(value, str | int | float) else None
 
 
 def render_chats(prompts: list[str], tokenizer, template: str, system: str) -> list[str]:
@@ -183,13 +163,8 @@ def render_chats(prompts: list[str], tokenizer, template: str, system: str) -> l
     turns = [{"role": "system", "content": system}] if system else []
     filled = [template.replace("{prompt}", prompt) for prompt in prompts]
     chats = [[*turns, {"role": "user", "content": text}] for text in filled]
-    try:
+    with in_one_line("the backbone's chat template fails on these turns", "set --system-prompt ''"):
         return tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # whatever a template can raise, "System role not supported" too
-        reason = first_line(error)
-        raise UserError(
-            f"the backbone's tokenizer has no usable chat template for these turns: {reason}"
-        ) from error
 
 
 def encode_prompts(problems, tokenizer, template, system, limit: int, source) -> list[list[int]]:
@@ -200,31 +175,25 @@ def encode_prompts(problems, tokenizer, template, system, limit: int, source) ->
     texts = render_chats([problem.prompt for problem in problems], tokenizer, template, system)
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     for number, ids in enumerate(encoded, 1):
-        if not ids:
-            raise UserError(f"{source}, problem {number}: the chat template renders no tokens")
-        if len(ids) > limit:
-            what = f"its prompt has {len(ids)} tokens, over the limit of {limit}"
-            raise UserError(
-                f"{source}, problem {number}: {what}; raise max_prompt_tokens or remove it"
-            )
+        if not 0 < len(ids) <= limit:
+            what = f"over the limit of {limit}; raise max_prompt_tokens or remove it"
+            what = what if ids else "which is no prompt: see the backbone's chat template"
+            raise UserError(f"{source}, problem {number} has {len(ids) or 'no'} tokens, {what}")
     if os.environ.get("RANK", "0") == "0":
-        for warning in prompt_warnings(texts[:CHECKED], encoded, tokenizer, system):
-            print(f"warning: {source}: {warning}", file=sys.stderr)
+        _warn(texts[:CHECKED], encoded, tokenizer, system, source)
     return encoded
 
 
-def prompt_warnings(texts, encoded, tokenizer, system: str) -> list[str]:
-    """What may be wrong with prompts: another model's system turn, or lost characters."""
+def _warn(texts, encoded, tokenizer, system: str, source) -> None:
     found = []
     if system == SYSTEM_PROMPT and "Qwen" not in str(tokenizer.chat_template):
         found.append("the system turn is Qwen2.5's, and the backbone is not: set --system-prompt")
-    lost = set()
-    for text, ids in zip(texts, encoded, strict=False):
-        lost |= set("".join(text.split())) - set(tokenizer.decode(ids))
-    if lost:
+    pairs = zip(texts, encoded, strict=False)
+    if lost := set().union(*({*"".join(t.split())} - {*tokenizer.decode(i)} for t, i in pairs)):
         letters = "".join(sorted(lost))[:60]
         found.append(f"the tokenizer has no token for {letters!r}: they are not in the prompts")
-    return found
+    for warning in found:
+        print(f"warning: {source}: {warning}", file=sys.stderr)
 
 
 def template_hash(tokenizer, template: str, system: str) -> str:

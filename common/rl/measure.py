@@ -24,14 +24,15 @@ class Loaded:
 
     def __init__(self, cfg, base: str, tasks: dict, rank: int, accelerator):
         """cfg: a SamplingConfig with batch_size. rank: the highest of the adapters to come."""
-        self.base, self.prompts, around = base, {}, (cfg.prompt_template, cfg.system_prompt)
         model, self.tokenizer = policy.load_backbone(cfg.path(base))
         model = model.to(accelerator.device) if cfg.engine == "hf" else model
-        self.fingerprint = policy.fingerprint(model)
-        self.template_hash = data.template_hash(self.tokenizer, *around)
-        for task, problems in tasks.items():
-            wanted = (problems, self.tokenizer, *around, cfg.max_prompt_tokens, task)
-            self.prompts[task] = data.encode_prompts(*wanted)
+        self.base, self.fingerprint = base, policy.fingerprint(model)
+        turns = (self.tokenizer, cfg.prompt_template, cfg.system_prompt)
+        self.template_hash = data.template_hash(*turns)
+        self.prompts = {
+            task: data.encode_prompts(problems, *turns, cfg.max_prompt_tokens, task)
+            for task, problems in tasks.items()
+        }
         where = (cfg.path(base), rank, cfg.batch_size)
         self.engine = rollout.make_engine(cfg, model, self.tokenizer, *where)
 
@@ -64,7 +65,8 @@ def score(judge, tokenizer, problems: list[data.Problem], asked: list[tuple]) ->
     """A row an answer, of all processes."""
     tokens, finished = [r.tokens for *_, r in asked], [r.finished for *_, r in asked]
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    golds, kinds = ([getattr(problems[i], key) for i, *_ in asked] for key in ("answer", "kind"))
+    asked_of = [problems[i] for i, *_ in asked]
+    golds, kinds = [p.answer for p in asked_of], [p.kind for p in asked_of]
     scores, rows = judge.score(texts, golds, finished, kinds), []
     for (i, run, rolled), text, right in zip(asked, texts, scores, strict=True):
         row = {"problem": i, "run": run, "prompt": problems[i].prompt, "response": text}

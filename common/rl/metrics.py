@@ -1,7 +1,6 @@
 """What a step of RL writes of itself: its line of metrics.jsonl and its line on the console."""
 
 import contextlib
-import math
 import time
 
 import torch
@@ -31,24 +30,12 @@ class Timer:
         }
 
 
-def check_finite(step: int, stats: dict) -> None:
-    """Raises UserError where the loss or the gradient of an update is not a number."""
-    loss, norm = stats["loss"], stats["grad_norm"]
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise UserError(
-            f"non-finite loss ({loss}) or gradient (norm {norm}) in step {step}; "
-            "the last checkpoint is good: lower the learning rate"
-        )
-
-
 def check_gap(line: dict, limit: float) -> None:
     """Raises UserError where engine and trainer disagree on the log-probabilities of the tokens."""
-    gap = line["logprob_gap_mean"]
+    step, gap = line["step"], line["logprob_gap_mean"]
     if not gap <= limit:  # nan is no agreement either
-        raise UserError(
-            f"step {line['step']}: engine and trainer disagree by {gap:.3f} nats a token (limit "
-            f"{limit}): stale weights, another temperature, or a head that changes its logits"
-        )
+        what = f"engine and trainer disagree by {gap:.3f} nats a token (limit {limit})"
+        raise UserError(f"step {step}: {what}: stale weights, or another temperature or template")
 
 
 def of_step(run, batch, sums: dict, stats: list[dict]) -> dict:
@@ -56,16 +43,20 @@ def of_step(run, batch, sums: dict, stats: list[dict]) -> dict:
 
     `sums` is what `training.score` returns, `stats` what `training.descend` does, of each update.
     """
-    cfg, judge, updates = run.cfg, run.judge, len(stats)
+    cfg, judge = run.cfg, run.judge
+
+    def total(*local: float) -> list[float]:
+        values = torch.tensor(local, dtype=torch.float32, device=run.accelerator.device)
+        return run.accelerator.reduce(values, "sum").tolist()
+
     spread = batch.rewards.max(1).values - batch.rewards.min(1).values
-    cut = len(batch.finished) - sum(batch.finished)
-    local = [sum(map(len, batch.completions)), len(batch.completions), batch.rewards.sum().item()]
-    local += [cut, (spread == 0).sum().item(), len(spread)]
-    local += [sums["entropy"], sums["gap"], sums["kl"], judge.timeouts, judge.errors]
-    local += [s["loss"] for s in stats] + [s["clip_share"] for s in stats]
-    total = torch.tensor(local, dtype=torch.float32, device=run.accelerator.device)
-    total = run.accelerator.reduce(total, "sum").tolist()
-    tokens, sequences, reward, cut, flat, groups, entropy, gap, kl, timeouts, errors = total[:11]
+    cut, flat = batch.finished.count(False), (spread == 0).sum().item()
+    size = (sum(map(len, batch.completions)), len(batch.completions), len(spread))
+    tokens, sequences, groups, cut, flat = total(*size, cut, flat)
+    reward, entropy, gap, kl = total(
+        batch.rewards.sum().item(), sums["entropy"], sums["gap"], sums["kl"]
+    )
+    timeouts, errors = total(judge.timeouts, judge.errors)
     gap_max = torch.tensor([sums["gap_max"]], device=run.accelerator.device)
     values = {
         "reward": (reward - (cfg.kl_coef * kl if cfg.kl_in == "reward" else 0)) / sequences,
@@ -73,13 +64,13 @@ def of_step(run, batch, sums: dict, stats: list[dict]) -> dict:
         "response_length": tokens / sequences,
         "truncated_share": cut / sequences,
         "zero_variance_groups": flat / groups,
-        "loss": sum(total[11 : 11 + updates]) / updates,
-        "clip_share": sum(total[11 + updates :]) / updates,
+        "loss": sum(total(*(s["loss"] for s in stats))) / len(stats),
+        "clip_share": sum(total(*(s["clip_share"] for s in stats))) / len(stats),
         **({"kl": kl / tokens} if cfg.kl_coef else {}),
         "entropy": entropy / tokens,
         "logprob_gap_mean": gap / tokens,
         "logprob_gap_max": run.accelerator.gather(gap_max).max().item(),
-        "grad_norm": sum(s["grad_norm"] for s in stats) / updates,
+        "grad_norm": sum(s["grad_norm"] for s in stats) / len(stats),
         "learning_rate": cfg.learning_rate,
         "tokens": int(tokens),
         "verifier_timeouts": int(timeouts),

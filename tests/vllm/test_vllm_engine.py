@@ -172,7 +172,7 @@ def test_a_closed_engine_leaves_nothing_behind_and_another_can_follow(tokenizer)
 
 
 def test_every_option_that_is_allowed_is_one_of_this_vllm():
-    assert rollout.VLLM_OPTIONS.keys() <= {field.name for field in dataclasses.fields(EngineArgs)}
+    assert {*rollout.VLLM_OPTIONS} <= {field.name for field in dataclasses.fields(EngineArgs)}
 
 
 def test_an_option_that_vllm_refuses_is_one_line(tokenizer):
