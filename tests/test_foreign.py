@@ -256,10 +256,10 @@ def small_series(tmp_path_factory):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"base_model_name_or_path": "some/other"}, "has another backbone than"),
-        ({"use_rslora": True}, "has another scales than"),
-        ({"lora_alpha": 2}, "has another scales than"),
-        ({"alpha_pattern": {"proj": 8, "q_proj": 8}}, "has another scales than"),
+        ({"base_model_name_or_path": "some/other"}, "differs in its backbone from"),
+        ({"use_rslora": True}, "differs in its scales from"),
+        ({"lora_alpha": 2}, "differs in its scales from"),
+        ({"alpha_pattern": {"proj": 8, "q_proj": 8}}, "differs in its scales from"),
         ({"rank_pattern": {"q_proj": 3}}, "has factors of rank 2 and 2, its config says 3"),
         ({"use_dora": True}, "(use_dora)"),
         ({"peft_type": "IA3"}, "(peft_type IA3)"),

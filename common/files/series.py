@@ -83,7 +83,7 @@ class AdapterSeries(Series):
             first, dtypes = first or facts, dtypes | header.dtypes
             for what, value in facts.items():
                 if value != first[what]:
-                    other = f"{path} has another {what} than {paths[self.steps[0]]}"
+                    other = f"{path} differs in its {what} from {paths[self.steps[0]]}"
                     raise UserError(f"{other}: a series is one adapter, trained on")
         self.modules, self.scales = list(first["shapes"]), first["scales"]
         self.shapes, self.dtypes, self.others = first["shapes"], dtypes, first["others"]
