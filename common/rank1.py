@@ -21,7 +21,6 @@ KEEP, SPARE, ROUNDS = 64, 8, 16  # of the subspace iteration for dense matrices
 
 class Term(NamedTuple):
     """weight * left @ right; `unit` if left and right are unit vectors."""
-
     weight: float
     left: torch.Tensor  # [m, q]
     right: torch.Tensor  # [q, n]
@@ -126,7 +125,6 @@ def rank1(u: torch.Tensor, sigma: float | torch.Tensor, v: torch.Tensor) -> LowR
 
 class Top(NamedTuple):
     """The leading singular triple of a matrix (Eq. 3)."""
-
     u: torch.Tensor  # [m]
     sigma: torch.Tensor  # the singular values that were looked at, descending [q]
     v: torch.Tensor  # [n]
@@ -150,10 +148,8 @@ def top(matrix: LowRank | torch.Tensor) -> Top:
 
 def top_of_grams(gram: torch.Tensor, other: torch.Tensor):
     """From G = L^T L and H = R R^T [q, q]: x, all sigma, y [q] with u = L x, v = R^T y of the
-    leading pair of L R, and a bound on the relative error of sigma_1. With H = C C^T, L R has the
-    singular values of L C; for w, the leading eigenvector of C^T G C, x = C w / sigma_1, y = G x /
-    sigma_1.
-    """
+    leading pair of L R, and a bound on the relative error of sigma_1. With H = C C^T and w, the
+    leading eigenvector of C^T G C: x = C w / sigma_1, y = G x / sigma_1."""
     # Column j of L and row j of R get one norm, which leaves L R as it is.
     both = gram.diagonal() * other.diagonal() > 0
     balance = torch.where(both, (other.diagonal() / gram.diagonal()) ** 0.25, 0.0)
@@ -186,11 +182,10 @@ def top_of_dense(matrix: torch.Tensor) -> Top:
 
 
 def trajectory(W: list[LowRank | torch.Tensor], k: int) -> dict[str, torch.Tensor]:
-    """Eq. 6 and 7 for one matrix: W[0] is the backbone, W[1] ... W[c] are the checkpoints.
+    """Eq. 6 and 7 for one matrix. W[0] is the backbone, W[1] ... W[c] are the checkpoints.
 
-    Returns "global.u" [c, m], "global.sigma" [c], "global.v" [c, n], the same for local and target
-    (of the first c - k), and "spectrum" [c, q], all singular values of the global deltas.
-    """
+    Returns u [c, m], sigma [c], v [c, n] as "global.u" and so on, of targets for the first c - k,
+    and "spectrum" [c, q], all singular values of the global deltas."""
     found = {role: [] for role in ROLES}
     for i in range(1, len(W)):
         found["global"].append(top(W[i] - W[0]))

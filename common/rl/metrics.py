@@ -80,7 +80,7 @@ def of_step(run, batch, sums: dict, stats: list[dict]) -> dict:
 
 
 def console_line(line: dict, last: int) -> str:
-    """A line of metrics.jsonl for the console; `reproduce` reads its progress from it."""
+    """A line of metrics.jsonl for the console."""
     phases = " ".join(f"{name} {value:.2f}" for name, value in line["seconds_by_phase"].items())
     return (
         f"step {line['step']}/{last}  accuracy {line['accuracy']:.3f}  "
