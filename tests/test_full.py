@@ -254,6 +254,7 @@ def test_changed_weights_are_measured_again(full_run, tmp_path, monkeypatch):
     assert [json.loads(result.read_text()) for result in measured] == before  # seconds included
     shutil.copyfile(run / "backbone" / "model.safetensors", path)
     path.with_name("sha256.json").unlink()
+    stage6.weights_hash.cache_clear()  # as in a new process
     call("06_eval.py", run, "--policies", "train/step_0006", "extrapolated/none")  # a jump of zeros on the changed model
     for result in measured:
         assert json.loads(result.read_text())["accuracy"] == json.loads((run / "eval" / "backbone" / "test.json").read_text())["accuracy"]
