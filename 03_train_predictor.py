@@ -38,6 +38,7 @@ class PredictorConfig(config.StageConfig):
     inputs: list[str] = option(["global", "local"], "the deltas that it sees (Table 5)")
     align: bool | None = option(None, "consistent signs of (u, v) [the recipe's]")
     scale_sigma: bool | None = option(None, "sigma over the last global one [the recipe's]")
+    epochs: int | None = option(None, "full-batch steps of AdamW [the recipe's]")
     checkpoints: int = option(0, "learn from the last ones alone; 0 takes all (paper: 15)")
     holdout: int = option(0, "checkpoints that the backtest hides; 0 is k, as in a jump")
     name: str = option("", "folder below predictor/ [the recipe's name]")
@@ -53,7 +54,7 @@ class PredictorConfig(config.StageConfig):
 
     def recipe(self, name: str) -> predictor.Recipe:
         """The recipe `name` with what the options change."""
-        own = {"align": self.align, "scale_sigma": self.scale_sigma}
+        own = {"align": self.align, "scale_sigma": self.scale_sigma, "epochs": self.epochs}
         changed = {key: value for key, value in own.items() if value is not None}
         return dataclasses.replace(predictor.RECIPES[name], inputs=tuple(self.inputs), **changed)
 

@@ -537,7 +537,7 @@ BAD = {
     "too few checkpoints for k": ("02_extract_deltas.py", None, ["--k", "5"], "6 checkpoints allow k from 1 to 4"),
     "last step not reached": ("02_extract_deltas.py", None, ["--last-step", "20"], "has no step 20"),
     "no room to score the fit": ("02_extract_deltas.py", None, ["--fit-checkpoints", "5"], "fit_checkpoints"),
-    "truncated deltas": ("03_train_predictor.py", lambda run: truncate(next((run / "deltas").glob("*q_proj.safetensors"))), [], "run 02_extract_deltas.py --overwrite"),
+    "truncated deltas": ("03_train_predictor.py", lambda run: truncate(next((run / "deltas").glob("*q_proj.safetensors"))), [], "q_proj.safetensors is not as it was written"),
     "unknown recipe": ("03_train_predictor.py", None, ["--recipes", "papre"], "did you mean paper?"),
     "impossible holdout": ("03_train_predictor.py", None, ["--holdout", "1"], "holdout must be 2 to 3 with k = 2, not 1"),
     "too few checkpoints to learn from": ("03_train_predictor.py", None, ["--checkpoints", "2"], "checkpoints must be 3 to 6 with k = 2"),

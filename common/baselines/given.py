@@ -140,9 +140,10 @@ def measure_mean(known: Known, members: list[int], name: str, settings: dict) ->
         return sum(W[i] for i in members) / len(members)
 
     jumps.save(known.series, new, (folder, folder), info, known.cfg)
-    flags = _measuring(known.cfg, name)
+    flags = []  # as the checkpoints were measured; of a flag that stands twice the last counts
     for key, value in settings.items():
         flags += [f"--{key.replace('_', '-')}", str(value)]
+    flags += _measuring(known.cfg, name)
     if info.get("backbone"):
         flags += ["--backbone", info["backbone"]]
     if subprocess.run([sys.executable, "06_eval.py", *flags]).returncode:
