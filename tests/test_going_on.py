@@ -204,7 +204,7 @@ def test_an_empty_record_is_one_line(run, stage, script, file, flags):
 
 
 @pytest.mark.parametrize(("setting", "value"), [("surprise", 1), ("seed", "x")])
-def test_options_that_stage_6_does_not_know_stop_the_soup(run, stage, capfd, setting, value):
+def test_options_that_stage_6_does_not_know_stop_the_soup(run, stage, setting, value):
     for step in range(1, 7):
         record = {"accuracy": step / 10, "data": "d", "settings": {setting: value}}
         run_dir.write_json(run / "validation" / f"train__step_{step:04d}" / "valid.json", record)
