@@ -135,12 +135,12 @@ def log(folder: pathlib.Path, steps: range, seconds: float = 2.0) -> None:
 
 def test_a_model_without_an_adapter_and_a_merged_adapter_have_their_method_and_their_cost(tmp_path):
     log(tmp_path / "train", range(1, 4))
-    for policy in ("extrapolated/rl-extra_alpha1.5", "merged/dare_p0.9", "merged/rl-extra_alpha1.5"):
+    for policy in ("extrapolated/rl-extra_alpha1.5", "merged/dare", "merged/rl-extra_alpha1.5"):
         record(tmp_path, policy, [1.0, 0.0], 2)
     (tmp_path / "merged" / "rl-extra_alpha1.5" / "checkpoint.json").unlink()  # as stage 4 leaves it
     found = results.load_results(tmp_path)
-    dare, merged = found["merged/dare_p0.9"], found["merged/rl-extra_alpha1.5"]
-    assert (dare.method, dare.alpha, dare.steps, dare.seconds) == ("dare_p0.9", None, 2, 5.0)
+    dare, merged = found["merged/dare"], found["merged/rl-extra_alpha1.5"]
+    assert (dare.method, dare.alpha, dare.steps, dare.seconds) == ("dare", None, 2, 5.0)
     assert (merged.method, merged.alpha, merged.steps, merged.seconds) == ("rl-extra", 1.5, 2, 5.0)
     assert [r.label for r in (merged, dare)] == ["RL-Extra, merged", "DARE, 90% dropped"]
 
