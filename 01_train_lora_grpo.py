@@ -7,9 +7,9 @@ Reads   the backbone and the problems: a file, a hub id or a name of common/rl/b
 Writes  <run-dir>/train/step_0010 ... step_0150   PEFT adapters in fp32; with --tune full models
         <run-dir>/train/metrics.jsonl, samples.jsonl, config.json, resume/, done.json
 
---tune full --learning-rate 5e-7 is the paper's "w/o LoRA", in fp32: 16 bytes a parameter.
-The same command goes on after the last saved step: all that is random is a function of (seed, step,
-problem, sample). A larger --steps extends a finished run.
+--tune full --learning-rate 5e-7 trains all parameters (Table 5's "w/o LoRA"), in fp32: 16 bytes
+per parameter. The same command again resumes from the last saved state: every random draw is
+computed from (seed, step, problem, sample). A larger --steps extends a finished run.
 Left out: value networks, reward models, multi-turn, packing, warm-up and decay.
 """
 
@@ -48,22 +48,22 @@ class TrainConfig(options.RLConfig):
     lora_alpha: float = option(32.0, "scale alpha / r on B A (paper: 32)")
     clip_low: float = option(0.2, "epsilon of Eq. 1 downwards (open)")
     clip_high: float = option(0.2, "epsilon of Eq. 1 upwards (open)")
-    loss_aggregation: Literal["token", "seq"] = option("token", "mean of tokens, or Eq. 1 (open)")
+    loss_aggregation: Literal["token", "seq"] = option("token", "seq is Eq. 1; token: mean (open)")
     kl_coef: float = option(0.0, "beta of Eq. 1, against the backbone; 0 is off (open)")
-    kl_in: Literal["loss", "reward"] = option("loss", "k3 in the loss (Eq. 1), or k1 off rewards")
-    importance_cap: float = option(0.0, "of importance weights engine to trainer; 0 is off (open)")
+    kl_in: Literal["loss", "reward"] = option("loss", "k3 in the loss (Eq. 1), or rewards - k1")
+    importance_cap: float = option(0.0, "upper limit of pi_trainer / pi_engine; 0 is off (open)")
     seed: int = option(0, "of LoRA's A, the order of problems, and every rollout")
 
     __post_init__ = options.check
 
 
 def sample(run: Run, step: int, timer: metrics.Timer) -> Batch:
-    """G responses to each of the step's problems that are this process's, with their rewards."""
+    """G responses, with rewards, to each of the step's problems assigned to this process."""
     cfg, accelerator, device = run.cfg, run.accelerator, run.accelerator.device
-    # The P problems of a step are dealt out one by one, so each update has some of every process.
+    # The P problems of a step are dealt out one by one: each update has some from every process.
     order = data.prompt_order(len(run.problems), cfg.prompts_per_step, step, cfg.seed)
     mine = range(accelerator.process_index, len(order), accelerator.num_processes)
-    # A seed a response. A problem that comes twice in a step has other seeds the second time.
+    # One seed per response. A problem that comes twice in a step gets different seeds.
     asked = [(order[i], g, order[:i].count(order[i])) for i in mine for g in range(cfg.rollouts)]
     prompts = [run.prompts[index] for index, _, _ in asked]
     seeds = [rollout.sequence_seed(cfg.seed, step, *one) for one in asked]
@@ -120,7 +120,7 @@ def loss_of(run: Run, batch: Batch, part: list[int], weights: dict[int, torch.Te
 
 
 def train(run: Run, folder: pathlib.Path, first_step: int) -> None:
-    """RL steps first_step + 1 ... cfg.steps, or what is left of them. Stage 5 calls it too."""
+    """RL steps first_step + 1 ... cfg.steps, those not yet done. Stage 5 calls it too."""
     cfg, processes = run.cfg, run.accelerator.num_processes
     put_back = functools.partial(policy.put_back, run.model, run.optimizer)
     begin = resume.go_on(folder, first_step, cfg.resume_every, run.stands_on, put_back)
@@ -131,7 +131,7 @@ def train(run: Run, folder: pathlib.Path, first_step: int) -> None:
         timer = metrics.Timer()
         # Rollouts by the policy as it is, and their rewards.
         batch = sample(run, step, timer)
-        # log pi_old of every sampled token, by the trainer itself.
+        # log pi_old of every sampled token, recomputed by the trainer; fills in batch.old.
         with timer("logprob"):
             sums = training.score(run, batch)
         batch.advantage = advantages(run, batch)  # Eq. 2
@@ -140,14 +140,14 @@ def train(run: Run, folder: pathlib.Path, first_step: int) -> None:
             stats, size = [], cfg.mini_batch * cfg.rollouts // processes
             for start in range(0, len(batch.completions), size):
                 mini, losses = range(start, start + size), []
-                weights = training.token_weights(run, batch, mini)  # 1 in all, over all processes
+                weights = training.token_weights(run, batch, mini)  # sum: 1 over all processes
                 for micro in training.micro_batches(run, batch, mini):
                     loss, clipped = loss_of(run, batch, micro, weights)
                     loss.backward()
                     losses.append((loss.item(), clipped.item()))
                 stats.append(training.descend(run, step, losses))
         line = {"step": step, **metrics.of_step(run, batch, sums, stats)}
-        metrics.check_gap(line, cfg.max_logprob_gap)
+        metrics.check_gap(line, cfg.max_logprob_gap)  # stops if engine and trainer disagree
         # A checkpoint, the logs, and then a state that an interrupted run goes on from.
         with timer("save"):
             if step % cfg.save_every == 0 or step == cfg.steps:

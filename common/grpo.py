@@ -53,13 +53,13 @@ IN_GROUP = {
 
 
 def advantages(algorithm: str, rewards, penalty, lengths, total: Callable) -> torch.Tensor:
-    """The advantage of every token of a step, [tokens]. It is all that the algorithms differ in.
+    """The advantage of every token of a step, [tokens]. The algorithms differ only here.
 
     rewards [groups, samples]; penalty [tokens] is beta k1 where KL is in the reward, else zeros;
     lengths [sequences]; total(x) is the sum of x over all processes. As in verl, the score of a
     response is S_i = R_i - sum_t penalty_it.
     """
-    if algorithm == "reinforce++":  # no groups: what is still to come at each token
+    if algorithm == "reinforce++":  # no groups: reward minus penalties to come
         return whiten(reinforce_returns(rewards, penalty, lengths), total)
     charged = torch.stack([part.sum() for part in penalty.split(lengths.tolist())])
     scores = rewards - charged.view_as(rewards)
