@@ -9,9 +9,9 @@ Writes  <run-dir>/deltas/<matrix>.safetensors   u, sigma, v of its global, local
         <run-dir>/deltas/index.json             steps, checkpoints, k, matrices
         <run-dir>/deltas/spectrum.json          energy ratios (Fig. 2), R^2 of lines (Fig. 3)
 
-The mathematics is `trajectory` in common/rank1.py: Eq. 6 and 7 as they stand in the paper, in
-float64 and from LoRA's factors alone. Matrices without an adapter take no part: their deltas are
-zero. The sign of (u, v) is left as it came; who needs consistent signs aligns them (stage 3).
+The mathematics is `trajectory` in common/rank1.py: Eq. 6 and 7 as they stand in the paper, for a
+LoRA in float64 and from the factors s B and A alone (Eq. 5). Matrices without an adapter take no
+part: their deltas are zero. The sign of (u, v) is left as it came; stages 3 and 4 align it.
 """
 
 import concurrent.futures
@@ -59,7 +59,7 @@ def select(cfg: ExtractConfig) -> dict[int, pathlib.Path]:
     if not 1 <= cfg.k <= len(paths) - 2:
         raise UserError(f"{where}: {len(paths)} checkpoints allow k from 1 to {len(paths) - 2}")
     if not 2 <= cfg.fit_checkpoints <= len(paths) - 2:
-        raise UserError(f"fit_checkpoints must leave 2 of the {len(paths)} checkpoints to score on")
+        raise UserError(f"fit_checkpoints must be 2 to {len(paths) - 2}: two are left to score on")
     return paths
 
 
@@ -84,9 +84,9 @@ def main() -> None:
         weights = functools.partial(found.weights, keep=cfg.k + 2)
         work = {m: pool.submit(rank1.trajectory, weights(m), cfg.k) for m in mine}  # Eq. 6, 7
         try:
-            shown = None if state.is_main_process else True  # None: on a terminal
-            for module in tqdm(mine, "rank-1 SVDs", disable=shown):
-                stage.save(module, work.pop(module).result())  # a killed run goes on here
+            hidden = None if state.is_main_process else True  # None: shown on a terminal
+            for module in tqdm(mine, "rank-1 SVDs", disable=hidden):
+                stage.save(module, work.pop(module).result())  # at once: a killed run resumes here
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

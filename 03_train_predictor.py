@@ -4,13 +4,12 @@
     accelerate launch 03_train_predictor.py --config demo --run-dir runs/demo --inputs local
 
 Reads   <run-dir>/deltas, and for the backtest the checkpoints that these were made from
-Writes  <run-dir>/predictor/<recipe>/model.safetensors      an encoder-decoder a length of vector
+Writes  <run-dir>/predictor/<recipe>/model.safetensors      a network per kind and length of vector
         <run-dir>/predictor/<recipe>/predicted.safetensors  its prediction from the last checkpoint
         <run-dir>/predictor/<recipe>/report.json            losses, and the backtest
 
-The network and its two recipes, `paper` (the official code to the letter) and `aligned`, stand in
-common/predictor.py. --inputs local is Table 5's "w/o global delta", in the folder
-aligned-no-global; --checkpoints 8 makes aligned-last8.
+The network and its two recipes, `paper` (the official code to the letter) and `aligned`, are in
+common/predictor.py. --inputs local (Table 5) makes aligned-no-global.
 """
 
 import dataclasses
@@ -37,19 +36,21 @@ class PredictorConfig(config.StageConfig):
     recipes: list[str] = option(["aligned"], "one network each: aligned, paper")
     inputs: list[str] = option(["global", "local"], "the deltas that it sees (Table 5)")
     align: bool | None = option(None, "consistent signs of (u, v) [the recipe's]")
-    scale_sigma: bool | None = option(None, "sigma over the last global one [the recipe's]")
+    scale_sigma: bool | None = option(None, "divide sigma by the last global one [the recipe's]")
     epochs: int | None = option(None, "full-batch steps of AdamW [the recipe's]")
     checkpoints: int = option(0, "learn from the last ones alone; 0 takes all (paper: 15)")
     holdout: int = option(0, "checkpoints that the backtest hides; 0 is k, as in a jump")
     name: str = option("", "folder below predictor/ [the recipe's name]")
-    seed: int = option(0, "of the initial weights")
+    seed: int = option(0, "random seed of the initial weights")
 
     def __post_init__(self):
         for recipe in self.recipes:
             if recipe not in predictor.RECIPES:
                 known = config.nearest(recipe, predictor.RECIPES)
                 raise UserError(f"unknown recipe '{recipe}'; {known}")
-        if not self.inputs or not {*self.inputs} <= {"global", "local"}:
+        if self.name and len(self.recipes) > 1:
+            raise UserError("--name is for one recipe")
+        if self.inputs not in (["global"], ["local"], ["global", "local"]):
             raise UserError(f"inputs must be global, local or both, not {' '.join(self.inputs)}")
 
     def recipe(self, name: str) -> predictor.Recipe:

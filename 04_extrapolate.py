@@ -6,7 +6,7 @@
 Reads   <run-dir>/deltas, the checkpoints that these were made from, <run-dir>/predictor/<recipe>
 Writes  <run-dir>/extrapolated/<method>_alpha1.5   an adapter, exact in fp32; `next` once a recipe:
                                                    next-aligned_alpha1.5, next-paper_alpha1.5
-        <run-dir>/merged/<method>_alpha1.5         a whole model, with --merge or of no low rank
+        <run-dir>/merged/<method>_alpha1.5         a whole model: --merge, or not low-rank
 
 NExt is `jump` below; its rivals and the controls stand in common/baselines/methods.py. PEFT, vLLM
 and the trainer that made the checkpoints load the adapters as they are. After training without LoRA
@@ -37,7 +37,7 @@ class ExtrapolateConfig(config.StageConfig):
     methods: list[str] = option(["next"], f"next, {', '.join(METHODS)}")
     recipes: list[str] = option(["aligned"], "predictors of stage 3 that `next` uses")
     alphas: list[float] = option([1.5], "extending coefficients (paper: 1.5; Fig. 6: 0.5 to 4.0)")
-    merge: Literal["fp32", "backbone"] | None = option(None, "whole models too, in this dtype")
+    merge: Literal["fp32", "backbone"] | None = option(None, "write whole models too")
     validation_data: list[str] = option(["{run_dir}/data/valid.jsonl"], "for greedy-soup")
 
     def __post_init__(self):

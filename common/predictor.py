@@ -121,7 +121,7 @@ def train(trajectory, recipe: Recipe, seed: int, tick: Callable[[], None]) -> Tr
 
 def train_family(data: tuple[torch.Tensor, ...], recipe: Recipe, seed: int, tick=lambda: None):
     """Eq. 9 on one family (global, local, target), [c, l, d] each: the predictor, and the loss of
-    every epoch, (1/c) sum over checkpoints, vectors and entries of |pi(s_G, s_L) - s_T|.
+    every epoch: sum over vectors and entries of |pi(s_G, s_L) - s_T|, mean over checkpoints.
 
     Full-batch AdamW from torch's uniform initialisation (Alg. 1).
     """
@@ -146,7 +146,7 @@ def train_family(data: tuple[torch.Tensor, ...], recipe: Recipe, seed: int, tick
 @torch.no_grad()
 def predict(models: dict[str, nn.Module], trajectory, recipe: Recipe) -> dict[str, dict]:
     """The next target of every matrix, seen from the last checkpoint: module -> {"u": [m], "sigma":
-    [], "v": [n]}, u and v of length 1 (Eq. 11). A negative sigma is kept."""
+    [], "v": [n]}, u and v of length 1 (Eq. 11)."""
     prepared, units = prepare(trajectory, recipe)
     found = {}
     for module, roles in prepared.deltas.items():

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 
 ROLES = ("global", "local", "target")
-PROMISE = 1e-9  # the largest relative error of sigma_1 with which the fast way is taken
-KEEP, SPARE, ROUNDS = 64, 8, 16  # of the subspace iteration for dense matrices
+MAX_ERROR = 1e-9  # of sigma_1, relative; above it the exact way is taken
+KEEP, SPARE, ROUNDS = 64, 8, 16  # dense matrices: sigmas kept, spare columns, rounds
 
 
 class Term(NamedTuple):
@@ -51,7 +51,7 @@ class LowRank:
     def __add__(self, other):
         if isinstance(other, torch.Tensor):
             return other + self.dense().to(other)
-        return self._of(self.terms + other.terms)
+        return self._of(self.terms + other.terms) if other.terms else self
 
     def __radd__(self, other):
         return self + other if isinstance(other, torch.Tensor) else self  # sum() begins with 0
@@ -91,14 +91,14 @@ class LowRank:
         q1, r1 = torch.linalg.qr(torch.cat([t.weight * t.left for t in self.terms], 1))
         q2, r2 = torch.linalg.qr(torch.cat([t.right for t in self.terms]).mT)
         u, sigma, vh = torch.linalg.svd(r1 @ r2.mT, full_matrices=False)
-        some = (sigma[:1] > 0).to(u.dtype)
-        return Top((q1 @ u[:, :1])[:, 0] * some, sigma, (q2 @ vh[:1].mT)[:, 0] * some)
+        moved = (sigma[:1] > 0).to(u.dtype)
+        return Top((q1 @ u[:, :1])[:, 0] * moved, sigma, (q2 @ vh[:1].mT)[:, 0] * moved)
 
     def factors(self, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """(B [m, r], A [r, n]) in fp32 with scale * B A = this matrix, r from 1 to min(m, n).
 
-        LoRA's own B and A come back as they were. Unit vectors get c = sqrt(weight / scale) each,
-        because both sides are trained on."""
+        LoRA's own B and A come back as they were. Unit vectors get c = sqrt(weight / scale) each:
+        training goes on with both factors."""
         if not self.terms:
             return torch.zeros(self.shape[0], 1), torch.zeros(1, self.shape[1])
         if sum(t.left.shape[1] for t in self.terms) > min(self.shape):
@@ -126,7 +126,7 @@ def rank1(u: torch.Tensor, sigma: float | torch.Tensor, v: torch.Tensor) -> LowR
 class Top(NamedTuple):
     """The leading singular triple of a matrix (Eq. 3)."""
     u: torch.Tensor  # [m]
-    sigma: torch.Tensor  # the singular values that were looked at, descending [q]
+    sigma: torch.Tensor  # sigma_1 first, then the others that were looked at [q]
     v: torch.Tensor  # [n]
 
 
@@ -139,7 +139,7 @@ def top(matrix: LowRank | torch.Tensor) -> Top:
     if matrix.grams is None or scale <= 0:
         return matrix.svd()
     x, sigma, y, bound = top_of_grams(*matrix.grams)
-    if not bound <= PROMISE:  # always so in fp32
+    if not bound <= MAX_ERROR:  # in fp32 it never is
         return matrix.svd()
     u = sum(t.left @ part for t, part in zip(terms, x.chunk(len(terms)), strict=True))
     v = sum(part @ t.right for t, part in zip(terms, y.chunk(len(terms)), strict=True))
@@ -150,7 +150,7 @@ def top_of_grams(gram: torch.Tensor, other: torch.Tensor):
     """From G = L^T L and H = R R^T [q, q]: x, all sigma, y [q] with u = L x, v = R^T y of the
     leading pair of L R, and a bound on the relative error of sigma_1. With H = C C^T and w, the
     leading eigenvector of C^T G C: x = C w / sigma_1, y = G x / sigma_1."""
-    # Column j of L and row j of R get one norm, which leaves L R as it is.
+    # Column j of L and row j of R are scaled to equal norms, which leaves L R as it is.
     both = gram.diagonal() * other.diagonal() > 0
     balance = torch.where(both, (other.diagonal() / gram.diagonal()) ** 0.25, 0.0)
     inverse = torch.where(both, 1 / balance, 0.0)
@@ -177,15 +177,15 @@ def top_of_dense(matrix: torch.Tensor) -> Top:
         left = torch.linalg.qr(matrix @ right)[0]
         right = torch.linalg.qr(matrix.mT @ left)[0]
     u, sigma, vh = torch.linalg.svd(matrix @ right, full_matrices=False)
-    some = sigma[0] > 0
-    return Top(u[:, 0] * some, sigma[:KEEP], right @ vh[0] * some)
+    moved = sigma[0] > 0
+    return Top(u[:, 0] * moved, sigma[:KEEP], right @ vh[0] * moved)
 
 
 def trajectory(W: list[LowRank | torch.Tensor], k: int) -> dict[str, torch.Tensor]:
     """Eq. 6 and 7 for one matrix. W[0] is the backbone, W[1] ... W[c] are the checkpoints.
 
     Returns u [c, m], sigma [c], v [c, n] as "global.u" and so on, of targets for the first c - k,
-    and "spectrum" [c, q], all singular values of the global deltas."""
+    and "spectrum" [c, q], all sigmas of the global deltas (KEEP of dense ones)."""
     found = {role: [] for role in ROLES}
     for i in range(1, len(W)):
         found["global"].append(top(W[i] - W[0]))
