@@ -1,3 +1,5 @@
+"""`python -m common.demo`: see common/demo/__init__.py."""
+
 from common import demo
 from common.files.stage import run_stage
 
