@@ -24,15 +24,23 @@ from common.rl import policy
 def run_stage(script: str, *args: str, env: dict | None = None) -> subprocess.CompletedProcess:
     """A stage as a user starts it, from the repository root."""
     return subprocess.run(
-        [sys.executable, script, *args], cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, **(env or {})}
+        [sys.executable, script, *args],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **(env or {})},
     )
 
 
-def start_two(script: str, folder: pathlib.Path, accelerate_config: str, *args: str) -> subprocess.Popen:
+def start_two(
+    script: str, folder: pathlib.Path, accelerate_config: str, *args: str
+) -> subprocess.Popen:
     """A stage on two processes, as `accelerate launch` starts them."""
-    launch = ["--config_file", f"common/accelerate/{accelerate_config}.yaml", "--num_processes", "2"]
+    where = f"common/accelerate/{accelerate_config}.yaml"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", where, "--num_processes", "2"]
     return subprocess.Popen(
-        [sys.executable, "-m", "accelerate.commands.launch", *launch, script, "--config", TINY, "--run-dir", str(folder), *args],
+        [sys.executable, *launch, script, "--config", TINY, "--run-dir", str(folder), *args],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -75,7 +83,12 @@ def extract_from(monkeypatch, capsys, run, pattern, *flags):
 
 def lay_out(folder: pathlib.Path) -> pathlib.Path:
     """A run directory with the demo's backbone and data, as `python -m common.demo` makes it."""
-    subprocess.run([sys.executable, "-m", "common.demo", "--run-dir", str(folder)], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "common.demo", "--run-dir", str(folder)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     return folder
 
 
@@ -120,7 +133,14 @@ def finished_run(tmp_path_factory) -> pathlib.Path:
 
 def make_run(folder: pathlib.Path) -> None:
     command = [sys.executable, "-m", "common.reproduce", "--preset", TINY, "--run-dir", str(folder)]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    first = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
     printed = []
     for line in first.stdout:
         printed.append(line)

@@ -36,7 +36,9 @@ def test_kl_in_the_reward_is_taken_from_the_reward(trained, algorithm):
     assert rows[0]["kl"] == 0  # the policy is still the backbone
     assert rows[0]["reward"] == rows[0]["accuracy"]
     assert rows[1]["kl"] != 0
-    assert rows[1]["reward"] == pytest.approx(rows[1]["accuracy"] - 0.5 * rows[1]["kl"] * rows[1]["response_length"], rel=1e-4)
+    assert rows[1]["reward"] == pytest.approx(
+        rows[1]["accuracy"] - 0.5 * rows[1]["kl"] * rows[1]["response_length"], rel=1e-4
+    )
 
 
 def test_kl_in_the_reward_adds_nothing_to_the_loss(trained):

@@ -30,7 +30,9 @@ def stage(run, monkeypatch, capsys):
 
     def call(script: str, *flags: str) -> tuple[int, str]:
         capsys.readouterr()
-        return call_stage(monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(run), *flags)
+        return call_stage(
+            monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(run), *flags
+        )
 
     return call
 
@@ -45,9 +47,9 @@ def edit(path: pathlib.Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.pt"])
@@ -55,7 +57,11 @@ def test_training_goes_on_from_the_state_before_a_spoilt_one(run, finished_run, 
     spoil(run / "train" / "resume" / "step_0008" / file)
     (run / "train" / "done.json").unlink()
     code, line = stage("01_train_lora_grpo.py", "--steps", "8")
-    assert (code, "is not as it was written" in line, "going on from step_0007" in line) == (0, True, True)
+    assert (code, "is not as it was written" in line, "going on from step_0007" in line) == (
+        0,
+        True,
+        True,
+    )
     assert metrics(run / "train") == metrics(finished_run / "train")
     assert weights(run / "train") == weights(finished_run / "train")
 
@@ -71,14 +77,23 @@ def test_training_does_not_begin_again_where_its_resume_states_are_gone(run, sta
 
 def test_no_more_than_two_resume_states_are_kept(run, stage):
     for step in (5, 6):
-        shutil.copytree(run / "train" / "resume" / "step_0008", run / "train" / "resume" / f"step_000{step}")
+        shutil.copytree(
+            run / "train" / "resume" / "step_0008", run / "train" / "resume" / f"step_000{step}"
+        )
     assert stage("01_train_lora_grpo.py", "--steps", "9")[0] == 0
-    assert sorted(path.name for path in (run / "train" / "resume").iterdir()) == ["step_0008", "step_0009"]
+    assert sorted(path.name for path in (run / "train" / "resume").iterdir()) == [
+        "step_0008",
+        "step_0009",
+    ]
 
 
 def test_lines_of_metrics_that_a_hand_removed_are_missed(run, stage):
     path = run / "train" / "metrics.jsonl"
-    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if '"step": 4,' not in line))
+    path.write_text(
+        "".join(
+            line for line in path.read_text().splitlines(keepends=True) if '"step": 4,' not in line
+        )
+    )
     code, line = stage("01_train_lora_grpo.py", "--steps", "9")
     assert (code, "had not one row for each of the steps 1 to 8" in line) == (0, True)
     assert [row["step"] for row in metrics(run / "train")] == [1, 2, 3, 5, 6, 7, 8, 9]
@@ -111,7 +126,10 @@ def test_a_stage_that_was_to_overwrite_is_gone_on_with_without(run, stage, monke
     with monkeypatch.context() as patched:
         patched.setattr(stages.StepLog, "append", stop_after)
         code, line = stage("01_train_lora_grpo.py", "--overwrite")
-    assert (code, line) == (143, "stopped: type the same command without --overwrite to go on from the last complete step")
+    assert (code, line) == (
+        143,
+        "stopped: type the same command without --overwrite to go on from the last complete step",
+    )
     assert sorted(path.name for path in resume.states(run / "train"))[-1] == "step_0002"
     assert stage("01_train_lora_grpo.py")[0] == 0
     assert [row["step"] for row in metrics(run / "train")] == list(range(1, 7))
@@ -132,7 +150,12 @@ def test_data_and_backbone_that_were_moved_are_the_same_and_others_are_not(run, 
     """Where there is a hash of the content the path does not count, nor how it is written."""
     shutil.copytree(run / "data", run / "moved")
     shutil.copytree(run / "backbone", run / "moved" / "backbone")
-    spelled = ["--train-data", f"{run}/./moved/train.jsonl", "--backbone", f"{run}/data/../moved/backbone"]
+    spelled = [
+        "--train-data",
+        f"{run}/./moved/train.jsonl",
+        "--backbone",
+        f"{run}/data/../moved/backbone",
+    ]
     assert stage("01_train_lora_grpo.py", "--steps", "9", *spelled)[0] == 0
     path = run / "moved" / "train.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
@@ -140,14 +163,24 @@ def test_data_and_backbone_that_were_moved_are_the_same_and_others_are_not(run, 
     assert (code, "was made with input train_data = " in line) == (2, True)
 
 
-def test_a_problem_that_comes_twice_in_a_step_gets_other_responses(empty_run, tmp_path, monkeypatch, capsys):
+def test_a_problem_that_comes_twice_in_a_step_gets_other_responses(
+    empty_run, tmp_path, monkeypatch, capsys
+):
     shutil.copytree(empty_run, tmp_path / "run")
     data = tmp_path / "run" / "data" / "train.jsonl"
     data.write_text("".join(data.read_text().splitlines(keepends=True)[:2]))
     stage1, sampled = importlib.import_module("01_train_lora_grpo"), []
     real = stage1.sample
     monkeypatch.setattr(stage1, "sample", lambda *a: sampled.append(real(*a)) or sampled[-1])
-    command = ["01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(tmp_path / "run"), "--steps", "1"]
+    command = [
+        "01_train_lora_grpo.py",
+        "--config",
+        TINY,
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--steps",
+        "1",
+    ]
     assert call_stage(monkeypatch, capsys, *command)[0] == 0
     prompts, completions = sampled[0].prompts, sampled[0].completions
     twins = [i for i in range(4, 16) if prompts[i] == prompts[0]]
@@ -162,9 +195,9 @@ def test_steps_after_the_jump_are_at_least_one(run, stage, steps):
     assert not (run / "continued" / "none").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is made again
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -181,9 +214,9 @@ def test_a_file_that_is_gone_is_made_again(run, finished_run, stage, script, fil
     assert (run / file).read_bytes() == (finished_run / file).read_bytes()
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What files say
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ def test_grpo_advantages_by_hand():
     advantages = grpo.grpo_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0]]))
     # means 1/4 and 1/2; unbiased standard deviations sqrt(3/4 / 3) = 1/2 and sqrt(1 / 3)
     assert advantages[0].tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-5)
-    assert advantages[1].tolist() == pytest.approx([-0.5 * 3**0.5, 0.5 * 3**0.5, 0.5 * 3**0.5, -0.5 * 3**0.5], abs=1e-5)
+    assert advantages[1].tolist() == pytest.approx(
+        [-0.5 * 3**0.5, 0.5 * 3**0.5, 0.5 * 3**0.5, -0.5 * 3**0.5], abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("rewards", [[[1.0, 1.0, 1.0]], [[0.0, 0.0]], [[1.0]]])
@@ -45,28 +47,40 @@ PENALTY = torch.tensor([0.1, 0.0, 0.1, 0.0, 0.0, 0.0, 0.1, -0.2, 0.0, 0.1])
 def test_reinforce_pp_without_kl_whitens_rewards_over_tokens():
     """Five tokens of 1 and five of 0: mean 1/2, unbiased variance 10 / 4 / 9."""
     found = grpo.advantages("reinforce++", REWARDS, torch.zeros(10), LENGTHS, alone)
-    assert found.tolist() == pytest.approx([0.5 / (10 / 36) ** 0.5] * 5 + [-0.5 / (10 / 36) ** 0.5] * 5)
+    assert found.tolist() == pytest.approx(
+        [0.5 / (10 / 36) ** 0.5] * 5 + [-0.5 / (10 / 36) ** 0.5] * 5
+    )
 
 
 def test_reinforce_pp_charges_each_token_the_kl_still_to_come():
     returns = torch.tensor([0.8, 0.9, 0.9, 1.0, 1.0, 0.0, 0.1, 0.2, -0.1, -0.1])
-    assert grpo.reinforce_returns(REWARDS, PENALTY, LENGTHS).tolist() == pytest.approx(returns.tolist())
+    assert grpo.reinforce_returns(REWARDS, PENALTY, LENGTHS).tolist() == pytest.approx(
+        returns.tolist()
+    )
     found = grpo.advantages("reinforce++", REWARDS, PENALTY, LENGTHS, alone)
     # mean 4.7 / 10; squares add up to 4.33, so the unbiased variance is (4.33 - 4.7^2 / 10) / 9
-    assert found.tolist() == pytest.approx([(x - 0.47) / ((4.33 - 2.209) / 9) ** 0.5 for x in returns.tolist()])
+    assert found.tolist() == pytest.approx(
+        [(x - 0.47) / ((4.33 - 2.209) / 9) ** 0.5 for x in returns.tolist()]
+    )
 
 
 @pytest.mark.parametrize("rewards", [[[1.0], [0.0]], [[1.0, 0.0]]])
 def test_reinforce_pp_needs_no_group(rewards):
-    found = grpo.advantages("reinforce++", torch.tensor(rewards), torch.zeros(2), torch.tensor([1, 1]), alone)
+    found = grpo.advantages(
+        "reinforce++", torch.tensor(rewards), torch.zeros(2), torch.tensor([1, 1]), alone
+    )
     assert found.tolist() == pytest.approx([0.5**0.5, -(0.5**0.5)])
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_reinforce_pp_of_equal_rewards_is_zero(value):
-    found = grpo.advantages("reinforce++", torch.full((3, 2), value), torch.zeros(12), torch.full((6,), 2), alone)
+    found = grpo.advantages(
+        "reinforce++", torch.full((3, 2), value), torch.zeros(12), torch.full((6,), 2), alone
+    )
     assert found.abs().max() == 0
-    assert grpo.advantages("reinforce++", torch.ones(1, 1), torch.zeros(1), torch.tensor([1]), alone).tolist() == [0]
+    assert grpo.advantages(
+        "reinforce++", torch.ones(1, 1), torch.zeros(1), torch.tensor([1]), alone
+    ).tolist() == [0]
 
 
 def test_reinforce_pp_baseline_centres_in_the_group_and_whitens_over_tokens():
@@ -79,12 +93,19 @@ def test_reinforce_pp_baseline_centres_in_the_group_and_whitens_over_tokens():
 def test_kl_in_the_reward_enters_the_group_as_its_sum_over_the_sequence():
     """Scores 0.8, 0 and 0.1, -0.1: without KL the second group would teach nothing."""
     per_sequence = {
-        "grpo": [0.5**0.5, -(0.5**0.5), 0.5**0.5, -(0.5**0.5)],  # of two: half their distance over its unbiased std
+        "grpo": [
+            0.5**0.5,
+            -(0.5**0.5),
+            0.5**0.5,
+            -(0.5**0.5),
+        ],  # of two: half their distance over its unbiased std
         "rloo": [0.8, -0.8, 0.2, -0.2],
     }
     for algorithm, values in per_sequence.items():
         found = grpo.advantages(algorithm, REWARDS, PENALTY, LENGTHS, alone)
-        assert found.tolist() == pytest.approx([values[0]] * 5 + [values[1]] + [values[2]] * 2 + [values[3]] * 2, rel=1e-4)
+        assert found.tolist() == pytest.approx(
+            [values[0]] * 5 + [values[1]] + [values[2]] * 2 + [values[3]] * 2, rel=1e-4
+        )
     centred = torch.tensor([0.4] * 5 + [-0.4] + [0.1] * 2 + [-0.1] * 2)
     found = grpo.advantages("reinforce++-baseline", REWARDS, PENALTY, LENGTHS, alone)
     torch.testing.assert_close(found, (centred - 0.16) / ((1.0 - 0.256) / 9) ** 0.5)
@@ -94,7 +115,10 @@ def test_kl_in_the_reward_enters_the_group_as_its_sum_over_the_sequence():
 def test_tokens_without_padding_get_what_padded_and_masked_ones_would(algorithm):
     """The same on [sequences, time] in float64, where padding is full of junk that a mask must take out."""
     generator = torch.Generator().manual_seed(0)
-    rewards, lengths = torch.rand(3, 4, generator=generator), torch.randint(1, 9, (12,), generator=generator)
+    rewards, lengths = (
+        torch.rand(3, 4, generator=generator),
+        torch.randint(1, 9, (12,), generator=generator),
+    )
     penalty = 0.1 * torch.randn(int(lengths.sum()), generator=generator)
     mask = torch.arange(8)[None] < lengths[:, None]
     padded = torch.full((12, 8), 7.0, dtype=torch.float64)
@@ -109,7 +133,13 @@ def test_tokens_without_padding_get_what_padded_and_masked_ones_would(algorithm)
         if algorithm == "grpo":
             want = want / (scores.var(1, keepdim=True).sqrt() + 1e-6)
         if algorithm == "rloo":
-            want = torch.stack([scores[:, i] - scores[:, [j for j in range(4) if j != i]].mean(1) for i in range(4)], 1)
+            want = torch.stack(
+                [
+                    scores[:, i] - scores[:, [j for j in range(4) if j != i]].mean(1)
+                    for i in range(4)
+                ],
+                1,
+            )
         want = want.reshape(12, 1).expand(12, 8)
     want = want[mask]
     if algorithm.startswith("reinforce"):
@@ -132,14 +162,19 @@ def test_whitening_is_over_the_tokens_of_all_processes(algorithm):
             return result
 
         tokens = slice(0, 6) if rank == 0 else slice(6, 10)
-        found[rank] = grpo.advantages(algorithm, REWARDS[[rank]], PENALTY[tokens], LENGTHS[2 * rank : 2 * rank + 2], total)
+        found[rank] = grpo.advantages(
+            algorithm, REWARDS[[rank]], PENALTY[tokens], LENGTHS[2 * rank : 2 * rank + 2], total
+        )
 
     threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    torch.testing.assert_close(torch.cat([found[0], found[1]]), grpo.advantages(algorithm, REWARDS, PENALTY, LENGTHS, alone))
+    torch.testing.assert_close(
+        torch.cat([found[0], found[1]]),
+        grpo.advantages(algorithm, REWARDS, PENALTY, LENGTHS, alone),
+    )
 
 
 def test_token_weights_add_up_to_one_and_differ_as_they_should():
@@ -160,36 +195,48 @@ def test_clipped_loss_by_hand():
 
 def test_on_policy_gradient_is_the_policy_gradient():
     logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
-    loss, share = grpo.clipped_loss(logprobs, logprobs.detach(), torch.tensor([2.0, -1.0]), torch.tensor([0.5, 0.5]), 0.2, 0.2)
+    loss, share = grpo.clipped_loss(
+        logprobs, logprobs.detach(), torch.tensor([2.0, -1.0]), torch.tensor([0.5, 0.5]), 0.2, 0.2
+    )
     loss.backward()
     assert logprobs.grad.tolist() == pytest.approx([-1.0, 0.5])  # -w A
     assert share == 0
 
 
 def test_clip_can_be_wider_upwards():
-    loss, _ = grpo.clipped_loss(torch.tensor([math.log(1.25)]), torch.zeros(1), torch.ones(1), torch.ones(1), 0.2, 0.28)
+    loss, _ = grpo.clipped_loss(
+        torch.tensor([math.log(1.25)]), torch.zeros(1), torch.ones(1), torch.ones(1), 0.2, 0.28
+    )
     assert loss.item() == pytest.approx(-1.25)
 
 
 def test_k3_is_zero_at_equality_and_by_hand_elsewhere():
     assert grpo.k3_kl(torch.tensor([-1.0]), torch.tensor([-1.0]), torch.ones(1)) == 0
-    assert grpo.k3_kl(torch.tensor([-1.0]), torch.tensor([-2.0]), torch.ones(1)).item() == pytest.approx(math.exp(-1) + 1 - 1)
+    assert grpo.k3_kl(
+        torch.tensor([-1.0]), torch.tensor([-2.0]), torch.ones(1)
+    ).item() == pytest.approx(math.exp(-1) + 1 - 1)
 
 
 def test_k3_estimates_the_kl_divergence():
     p, q = torch.tensor([0.7, 0.2, 0.1]).log(), torch.tensor([0.4, 0.4, 0.2]).log()
-    assert grpo.k3_kl(p, q, p.exp()).item() == pytest.approx((p.exp() * (p - q)).sum().item(), abs=1e-6)  # expectation under p
+    assert grpo.k3_kl(p, q, p.exp()).item() == pytest.approx(
+        (p.exp() * (p - q)).sum().item(), abs=1e-6
+    )  # expectation under p
 
 
 def test_rollout_correction_is_the_ratio_up_to_the_cap():
-    weights = grpo.rollout_correction(torch.tensor([0.0, 1.0, -1.0]), torch.tensor([0.0, 0.0, 0.0]), cap=2.0)
+    weights = grpo.rollout_correction(
+        torch.tensor([0.0, 1.0, -1.0]), torch.tensor([0.0, 0.0, 0.0]), cap=2.0
+    )
     assert weights.tolist() == pytest.approx([1.0, 2.0, math.exp(-1)])
 
 
 def test_log_ratios_are_clamped_as_in_verl_before_they_overflow():
     """A ratio of e^100 is inf in fp32: the loss was nan or inf where the advantage is negative."""
     logprobs = torch.tensor([0.0], requires_grad=True)
-    loss, _ = grpo.clipped_loss(logprobs, torch.tensor([-100.0]), torch.tensor([-1.0]), torch.ones(1), 0.2, 0.2)
+    loss, _ = grpo.clipped_loss(
+        logprobs, torch.tensor([-100.0]), torch.tensor([-1.0]), torch.ones(1), 0.2, 0.2
+    )
     assert loss.item() == pytest.approx(math.exp(20))
     loss.backward()
     assert logprobs.grad.item() == 0
@@ -198,4 +245,6 @@ def test_log_ratios_are_clamped_as_in_verl_before_they_overflow():
 def test_k3_is_clamped_as_in_verl():
     assert grpo.k3_kl(torch.tensor([-200.0]), torch.tensor([0.0]), torch.ones(1)) == 10
     assert grpo.k3_kl(torch.tensor([0.0]), torch.tensor([-200.0]), torch.ones(1)) == 10
-    assert grpo.k3_kl(torch.tensor([0.0]), torch.tensor([-5.0]), torch.ones(1)).item() == pytest.approx(4 + math.exp(-5))
+    assert grpo.k3_kl(
+        torch.tensor([0.0]), torch.tensor([-5.0]), torch.ones(1)
+    ).item() == pytest.approx(4 + math.exp(-5))

@@ -36,7 +36,10 @@ def metrics(folder: pathlib.Path) -> list[dict]:
 
 
 def weights(folder: pathlib.Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("step_*/adapter_model.safetensors"))}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.glob("step_*/adapter_model.safetensors"))
+    }
 
 
 @pytest.fixture
@@ -46,13 +49,15 @@ def copy(finished_run, tmp_path):
     return tmp_path / "run"
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The chain
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_training_leaves_a_checkpoint_and_a_line_of_metrics_a_step(finished_run):
-    assert list(adapter_series.find_checkpoints(["{run_dir}/train/step_*"], finished_run)) == list(range(1, 9))
+    assert list(adapter_series.find_checkpoints(["{run_dir}/train/step_*"], finished_run)) == list(
+        range(1, 9)
+    )
     rows = metrics(finished_run / "train")
     assert [row["step"] for row in rows] == list(range(1, 9))
     for row in rows:
@@ -60,7 +65,10 @@ def test_training_leaves_a_checkpoint_and_a_line_of_metrics_a_step(finished_run)
         assert 0 < row["response_length"] <= 48
         assert row["logprob_gap_mean"] < 1e-5
         assert row["verifier_errors"] == 0
-    assert sorted(p.name for p in (finished_run / "train" / "resume").iterdir()) == ["step_0007", "step_0008"]
+    assert sorted(p.name for p in (finished_run / "train" / "resume").iterdir()) == [
+        "step_0007",
+        "step_0008",
+    ]
     assert json.loads((finished_run / "train" / "done.json").read_text())["config"]["steps"] == 8
 
 
@@ -77,7 +85,9 @@ def test_extraction_equals_dense_svds_of_the_merged_differences(finished_run):
     dense = []
     for step in trajectory.steps:
         adapter = adapters.read_adapter(finished_run / "train" / f"step_{step:04d}")
-        dense.append({m: adapter.scale(m) * b.double() @ a.double() for m, (b, a) in adapter.factors.items()})
+        dense.append(
+            {m: adapter.scale(m) * b.double() @ a.double() for m, (b, a) in adapter.factors.items()}
+        )
     assert len(trajectory.deltas) == 21
     for module, roles in trajectory.deltas.items():
         zero = torch.zeros_like(dense[0][module])
@@ -106,19 +116,27 @@ def test_spectrum_holds_what_figures_2_and_3_need(finished_run):
 
 def test_predictor_reports_its_backtest_beside_controls_and_oracle(finished_run):
     for recipe in ("aligned", "paper"):
-        tested = json.loads((finished_run / "predictor" / recipe / "report.json").read_text())["backtest"]
+        tested = json.loads((finished_run / "predictor" / recipe / "report.json").read_text())[
+            "backtest"
+        ]
         assert (tested["at_step"], tested["predicts_step"]) == (4, 6)
         assert tested["oracle"]["sigma_error"] < 1e-4
         assert 0 < tested["oracle"]["cosine"] <= 1
         for name in ("predictor", "copy-global", "repeat-last", "linear-fit"):
-            assert abs(tested[name]["cosine"]) <= tested["oracle"]["cosine"] + 1e-6  # no rank-1 delta is nearer than the true one's own
+            assert (
+                abs(tested[name]["cosine"]) <= tested["oracle"]["cosine"] + 1e-6
+            )  # no rank-1 delta is nearer than the true one's own
 
 
 def test_ablations_go_through_predictor_jump_and_report(copy, monkeypatch, capsys):
-    monkeypatch.setitem(predictor.RECIPES, "aligned", dataclasses.replace(predictor.RECIPES["aligned"], epochs=3))
+    monkeypatch.setitem(
+        predictor.RECIPES, "aligned", dataclasses.replace(predictor.RECIPES["aligned"], epochs=3)
+    )
 
     def stage(script, *flags):
-        assert call_stage(monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(copy), *flags) == (0, "")
+        assert call_stage(
+            monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(copy), *flags
+        ) == (0, "")
 
     stage("03_train_predictor.py", "--recipes", "aligned", "--inputs", "local")
     stage("03_train_predictor.py", "--recipes", "aligned", "--checkpoints", "5")
@@ -145,25 +163,54 @@ def test_the_backbone_is_measured_again_when_it_is_another(copy, monkeypatch, ca
     safetensors.torch.save_file(noise, path, metadata={"format": "pt"})
     (path.parent / "sha256.json").unlink(missing_ok=True)
     before = json.loads((copy / "eval" / "backbone" / "test.json").read_text())["accuracy"]
-    flags = ["--config", TINY, "--run-dir", str(copy), "--policies", "backbone", "--output", "again"]
+    flags = [
+        "--config",
+        TINY,
+        "--run-dir",
+        str(copy),
+        "--policies",
+        "backbone",
+        "--output",
+        "again",
+    ]
     for backbone in ("backbone", "other", "backbone"):
-        assert call_stage(monkeypatch, capsys, "06_eval.py", *flags, "--backbone", str(copy / backbone))[0] == 0
+        assert (
+            call_stage(
+                monkeypatch, capsys, "06_eval.py", *flags, "--backbone", str(copy / backbone)
+            )[0]
+            == 0
+        )
         found = json.loads((copy / "again" / "backbone" / "test.json").read_text())
-        assert (found["accuracy"] == before, found["accuracy"] == 0) == (backbone == "backbone", backbone == "other")
+        assert (found["accuracy"] == before, found["accuracy"] == 0) == (
+            backbone == "backbone",
+            backbone == "other",
+        )
 
 
 def test_extrapolated_adapters_have_one_more_rank_and_load_in_peft(finished_run):
     names = {path.name for path in (finished_run / "extrapolated").iterdir()}
     assert names == {
         f"{m}_alpha{a}"
-        for m in ("next-aligned", "next-paper", "weighted", "repeat-last", "recent-locals", "rl-extra")
+        for m in (
+            "next-aligned",
+            "next-paper",
+            "weighted",
+            "repeat-last",
+            "recent-locals",
+            "rl-extra",
+        )
         for a in ("0.5", "1.5")
     } | {
         "none",
         "oracle_alpha0.5",
         "oracle_alpha1.5",
     }
-    for name, rank in (("next-aligned_alpha1.5", 5), ("weighted_alpha1.5", 5), ("rl-extra_alpha1.5", 4), ("none", 4)):
+    for name, rank in (
+        ("next-aligned_alpha1.5", 5),
+        ("weighted_alpha1.5", 5),
+        ("rl-extra_alpha1.5", 4),
+        ("none", 4),
+    ):
         backbone, _ = policy.load_backbone(str(finished_run / "backbone"))
         model = PeftModel.from_pretrained(backbone, finished_run / "extrapolated" / name)
         assert model.peft_config["default"].r == rank
@@ -172,11 +219,18 @@ def test_extrapolated_adapters_have_one_more_rank_and_load_in_peft(finished_run)
 def test_the_sweep_scales_one_direction(finished_run):
     last, half, whole = (
         adapters.read_adapter(finished_run / path)
-        for path in ("train/step_0006", "extrapolated/next-aligned_alpha0.5", "extrapolated/next-aligned_alpha1.5")
+        for path in (
+            "train/step_0006",
+            "extrapolated/next-aligned_alpha0.5",
+            "extrapolated/next-aligned_alpha1.5",
+        )
     )
     for module, (b, a) in last.factors.items():
         base = last.scale(module) * b @ a
-        small, large = (x.scale(module) * x.factors[module][0] @ x.factors[module][1] - base for x in (half, whole))
+        small, large = (
+            x.scale(module) * x.factors[module][0] @ x.factors[module][1] - base
+            for x in (half, whole)
+        )
         torch.testing.assert_close(3 * small, large, atol=1e-6, rtol=1e-3)
         assert torch.linalg.matrix_rank(large, rtol=1e-3) <= 1
 
@@ -194,7 +248,10 @@ def test_oracle_looks_at_the_run_that_went_on(finished_run):
 def test_continuing_counts_steps_on_and_trains_the_jumped_adapter(finished_run):
     folder = finished_run / "continued" / "next-aligned_alpha1.5"
     assert list(adapter_series.find_checkpoints(["{run_dir}/step_*"], folder)) == [7, 8]
-    start, end = adapters.read_adapter(finished_run / "extrapolated" / "next-aligned_alpha1.5"), adapters.read_adapter(folder / "step_0008")
+    start, end = (
+        adapters.read_adapter(finished_run / "extrapolated" / "next-aligned_alpha1.5"),
+        adapters.read_adapter(folder / "step_0008"),
+    )
     assert end.config["r"] == start.config["r"] == 5
     assert all(end.scale(m) == pytest.approx(start.scale(m)) for m in start.factors)
     drift = max((end.factors[m][0] - start.factors[m][0]).abs().max().item() for m in start.factors)
@@ -209,7 +266,9 @@ def test_a_merged_restart_trains_a_new_adapter_on_the_baked_backbone(finished_ru
     jumped = policy.load_lora(backbone, finished_run / "extrapolated" / "next-aligned_alpha1.5")
     baked, _ = policy.load_backbone(str(folder / "backbone"))
     assert baked.dtype == torch.float32
-    torch.testing.assert_close(baked(input_ids=ids).logits, jumped(input_ids=ids).logits, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        baked(input_ids=ids).logits, jumped(input_ids=ids).logits, atol=2e-5, rtol=1e-4
+    )
 
 
 def test_evaluation_agrees_with_its_own_responses(finished_run):
@@ -221,13 +280,20 @@ def test_evaluation_agrees_with_its_own_responses(finished_run):
         by_problem = [sum(r["score"] for r in rows if r["problem"] == i) for i in range(256)]
         mean = sum(by_problem) / 256
         assert result.accuracy == pytest.approx(mean)
-        assert result.error == pytest.approx((sum((x - mean) ** 2 for x in by_problem) / 255 / 256) ** 0.5)
+        assert result.error == pytest.approx(
+            (sum((x - mean) ** 2 for x in by_problem) / 255 / 256) ** 0.5
+        )
         assert all(row["score"] == 0 for row in rows if not row["finished"])
-    assert found["extrapolated/none"].accuracy == found["train/step_0006"].accuracy  # the same weights and seeds
+    assert (
+        found["extrapolated/none"].accuracy == found["train/step_0006"].accuracy
+    )  # the same weights and seeds
 
 
 def test_every_checkpoint_and_result_carries_the_hash_of_one_template(finished_run):
-    records = [*finished_run.glob("*/**/checkpoint.json"), *(finished_run / "eval").glob("*/test.json")]
+    records = [
+        *finished_run.glob("*/**/checkpoint.json"),
+        *(finished_run / "eval").glob("*/test.json"),
+    ]
     assert len(records) > 30
     assert len({json.loads(path.read_text())["template_hash"] for path in records}) == 1
     shown = (finished_run / "printed.txt").read_text()
@@ -238,8 +304,17 @@ def test_every_checkpoint_and_result_carries_the_hash_of_one_template(finished_r
 def test_evaluation_with_another_template_than_trainings_warns(copy, monkeypatch, capsys):
     script = importlib.import_module("06_eval")
     monkeypatch.chdir(ROOT)
-    flags = ["--policies", "train/step_0006", "--prompt-template", "{prompt}{prompt}", "--max-prompt-tokens", "32"]
-    monkeypatch.setattr(sys, "argv", ["06_eval.py", "--config", TINY, "--run-dir", str(copy), *flags])
+    flags = [
+        "--policies",
+        "train/step_0006",
+        "--prompt-template",
+        "{prompt}{prompt}",
+        "--max-prompt-tokens",
+        "32",
+    ]
+    monkeypatch.setattr(
+        sys, "argv", ["06_eval.py", "--config", TINY, "--run-dir", str(copy), *flags]
+    )
     script.main()
     assert "train/step_0006 was trained with another prompt template" in capsys.readouterr().out
 
@@ -248,11 +323,21 @@ def test_report_has_the_table_the_claims_and_the_figures(finished_run):
     text = (finished_run / "report.md").read_text()
     assert "| Backbone | 0 |" in text
     assert text.count("![") == 7
-    for name in ("accuracy", "training", "fig2_energy_ratio", "fig3_linear_fit", "predictor_loss", "fig5_cost", "fig6_alpha"):
+    for name in (
+        "accuracy",
+        "training",
+        "fig2_energy_ratio",
+        "fig3_linear_fit",
+        "predictor_loss",
+        "fig5_cost",
+        "fig6_alpha",
+    ):
         assert (finished_run / "figures" / f"{name}.png").stat().st_size > 10_000
     for claim in ("Fig. 2", "Fig. 3", "Fig. 5", "Table 5: the jump itself gains"):
         assert claim in text.split("Not measured:")[0]
-    assert "Fig. 6: the jump gains at every alpha" in text.split("Not measured:")[1]  # of two alphas
+    assert (
+        "Fig. 6: the jump gains at every alpha" in text.split("Not measured:")[1]
+    )  # of two alphas
     found = results.load_results(finished_run)
     base, last = found["backbone"], found["train/step_0008"]
     row = next(line for line in text.splitlines() if line.startswith("| GRPO with LoRA | 8 |"))
@@ -277,33 +362,62 @@ def test_reproduce_goes_on_where_it_was_interrupted_and_skips_what_is_done(finis
         timeout=120,
     )
     assert result.returncode == 0
-    assert result.stdout.count("$ accelerate") == 1  # the evaluation, which finds everything measured
+    assert (
+        result.stdout.count("$ accelerate") == 1
+    )  # the evaluation, which finds everything measured
     assert "| Backbone | 0 |" in result.stdout
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Again, resumed, by two processes
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "script",
-    ["01_train_lora_grpo.py", "02_extract_deltas.py", "03_train_predictor.py", "04_extrapolate.py", "05_continue_rl.py", "06_eval.py"],
+    [
+        "01_train_lora_grpo.py",
+        "02_extract_deltas.py",
+        "03_train_predictor.py",
+        "04_extrapolate.py",
+        "05_continue_rl.py",
+        "06_eval.py",
+    ],
 )
 def test_a_finished_stage_is_not_done_again(copy, monkeypatch, capsys, script):
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")}
     before |= {path: path.stat().st_mtime_ns for path in copy.glob("eval/*/*")}
-    assert call_stage(monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(copy)) == (0, "")
+    assert call_stage(monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(copy)) == (
+        0,
+        "",
+    )
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(finished_run, empty_run, tmp_path, how):
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
+    finished_run, empty_run, tmp_path, how
+):
     folder = tmp_path / "run"
     shutil.copytree(empty_run, folder)
-    command = ["01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(folder), "--steps", "8", "--resume-every", "2"]
+    command = [
+        "01_train_lora_grpo.py",
+        "--config",
+        TINY,
+        "--run-dir",
+        str(folder),
+        "--steps",
+        "8",
+        "--resume-every",
+        "2",
+    ]
     process = subprocess.Popen(
-        [sys.executable, "-u", *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-u", *command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     for line in process.stdout:
         if line.startswith("step 3/"):
@@ -323,67 +437,134 @@ def test_a_longer_run_is_the_shorter_one_extended(finished_run, empty_run, tmp_p
     """finished_run trained 6 steps and was then extended to 8; here are 8 in one go."""
     folder = tmp_path / "run"
     shutil.copytree(empty_run, folder)
-    assert run_stage("01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(folder), "--steps", "8").returncode == 0
+    assert (
+        run_stage(
+            "01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(folder), "--steps", "8"
+        ).returncode
+        == 0
+    )
     assert weights(folder / "train") == weights(finished_run / "train")
 
 
 SEEDED = {  # stage -> flags, the file that must be the same again for the same seed and another for another
     "01_train_lora_grpo.py": (["--steps", "1"], "train/step_0001/adapter_model.safetensors"),
     "03_train_predictor.py": (["--recipes", "aligned"], "predictor/aligned/model.safetensors"),
-    "05_continue_rl.py": (["--start", "none", "--more-steps", "1"], "continued/none/step_0007/adapter_model.safetensors"),
-    "06_eval.py": (["--policies", "train/step_0006", "--output", "again"], "again/train__step_0006/test.jsonl"),
+    "05_continue_rl.py": (
+        ["--start", "none", "--more-steps", "1"],
+        "continued/none/step_0007/adapter_model.safetensors",
+    ),
+    "06_eval.py": (
+        ["--policies", "train/step_0006", "--output", "again"],
+        "again/train__step_0006/test.jsonl",
+    ),
 }
 
 
 @pytest.mark.parametrize("script", SEEDED)
-def test_the_same_seed_gives_the_same_file_and_another_seed_another(copy, monkeypatch, capsys, script):
+def test_the_same_seed_gives_the_same_file_and_another_seed_another(
+    copy, monkeypatch, capsys, script
+):
     flags, file = SEEDED[script]
-    monkeypatch.setitem(predictor.RECIPES, "aligned", dataclasses.replace(predictor.RECIPES["aligned"], epochs=3))
+    monkeypatch.setitem(
+        predictor.RECIPES, "aligned", dataclasses.replace(predictor.RECIPES["aligned"], epochs=3)
+    )
     found = []
     for seed in ("0", "0", "1"):
         shutil.rmtree(copy / pathlib.Path(file).parts[0], ignore_errors=script[:2] in ("05", "06"))
-        assert call_stage(monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(copy), *flags, "--seed", seed)[0] == 0
+        assert (
+            call_stage(
+                monkeypatch,
+                capsys,
+                script,
+                "--config",
+                TINY,
+                "--run-dir",
+                str(copy),
+                *flags,
+                "--seed",
+                seed,
+            )[0]
+            == 0
+        )
         found.append((copy / file).read_bytes())
     assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.parametrize(
     ("accelerate_config", "flags"),
-    [("cpu_processes", ["--algorithm", "reinforce++", "--kl-coef", "0.05", "--kl-in", "reward"]), ("fsdp2", [])],
+    [
+        ("cpu_processes", ["--algorithm", "reinforce++", "--kl-coef", "0.05", "--kl-in", "reward"]),
+        ("fsdp2", []),
+    ],
 )
-def test_two_processes_train_like_one(empty_run, tmp_path, monkeypatch, capsys, accelerate_config, flags):
+def test_two_processes_train_like_one(
+    empty_run, tmp_path, monkeypatch, capsys, accelerate_config, flags
+):
     one_run, folder = tmp_path / "one", tmp_path / "run"
     for copied in (one_run, folder):
         shutil.copytree(empty_run, copied)
-    command = ["01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(one_run), "--steps", "2", *flags]
+    command = [
+        "01_train_lora_grpo.py",
+        "--config",
+        TINY,
+        "--run-dir",
+        str(one_run),
+        "--steps",
+        "2",
+        *flags,
+    ]
     assert call_stage(monkeypatch, capsys, *command)[0] == 0
     # micro_tokens 200: several micro-batches an update, and not the same number on both processes
     run = start_two(
-        command[0], folder, accelerate_config, "--steps", "2", "--micro-tokens", "200", "--gradient-checkpointing", "true", *flags
+        command[0],
+        folder,
+        accelerate_config,
+        "--steps",
+        "2",
+        "--micro-tokens",
+        "200",
+        "--gradient-checkpointing",
+        "true",
+        *flags,
     )
     output, _ = run.communicate(timeout=300)
     assert run.returncode == 0, output
     assert output.count("2 process(es) on cpu") == 1
     for ours, one in zip(metrics(folder / "train"), metrics(one_run / "train"), strict=True):
         assert ours.keys() == one.keys()
-        for key in {"accuracy", "reward", "kl", "response_length", "loss", "entropy", "grad_norm"} & one.keys():
+        for key in {
+            "accuracy",
+            "reward",
+            "kl",
+            "response_length",
+            "loss",
+            "entropy",
+            "grad_norm",
+        } & one.keys():
             assert ours[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5)
     two, single = (adapters.read_adapter(f / "train" / "step_0001") for f in (folder, one_run))
     assert two.factors.keys() == single.factors.keys()
     for module, (b, a) in single.factors.items():
-        torch.testing.assert_close(two.factors[module][0] @ two.factors[module][1], b @ a, atol=1e-4, rtol=1e-2)
+        torch.testing.assert_close(
+            two.factors[module][0] @ two.factors[module][1], b @ a, atol=1e-4, rtol=1e-2
+        )
 
 
 def test_two_processes_evaluate_like_one(finished_run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished_run, folder)
     shutil.rmtree(folder / "eval")
-    run = start_two("06_eval.py", folder, "cpu_processes", "--policies", "backbone", "train/step_0006")
+    run = start_two(
+        "06_eval.py", folder, "cpu_processes", "--policies", "backbone", "train/step_0006"
+    )
     output, _ = run.communicate(timeout=300)
     assert run.returncode == 0, output
     assert output.count("2 processes") == 1
     for policy_name in ("backbone", "train__step_0006"):
-        two, one = (inputs.read_json(f / "eval" / policy_name / "test.json", "06") for f in (folder, finished_run))
+        two, one = (
+            inputs.read_json(f / "eval" / policy_name / "test.json", "06")
+            for f in (folder, finished_run)
+        )
         assert {**two, "seconds": None} == {**one, "seconds": None}
         assert (folder / "eval" / policy_name / "test.jsonl").read_text() == (
             finished_run / "eval" / policy_name / "test.jsonl"
@@ -394,19 +575,30 @@ def test_two_processes_extract_what_one_does(finished_run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished_run, folder)
     shutil.rmtree(folder / "deltas")
-    output, _ = (run := start_two("02_extract_deltas.py", folder, "cpu_processes")).communicate(timeout=300)
+    output, _ = (run := start_two("02_extract_deltas.py", folder, "cpu_processes")).communicate(
+        timeout=300
+    )
     assert run.returncode == 0, output
     same_deltas(folder, finished_run)
 
 
 def same_deltas(one, other):
     """Both runs have the same files of deltas, byte for byte, but for done.json, which has times."""
-    found = [{p.name: p.read_bytes() for p in (run / "deltas").iterdir() if p.name[0] != "." and p.name != "done.json"} for run in (one, other)]
+    found = [
+        {
+            p.name: p.read_bytes()
+            for p in (run / "deltas").iterdir()
+            if p.name[0] != "." and p.name != "done.json"
+        }
+        for run in (one, other)
+    ]
     assert len(found[0]) == 21 + 3
     assert found[0] == found[1]
 
 
-def test_an_interrupted_extraction_goes_on_at_the_matrix_it_was_at(finished_run, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_extraction_goes_on_at_the_matrix_it_was_at(
+    finished_run, tmp_path, monkeypatch, capsys
+):
     folder = tmp_path / "run"
     shutil.copytree(finished_run, folder)
     shutil.rmtree(folder / "deltas")
@@ -419,12 +611,22 @@ def test_an_interrupted_extraction_goes_on_at_the_matrix_it_was_at(finished_run,
         return real(*args)
 
     monkeypatch.setattr(rank1, "trajectory", counted)
-    assert call_stage(monkeypatch, capsys, "02_extract_deltas.py", "--config", TINY, "--run-dir", str(folder))[0] == 130
+    assert (
+        call_stage(
+            monkeypatch, capsys, "02_extract_deltas.py", "--config", TINY, "--run-dir", str(folder)
+        )[0]
+        == 130
+    )
     there = len([*(folder / "deltas").glob("*.safetensors")])
     assert 0 < there < 12
     done.clear()
     monkeypatch.setattr(rank1, "trajectory", lambda *args: done.append(args) or real(*args))
-    assert call_stage(monkeypatch, capsys, "02_extract_deltas.py", "--config", TINY, "--run-dir", str(folder))[0] == 0
+    assert (
+        call_stage(
+            monkeypatch, capsys, "02_extract_deltas.py", "--config", TINY, "--run-dir", str(folder)
+        )[0]
+        == 0
+    )
     assert len(done) == 21 - there
     same_deltas(folder, finished_run)
 
@@ -458,15 +660,23 @@ stage.run_stage(importlib.import_module("01_train_lora_grpo").main)
 
 def test_another_config_does_not_overwrite_a_run(copy, monkeypatch, capsys):
     code, message = call_stage(
-        monkeypatch, capsys, "01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(copy), "--learning-rate", "0.5"
+        monkeypatch,
+        capsys,
+        "01_train_lora_grpo.py",
+        "--config",
+        TINY,
+        "--run-dir",
+        str(copy),
+        "--learning-rate",
+        "0.5",
     )
     assert code == 2
     assert "was made with option learning_rate = 0.001, now it is 0.5" in message
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bad input: one line, exit code 2
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -479,7 +689,9 @@ def test_another_config_does_not_overwrite_a_run(copy, monkeypatch, capsys):
         ("06_eval.py", "no policy matches"),
     ],
 )
-def test_a_stage_before_its_input_names_the_stage_to_run(empty_run, monkeypatch, capsys, script, message):
+def test_a_stage_before_its_input_names_the_stage_to_run(
+    empty_run, monkeypatch, capsys, script, message
+):
     code, line = call_stage(
         monkeypatch,
         capsys,
@@ -573,7 +785,9 @@ def test_a_spoilt_run_is_named_and_left_alone(copy, monkeypatch, capsys, name):
     if script.startswith("05"):
         shutil.rmtree(copy / "continued")
     kept = weights(copy / "train")
-    code, line = call_stage(monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(copy), *flags)
+    code, line = call_stage(
+        monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(copy), *flags
+    )
     assert (code, line[:7]) == (2, "error: "), line
     assert message in line
     assert weights(copy / "train") == kept
@@ -593,9 +807,20 @@ def test_a_spoilt_run_is_named_and_left_alone(copy, monkeypatch, capsys, name):
         (["--prompt-template", "hello"], "no {prompt}"),
     ],
 )
-def test_a_bad_training_option_stops_before_training(empty_run, tmp_path, monkeypatch, capsys, flags, message):
+def test_a_bad_training_option_stops_before_training(
+    empty_run, tmp_path, monkeypatch, capsys, flags, message
+):
     shutil.copytree(empty_run, tmp_path / "run")
-    code, line = call_stage(monkeypatch, capsys, "01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(tmp_path / "run"), *flags)
+    code, line = call_stage(
+        monkeypatch,
+        capsys,
+        "01_train_lora_grpo.py",
+        "--config",
+        TINY,
+        "--run-dir",
+        str(tmp_path / "run"),
+        *flags,
+    )
     assert code == 2
     assert message in line
 
@@ -604,17 +829,43 @@ def test_a_problem_without_an_answer_names_file_and_line(empty_run, tmp_path, mo
     shutil.copytree(empty_run, tmp_path / "run")
     path = tmp_path / "run" / "data" / "train.jsonl"
     path.write_text('{"prompt": "1+1", "answer": "2"}\n{"prompt": "1+2"}\n')
-    code, line = call_stage(monkeypatch, capsys, "01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(tmp_path / "run"))
+    code, line = call_stage(
+        monkeypatch,
+        capsys,
+        "01_train_lora_grpo.py",
+        "--config",
+        TINY,
+        "--run-dir",
+        str(tmp_path / "run"),
+    )
     assert (code, f"{path}, line 2: no usable 'answer'" in line) == (2, True)
 
 
-def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(finished_run, copy, monkeypatch, capsys):
+def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(
+    finished_run, copy, monkeypatch, capsys
+):
     """Weights of infinity are put into the resume state: the next step cannot be finite."""
     state = copy / "train" / "resume" / "step_0008" / "weights.safetensors"
     tensors = safetensors.torch.load_file(state)
-    safetensors.torch.save_file({name: torch.full_like(t, torch.inf) if "lora_B" in name else t for name, t in tensors.items()}, state)
+    safetensors.torch.save_file(
+        {
+            name: torch.full_like(t, torch.inf) if "lora_B" in name else t
+            for name, t in tensors.items()
+        },
+        state,
+    )
     edit_json(state.with_name("sha256.json"), **{state.name: inputs.sha256(state)})
-    code, line = call_stage(monkeypatch, capsys, "01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(copy), "--steps", "10")
+    code, line = call_stage(
+        monkeypatch,
+        capsys,
+        "01_train_lora_grpo.py",
+        "--config",
+        TINY,
+        "--run-dir",
+        str(copy),
+        "--steps",
+        "10",
+    )
     assert code == 2
     assert "non-finite loss" in line
     assert "in step 9;" in line
@@ -627,7 +878,9 @@ def nan_gradient(monkeypatch):
 
     def spoilt(*args):
         model = add_lora(*args)
-        next(p for p in model.parameters() if p.requires_grad).register_hook(lambda gradient: gradient * torch.nan)
+        next(p for p in model.parameters() if p.requires_grad).register_hook(
+            lambda gradient: gradient * torch.nan
+        )
         return model
 
     monkeypatch.setattr(policy, "add_lora", spoilt)
@@ -636,13 +889,32 @@ def nan_gradient(monkeypatch):
 def infinite_loss(monkeypatch):
     """The loss is infinite, its gradient what it would be."""
     clipped_loss = grpo.clipped_loss
-    monkeypatch.setattr(grpo, "clipped_loss", lambda *args: (lambda loss, clipped: (loss + torch.inf, clipped))(*clipped_loss(*args)))
+    monkeypatch.setattr(
+        grpo,
+        "clipped_loss",
+        lambda *args: (lambda loss, clipped: (loss + torch.inf, clipped))(*clipped_loss(*args)),
+    )
 
 
-@pytest.mark.parametrize(("spoil", "message"), [(nan_gradient, r"loss \(-?\d.*norm nan"), (infinite_loss, r"loss \(inf.*norm \d")])
-def test_a_loss_or_a_gradient_alone_that_is_not_finite_stops_too(finished_run, copy, monkeypatch, capsys, spoil, message):
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [(nan_gradient, r"loss \(-?\d.*norm nan"), (infinite_loss, r"loss \(inf.*norm \d")],
+)
+def test_a_loss_or_a_gradient_alone_that_is_not_finite_stops_too(
+    finished_run, copy, monkeypatch, capsys, spoil, message
+):
     spoil(monkeypatch)
-    code, line = call_stage(monkeypatch, capsys, "01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(copy), "--steps", "9")
+    code, line = call_stage(
+        monkeypatch,
+        capsys,
+        "01_train_lora_grpo.py",
+        "--config",
+        TINY,
+        "--run-dir",
+        str(copy),
+        "--steps",
+        "9",
+    )
     assert code == 2
     assert re.search(f"non-finite {message}.* in step 9; the last checkpoint is good", line), line
     assert weights(copy / "train") == weights(finished_run / "train")
@@ -670,7 +942,9 @@ def test_clocks_that_jump_change_nothing(finished_run, empty_run, tmp_path, monk
         for name in CLOCKS:
             patch.setattr(time, name, jumping(name))
         for script in ("01_train_lora_grpo.py", "02_extract_deltas.py"):
-            assert call_stage(patch, capsys, script, "--config", TINY, "--run-dir", str(run))[0] == 0
+            assert (
+                call_stage(patch, capsys, script, "--config", TINY, "--run-dir", str(run))[0] == 0
+            )
     assert calls["perf_counter"] > 50
     assert metrics(run / "train") == metrics(finished_run / "train")[:6]
     assert weights(run / "train").items() <= weights(finished_run / "train").items()
@@ -689,4 +963,7 @@ def test_reproduce_prints_commands_that_can_be_typed_by_hand():
     lines = result.stdout.splitlines()
     assert lines[0] == "python -m common.demo --run-dir runs/demo"
     assert [line.split(".py")[0].split()[-1][:2] for line in lines[1:5]] == ["01", "01", "02", "03"]
-    assert all(line.startswith("accelerate launch ") and "--config demo --run-dir runs/demo" in line for line in lines[1:])
+    assert all(
+        line.startswith("accelerate launch ") and "--config demo --run-dir runs/demo" in line
+        for line in lines[1:]
+    )

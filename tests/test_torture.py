@@ -959,7 +959,10 @@ def response(*completions: list[int], missing: int = 0) -> types.SimpleNamespace
     ("outputs", "message"),
     [
         ([response([5, 1])], "vLLM failed while sampling (ValueError: zip()"),
-        ([response([5, 1]), response()], "vLLM failed while sampling (ValueError: not enough values"),
+        (
+            [response([5, 1]), response()],
+            "vLLM failed while sampling (ValueError: not enough values",
+        ),
         ([response([5, 1]), response([])], "0 tokens with 0 log-probabilities"),
         (
             [response([5, 1]), response([5, 1], missing=1)],

@@ -22,10 +22,14 @@ torch.set_num_threads(1)
 with tempfile.TemporaryDirectory() as scratch:
     out = pathlib.Path(scratch) / "backbone"
     losses = demo.pretrain(out)
-    new, shipped = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (out, demo.SHIPPED))
+    new, shipped = (
+        safetensors.torch.load_file(folder / "model.safetensors") for folder in (out, demo.SHIPPED)
+    )
     models = [policy.load_backbone(str(folder))[0] for folder in (out, demo.SHIPPED)]
 tokenizer = policy.load_backbone(str(demo.SHIPPED))[1]
-prompts = torch.tensor([tokenizer(f"<|user|>{a}+{b}<|assistant|>")["input_ids"] for a, b in demo.test_problems()])
+prompts = torch.tensor(
+    [tokenizer(f"<|user|>{a}+{b}<|assistant|>")["input_ids"] for a, b in demo.test_problems()]
+)
 first, second = (model(input_ids=prompts).logits[:, -1].softmax(-1).mean(0) for model in models)
 gap = max((new[name] - shipped[name]).abs().max().item() for name in shipped)
 logged = json.loads((demo.SHIPPED / "pretraining_loss.json").read_text())
@@ -35,5 +39,7 @@ print(
     f"largest weight difference {gap:.2e}; loss of the last 100 steps {tail:.4f} (shipped {logged_tail:.4f}); "
     f"share of guesses differs by {think:.4f}"
 )
-assert gap == 0 or (abs(tail - logged_tail) < 0.01 and think < 0.05), "the program does not make the shipped backbone any more"
+assert gap == 0 or (abs(tail - logged_tail) < 0.01 and think < 0.05), (
+    "the program does not make the shipped backbone any more"
+)
 print("equal, bit for bit" if gap == 0 else "not bit for bit, but the same model")

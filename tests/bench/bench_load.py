@@ -34,7 +34,11 @@ STEPS, PER_STEP, ROLLOUTS = 157, 128, 8  # one epoch of 20,096 problems
 
 def now() -> float:
     """Memory in use, MB."""
-    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    return (
+        int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+        * resource.getpagesize()
+        / 2**20
+    )
 
 
 def peak() -> float:
@@ -63,13 +67,30 @@ def load_data(scratch: pathlib.Path) -> None:
     read = time.perf_counter()
     prompts = data.encode_prompts(problems, tokenizer, "{prompt}", "", 100, "p")
     encoded = time.perf_counter()
-    print(f"{len(problems)} problems read in {read - began:.1f} s, prompts encoded in {encoded - read:.1f} s, {now() - before:.0f} MB more")
+    print(
+        f"{len(problems)} problems read in {read - began:.1f} s, prompts encoded in {encoded - read:.1f} s, {now() - before:.0f} MB more"
+    )
     judge, memory, correct = verifier.Verifier(5.0), {}, 0
     for step in range(1, STEPS + 1):
-        asked = [i for i in data.prompt_order(len(problems), PER_STEP, step, seed=0) for _ in range(ROLLOUTS)]
-        answers = [right[i] if draw.random() < 0.5 else rf"\frac{{1}}{{{draw.randint(2, 9)}}}" for i in asked]
-        responses = [f"Let us see. {len(prompts[i])} tokens ... so it is \\boxed{{{a}}}." for i, a in zip(asked, answers, strict=True)]
-        scores = judge.score(responses, [problems[i].answer for i in asked], [True] * len(asked), [problems[i].kind for i in asked])
+        asked = [
+            i
+            for i in data.prompt_order(len(problems), PER_STEP, step, seed=0)
+            for _ in range(ROLLOUTS)
+        ]
+        answers = [
+            right[i] if draw.random() < 0.5 else rf"\frac{{1}}{{{draw.randint(2, 9)}}}"
+            for i in asked
+        ]
+        responses = [
+            f"Let us see. {len(prompts[i])} tokens ... so it is \\boxed{{{a}}}."
+            for i, a in zip(asked, answers, strict=True)
+        ]
+        scores = judge.score(
+            responses,
+            [problems[i].answer for i in asked],
+            [True] * len(asked),
+            [problems[i].kind for i in asked],
+        )
         correct += sum(scores)
         advantages = grpo.grpo_advantages(torch.tensor(scores).view(-1, ROLLOUTS))
         assert advantages.isfinite().all()
@@ -79,7 +100,11 @@ def load_data(scratch: pathlib.Path) -> None:
     seconds = time.perf_counter() - encoded
     print(f"{STEPS} steps of {PER_STEP} x {ROLLOUTS} rewards and advantages in {seconds:.1f} s, "
           f"{correct / STEPS / PER_STEP / ROLLOUTS:.1%} right, {judge.timeouts} timeouts, {judge.errors} errors")  # fmt: skip
-    print("memory after step " + ", ".join(f"{step}: {value:.0f} MB" for step, value in memory.items()) + f"; peak {peak():.0f} MB")
+    print(
+        "memory after step "
+        + ", ".join(f"{step}: {value:.0f} MB" for step, value in memory.items())
+        + f"; peak {peak():.0f} MB"
+    )
     print(f"in all {time.perf_counter() - began:.1f} s")
 
 
@@ -92,7 +117,9 @@ def load_log(scratch: pathlib.Path) -> None:
                 file.write(json.dumps({**line, "step": step, "accuracy": (step % 97) / 97}) + "\n")
     size = (scratch / "train" / "metrics.jsonl").stat().st_size / 2**20
     began = time.perf_counter()
-    run_dir.StepLog(scratch / "train" / "metrics.jsonl", keep_to=10_000).append({**line, "step": 10_001})
+    run_dir.StepLog(scratch / "train" / "metrics.jsonl", keep_to=10_000).append(
+        {**line, "step": 10_001}
+    )
     resumed = time.perf_counter()
     for step in range(10, 10_001, 10):  # what a report asks for 1,000 evaluated checkpoints
         results.rl_seconds(scratch / "train", step)
@@ -105,20 +132,39 @@ def load_log(scratch: pathlib.Path) -> None:
 def metrics_line() -> str:
     """A line as stage 1 writes it."""
     keys = "reward accuracy response_length truncated_share zero_variance_groups loss clip_share entropy logprob_gap_mean logprob_gap_max"
-    values = {key: 0.123456 for key in (*keys.split(), "grad_norm", "learning_rate", "seconds", "tokens_per_second")}
+    values = {
+        key: 0.123456
+        for key in (*keys.split(), "grad_norm", "learning_rate", "seconds", "tokens_per_second")
+    }
     phases = {name: 1.2345 for name in ("sync", "rollout", "reward", "logprob", "update", "save")}
-    return json.dumps({"step": 1, **values, "tokens": 4567, "verifier_timeouts": 0, "verifier_errors": 0, "seconds_by_phase": phases})
+    return json.dumps(
+        {
+            "step": 1,
+            **values,
+            "tokens": 4567,
+            "verifier_timeouts": 0,
+            "verifier_errors": 0,
+            "seconds_by_phase": phases,
+        }
+    )
 
 
 def load_series(scratch: pathlib.Path, count: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    factors = {f"layers.{i}.q_proj": (torch.zeros(64, 16), torch.randn(16, 64, generator=generator)) for i in range(6)}
+    factors = {
+        f"layers.{i}.q_proj": (torch.zeros(64, 16), torch.randn(16, 64, generator=generator))
+        for i in range(6)
+    }
     config = {"peft_type": "LORA", "r": 16, "lora_alpha": 8, "base_model_name_or_path": "x"}
     for step in range(1, count + 1):
         for b, a in factors.values():
             b += 0.01 * torch.randn(b.shape, generator=generator)
             a += 0.001 * torch.randn(a.shape, generator=generator)
-        adapters.write_adapter(scratch / "train" / f"step_{step:04d}", adapters.Adapter(config, factors), {"step": step})
+        adapters.write_adapter(
+            scratch / "train" / f"step_{step:04d}",
+            adapters.Adapter(config, factors),
+            {"step": step},
+        )
     stage = importlib.import_module("02_extract_deltas")
     began, before = time.perf_counter(), now()
     sys.argv = ["02_extract_deltas.py", "--run-dir", str(scratch), "--threads", "2"]

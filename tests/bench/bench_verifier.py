@@ -18,7 +18,11 @@ for i in range(100):
     ROWS += [(f"{i + 7}", f"{i + 7}", f"{i + 9}")] * 4
     ROWS += [
         (f"{i}.5", f"{i}.50", f"{i}.6"),
-        (f"{i + 1}.5e{i % 30}", rf"{i + 1}.5 \times 10^{{{i % 30}}}", rf"{i}.5 \times 10^{{{i % 30}}}"),
+        (
+            f"{i + 1}.5e{i % 30}",
+            rf"{i + 1}.5 \times 10^{{{i % 30}}}",
+            rf"{i}.5 \times 10^{{{i % 30}}}",
+        ),
     ]
     ROWS += [(rf"\frac{{{i + 1}}}{{7}}", rf"\dfrac{{{i + 1}}}{{7}}", rf"\frac{{{i + 2}}}{{7}}")] * 2
     ROWS += [(rf"{i + 2}\sqrt{{3}}", rf"{i + 2} \sqrt{{3}}", rf"{i + 3}\sqrt{{3}}")]
@@ -26,20 +30,32 @@ for i in range(100):
 random.Random(0).shuffle(ROWS)
 golds = [gold for gold, _, _ in ROWS]
 right = [random.Random(i).random() < 0.5 for i in range(len(ROWS))]
-responses = [rf"Let us see ... so the answer is \boxed{{{row[1] if ok else row[2]}}}." for row, ok in zip(ROWS, right, strict=True)]
+responses = [
+    rf"Let us see ... so the answer is \boxed{{{row[1] if ok else row[2]}}}."
+    for row, ok in zip(ROWS, right, strict=True)
+]
 
 judge = verifier.Verifier(time_limit=5.0, workers=2)
 began = time.perf_counter()
 judge.score([r"\boxed{x+y}", r"\boxed{x+z}"], ["y+x", "z+x"], [True] * 2)
 print(f"start of both workers       {time.perf_counter() - began:.2f} s (once a run)")
-asked = sum(verifier.quick_verdict(verifier.extract_boxed(r), g) is None for r, g in zip(responses, golds, strict=True))
+asked = sum(
+    verifier.quick_verdict(verifier.extract_boxed(r), g) is None
+    for r, g in zip(responses, golds, strict=True)
+)
 for attempt in ("first", "second"):
     began = time.perf_counter()
     scores = judge.score(responses, golds, [True] * len(responses))
-    print(f"1,000 answers, {attempt:6} time  {time.perf_counter() - began:.2f} s ({asked} of them asked math-verify)")
+    print(
+        f"1,000 answers, {attempt:6} time  {time.perf_counter() - began:.2f} s ({asked} of them asked math-verify)"
+    )
     assert [score == 1.0 for score in scores] == right, "a wrong verdict"
 began = time.perf_counter()
-scores = judge.score([*responses, r"\boxed{9^{9^{9^{9}}}}"], [*golds, "612"], [True] * (len(responses) + 1))
-print(f"and one power tower         {time.perf_counter() - began:.2f} s (limit {judge.time_limit} s), timeouts {judge.timeouts}")
+scores = judge.score(
+    [*responses, r"\boxed{9^{9^{9^{9}}}}"], [*golds, "612"], [True] * (len(responses) + 1)
+)
+print(
+    f"and one power tower         {time.perf_counter() - began:.2f} s (limit {judge.time_limit} s), timeouts {judge.timeouts}"
+)
 assert [score == 1.0 for score in scores[:-1]] == right
 judge.close()

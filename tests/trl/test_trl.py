@@ -9,7 +9,9 @@ from conftest import ROOT, lay_out, run_stage
 from datasets import load_dataset
 from peft import LoraConfig, PeftModel
 
-sys.path.remove(str(ROOT / "tests"))  # where TRL would take the folder tests/vllm for the package vllm
+sys.path.remove(
+    str(ROOT / "tests")
+)  # where TRL would take the folder tests/vllm for the package vllm
 from trl import GRPOConfig, GRPOTrainer
 
 from common.files import adapters, deltas, series
@@ -20,7 +22,10 @@ JUMPED = "extrapolated/next-aligned_alpha1.5"
 
 
 def solved(completions, answer, **_):
-    return [float(f"\\boxed{{{right}}}" in text[0]["content"]) for text, right in zip(completions, answer, strict=True)]
+    return [
+        float(f"\\boxed{{{right}}}" in text[0]["content"])
+        for text, right in zip(completions, answer, strict=True)
+    ]
 
 
 def train(model, run, name, steps, **options):
@@ -41,9 +46,16 @@ def train(model, run, name, steps, **options):
         disable_tqdm=True,
         seed=0,
     )
-    problems = load_dataset("json", data_files=str(run / "data" / "train.jsonl"), split="train", cache_dir=str(run / "cache"))
+    problems = load_dataset(
+        "json",
+        data_files=str(run / "data" / "train.jsonl"),
+        split="train",
+        cache_dir=str(run / "cache"),
+    )
     problems = problems.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
-    trainer = GRPOTrainer(model=model, reward_funcs=solved, args=config, train_dataset=problems, **options)
+    trainer = GRPOTrainer(
+        model=model, reward_funcs=solved, args=config, train_dataset=problems, **options
+    )
     trainer.train()
     return trainer
 
@@ -52,11 +64,28 @@ def train(model, run, name, steps, **options):
 def run(tmp_path_factory):
     """TRL's run, then stages 2, 3 and 4 on its checkpoints."""
     folder = lay_out(tmp_path_factory.mktemp("trl") / "run")
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", rank_pattern={"down_proj": 6}, use_rslora=True)
+    lora = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        rank_pattern={"down_proj": 6},
+        use_rslora=True,
+    )
     train(str(folder / "backbone"), folder, "outputs", STEPS, peft_config=lora)
     common = ["--run-dir", str(folder), "--threads", "1"]
     for script, flags in (
-        ("02_extract_deltas.py", ["--checkpoints", str(folder / "outputs" / "checkpoint-*"), "--k", "2", "--fit-checkpoints", "6"]),
+        (
+            "02_extract_deltas.py",
+            [
+                "--checkpoints",
+                str(folder / "outputs" / "checkpoint-*"),
+                "--k",
+                "2",
+                "--fit-checkpoints",
+                "6",
+            ],
+        ),
         ("03_train_predictor.py", []),
         ("04_extrapolate.py", ["--methods", "next", "repeat-last", "none"]),
     ):
@@ -93,31 +122,53 @@ def last_known(run):
     return {m: {"u": t.u[-1], "sigma": t.sigma[-1], "v": t.v[-1]} for m, t in targets.items()}
 
 
-@pytest.mark.parametrize(("name", "triples"), [(JUMPED, predicted), ("extrapolated/repeat-last_alpha1.5", last_known)])
+@pytest.mark.parametrize(
+    ("name", "triples"), [(JUMPED, predicted), ("extrapolated/repeat-last_alpha1.5", last_known)]
+)
 def test_peft_loads_the_jump_as_trls_last_checkpoint_plus_alpha_sigma_u_v(run, name, triples):
     ids = torch.tensor([[2, 7, 8, 9, 3, 5]])
-    last = PeftModel.from_pretrained(load(run), run / "outputs" / f"checkpoint-{STEPS}", autocast_adapter_dtype=False).merge_and_unload()
+    last = PeftModel.from_pretrained(
+        load(run), run / "outputs" / f"checkpoint-{STEPS}", autocast_adapter_dtype=False
+    ).merge_and_unload()
     before = last(input_ids=ids).logits
     for module, triple in triples(run).items():
         u, sigma, v = (triple[side].double() for side in ("u", "sigma", "v"))
         last.get_submodule(module).weight.data += 1.5 * sigma * torch.outer(u, v)
     by_hand = last(input_ids=ids).logits
-    jumped = PeftModel.from_pretrained(load(run), run / name, autocast_adapter_dtype=False)(input_ids=ids).logits
+    jumped = PeftModel.from_pretrained(load(run), run / name, autocast_adapter_dtype=False)(
+        input_ids=ids
+    ).logits
     assert (by_hand - before).abs().max() > 1e-2
     torch.testing.assert_close(jumped, by_hand, atol=1e-5, rtol=1e-5)
 
 
 def test_stage_6_measures_the_jump_against_the_last_checkpoint(run):
-    options = {"prompt-template": "{prompt}", "system-prompt": "", "max-prompt-tokens": 16, "max-new-tokens": 56, "runs": 1, "threads": 1}
+    options = {
+        "prompt-template": "{prompt}",
+        "system-prompt": "",
+        "max-prompt-tokens": 16,
+        "max-new-tokens": 56,
+        "runs": 1,
+        "threads": 1,
+    }
     flags = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    where = ["--run-dir", str(run), "--backbone", str(run / "backbone"), "--test-data", str(run / "data" / "test.jsonl")]
+    where = [
+        "--run-dir",
+        str(run),
+        "--backbone",
+        str(run / "backbone"),
+        "--test-data",
+        str(run / "data" / "test.jsonl"),
+    ]
     done = run_stage("06_eval.py", *where, *flags, "--policies", "backbone", "extrapolated/*")
     assert done.returncode == 0, done.stderr
     assert "extrapolated/none  test: " in done.stdout
     report = (run / "report.md").read_text()
     assert "before the jump" in report
     assert "repeat-last (control)" in report
-    assert "[" in next(line for line in report.splitlines() if line.startswith("| NExt, aligned"))  # a paired difference
+    assert "[" in next(
+        line for line in report.splitlines() if line.startswith("| NExt, aligned")
+    )  # a paired difference
     assert "stages 1 and 2" not in report
 
 
@@ -125,8 +176,14 @@ def test_trl_trains_the_jumped_adapter_on(run):
     model = PeftModel.from_pretrained(load(run, torch.float32), run / JUMPED, is_trainable=True)
     trainer = train(model, run, "continued_by_trl", 1)
     assert trainer.state.global_step == 1
-    start, end = (adapters.read_adapter(path) for path in (run / JUMPED, run / "continued_by_trl" / "checkpoint-1"))
-    assert adapters.read_header(run / "continued_by_trl" / "checkpoint-1").shapes == adapters.read_header(run / JUMPED).shapes
+    start, end = (
+        adapters.read_adapter(path)
+        for path in (run / JUMPED, run / "continued_by_trl" / "checkpoint-1")
+    )
+    assert (
+        adapters.read_header(run / "continued_by_trl" / "checkpoint-1").shapes
+        == adapters.read_header(run / JUMPED).shapes
+    )
     drift = max((end.factors[m][0] - start.factors[m][0]).abs().max().item() for m in start.factors)
     assert 0 < drift < 0.01
     assert all(end.scale(m) == pytest.approx(start.scale(m)) for m in start.factors)

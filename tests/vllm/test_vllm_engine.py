@@ -40,16 +40,22 @@ def move(model, seed: int) -> None:
 def prompts(tokenizer) -> list[list[int]]:
     """16 prompts in two groups of equals, over two blocks of the prefix cache long."""
     shown = "".join(f"<|user|>{a}+1<|assistant|>\\boxed{{{a + 1}}}<|end|>" for a in range(111, 117))
-    return tokenizer([f"{shown}<|user|>123+489<|assistant|>"] * 8 + [f"{shown}<|user|>7+12<|assistant|>"] * 8)["input_ids"]
+    return tokenizer(
+        [f"{shown}<|user|>123+489<|assistant|>"] * 8 + [f"{shown}<|user|>7+12<|assistant|>"] * 8
+    )["input_ids"]
 
 
 def sample(engine, tokenizer, seed: int = 0) -> list[rollout.Rollout]:
-    return engine.generate(prompts(tokenizer), [seed * 100 + i for i in range(16)], NEW, TEMPERATURE)
+    return engine.generate(
+        prompts(tokenizer), [seed * 100 + i for i in range(16)], NEW, TEMPERATURE
+    )
 
 
 def gap(model, tokenizer, rollouts) -> float:
     """The largest |log-prob by engine - log-prob by trainer| over all sampled tokens."""
-    trainer, _ = policy.token_logprobs(model, prompts(tokenizer), [r.tokens for r in rollouts], TEMPERATURE)
+    trainer, _ = policy.token_logprobs(
+        model, prompts(tokenizer), [r.tokens for r in rollouts], TEMPERATURE
+    )
     return (trainer - torch.tensor([x for r in rollouts for x in r.logprobs])).abs().max().item()
 
 
@@ -156,7 +162,12 @@ def test_weights_that_are_all_trained_are_sampled_from_in_what_autocast_computes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert vllm_engine.dtype_of(model) == "float32"
     assert vllm_engine.dtype_of(policy.add_lora(model, 4, 2.0, seed=0)) == "float32"
-    assert vllm_engine.dtype_of(policy.train_all(policy.load_backbone(str(demo.SHIPPED), dtype=torch.bfloat16)[0])) == "bfloat16"
+    assert (
+        vllm_engine.dtype_of(
+            policy.train_all(policy.load_backbone(str(demo.SHIPPED), dtype=torch.bfloat16)[0])
+        )
+        == "bfloat16"
+    )
 
 
 def test_a_closed_engine_leaves_nothing_behind_and_another_can_follow(tokenizer):
@@ -181,9 +192,9 @@ def test_an_option_that_vllm_refuses_is_one_line(tokenizer):
         start_engine(backbone, tokenizer, 4, '{"kv_cache_dtype": "int3"}')
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The stages, as a user runs them
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -192,8 +203,19 @@ def trained(tmp_path_factory):
     runs = {}
     for name in ("hf", "vllm"):
         runs[name] = lay_out(tmp_path_factory.mktemp(name) / "run")
-        flags = ("--steps", "50", "--learning-rate", "2e-4", "--engine", name, "--vllm-options", SMALL)
-        result = run_stage("01_train_lora_grpo.py", "--config", "demo", "--run-dir", str(runs[name]), *flags)
+        flags = (
+            "--steps",
+            "50",
+            "--learning-rate",
+            "2e-4",
+            "--engine",
+            name,
+            "--vllm-options",
+            SMALL,
+        )
+        result = run_stage(
+            "01_train_lora_grpo.py", "--config", "demo", "--run-dir", str(runs[name]), *flags
+        )
         assert result.returncode == 0, result.stderr
         assert "Traceback" not in result.stderr
     return runs
@@ -205,8 +227,17 @@ def test_training_with_vllm_learns_like_training_with_hf(trained):
         rows = inputs.read_jsonl(folder / "train" / "metrics.jsonl")
         assert max(row["logprob_gap_mean"] for row in rows) < 1e-5
         assert max(row["logprob_gap_max"] for row in rows) < 1e-3
-        assert rows[0]["seconds_by_phase"].keys() == {"sync", "rollout", "reward", "logprob", "update", "save"}
-        start[name], end[name] = (statistics.mean(row["accuracy"] for row in part) for part in (rows[:3], rows[-10:]))
+        assert rows[0]["seconds_by_phase"].keys() == {
+            "sync",
+            "rollout",
+            "reward",
+            "logprob",
+            "update",
+            "save",
+        }
+        start[name], end[name] = (
+            statistics.mean(row["accuracy"] for row in part) for part in (rows[:3], rows[-10:])
+        )
         assert end[name] > start[name] + 0.3
     error = math.sqrt(2 * 0.85 * 0.15 / 1280)  # of the difference: 128 responses a step, 10 steps
     assert abs(end["vllm"] - end["hf"]) < 4 * error
@@ -215,28 +246,58 @@ def test_training_with_vllm_learns_like_training_with_hf(trained):
 def test_evaluation_by_vllm_equals_evaluation_by_hf(trained):
     folder, results = trained["vllm"], {}
     for name in ("hf", "vllm"):
-        flags = ("--policies", "backbone", "train/step_0050", "--runs", "4", "--engine", name, "--vllm-options", SMALL)
+        flags = (
+            "--policies",
+            "backbone",
+            "train/step_0050",
+            "--runs",
+            "4",
+            "--engine",
+            name,
+            "--vllm-options",
+            SMALL,
+        )
         result = run_stage("06_eval.py", "--config", "demo", "--run-dir", str(folder), *flags)
         assert result.returncode == 0, result.stderr
-        results[name] = {p: inputs.read_json(folder / "eval" / p / "test.json", "06") for p in ("backbone", "train__step_0050")}
+        results[name] = {
+            p: inputs.read_json(folder / "eval" / p / "test.json", "06")
+            for p in ("backbone", "train__step_0050")
+        }
         shutil.rmtree(folder / "eval")
     for wanted, found in zip(results["hf"].values(), results["vllm"].values(), strict=True):
         error = math.hypot(wanted["standard_error"], found["standard_error"])
         assert abs(wanted["accuracy"] - found["accuracy"]) < 3 * error
         assert abs(wanted["response_length"] / found["response_length"] - 1) < 0.1
-    assert results["vllm"]["train__step_0050"]["accuracy"] > results["vllm"]["backbone"]["accuracy"] + 0.2
+    assert (
+        results["vllm"]["train__step_0050"]["accuracy"]
+        > results["vllm"]["backbone"]["accuracy"] + 0.2
+    )
 
 
 def test_training_all_parameters_samples_with_the_updated_weights(tmp_path):
     """At a rate at which stale weights show: with the copy into the engine left out the gap is 0.03, 0.1 and 0.2 nats in steps 2 to 4."""
     folder = lay_out(tmp_path / "run")
-    flags = ("--tune", "full", "--learning-rate", "1e-3", "--steps", "4", "--engine", "vllm", "--vllm-options", SMALL)
+    flags = (
+        "--tune",
+        "full",
+        "--learning-rate",
+        "1e-3",
+        "--steps",
+        "4",
+        "--engine",
+        "vllm",
+        "--vllm-options",
+        SMALL,
+    )
     result = run_stage("01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(folder), *flags)
     assert result.returncode == 0, result.stderr
     rows = inputs.read_jsonl(folder / "train" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert max(row["logprob_gap_mean"] for row in rows) < 1e-5
-    result = run_stage("06_eval.py", *("--config", TINY, "--run-dir", str(folder), *flags[-4:], "--policies", "train/step_0004"))
+    result = run_stage(
+        "06_eval.py",
+        *("--config", TINY, "--run-dir", str(folder), *flags[-4:], "--policies", "train/step_0004"),
+    )
     assert result.returncode == 0, result.stderr
     measured = inputs.read_json(folder / "eval" / "train__step_0004" / "test.json", "06")
     assert measured["n"] == 256
@@ -248,7 +309,9 @@ TWO_STEPS = ("--steps", "2", "--engine", "vllm", "--vllm-options", SMALL)
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     folder = lay_out(tmp_path_factory.mktemp("one") / "run")
-    result = run_stage("01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(folder), *TWO_STEPS)
+    result = run_stage(
+        "01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(folder), *TWO_STEPS
+    )
     assert result.returncode == 0, result.stderr
     return inputs.read_jsonl(folder / "train" / "metrics.jsonl")
 
@@ -256,9 +319,13 @@ def one_process(tmp_path_factory):
 @pytest.mark.parametrize("accelerate_config", ["cpu_processes", "fsdp2"])
 def test_two_processes_with_an_engine_each_train_like_one(one_process, tmp_path, accelerate_config):
     folder = lay_out(tmp_path / "run")
-    output, _ = (run := start_two("01_train_lora_grpo.py", folder, accelerate_config, *TWO_STEPS)).communicate(timeout=300)
+    output, _ = (
+        run := start_two("01_train_lora_grpo.py", folder, accelerate_config, *TWO_STEPS)
+    ).communicate(timeout=300)
     assert run.returncode == 0, output
-    for two, one in zip(inputs.read_jsonl(folder / "train" / "metrics.jsonl"), one_process, strict=True):
+    for two, one in zip(
+        inputs.read_jsonl(folder / "train" / "metrics.jsonl"), one_process, strict=True
+    ):
         assert two["logprob_gap_max"] < 1e-4
         for key in ("accuracy", "response_length", "loss", "entropy", "grad_norm"):
             assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5)

@@ -39,7 +39,12 @@ DAPO_QUESTIONS = ("In triangle $ABC$, find $x$.", "What is $1+1$?", "求 $x$ 的
 DAPO = [
     {
         "data_source": "math_dapo",
-        "prompt": [{"content": f"{benchmarks.DAPO_PREFIX}{question}{benchmarks.DAPO_SUFFIX}", "role": "user"}],
+        "prompt": [
+            {
+                "content": f"{benchmarks.DAPO_PREFIX}{question}{benchmarks.DAPO_SUFFIX}",
+                "role": "user",
+            }
+        ],
         "ability": "MATH",
         "reward_model": {"ground_truth": str(30 + i), "style": "rule-lighteval/MATH_v2"},
         "extra_info": {"index": f"id-{i}"},
@@ -72,14 +77,39 @@ MMLU_PRO = [
     }
     for i, category in enumerate((*benchmarks.MMLU_PRO_CATEGORIES, "law"))
 ]
-AIME24 = [{"id": 60, "problem": "Every morning Aya walks.", "solution": "...", "answer": "073", "url": "https://x", "year": "2024"}]
+AIME24 = [
+    {
+        "id": 60,
+        "problem": "Every morning Aya walks.",
+        "solution": "...",
+        "answer": "073",
+        "url": "https://x",
+        "year": "2024",
+    }
+]
 LAYOUTS = {  # name: rows in the columns of the hub, and the first problem they should give
     "aime24": (AIME24, ("Every morning Aya walks.", "073", "number")),
-    "aime25": ([{"problem": "Find the sum of bases.", "answer": "70", "id": "0"}], ("Find the sum of bases.", "70", "number")),
-    "amc23": ([{"id": 0, "question": "Cities A and B", "answer": "27.0", "url": "https://x"}], ("Cities A and B", "27.0", "number")),
-    "minerva": ([{"question": "How many ergs?", "answer": "4.5e33"}], ("How many ergs?", "4.5e33", "latex")),
+    "aime25": (
+        [{"problem": "Find the sum of bases.", "answer": "70", "id": "0"}],
+        ("Find the sum of bases.", "70", "number"),
+    ),
+    "amc23": (
+        [{"id": 0, "question": "Cities A and B", "answer": "27.0", "url": "https://x"}],
+        ("Cities A and B", "27.0", "number"),
+    ),
+    "minerva": (
+        [{"question": "How many ergs?", "answer": "4.5e33"}],
+        ("How many ergs?", "4.5e33", "latex"),
+    ),
     "olymmath-en-easy": (
-        [{"problem": "Find $r$.", "answer": "4\\sqrt{15}-14", "subject": "Geometry", "unique_id": "OlymMATH-EASY-0-EN"}],
+        [
+            {
+                "problem": "Find $r$.",
+                "answer": "4\\sqrt{15}-14",
+                "subject": "Geometry",
+                "unique_id": "OlymMATH-EASY-0-EN",
+            }
+        ],
         ("Find $r$.", "4\\sqrt{15}-14", "latex"),
     ),
     "dapo-math-17k": (DAPO, (DAPO_QUESTIONS[0], "30", "number")),
@@ -107,7 +137,9 @@ def test_a_benchmark_reads_a_copy_of_the_hubs_repository(tmp_path, name):
 
 
 def test_dapo_is_deduplicated_and_loses_its_answer_template(tmp_path):
-    problems = data.load_problems("BytedTsinghua-SIA/DAPO-Math-17k=" + write(tmp_path / "dapo-math-17k.parquet", DAPO))
+    problems = data.load_problems(
+        "BytedTsinghua-SIA/DAPO-Math-17k=" + write(tmp_path / "dapo-math-17k.parquet", DAPO)
+    )
     assert [problem.prompt for problem in problems] == list(DAPO_QUESTIONS)
     assert [problem.answer for problem in problems] == ["30", "31", "32"]
 
@@ -115,21 +147,31 @@ def test_dapo_is_deduplicated_and_loses_its_answer_template(tmp_path):
 def test_the_english_subset_leaves_out_chinese_and_keeps_accents(tmp_path):
     rows = [{"prompt": text, "answer": 1} for text in ("求 x", "Poincaré's λ ≤ 2", "x，y", "plain")]
     path = write(tmp_path / "p.jsonl", rows)
-    assert [problem.prompt for problem in data.load_problems(path, english_only=True)] == ["Poincaré's λ ≤ 2", "plain"]
+    assert [problem.prompt for problem in data.load_problems(path, english_only=True)] == [
+        "Poincaré's λ ≤ 2",
+        "plain",
+    ]
     assert len(data.load_problems(path)) == 4
 
 
 def test_gpqa_options_are_shuffled_by_the_question_alone(tmp_path):
     path = write(tmp_path / "gpqa_diamond.csv", GPQA)
     problems = data.load_problems(f"gpqa-diamond={path}")
-    assert data.load_problems(f"gpqa-diamond={write(tmp_path / 'again' / 'g.csv', GPQA[::-1])}")[::-1] == problems
+    assert (
+        data.load_problems(f"gpqa-diamond={write(tmp_path / 'again' / 'g.csv', GPQA[::-1])}")[::-1]
+        == problems
+    )
     assert len({problem.answer for problem in problems}) > 1  # always A would be no shuffle
     for problem in problems:
         lines = problem.prompt.splitlines()
         assert f"{problem.answer}. muon" in lines
         assert sorted(line[3:] for line in lines[1:5]) == ["None", "electron", "muon", "tau"]
         assert lines[5] == "The final answer is the letter of the correct option."
-    other = {**GPQA[0], "Incorrect Answer 1": "tau", "Incorrect Answer 2": " electron"}  # in another order on the hub
+    other = {
+        **GPQA[0],
+        "Incorrect Answer 1": "tau",
+        "Incorrect Answer 2": " electron",
+    }  # in another order on the hub
     assert benchmarks.gpqa(other) == benchmarks.gpqa(GPQA[0])
 
 
@@ -140,23 +182,37 @@ def test_mmlu_pro_keeps_its_order_without_the_filling(tmp_path):
     assert [len(tasks[f"mmlu-pro-{name}"]) for name in ("law", "computer-science")] == [2, 1]
     problem = tasks["mmlu-pro-biology"][0]
     assert problem == data.Problem(
-        "Question 0\nA. one\nB. two\nC. three\nThe final answer is the letter of the correct option.", "C", "letter"
+        "Question 0\nA. one\nB. two\nC. three\nThe final answer is the letter of the correct option.",
+        "C",
+        "letter",
     )
     assert data.load_tasks([f"mmlu-pro/law={path}"]) == {"mmlu-pro-law": tasks["mmlu-pro-law"]}
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".json"])
 def test_any_file_with_named_columns_will_do(tmp_path, suffix):
-    rows = [{"q": [{"role": "user", "content": "1+1?"}], "reward_model": {"ground_truth": 2}, "kind": "number"}]
+    rows = [
+        {
+            "q": [{"role": "user", "content": "1+1?"}],
+            "reward_model": {"ground_truth": 2},
+            "kind": "number",
+        }
+    ]
     path = write(tmp_path / f"p{suffix}", rows)
-    assert data.load_problems(path, prompt_column="q", answer_column="reward_model.ground_truth") == [data.Problem("1+1?", "2", "number")]
+    assert data.load_problems(
+        path, prompt_column="q", answer_column="reward_model.ground_truth"
+    ) == [data.Problem("1+1?", "2", "number")]
     with pytest.raises(UserError, match=r"(line|row) 1: no usable 'prompt'"):
         data.load_problems(path)
 
 
 def test_a_wrong_kind_is_an_error_that_names_the_line(tmp_path):
-    with pytest.raises(UserError, match=r"line 1: kind 'float' is not one of number, latex, letter"):
-        data.load_problems(write(tmp_path / "p.jsonl", [{"prompt": "1", "answer": 1, "kind": "float"}]))
+    with pytest.raises(
+        UserError, match=r"line 1: kind 'float' is not one of number, latex, letter"
+    ):
+        data.load_problems(
+            write(tmp_path / "p.jsonl", [{"prompt": "1", "answer": 1, "kind": "float"}])
+        )
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, "gpqa-diamond", "mmlu-pro"])
@@ -165,7 +221,9 @@ def test_offline_the_error_names_id_file_and_flag(name):
     with pytest.raises(UserError) as error:
         data.load_tasks([name])
     assert f"cannot load {source.hub_id}" in str(error.value)
-    assert f"fetch {source.file} from https://huggingface.co/datasets/{source.hub_id}" in str(error.value)
+    assert f"fetch {source.file} from https://huggingface.co/datasets/{source.hub_id}" in str(
+        error.value
+    )
     assert f"--test-data {name}=/path/to/{source.file.split('/')[-1]}" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -186,7 +244,12 @@ def test_hub_is_asked_for_the_pinned_revision_and_for_the_named_split(monkeypatc
         "split": "test",
         "revision": "5f83d12e63ee3267f35044461a6cebad58ec3be1",
     }
-    assert asked[1] == {"path": "someone/sums", "name": "hard", "split": "validation", "revision": None}
+    assert asked[1] == {
+        "path": "someone/sums",
+        "name": "hard",
+        "split": "validation",
+        "revision": None,
+    }
 
 
 @pytest.mark.parametrize(
@@ -209,7 +272,9 @@ def test_a_broken_or_foreign_file_is_an_error_that_names_it(tmp_path):
     (tmp_path / "b.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(UserError, match=r"cannot read .*b\.parquet"):
         data.load_problems(tmp_path / "b.parquet")
-    with pytest.raises(UserError, match=r"row 1: not a row of Idavidrein/gpqa \(KeyError: 'Question'\)"):
+    with pytest.raises(
+        UserError, match=r"row 1: not a row of Idavidrein/gpqa \(KeyError: 'Question'\)"
+    ):
         data.load_problems("gpqa-diamond=" + write(tmp_path / "g.parquet", [{"question": "1"}]))
 
 
@@ -228,7 +293,10 @@ def test_an_equals_sign_in_a_path_is_part_of_the_path(tmp_path):
 
 def test_a_stage_depends_on_local_files_by_content_and_on_hub_data_by_name(tmp_path):
     one, two = (write(tmp_path / name / "p.jsonl", [{"prompt": "1", "answer": 1}]) for name in "ab")
-    assert len({data.content_hash(one), data.content_hash(two), data.content_hash(f"aime24={two}")}) == 1
+    assert (
+        len({data.content_hash(one), data.content_hash(two), data.content_hash(f"aime24={two}")})
+        == 1
+    )
     write(tmp_path / "b" / "p.jsonl", [{"prompt": "1", "answer": 2}])
     assert data.content_hash(one) != data.content_hash(two)
     assert data.content_hash("dapo-math-17k") is data.content_hash("someone/sums") is None
@@ -243,9 +311,7 @@ def test_the_fingerprint_sees_prompt_answer_and_kind():
 
 def test_the_prompt_is_the_problem_and_the_instruction_after_an_explicit_system_turn(backbone_dir):
     _, tokenizer = policy.load_backbone(str(backbone_dir))
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     text = data.render_chats(["1+1"], tokenizer, data.PROMPT_TEMPLATE, data.SYSTEM_PROMPT)[0]
     assert text == (
         "<system>You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
@@ -256,7 +322,10 @@ def test_the_prompt_is_the_problem_and_the_instruction_after_an_explicit_system_
 def test_the_template_hash_changes_with_user_turn_system_turn_and_chat_template(backbone_dir):
     _, tokenizer = policy.load_backbone(str(backbone_dir))
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    hashes = [data.template_hash(tokenizer, *turns) for turns in (("{prompt}", ""), ("{prompt}!", ""), ("{prompt}", "s"))]
+    hashes = [
+        data.template_hash(tokenizer, *turns)
+        for turns in (("{prompt}", ""), ("{prompt}!", ""), ("{prompt}", "s"))
+    ]
     assert data.template_hash(tokenizer, "{prompt}", "") == hashes[0]
     tokenizer.chat_template += "#"
     hashes.append(data.template_hash(tokenizer, "{prompt}", ""))
@@ -277,12 +346,18 @@ TURNS = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
 def test_qwens_system_turn_for_another_backbone_is_a_warning(backbone_dir, capsys):
-    warning = "warning: sums: the system turn is Qwen2.5's, and the backbone is not: set --system-prompt"
+    warning = (
+        "warning: sums: the system turn is Qwen2.5's, and the backbone is not: set --system-prompt"
+    )
     assert warning in encoded(backbone_dir, capsys, "1+1", TURNS, data.SYSTEM_PROMPT)
-    assert warning not in encoded(backbone_dir, capsys, "1+1", f"{TURNS}{{# Qwen #}}", data.SYSTEM_PROMPT)
+    assert warning not in encoded(
+        backbone_dir, capsys, "1+1", f"{TURNS}{{# Qwen #}}", data.SYSTEM_PROMPT
+    )
     assert encoded(backbone_dir, capsys, "1+1", TURNS, "") == ""
 
 
 def test_characters_that_the_tokenizer_loses_are_a_warning(backbone_dir, capsys):
-    assert "the tokenizer has no token for 'xyλ'" in encoded(backbone_dir, capsys, "1+1 x y λ", TURNS, "")
+    assert "the tokenizer has no token for 'xyλ'" in encoded(
+        backbone_dir, capsys, "1+1 x y λ", TURNS, ""
+    )
     assert encoded(backbone_dir, capsys, "12 + 34", TURNS, "") == ""

@@ -41,7 +41,16 @@ def test_the_last_balanced_box_is_taken(text, want):
     assert verifier.extract_boxed(text) == want
 
 
-@pytest.mark.parametrize("text", ["{" * 2_000_000, r"\boxed{" * 200_000, "}" * 2_000_000, r"\boxed{1" + "{}" * 1_000_000, "\\" * 2_000_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{" * 2_000_000,
+        r"\boxed{" * 200_000,
+        "}" * 2_000_000,
+        r"\boxed{1" + "{}" * 1_000_000,
+        "\\" * 2_000_000,
+    ],
+)
 def test_walls_of_braces_take_linear_time(text):
     verifier.extract_boxed(text)  # a quadratic scan would take hours
 
@@ -152,16 +161,28 @@ def test_answers_are_compared_as_what_they_are(judge, kind, gold, answer, want):
 
 
 def test_several_boxes_are_not_joined_and_an_integer_answer_needs_a_box(judge):
-    responses = [r"\boxed{100} ... \boxed{204}", "the answer is 204.", "x=204 and then", r"\boxed{204} no, \boxed{100}"]
+    responses = [
+        r"\boxed{100} ... \boxed{204}",
+        "the answer is 204.",
+        "x=204 and then",
+        r"\boxed{204} no, \boxed{100}",
+    ]
     assert judge.score(responses, ["204"] * 4, [True] * 4) == [1.0, 0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
     "response",
-    ["{" * 10_000_000, r"\boxed{" + "{" * 5_000_000 + "}" * 5_000_000 + "}", r"\boxed{" + "9" * 10_000_000 + "}", "\x00" * 10_000_000],
+    [
+        "{" * 10_000_000,
+        r"\boxed{" + "{" * 5_000_000 + "}" * 5_000_000 + "}",
+        r"\boxed{" + "9" * 10_000_000 + "}",
+        "\x00" * 10_000_000,
+    ],
 )
 def test_ten_megabytes_of_rubbish_score_zero(judge, response):
-    scores = [judge.score([response], ["612"], [True], [kind]) for kind in ("latex", "number", "letter")]
+    scores = [
+        judge.score([response], ["612"], [True], [kind]) for kind in ("latex", "number", "letter")
+    ]
     assert scores == [[0.0]] * 3
 
 
@@ -189,18 +210,26 @@ def test_the_last_number_is_the_answer_where_that_is_the_format(response, gold, 
 
 def test_last_number_refuses_a_gold_that_no_number_can_equal():
     with pytest.raises(UserError, match="'Saturday' is not a number"):
-        verifier.Verifier(answer_format="last_number").score(["It is Saturday"], ["Saturday"], [True])
+        verifier.Verifier(answer_format="last_number").score(
+            ["It is Saturday"], ["Saturday"], [True]
+        )
 
 
 def test_no_box_or_a_cut_response_scores_zero(judge):
-    assert judge.score(["612", r"\boxed{612}", r"\boxed{612}"], ["612"] * 3, [True, False, True]) == [0.0, 0.0, 1.0]
+    assert judge.score(
+        ["612", r"\boxed{612}", r"\boxed{612}"], ["612"] * 3, [True, False, True]
+    ) == [0.0, 0.0, 1.0]
 
 
 def test_a_power_tower_costs_its_limit_and_nothing_else():
     judge = verifier.Verifier(time_limit=1.0, workers=1)
     judge.score([r"\boxed{x^{2}}"], ["x^2"], [True])  # the worker is up
     judge._idle.put(worker := judge._idle.get())
-    scores = judge.score([r"\boxed{9^{9^{9^{9}}}}", r"\boxed{\frac{2}{4}}", r"\boxed{5}"], ["612", r"\frac{1}{2}", "5"], [True] * 3)
+    scores = judge.score(
+        [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{\frac{2}{4}}", r"\boxed{5}"],
+        ["612", r"\frac{1}{2}", "5"],
+        [True] * 3,
+    )
     judge.close()
     assert scores == [0.0, 1.0, 1.0]
     assert (judge.timeouts, judge.errors) == (1, 0)
@@ -211,7 +240,9 @@ def test_a_worker_that_nobody_waits_for_ends_by_itself_and_no_ctrl_c_reaches_it(
     worker = verifier._start_worker()
     try:
         assert os.getsid(worker.pid) == worker.pid
-        worker.stdin.write(json.dumps({"answer": "9^{9^{9^{9}}}", "gold": "612", "limit": -4}) + "\n")  # alarm comes 5 s after the limit
+        worker.stdin.write(
+            json.dumps({"answer": "9^{9^{9^{9}}}", "gold": "612", "limit": -4}) + "\n"
+        )  # alarm comes 5 s after the limit
         worker.stdin.flush()
         assert worker.wait(timeout=60) == -signal.SIGALRM
     finally:
@@ -246,7 +277,9 @@ DIES = "print('ready', flush=True); input()"  # when it is asked
 
 
 @pytest.mark.parametrize(("deaths", "want"), [(1, [1.0, 1.0]), (2, [0.0, 1.0])])
-def test_an_answer_whose_worker_was_killed_is_asked_once_more_and_one_that_kills_two_is_an_error(monkeypatch, deaths, want):
+def test_an_answer_whose_worker_was_killed_is_asked_once_more_and_one_that_kills_two_is_an_error(
+    monkeypatch, deaths, want
+):
     judge = verifier.Verifier(workers=1)
     started = started_with(monkeypatch, *[DIES] * deaths)
     assert judge.score([r"\boxed{x^{2}+1}", r"\boxed{y+z}"], ["1+x^2", "z+y"], [True, True]) == want
@@ -269,7 +302,9 @@ def test_what_a_library_prints_in_a_worker_is_no_answer(monkeypatch, tmp_path, c
     """On its import, while it is asked, and before our code runs at all."""
     (tmp_path / "math_verify.py").write_text(LOUD)
     run = "import runpy; runpy.run_module('common.rl.verifier', run_name='__main__')"
-    started_with(monkeypatch, f"import sys; sys.path.insert(0, {str(tmp_path)!r}); print('hello'); {run}")
+    started_with(
+        monkeypatch, f"import sys; sys.path.insert(0, {str(tmp_path)!r}); print('hello'); {run}"
+    )
     judge = verifier.Verifier(workers=1)
     assert judge.score([r"\boxed{x+1}", r"\boxed{y+z}"], ["1+x", "z+y"], [True, True]) == [1.0, 1.0]
     judge.close()
@@ -280,7 +315,11 @@ def test_what_a_library_prints_in_a_worker_is_no_answer(monkeypatch, tmp_path, c
 def test_a_verifier_that_fails_on_everything_says_so_instead_of_scoring_zero(monkeypatch):
     broken = [sys.executable, "-c", "raise ImportError('no math_verify')"]
     popen = subprocess.Popen
-    monkeypatch.setattr(verifier.subprocess, "Popen", lambda command, **how: popen(broken, **{**how, "stderr": subprocess.DEVNULL}))
+    monkeypatch.setattr(
+        verifier.subprocess,
+        "Popen",
+        lambda command, **how: popen(broken, **{**how, "stderr": subprocess.DEVNULL}),
+    )
     with pytest.raises(UserError, match="math-verify fails on every answer"):
         verifier.Verifier().score([r"\boxed{x+1}"], ["1+x"], [True])
 
@@ -288,7 +327,13 @@ def test_a_verifier_that_fails_on_everything_says_so_instead_of_scoring_zero(mon
 def test_garbage_alone_in_a_batch_does_not_stop_the_run(monkeypatch):
     judge = verifier.Verifier(workers=1)
     ask = judge._ask
-    monkeypatch.setattr(judge, "_ask", lambda answer, gold: (False, "ValueError: garbage") if answer == "garbage" else ask(answer, gold))
+    monkeypatch.setattr(
+        judge,
+        "_ask",
+        lambda answer, gold: (
+            (False, "ValueError: garbage") if answer == "garbage" else ask(answer, gold)
+        ),
+    )
     assert judge.score([r"\boxed{garbage}"], ["x"], [True]) == [0.0]
     assert judge.errors == 1
     judge.close()

@@ -22,7 +22,9 @@ from common.rl import rollout
         ("vllm", True, False, "vllm"),
     ],
 )
-def test_auto_takes_vllm_where_it_is_installed_and_a_gpu_is_there(monkeypatch, asked, installed, gpu, wanted):
+def test_auto_takes_vllm_where_it_is_installed_and_a_gpu_is_there(
+    monkeypatch, asked, installed, gpu, wanted
+):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     assert rollout.choose_engine(asked) == wanted
@@ -35,7 +37,9 @@ def test_a_vllm_that_is_not_installed_is_named_with_what_to_install(monkeypatch)
 
 
 def test_options_are_a_json_object():
-    assert rollout.vllm_options('{"gpu_memory_utilization": 0.4}') == {"gpu_memory_utilization": 0.4}
+    assert rollout.vllm_options('{"gpu_memory_utilization": 0.4}') == {
+        "gpu_memory_utilization": 0.4
+    }
     for text in ("gpu_memory_utilization=0.4", "", "[1]", "0.4"):
         with pytest.raises(UserError, match="vllm_options"):
             rollout.vllm_options(text)
@@ -44,7 +48,10 @@ def test_options_are_a_json_object():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"trust_remote_code": true}', r"'trust_remote_code' is not allowed here; .*block_size, .*gpu_memory_utilization"),
+        (
+            '{"trust_remote_code": true}',
+            r"'trust_remote_code' is not allowed here; .*block_size, .*gpu_memory_utilization",
+        ),
         ('{"block_size": 32, "load_format": "pt"}', "'load_format' is not allowed"),
         ('{"worker_extension_cls": "evil.X"}', "'worker_extension_cls' is not allowed"),
         ('{"worker_cls": "evil.X"}', "'worker_cls' is not allowed"),
@@ -67,8 +74,18 @@ def test_options_can_load_no_other_code_and_no_other_weights(text, message):
 
 @pytest.mark.parametrize("script", ["01_train_lora_grpo.py", "06_eval.py"])
 def test_a_preset_cannot_open_that_door_either(tmp_path, monkeypatch, capsys, script):
-    (tmp_path / "evil.yaml").write_text("""base: demo\nshared: {vllm_options: '{"trust_remote_code": true}'}\n""")
-    code, line = call_stage(monkeypatch, capsys, script, "--config", str(tmp_path / "evil.yaml"), "--run-dir", str(tmp_path))
+    (tmp_path / "evil.yaml").write_text(
+        """base: demo\nshared: {vllm_options: '{"trust_remote_code": true}'}\n"""
+    )
+    code, line = call_stage(
+        monkeypatch,
+        capsys,
+        script,
+        "--config",
+        str(tmp_path / "evil.yaml"),
+        "--run-dir",
+        str(tmp_path),
+    )
     assert (code, line[:55]) == (2, "error: vllm_options: 'trust_remote_code' is not allowed")
 
 
@@ -88,7 +105,9 @@ def test_the_options_of_our_presets_are_allowed(path):
 )
 @pytest.mark.parametrize("script", ["01_train_lora_grpo.py", "06_eval.py"])
 def test_a_wrong_option_is_one_line(finished_run, monkeypatch, capsys, script, flags, message):
-    code, line = call_stage(monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(finished_run), *flags)
+    code, line = call_stage(
+        monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(finished_run), *flags
+    )
     assert (code, line[:7]) == (2, "error: ")
     assert message in line
 

@@ -30,11 +30,22 @@ PARSED = {
 
 
 @pytest.mark.parametrize(
-    ("preset", "kind"), [("demo", None), ("demo", "tables"), ("smollm2", "main"), ("paper_qwen2.5_7b", None), (TINY, "rl-extra")]
+    ("preset", "kind"),
+    [
+        ("demo", None),
+        ("demo", "tables"),
+        ("smollm2", "main"),
+        ("paper_qwen2.5_7b", None),
+        (TINY, "rl-extra"),
+    ],
 )
 def test_every_planned_line_is_one_its_stage_accepts_and_comes_after_what_it_needs(preset, kind):
     loaded = config.load_preset(preset)
-    jobs = grids.grid(kind, preset, loaded, "runs/x", [0]) if kind else plans.single(preset, loaded, "runs/x")
+    jobs = (
+        grids.grid(kind, preset, loaded, "runs/x", [0])
+        if kind
+        else plans.single(preset, loaded, "runs/x")
+    )
     seen = set()
     for job in jobs:
         assert job.name not in seen
@@ -55,19 +66,34 @@ def test_all_methods_of_a_seed_start_from_one_training_of_the_first_steps():
         assert trained[0].argv[-2:] == ["--steps", "150"]
         assert trained[0].argv[trained[0].argv.index("--seed") + 1] == str(seed)
         continued = [job for job in jobs if job.name.startswith(f"seed{seed}/lora 05 ")]
-        assert {job.argv[job.argv.index("--run-dir") + 1] for job in continued} == {f"runs/x/seed{seed}/lora"}
+        assert {job.argv[job.argv.index("--run-dir") + 1] for job in continued} == {
+            f"runs/x/seed{seed}/lora"
+        }
         assert {job.argv[job.argv.index("--seed") + 1] for job in continued} == {str(seed)}
 
 
 def test_the_rounds_of_rl_extra_each_start_on_the_merged_model_of_the_round_before():
-    jobs = [job for job in grids.grid("tables", "demo", config.load_preset("demo"), "runs/x", [0]) if "/loop/" in job.name]
-    starts = [job.argv[job.argv.index("--backbone") + 1] for job in jobs if job.name.endswith(" 01")]
-    merged = [f"runs/x/seed0/loop/round{i}/merged/rl-extra_alpha5" for i in range(1, grids.LOOP_ROUNDS)]
-    assert starts == ["runs/x/backbone", *merged]  # 50 steps are 5 checkpoints of 10: alpha 5 at k = 1 is as far again
+    jobs = [
+        job
+        for job in grids.grid("tables", "demo", config.load_preset("demo"), "runs/x", [0])
+        if "/loop/" in job.name
+    ]
+    starts = [
+        job.argv[job.argv.index("--backbone") + 1] for job in jobs if job.name.endswith(" 01")
+    ]
+    merged = [
+        f"runs/x/seed0/loop/round{i}/merged/rl-extra_alpha5" for i in range(1, grids.LOOP_ROUNDS)
+    ]
+    assert starts == [
+        "runs/x/backbone",
+        *merged,
+    ]  # 50 steps are 5 checkpoints of 10: alpha 5 at k = 1 is as far again
 
 
 def jobs_of(*commands: tuple[str, str, list[str]]) -> list[plans.Job]:
-    return [plans.Job(name, [sys.executable, "-c", code], needs, 1.0) for name, code, needs in commands]
+    return [
+        plans.Job(name, [sys.executable, "-c", code], needs, 1.0) for name, code, needs in commands
+    ]
 
 
 def run_jobs(folder: pathlib.Path, jobs, lanes=(None,)) -> None:
@@ -79,17 +105,33 @@ def test_every_lane_has_gpus_of_its_own_and_waits_for_what_a_job_needs(tmp_path)
     say = "import os, pathlib, time; time.sleep(0.3); pathlib.Path({path!r}).write_text(os.environ['CUDA_VISIBLE_DEVICES'])"
     paths = [str(tmp_path / name) for name in "abc"]
     last = f"import pathlib; assert all(pathlib.Path(p).exists() for p in {paths[:2]!r}); pathlib.Path({paths[2]!r}).touch()"
-    run_jobs(tmp_path, jobs_of(("a", say.format(path=paths[0]), []), ("b", say.format(path=paths[1]), []), ("c", last, ["a", "b"])), "01")
+    run_jobs(
+        tmp_path,
+        jobs_of(
+            ("a", say.format(path=paths[0]), []),
+            ("b", say.format(path=paths[1]), []),
+            ("c", last, ["a", "b"]),
+        ),
+        "01",
+    )
     assert {(tmp_path / name).read_text() for name in "ab"} == {"0", "1"}
     assert (tmp_path / "c").exists()
 
 
 def test_gpus_are_shared_out_by_the_preset(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    assert reproduce.lanes_of({"reproduce": {"gpus_per_job": 2}}, None, grid=True) == ["0,1", "2,3", "4,5", "6,7"]
+    assert reproduce.lanes_of({"reproduce": {"gpus_per_job": 2}}, None, grid=True) == [
+        "0,1",
+        "2,3",
+        "4,5",
+        "6,7",
+    ]
     assert reproduce.lanes_of({"reproduce": {"gpus_per_job": 2}}, 1, grid=True) == ["0,1"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert reproduce.lanes_of({"reproduce": {"gpus_per_job": 2, "jobs": 3}}, None, grid=True) == [None] * 3
+    assert (
+        reproduce.lanes_of({"reproduce": {"gpus_per_job": 2, "jobs": 3}}, None, grid=True)
+        == [None] * 3
+    )
 
 
 def test_a_grid_that_failed_goes_on_with_what_is_missing(tmp_path):
@@ -105,21 +147,36 @@ def test_a_grid_that_failed_goes_on_with_what_is_missing(tmp_path):
     assert "end" in (tmp_path / "logs" / "c.log").read_text()
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Results
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def record(run: pathlib.Path, policy: str, scores: list[float], step: int = 0, task: str = "test", **changes) -> None:
+def record(
+    run: pathlib.Path,
+    policy: str,
+    scores: list[float],
+    step: int = 0,
+    task: str = "test",
+    **changes,
+) -> None:
     """A measured policy as stage 6 leaves it, one problem a score; `changes` are options of stage 6, or its `data`."""
     if policy != "backbone":
         info = {"step": step, "method": policy.split("/")[1].split("_alpha")[0], "seconds": 1.0}
         run_dir.write_json(run / policy / "checkpoint.json", info)
     data = changes.pop("data", "hash")
-    result = {"policy": policy, "n": len(scores), "response_length": 5.0, "by_problem": scores, "data": data}
+    result = {
+        "policy": policy,
+        "n": len(scores),
+        "response_length": 5.0,
+        "by_problem": scores,
+        "data": data,
+    }
     settings = {"temperature": 1.0, "max_new_tokens": 48, **changes}
     folder = run / "eval" / policy.replace("/", "__")
-    run_dir.write_json(folder / f"{task}.json", {**result, "settings": settings, "template_hash": "t"})
+    run_dir.write_json(
+        folder / f"{task}.json", {**result, "settings": settings, "template_hash": "t"}
+    )
 
 
 def share(right: int, of: int = 100) -> list[float]:
@@ -149,8 +206,12 @@ def test_wall_seconds_have_every_methods_own_computing(tmp_path):
     """2 s of RL and 1 s of each jump; the SVDs where they are used, a network, the measuring of checkpoints."""
     log(tmp_path / "train", range(1, 2))
     run_dir.write_json(tmp_path / "deltas" / "done.json", {"seconds": 10.0})
-    run_dir.write_json(tmp_path / "predictor" / "aligned" / "done.json", {"training_seconds": 100.0})
-    run_dir.write_json(tmp_path / "validation" / "train__step_0001" / "test.json", {"seconds": 1000.0})
+    run_dir.write_json(
+        tmp_path / "predictor" / "aligned" / "done.json", {"training_seconds": 100.0}
+    )
+    run_dir.write_json(
+        tmp_path / "validation" / "train__step_0001" / "test.json", {"seconds": 1000.0}
+    )
     for method in ("next-aligned", "weighted", "repeat-last", "rl-extra", "alpharl-pls", "oracle"):
         record(tmp_path, f"extrapolated/{method}_alpha1.5", [1.0, 0.0], 1)
     found = {r.method: r.seconds for r in results.load_results(tmp_path).values()}
@@ -162,7 +223,13 @@ def test_wall_seconds_have_every_methods_own_computing(tmp_path):
 @pytest.mark.parametrize("change", [{"temperature": 0.5}, {"max_new_tokens": 8}, {"data": "other"}])
 def test_what_was_measured_otherwise_is_left_out_and_named(tmp_path, change):
     for step in (1, 2, 3):
-        record(tmp_path, f"train/step_{step:04d}", share(40 + step), step, **(change if step == 2 else {}))
+        record(
+            tmp_path,
+            f"train/step_{step:04d}",
+            share(40 + step),
+            step,
+            **(change if step == 2 else {}),
+        )
     found = runs.Runs(tmp_path)
     assert [*found.some()] == ["train/step_0001", "train/step_0003"]
     ((key, value),) = change.items()
@@ -176,8 +243,15 @@ def test_what_was_measured_otherwise_is_left_out_and_named(tmp_path, change):
 
 
 def test_a_policy_that_was_trained_with_another_learning_rate_is_left_out_and_named(tmp_path):
-    for folder, rate in (("train", 1e-3), ("continued/none", 1e-3), ("continued/rl-extra_alpha1.5", 1e-2)):
-        run_dir.write_json(tmp_path / folder / "config.json", {"config": {"learning_rate": rate, "steps": 3}, "inputs": {}})
+    for folder, rate in (
+        ("train", 1e-3),
+        ("continued/none", 1e-3),
+        ("continued/rl-extra_alpha1.5", 1e-2),
+    ):
+        run_dir.write_json(
+            tmp_path / folder / "config.json",
+            {"config": {"learning_rate": rate, "steps": 3}, "inputs": {}},
+        )
         record(tmp_path, f"{folder}/step_0003", share(50), 3)
     found = runs.Runs(tmp_path)
     assert [*found.some()] == ["continued/none/step_0003", "train/step_0003"]
@@ -191,7 +265,9 @@ def test_tasks_have_columns_and_only_those_of_one_suite_are_averaged(tmp_path):
     for policy, tasks_of in (("backbone", tasks), ("train/step_0001", tasks)):
         for task, right in tasks_of.items():
             record(tmp_path, policy, share(right), 1, task)
-    record(tmp_path, "train/step_0001", share(90), 1, "olymmath-en-easy")  # one more test set, of one policy
+    record(
+        tmp_path, "train/step_0001", share(90), 1, "olymmath-en-easy"
+    )  # one more test set, of one policy
     record(tmp_path, "train/step_0002", share(70), 2, "mmlu-pro-law")
     found = runs.Runs(tmp_path)
     assert found.tasks == ("aime24", "amc23")
@@ -199,14 +275,23 @@ def test_tasks_have_columns_and_only_those_of_one_suite_are_averaged(tmp_path):
     assert found.left_out == ["train/step_0002: not measured on aime24, amc23"]
     header, _, _, row = tables.by_task(found).splitlines()
     cells = dict(zip(header.split(" | "), row.split(" | "), strict=True))
-    assert (cells["aime24"], cells["gpqa-diamond"], cells["olymmath-en-easy"]) == ("10.0", "50.0", "90.0")
+    assert (cells["aime24"], cells["gpqa-diamond"], cells["olymmath-en-easy"]) == (
+        "10.0",
+        "50.0",
+        "90.0",
+    )
     assert (cells["mean of mmlu-pro (2) |"], cells["mean of maths (3)"]) == ("70.0 |", "43.3")
     assert "plain mean of aime24, amc23" in report.page(found, "")
 
 
-@pytest.mark.parametrize(("low", "high", "want"), [(-0.6, -0.2, "holds"), (-1.5, -0.2, "undecided"), (-1.5, -1.2, "does not hold")])
+@pytest.mark.parametrize(
+    ("low", "high", "want"),
+    [(-0.6, -0.2, "holds"), (-1.5, -0.2, "undecided"), (-1.5, -1.2, "does not hold")],
+)
 def test_not_worse_is_an_interval_above_one_point_below(low, high, want):
-    assert runs.Estimate((low + high) / 200, 0.001, (high - low) / 200).verdict(not_worse=True) == want
+    assert (
+        runs.Estimate((low + high) / 200, 0.001, (high - low) / 200).verdict(not_worse=True) == want
+    )
 
 
 def one_run(tmp_path, later: int, reference: int = 60) -> runs.Runs:
@@ -218,7 +303,9 @@ def one_run(tmp_path, later: int, reference: int = 60) -> runs.Runs:
     return runs.Runs(tmp_path)
 
 
-@pytest.mark.parametrize(("later", "want"), [(53, "does not hold"), (60, "holds"), (59, "undecided")])
+@pytest.mark.parametrize(
+    ("later", "want"), [(53, "does not hold"), (60, "holds"), (59, "undecided")]
+)
 def test_not_worse_needs_the_whole_interval_in_a_single_run_too(tmp_path, later, want):
     """7 problems of 100 fewer are -7.0 +- 5.1 points; one fewer is -1 +- 2, which may be worse by more than a point."""
     found = one_run(tmp_path, later)
@@ -240,7 +327,9 @@ def test_a_claim_needs_all_that_it_is_about(tmp_path):
     log(tmp_path / "train", range(1, 151))
     log(tmp_path / "continued" / "next-aligned_alpha1.5", range(151, 251))
     run_dir.write_json(tmp_path / "deltas" / "done.json", {"seconds": 10.0})
-    run_dir.write_json(tmp_path / "predictor" / "aligned" / "done.json", {"training_seconds": 100.0})
+    run_dir.write_json(
+        tmp_path / "predictor" / "aligned" / "done.json", {"training_seconds": 100.0}
+    )
     short = runs.Runs(tmp_path)
     assert short.reference == 0
     page = claims.page(short)
@@ -283,7 +372,10 @@ def grid(tmp_path) -> runs.Runs:
         record(run, "train/step_0150", share(40), 150)
         record(run, "train/step_0250", share(right), 250)
         record(run, "train/step_0400", share(90), 400)
-        for start, more in (("weighted_alpha1.5", seed + 1), ("repeat-last_alpha1.5", (-7, -1, -1)[seed])):
+        for start, more in (
+            ("weighted_alpha1.5", seed + 1),
+            ("repeat-last_alpha1.5", (-7, -1, -1)[seed]),
+        ):
             record(run, f"extrapolated/{start}", share(45), 150)
             record(run, f"continued/{start}/step_0250", share(right + more), 250)
     record(tmp_path / "seed0" / "lora", "backbone", share(30))
@@ -293,7 +385,9 @@ def grid(tmp_path) -> runs.Runs:
 def test_differences_are_paired_by_seed_with_students_interval(grid):
     found = grid.difference(grid.after("weighted_alpha1.5"), "train/step_0250")
     assert found.mean == pytest.approx(0.02)
-    assert found.half == pytest.approx(4.303 * 0.01 / 3**0.5)  # t(2 degrees, 97.5%) times the standard error of 1, 2, 3 points
+    assert found.half == pytest.approx(
+        4.303 * 0.01 / 3**0.5
+    )  # t(2 degrees, 97.5%) times the standard error of 1, 2, 3 points
     assert found.verdict() == "undecided"  # 2 +- 2.5 points
     assert grid.difference("train/step_0250", "train/step_0400").verdict() == "does not hold"
     assert grid.difference("train/step_0250", "train/step_0250").verdict(not_worse=True) == "holds"
@@ -306,7 +400,14 @@ def test_the_main_table_counts_steps_per_point_gained_and_leaves_out_what_was_no
     lines = tables.main_table(grid).splitlines()
     assert lines[2].startswith("| Backbone | 0 | 1 | 30.0 | – |")
     ours = next(line for line in lines if line.startswith("| weighted sum"))
-    assert ours.split(" | ")[1:7] == ["250", "3", "62.0 ± 6.4", "+2.0 [-0.5, +4.5]", "-28.0 [-55.3, -0.7]", "7.8"]  # 250 / (62 - 30)
+    assert ours.split(" | ")[1:7] == [
+        "250",
+        "3",
+        "62.0 ± 6.4",
+        "+2.0 [-0.5, +4.5]",
+        "-28.0 [-55.3, -0.7]",
+        "7.8",
+    ]  # 250 / (62 - 30)
     assert not any("full parameters" in line or "RELEX" in line for line in lines)
 
 
@@ -323,7 +424,10 @@ def test_a_seed_that_was_trained_otherwise_is_left_out_of_the_grids_means(grid):
         run_dir.write_json(path, {"config": {"learning_rate": rate}, "inputs": {}})
     found = runs.Runs(grid.root, [0, 1, 2])
     assert found.count("train/step_0250") == "2"
-    assert any(line.startswith("seed2/lora/train/step_0250: 70.0%, trained with learning_rate") for line in found.left_out)
+    assert any(
+        line.startswith("seed2/lora/train/step_0250: 70.0%, trained with learning_rate")
+        for line in found.left_out
+    )
 
 
 def test_the_cosine_of_a_jump_is_that_of_the_dense_matrices(tmp_path):
@@ -331,19 +435,41 @@ def test_the_cosine_of_a_jump_is_that_of_the_dense_matrices(tmp_path):
     generator = torch.Generator().manual_seed(0)
 
     def adapter(path: str, rank: int, alpha: float) -> adapters.Adapter:
-        factors = {m: (torch.randn(6, rank, generator=generator), torch.randn(rank, 5, generator=generator)) for m in ("x", "y")}
+        factors = {
+            m: (
+                torch.randn(6, rank, generator=generator),
+                torch.randn(rank, 5, generator=generator),
+            )
+            for m in ("x", "y")
+        }
         made = adapters.Adapter({"peft_type": "LORA", "r": rank, "lora_alpha": alpha}, factors)
         adapters.write_adapter(tmp_path / path, made, {"step": 2})
         return made
 
-    last, jumped = adapter("train/step_0002", 2, 1.0), adapter("extrapolated/next-aligned_alpha1.5", 3, 2.0)
+    last, jumped = (
+        adapter("train/step_0002", 2, 1.0),
+        adapter("extrapolated/next-aligned_alpha1.5", 3, 2.0),
+    )
     future = adapter("train/step_0003", 2, 1.0)
-    index = {"steps": [1, 2], "k": 1, "modules": ["x", "y"], "backbone": "b", "checkpoints": {"1": "train/step_0001", "2": "train/step_0002"}}
+    index = {
+        "steps": [1, 2],
+        "k": 1,
+        "modules": ["x", "y"],
+        "backbone": "b",
+        "checkpoints": {"1": "train/step_0001", "2": "train/step_0002"},
+    }
     run_dir.write_json(tmp_path / "deltas" / "index.json", index)
     expected = []
     for module in ("x", "y"):
-        w, w_hat, w_true = (a.scale(module) * (a.factors[module][0] @ a.factors[module][1]).double() for a in (last, jumped, future))
-        expected.append(torch.nn.functional.cosine_similarity((w_hat - w).flatten(), (w_true - w).flatten(), 0).item())
+        w, w_hat, w_true = (
+            a.scale(module) * (a.factors[module][0] @ a.factors[module][1]).double()
+            for a in (last, jumped, future)
+        )
+        expected.append(
+            torch.nn.functional.cosine_similarity(
+                (w_hat - w).flatten(), (w_true - w).flatten(), 0
+            ).item()
+        )
     (tmp_path / "eval").mkdir()
     found = runs.Runs(tmp_path).jump_cosines()["extrapolated/next-aligned_alpha1.5"]
     assert found.mean == pytest.approx(sum(expected) / 2, abs=1e-6)
@@ -352,18 +478,46 @@ def test_the_cosine_of_a_jump_is_that_of_the_dense_matrices(tmp_path):
 def test_a_small_grid_is_interrupted_goes_on_and_writes_its_tables(tmp_path):
     preset = tmp_path / "small.yaml"
     sections = {"extrapolate": {"methods": ["weighted", "repeat-last", "none"]}}
-    sections["reproduce"] = {"grid_without_launcher": True, "continue_from": ["weighted_alpha1.5"], "jobs": 2}
+    sections["reproduce"] = {
+        "grid_without_launcher": True,
+        "continue_from": ["weighted_alpha1.5"],
+        "jobs": 2,
+    }
     preset.write_text(yaml.safe_dump({"base": TINY, **sections}))
-    command = [sys.executable, "-m", "common.reproduce", "--preset", str(preset), "--grid", "main", "--seeds", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "common.reproduce",
+        "--preset",
+        str(preset),
+        "--grid",
+        "main",
+        "--seeds",
+        "0",
+    ]
     command += ["--run-dir", str(tmp_path / "grid")]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    first = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
     for line in first.stdout:
         if "02_extract_deltas.py" in line:
             first.send_signal(signal.SIGINT)
             break
     first.communicate()
     assert first.returncode == 130
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    again = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert again.returncode == 0, again.stdout + again.stderr
     assert "done already" in again.stdout
     page = (tmp_path / "grid" / "tables.md").read_text()

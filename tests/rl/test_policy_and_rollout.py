@@ -16,7 +16,9 @@ PROMPTS = ["<|user|>123+489<|assistant|>", "<|user|>7+12<|assistant|>", "<|user|
 def plain_logprobs(model, prompt, completion, temperature):
     """One sequence, no padding, no cache: log_softmax of the ordinary forward pass."""
     logits = model(input_ids=torch.tensor([prompt + completion])).logits[0].float() / temperature
-    return logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(completion)[:, None])[:, 0]
+    return logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(
+        1, torch.tensor(completion)[:, None]
+    )[:, 0]
 
 
 def encode(tokenizer, texts):
@@ -27,9 +29,19 @@ def encode(tokenizer, texts):
 def test_token_logprobs_equal_a_plain_forward_pass(lora_policy, temperature, monkeypatch):
     model, tokenizer = lora_policy
     monkeypatch.setattr(policy, "HEAD_CHUNK", 5)  # so that chunks cut through sequences
-    prompts, completions = encode(tokenizer, PROMPTS), encode(tokenizer, ["3+9+0=12<|end|>", "\\boxed{19}<|end|>", "8"])
-    logprobs, entropy = policy.token_logprobs(model, prompts, completions, temperature, with_entropy=True)
-    expected = torch.cat([plain_logprobs(model, p, c, temperature) for p, c in zip(prompts, completions, strict=True)])
+    prompts, completions = (
+        encode(tokenizer, PROMPTS),
+        encode(tokenizer, ["3+9+0=12<|end|>", "\\boxed{19}<|end|>", "8"]),
+    )
+    logprobs, entropy = policy.token_logprobs(
+        model, prompts, completions, temperature, with_entropy=True
+    )
+    expected = torch.cat(
+        [
+            plain_logprobs(model, p, c, temperature)
+            for p, c in zip(prompts, completions, strict=True)
+        ]
+    )
     torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
     assert len(entropy) == sum(map(len, completions))
     assert entropy.min() > 0
@@ -38,11 +50,16 @@ def test_token_logprobs_equal_a_plain_forward_pass(lora_policy, temperature, mon
 def test_gradients_equal_a_plain_forward_pass(lora_policy, monkeypatch):
     model, tokenizer = lora_policy
     monkeypatch.setattr(policy, "HEAD_CHUNK", 5)
-    prompts, completions = encode(tokenizer, PROMPTS[:2]), encode(tokenizer, ["3+9+0=12<|end|>", "\\boxed{19}<|end|>"])
+    prompts, completions = (
+        encode(tokenizer, PROMPTS[:2]),
+        encode(tokenizer, ["3+9+0=12<|end|>", "\\boxed{19}<|end|>"]),
+    )
     gradients = []
     for values in (
         lambda: policy.token_logprobs(model, prompts, completions, 1.0)[0],
-        lambda: torch.cat([plain_logprobs(model, p, c, 1.0) for p, c in zip(prompts, completions, strict=True)]),
+        lambda: torch.cat(
+            [plain_logprobs(model, p, c, 1.0) for p, c in zip(prompts, completions, strict=True)]
+        ),
     ):
         model.zero_grad()
         values().sum().backward()
@@ -53,9 +70,14 @@ def test_gradients_equal_a_plain_forward_pass(lora_policy, monkeypatch):
 
 def test_gradient_checkpointing_runs_layers_twice_and_changes_nothing(lora_policy):
     model, tokenizer = lora_policy
-    prompts, completions = encode(tokenizer, PROMPTS[:2]), encode(tokenizer, ["3+9+0=12<|end|>", "\\boxed{19}<|end|>"])
+    prompts, completions = (
+        encode(tokenizer, PROMPTS[:2]),
+        encode(tokenizer, ["3+9+0=12<|end|>", "\\boxed{19}<|end|>"]),
+    )
     runs, gradients = [], []
-    model.get_base_model().get_decoder().layers[1].register_forward_pre_hook(lambda *_: runs.append(1))
+    model.get_base_model().get_decoder().layers[1].register_forward_pre_hook(
+        lambda *_: runs.append(1)
+    )
     for _ in range(2):
         model.zero_grad()
         policy.token_logprobs(model, prompts, completions, 1.0)[0].sum().backward()
@@ -76,14 +98,18 @@ def test_the_end_token_gets_a_gradient(lora_policy):
 
 
 def sample(model, tokenizer, texts, seeds, **kwargs):
-    return rollout.HFEngine(model, tokenizer, **kwargs).generate(encode(tokenizer, texts), seeds, max_new_tokens=40, temperature=0.9)
+    return rollout.HFEngine(model, tokenizer, **kwargs).generate(
+        encode(tokenizer, texts), seeds, max_new_tokens=40, temperature=0.9
+    )
 
 
 def test_sampled_logprobs_equal_the_trainers(lora_policy):
     model, tokenizer = lora_policy
     texts = PROMPTS[:2] * 8
     rollouts = sample(model, tokenizer, texts, list(range(16)))
-    trainer, _ = policy.token_logprobs(model, encode(tokenizer, texts), [r.tokens for r in rollouts], 0.9)
+    trainer, _ = policy.token_logprobs(
+        model, encode(tokenizer, texts), [r.tokens for r in rollouts], 0.9
+    )
     engine = torch.tensor([x for r in rollouts for x in r.logprobs])
     assert (trainer - engine).abs().max() < 2e-5
     assert (trainer - engine).abs().mean() < 2e-6
@@ -96,7 +122,11 @@ def test_what_is_sampled_does_not_depend_on_the_batch(lora_policy):
     together = sample(model, tokenizer, texts, seeds)
     in_parts = sample(model, tokenizer, texts, seeds, batch_size=2)
     backwards = sample(model, tokenizer, texts[::-1], seeds[::-1])[::-1]
-    assert [r.tokens for r in together] == [r.tokens for r in in_parts] == [r.tokens for r in backwards]
+    assert (
+        [r.tokens for r in together]
+        == [r.tokens for r in in_parts]
+        == [r.tokens for r in backwards]
+    )
     assert together[0].tokens != together[3].tokens  # same prompt, another seed
 
 
@@ -112,7 +142,12 @@ def test_responses_end_with_the_end_token_or_at_the_limit(lora_policy):
 def test_sampling_follows_the_models_probabilities(lora_policy):
     model, tokenizer = lora_policy
     prompt, draws = encode(tokenizer, PROMPTS[:1])[0], 4000
-    first = [r.tokens[0] for r in rollout.HFEngine(model, tokenizer, 1000).generate([prompt] * draws, list(range(draws)), max_new_tokens=1)]
+    first = [
+        r.tokens[0]
+        for r in rollout.HFEngine(model, tokenizer, 1000).generate(
+            [prompt] * draws, list(range(draws)), max_new_tokens=1
+        )
+    ]
     expected = model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1)
     seen = torch.bincount(torch.tensor(first), minlength=len(expected)) / draws
     assert ((seen - expected).abs() < 5 * (expected * (1 - expected) / draws).sqrt() + 1e-3).all()
@@ -123,7 +158,9 @@ def test_top_p_keeps_to_the_nucleus(lora_policy):
     prompt = encode(tokenizer, PROMPTS[:1])[0]
     order = model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1).sort(descending=True)
     nucleus = set(order.indices[: int((order.values.cumsum(0) < 0.5).sum()) + 1].tolist())
-    rollouts = rollout.HFEngine(model, tokenizer).generate([prompt] * 200, list(range(200)), max_new_tokens=1, top_p=0.5)
+    rollouts = rollout.HFEngine(model, tokenizer).generate(
+        [prompt] * 200, list(range(200)), max_new_tokens=1, top_p=0.5
+    )
     assert {r.tokens[0] for r in rollouts} <= nucleus
 
 
@@ -134,7 +171,9 @@ def test_sampling_defaults_in_the_backbones_folder_are_ignored(tmp_path, backbon
     want = [r.tokens for r in sample(model, tokenizer, PROMPTS[:1] * 8, list(range(8)))]
     config = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(
-        json.dumps({**config, "repetition_penalty": 1.5, "top_k": 1, "do_sample": True, "temperature": 0.1})
+        json.dumps(
+            {**config, "repetition_penalty": 1.5, "top_k": 1, "do_sample": True, "temperature": 0.1}
+        )
     )
     model, tokenizer = policy.load_backbone(str(folder))
     assert model.generation_config.repetition_penalty == 1.5
@@ -145,18 +184,30 @@ def test_a_saved_adapter_loads_equal_and_is_stored_in_fp32(lora_policy, tmp_path
     model, tokenizer = lora_policy
     ids = torch.tensor(encode(tokenizer, PROMPTS[:1]))
     save_lora(
-        model, tmp_path / "step_0001", {"step": 1, "backbone": "x", "backbone_fingerprint": policy.fingerprint(model.get_base_model())}
+        model,
+        tmp_path / "step_0001",
+        {
+            "step": 1,
+            "backbone": "x",
+            "backbone_fingerprint": policy.fingerprint(model.get_base_model()),
+        },
     )
     backbone, _ = policy.load_backbone(str(backbone_dir))
     model.save_pretrained(tmp_path / "plain")
     again = policy.load_lora(backbone, tmp_path / "plain")
-    torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=0)
+    torch.testing.assert_close(
+        again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=0
+    )
     assert {p.dtype for p in again.parameters() if p.requires_grad} == {torch.float32}
 
 
 def test_an_adapter_of_another_backbone_is_refused(lora_policy, tmp_path, backbone_dir):
     model, _ = lora_policy
-    save_lora(model, tmp_path / "step_0001", {"step": 1, "backbone": "x", "backbone_fingerprint": "another"})
+    save_lora(
+        model,
+        tmp_path / "step_0001",
+        {"step": 1, "backbone": "x", "backbone_fingerprint": "another"},
+    )
     backbone, _ = policy.load_backbone(str(backbone_dir))
     with pytest.raises(UserError, match="another backbone"):
         policy.load_lora(backbone, tmp_path / "step_0001")
