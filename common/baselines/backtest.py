@@ -17,9 +17,8 @@ from common.rank1 import LowRank, rank1, top
 def controls(trajectory) -> dict[str, dict[str, LowRank]]:
     """What the next target would be without a network: name -> module -> matrix. Signs aligned.
 
-    copy-global is the global delta's direction with its mean growth over k checkpoints, linear-fit
-    k times the slope of the line through sigma u of the global deltas. The others are those of
-    stage 4.
+    copy-global: the last global delta, at its mean growth over k checkpoints. linear-fit: k times
+    the slope of the line through sigma u of the global deltas. The others are stage 4's.
     """
     trajectory, k = trajectory.aligned(), trajectory.k
     c, fitted = len(trajectory.steps), weighted.fit(trajectory)
@@ -53,8 +52,7 @@ def score(predicted: dict[str, LowRank], true: dict) -> dict[str, float]:
 
 
 def backtest(trajectory, series, holdout: int, predict: Callable) -> dict:
-    """Stands at checkpoint c - holdout, predicts k checkpoints ahead, and scores what was
-    predicted.
+    """Stands at checkpoint c - holdout and scores what is predicted k checkpoints ahead.
 
     predict: trajectory as known then -> (module -> {"u", "sigma", "v"}, ...); it trains anew.
     series has the true weights.

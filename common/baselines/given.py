@@ -45,53 +45,39 @@ def future(known: Known):
     done = read_json(known.run / "deltas" / "done.json", deltas.STAGE, kinds)
     found = series.find_checkpoints(done["config"]["checkpoints"], str(known.run))
     if ahead not in found:
-        raise UserError(
-            f"oracle needs the checkpoint of step {ahead}: train on (01_train_lora_grpo.py with a "
-            "larger --steps)"
-        )
+        raise UserError(f"oracle needs the checkpoint of step {ahead}: train on with more --steps")
     return lambda: known.series.read(found[ahead]), sorted(found[ahead].glob("*.safetensors"))
 
 
-def results(known: Known, policy: str) -> list[pathlib.Path]:
-    """What stage 6 wrote to <run>/validation about `policy`, a file a task."""
-    folder = known.run / "validation"
-    if pathlib.Path(policy).is_absolute():
-        raise UserError(f"{policy} needs a measured accuracy, so it must be inside {known.run}")
-    found = sorted((folder / policy.replace("/", "__")).glob("*.json"))
-    if not found:
-        pattern = str(pathlib.PurePath(policy).with_name("*"))
-        line = shlex.join(["python", "06_eval.py", *_measuring(known.cfg, pattern)])
-        raise UserError(f"{policy} has no measured accuracy in {folder}: run {line}")
-    return found
-
-
-def _measuring(cfg, policies: str) -> list[str]:
+def measuring(cfg, policies: str) -> list[str]:
     """Stage 6's flags for measuring policies on validation problems."""
     flags = ["--config", cfg.config] if cfg.config else []
     flags += ["--run-dir", cfg.run_dir, "--policies", policies]
     return [*flags, "--test-data", *cfg.validation_data, "--output", "validation"]
 
 
+def results(known: Known, policy: str) -> tuple[list[dict], list[pathlib.Path]]:
+    """What stage 6 wrote to <run>/validation about `policy`: a row and a file a task."""
+    folder = known.run / "validation"
+    files = sorted((folder / policy.replace("/", "__")).glob("*.json"))
+    if not files:
+        pattern = str(pathlib.PurePath(policy).with_name("*"))
+        line = shlex.join(["python", "06_eval.py", *measuring(known.cfg, pattern)])
+        raise UserError(f"{policy} has no measured accuracy in {folder}: run {line}")
+    return [read_json(file, "06_eval.py", MEASURED) for file in files], files
+
+
 def measured(known: Known) -> tuple[dict[str, list[dict]], list[pathlib.Path]]:
     """policy -> its results, a row a task, for every checkpoint. All must be measured alike."""
-    rows, files = {}, []
+    rows, files, ways = {}, [], []
     for path in known.series.paths.values():
         policy = within(path, known.run)
-        found = results(known, policy)
-        rows[policy] = [read_json(file, "06_eval.py", MEASURED) for file in found]
-        files += found
-    first = next(iter(rows))
-    for policy, made in rows.items():
-        if [_how(row) for row in made] != [_how(row) for row in rows[first]]:
-            raise UserError(
-                f"{known.run}/validation: {policy} was measured otherwise than {first} (problems "
-                "or options): measure all alike"
-            )
+        rows[policy], read = results(known, policy)
+        files += read
+        ways.append([(row["data"], row["settings"]) for row in rows[policy]])
+        if ways[-1] != ways[0]:
+            raise UserError(f"validation: {policy} was measured otherwise: measure all alike")
     return rows, files
-
-
-def _how(row: dict) -> tuple:
-    return row["data"], row["settings"]
 
 
 def mean(rows: list[dict]) -> float:
@@ -140,13 +126,12 @@ def measure_mean(known: Known, members: list[int], name: str, settings: dict) ->
         return sum(W[i] for i in members) / len(members)
 
     jumps.save(known.series, new, (folder, folder), info, known.cfg)
-    flags = []  # as the checkpoints were measured; of a flag that stands twice the last counts
-    for key, value in settings.items():
-        flags += [f"--{key.replace('_', '-')}", str(value)]
-    flags += _measuring(known.cfg, name)
+    # As the checkpoints were measured. Of a flag that stands twice the last counts.
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
+    flags += measuring(known.cfg, name)
     if info.get("backbone"):
         flags += ["--backbone", info["backbone"]]
     if subprocess.run([sys.executable, "06_eval.py", *flags]).returncode:
         raise UserError(f"stage 6 failed on {folder}; its message is above")
     write.remove(folder)
-    return mean([read_json(path, "06_eval.py", MEASURED) for path in results(known, name)])
+    return mean(results(known, name)[0])

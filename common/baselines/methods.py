@@ -33,11 +33,6 @@ class Matrix:
     given: object = None  # what the method's `prepare` found
 
 
-# --------------------------------------------------------------------------------------------------
-# W_c plus rank 1
-# --------------------------------------------------------------------------------------------------
-
-
 def repeat_last(m: Matrix, alpha: float) -> LowRank:
     """Control: the last target that is known, rank 1 of W_c - W_(c-k)."""
     return m.last + alpha * m.deltas["target"][-1]
@@ -51,14 +46,12 @@ def recent(deltas: dict, k: int) -> LowRank:
 
 
 def recent_locals(m: Matrix, alpha: float) -> LowRank:
-    """Control: what moved in the last two checkpoints. Nothing is learned, but the deltas are newer
-    than the last target."""
+    """Control: what moved in the last two checkpoints, which is newer than the last target."""
     return m.last + alpha * recent(m.deltas, m.k)
 
 
 def weighted_sum(m: Matrix, alpha: float) -> LowRank:
-    """Ours, without a network: rank 1 of three weighted sums of deltas
-    (common/baselines/weighted.py)."""
+    """Ours, without a network: rank 1 of a weighted sum of deltas, see weighted.py."""
     return m.last + alpha * weighted.predict(m.deltas, m.steps, m.k, m.given)
 
 
@@ -73,11 +66,6 @@ def none(m: Matrix, alpha: float) -> LowRank:
     return m.last
 
 
-# --------------------------------------------------------------------------------------------------
-# A straight line through the backbone and the last checkpoint
-# --------------------------------------------------------------------------------------------------
-
-
 def rl_extra(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
     """RL-Extra (Wang et al. 2026, arXiv 2601.04537): W_0 + a (W_c - W_0), a = (c + alpha k) / c."""
     c = len(m.steps)
@@ -90,14 +78,8 @@ def expo(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
     return m.W[0] + (1 + alpha) * (m.W[-1] - m.W[0])
 
 
-# --------------------------------------------------------------------------------------------------
-# W_0 plus rank 1: AlphaRL
-# --------------------------------------------------------------------------------------------------
-
-
 def line_at(y: torch.Tensor, at: float) -> torch.Tensor:
-    """The least-squares line through y [c, ...] at t = 1 .. c, continued to t = `at`: [...],
-    float64."""
+    """The least-squares line through y [c, ...] at t = 1 .. c, at t = `at`: [...], float64."""
     t = torch.arange(1, len(y) + 1, dtype=torch.float64)
     slope = torch.tensordot(t - t.mean(), y.double(), 1) / (t - t.mean()).square().sum()
     return y.double().mean(0) + slope * (at - t.mean())
@@ -135,9 +117,8 @@ def alpharl_pls(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
 def pls_inverse(x: torch.Tensor, y: torch.Tensor, target: float | torch.Tensor) -> torch.Tensor:
     """The x [m] that goes with y = target, by PLS with one component: x [c, m], y [c].
 
-    As scikit-learn's PLSRegression(1), which AlphaRL uses: columns standardised, scores z = X w
-    with w = X^T y / |X^T y|, y = slope z + mean(y) by least squares, and back by the loadings X^T z
-    / z^T z.
+    As scikit-learn's PLSRegression(1), which AlphaRL uses: columns standardised, scores z = X w,
+    w = X^T y / |X^T y|, y = slope z + mean(y) by least squares, back by the loadings X^T z / z^T z.
     """
     x, rise, level = x.double(), y.double() - y.double().mean(), y.double().mean()
     mean, std = x.mean(0), x.std(0)
@@ -151,16 +132,10 @@ def pls_inverse(x: torch.Tensor, y: torch.Tensor, target: float | torch.Tensor) 
     return mean + std * loadings * (target - level) / slope
 
 
-# --------------------------------------------------------------------------------------------------
-# Sums of checkpoints
-# --------------------------------------------------------------------------------------------------
-
-
 def over_time(W: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rank 1 over time of W_t - W_0, close to y_t V with V = sum_t d_t (W_t - W_0): d [c], y
-    [c].
+    """d [c] and y [c] of the rank 1 over time: W_t - W_0 ~ y_t V, V = sum_t d_t (W_t - W_0).
 
-    y and d follow from the c x c matrix of inner products <W_s - W_0, W_t - W_0>.
+    They follow from the c x c matrix of inner products <W_s - W_0, W_t - W_0>.
     """
     moved = [w - W[0] for w in W[1:]]
     gram = torch.tensor([[inner(a, b) for b in moved] for a in moved], dtype=torch.float64)
@@ -170,11 +145,9 @@ def over_time(W: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def relex(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
-    """RELEX (Wei et al. 2026, arXiv 2605.21468): W_0 + y* V, y* the line through y_t at c + alpha
-    k.
+    """RELEX (Wei et al. 2026, arXiv 2605.21468): W_0 + y* V, y* the line of y_t at c + alpha k.
 
-    V is one direction over time and has all ranks. Their series is every RL step, ours every
-    checkpoint.
+    V is one direction over time and has all ranks. Their series is every RL step.
     """
     d, y = over_time(m.W)
     weights = d * line_at(y, len(m.steps) + alpha * m.k)
@@ -195,11 +168,8 @@ def greedy_soup(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
 
 
 def dare(m: Matrix, alpha: float) -> torch.Tensor:
-    """DARE (Yu et al. 2024, arXiv 2311.03099): entries of W_c - W_0 are dropped, the others scaled
-    up.
-
-    What is left has all ranks. The mask depends on the module's name alone.
-    """
+    """DARE (Yu et al. 2024, arXiv 2311.03099): of W_c - W_0 entries are dropped, the others scaled
+    up. What is left has all ranks. The mask depends on the module's name alone."""
     delta = m.W[-1] - m.W[0]
     delta = delta.dense().float() if isinstance(delta, LowRank) else delta
     seed = int(hashlib.sha256(m.name.encode()).hexdigest()[:15], 16)

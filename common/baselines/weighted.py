@@ -15,8 +15,7 @@ PRIOR = (0.5, 0.5, 0.0)
 
 
 def terms(steps: list[int]) -> torch.Tensor:
-    """[c, 3, 2 c]: at each checkpoint i, three deltas as sums over the locals L, then the globals
-    G:
+    """[c, 3, 2 c]: at checkpoint i, three deltas as sums over the locals L, then the globals G:
 
         L_i,    the mean of the last WINDOW locals (of all there are before that),    G_i / i
 
