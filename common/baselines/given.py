@@ -76,7 +76,7 @@ def measured(known: Known) -> tuple[dict[str, list[dict]], list[pathlib.Path]]:
         files += read
         ways.append([(row["data"], row["settings"]) for row in rows[policy]])
         if ways[-1] != ways[0]:
-            raise UserError(f"validation: {policy} was measured otherwise: measure all alike")
+            raise UserError(f"validation: {policy} was measured otherwise (problems or options)")
     return rows, files
 
 

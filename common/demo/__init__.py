@@ -20,6 +20,7 @@ import random
 from collections.abc import Iterable
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
@@ -99,13 +100,10 @@ def pretraining_batch(rng: random.Random, tokenizer, held_out: set[Pair]) -> lis
     groups = []
     for rows in filter(None, texts.values()):
         prompts, answers = (tokenizer(list(part))["input_ids"] for part in zip(*rows, strict=True))
-        width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        labels = torch.full_like(ids, -100)
-        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            end = len(prompt) + len(answer)
-            ids[i, :end] = torch.tensor(prompt + answer)
-            labels[i, len(prompt) : end] = torch.tensor(answer)
+        pairs = list(zip(prompts, answers, strict=True))
+        ids = pad_sequence([torch.tensor(p + a) for p, a in pairs], batch_first=True)
+        labels = [torch.tensor([-100] * len(p) + a) for p, a in pairs]
+        labels = pad_sequence(labels, batch_first=True, padding_value=-100)
         groups.append((ids, labels))  # causal attention never sees the padding: no mask
     return groups
 
