@@ -144,7 +144,7 @@ def pretrain(out: pathlib.Path, steps: int = STEPS) -> list[float]:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    with atomic_dir(out, overwrite=True) as folder:
+    with atomic_dir(out) as folder:
         save_pretrained(folder, model, tokenizer)
         text = json.dumps([round(loss, 6) for loss in losses])
         write_text(folder / "pretraining_loss.json", text)
