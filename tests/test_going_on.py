@@ -114,7 +114,7 @@ def test_a_stage_that_was_to_overwrite_is_gone_on_with_without(run, stage, monke
         code, line = stage("01_train_lora_grpo.py", "--overwrite")
     assert (code, line) == (
         143,
-        "stopped: type the same command without --overwrite to go on from the last complete step",
+        "stopped: type the same command without --overwrite to go on",
     )
     assert sorted(path.name for path in resume.states(run / "train"))[-1] == "step_0002"
     assert stage("01_train_lora_grpo.py")[0] == 0

@@ -62,25 +62,18 @@ def module_scale(config: dict, module: str) -> float:
 
 
 def with_ranks(config: dict, ranks: dict[str, int]) -> dict:
-    """`config` with new ranks by module, at the scales it has.
-
-    r and lora_alpha are those of most modules. Patterns name the other modules.
-    """
+    """`config` with new ranks by module, at the scales it has. Patterns name the rarer ones."""
     divisor = math.sqrt if config.get("use_rslora") else float
     alphas = {m: module_scale(config, m) * divisor(rank) for m, rank in ranks.items()}
     r = statistics.mode(ranks.values())
     alpha = statistics.mode(alphas[module] for module in ranks if ranks[module] == r)
-    patterns = {
-        "rank_pattern": {m: rank for m, rank in ranks.items() if rank != r},
-        "alpha_pattern": {m: x for m, x in alphas.items() if not math.isclose(x, alpha)},
-    }
+    # PEFT compares the end of a name only, unless the pattern begins with ^.
+    other_ranks = {f"^{re.escape(m)}": rank for m, rank in ranks.items() if rank != r}
+    others = {f"^{re.escape(m)}": x for m, x in alphas.items() if not math.isclose(x, alpha)}
+    patterns = {"rank_pattern": other_ranks, "alpha_pattern": others}
     # The file's tensors replace any initialisation, and some kinds of it do not work at every rank.
     new = {**config, "r": r, "lora_alpha": alpha, "init_lora_weights": True}
-    for key, found in patterns.items():
-        if found or config.get(key):
-            # PEFT compares the end of a name only, unless the pattern begins with ^.
-            new[key] = {f"^{re.escape(m)}": value for m, value in found.items()}
-    return new
+    return new | {key: found for key, found in patterns.items() if found or config.get(key)}
 
 
 @dataclasses.dataclass
@@ -180,10 +173,7 @@ def read_adapter(folder: pathlib.Path) -> Adapter:
 
 
 def write_adapter(folder: pathlib.Path, adapter: Adapter, info: dict) -> None:
-    """Writes `adapter` to `folder` as PEFT does, with `info` in checkpoint.json.
-
-    Raises UserError where it is not finite.
-    """
+    """Writes a finite `adapter` to `folder` as PEFT does, with `info` in checkpoint.json."""
     tensors = dict(adapter.others)
     for module, (b, a) in adapter.factors.items():
         if not (b.isfinite().all() and a.isfinite().all()):

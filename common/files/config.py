@@ -47,16 +47,11 @@ class StageConfig:
         return value.replace("{run_dir}", self.run_dir)
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """The stage's docstring as it stands, then a line an option: name, help, default."""
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The stage's docstring as it stands, then a line an option. A preset changes the defaults."""
 
     def __init__(self, prog):
         super().__init__(prog, max_help_position=34, width=160)
-
-    def _get_help_string(self, action):
-        # By now a preset's value is the default, so --config X --help shows the values of X.
-        no_default = action.default in (None, argparse.SUPPRESS)
-        return action.help if no_default else f"{action.help} [%(default)s]"
 
 
 class _Parser(HfArgumentParser):

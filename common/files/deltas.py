@@ -5,11 +5,10 @@ import hashlib
 import json
 import pathlib
 
-import safetensors.torch
 import torch
 
 from common import UserError
-from common.files.read import check_intact, open_tensors, read_json, reading, safe_name
+from common.files.read import check_intact, open_tensors, read_json, safe_name
 from common.rank1 import ROLES, LowRank, rank1
 
 STAGE = "02_extract_deltas.py"
@@ -92,17 +91,16 @@ class Trajectory:
 
 
 def load_trajectory(folder: pathlib.Path) -> Trajectory:
-    """The deltas in `folder`, with the signs that they were stored with.
-
-    Raises UserError where they are not what stage 2 wrote.
-    """
+    """The deltas in `folder`, with their stored signs. Raises UserError where they are spoilt."""
     index, deltas = read_index(folder), {}
     check_intact(folder)
     for module in index["modules"]:
-        with reading(path := folder / f"{module}.safetensors", AGAIN):
-            found = safetensors.torch.load_file(path)
-            parts = {role: [found[f"{role}.{x}"] for x in ("u", "sigma", "v")] for role in ROLES}
-        deltas[module] = {role: Triples(*tensors) for role, tensors in parts.items()}
+        with open_tensors(folder / f"{module}.safetensors", AGAIN) as file:
+            get = file.get_tensor
+            deltas[module] = {
+                role: Triples(*(get(f"{role}.{part}") for part in ("u", "sigma", "v")))
+                for role in ROLES
+            }
     return Trajectory(index["steps"], index["k"], deltas)
 
 
@@ -124,8 +122,7 @@ def load_spectra(folder: pathlib.Path) -> dict[str, torch.Tensor]:
 
 def read_index(folder: pathlib.Path) -> dict:
     """index.json of the deltas in `folder`: steps, checkpoints (step -> path), k, modules."""
-    kinds = {"steps": list[int], "checkpoints": dict[str, str], "k": int, "modules": list[str]}
-    return read_json(folder / "index.json", STAGE, kinds)
+    return read_json(folder / "index.json", STAGE)
 
 
 def checkpoint_paths(run: pathlib.Path) -> dict[int, pathlib.Path]:
@@ -149,8 +146,8 @@ def check_predicted(run: pathlib.Path, recipe: str) -> pathlib.Path:
 def load_predicted(run: pathlib.Path, recipe: str) -> dict[str, dict[str, torch.Tensor]]:
     """module -> {"u": [m], "sigma": [], "v": [n]}: the predicted next target (Eq. 8, 11)."""
     path, found = check_predicted(run, recipe), {}
-    with reading(path, "run 03_train_predictor.py --overwrite"):
-        for name, tensor in safetensors.torch.load_file(path).items():
+    with open_tensors(path, "run 03_train_predictor.py --overwrite") as file:
+        for name in file.keys():  # noqa: SIM118  (a safe_open is no dict)
             module, side = name.rsplit(".", 1)
-            found.setdefault(module, {})[side] = tensor
+            found.setdefault(module, {})[side] = file.get_tensor(name)
     return found

@@ -36,8 +36,8 @@ def matches(value: object, kind: object) -> bool:
     if origin is list:
         return isinstance(value, list) and all(matches(item, parts[0]) for item in value)
     if origin is dict:
-        fits = (matches(key, parts[0]) and matches(value[key], parts[1]) for key in value or ())
-        return isinstance(value, dict) and all(fits)
+        pairs = value.items() if isinstance(value, dict) else [(None, None)]
+        return all(matches(key, parts[0]) and matches(item, parts[1]) for key, item in pairs)
     return kind is object or type(value) is kind or (kind is float and type(value) is int)
 
 
@@ -82,19 +82,13 @@ def read_jsonl(path: pathlib.Path, wanted: dict | None = None) -> list[dict]:
 
 
 @contextlib.contextmanager
-def reading(path: pathlib.Path, advice: str):
-    """Turns what safetensors raises on a broken `path` into one line that ends in `advice`."""
-    try:
-        yield
-    except (safetensors.SafetensorError, OSError, LookupError) as error:
-        raise UserError(f"{path} is broken ({error}): {advice}") from error
-
-
-@contextlib.contextmanager
 def open_tensors(path: pathlib.Path, advice: str):
-    """An open safetensors file. `advice`: see `reading`."""
-    with reading(path, advice), safetensors.safe_open(path, "pt") as file:
-        yield file
+    """An open safetensors file. Where it is broken, one line says so and ends in `advice`."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            yield file
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} is broken ({error}): {advice}") from error
 
 
 def sha256(path: pathlib.Path) -> str:

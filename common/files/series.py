@@ -177,8 +177,7 @@ def hashed(files: dict[str, pathlib.Path]) -> dict[str, str]:
 def open_series(paths: dict[int, pathlib.Path], backbone: str, run_dir: str) -> Series:
     """The checkpoints in `paths`, step -> folder in order. Reads headers and hashes, no tensor.
 
-    backbone: of whole models, folder or hub id; without it the one that they name. {run_dir} in it
-    stands for `run_dir`.
+    backbone: of whole models, folder or hub id; without it the one that they name.
     """
     if gone := [path for path in paths.values() if not path.is_dir()]:
         raise UserError(f"{gone[0]} is missing: put it back")

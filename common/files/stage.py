@@ -49,10 +49,7 @@ def is_writer() -> bool:
 
 
 class Stage:
-    """The folder that a stage writes.
-
-    With several processes, all create it inside `accelerator.main_process_first()`.
-    """
+    """The folder that a stage writes. Processes open it in `accelerator.main_process_first()`."""
 
     def __init__(
         self,
@@ -134,10 +131,7 @@ class Stage:
 
 
 class StepLog:
-    """A JSONL file with a row a step. Rows after `keep_to`, before an interruption, are dropped.
-
-    Only the first process writes.
-    """
+    """A JSONL file with a row a step, by the first process. Rows after `keep_to` are dropped."""
 
     def __init__(self, path: pathlib.Path, keep_to: int):
         self.path = path
