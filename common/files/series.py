@@ -76,7 +76,6 @@ class AdapterSeries(Series):
             named = info.get("backbone_fingerprint") or header.config.get("base_model_name_or_path")
             facts = {
                 "backbone": named,
-                "modules": set(header.shapes),
                 "shapes": header.shapes,
                 "scales": {m: adapters.module_scale(header.config, m) for m in header.shapes},
                 "others": header.others,

@@ -68,8 +68,9 @@ class Stage:
         """
         self.folder, self.began = folder, time.perf_counter()
         self.record = {"config": configs.as_dict(cfg), "inputs": inputs}
-        if cfg.overwrite and is_writer():
+        if is_writer():
             write.claim(folder)
+        if is_writer() and cfg.overwrite:
             write.remove(folder)
         if (folder / "config.json").exists():
             before = read_json(folder / "config.json", AGAIN)
@@ -79,15 +80,12 @@ class Stage:
             raise UserError(f"{folder} has files but no config.json: move it away")
         self.done = self._is_done(grows)
         if is_writer() and not self.done:
-            write.claim(folder)
             write.write_json(folder / "config.json", {**self.record, "versions": versions()})
 
     def _is_done(self, grows: str) -> bool:
         if not (self.folder / "done.json").exists():
             return False
         done = read_json(self.folder / "done.json", AGAIN)["config"]
-        if is_writer():
-            write.claim(self.folder)  # clears what a kill has left
         if not write.is_complete(self.folder):
             if is_writer():
                 print(f"{self.folder} has lost files: it is made again", file=sys.stderr)

@@ -62,7 +62,7 @@ def flush(path: pathlib.Path) -> None:
 
 
 def _delete(path: pathlib.Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     elif path.exists():  # on a read-only disk, unlink is an error even if there is nothing
         path.unlink()
