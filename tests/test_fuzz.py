@@ -343,9 +343,6 @@ def read_index(place: Place, content: bytes):
     safetensors.torch.save_file(DELTAS, place.run / "deltas" / "q.safetensors")
     deltas.load_trajectory(place.run / "deltas").aligned()
     deltas.load_spectra(place.run / "deltas")
-    for path in deltas.checkpoint_paths(place.run).values():
-        assert path.is_absolute()
-        assert ".." not in path.parts or not path.is_relative_to(place.run)
 
 
 def read_deltas(place: Place, content: bytes):

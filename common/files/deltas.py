@@ -125,20 +125,12 @@ def read_index(folder: pathlib.Path) -> dict:
     return read_json(folder / "index.json", STAGE)
 
 
-def checkpoint_paths(run: pathlib.Path) -> dict[int, pathlib.Path]:
-    """Step -> checkpoint that the deltas of `run` were made from. Those elsewhere are absolute."""
-    found = read_index(run / "deltas")["checkpoints"]
-    return {int(step): run / path for step, path in found.items()}
-
-
 def check_predicted(run: pathlib.Path, recipe: str) -> pathlib.Path:
     """The file with what stage 3 predicted by `recipe` from the deltas that are there now."""
     folder = run / "predictor" / safe_name(recipe, "a recipe")
     done = read_json(folder / "done.json", "03_train_predictor.py", {"inputs": {"deltas": str}})
     if done["inputs"]["deltas"] != fingerprint(run / "deltas"):
-        raise UserError(
-            f"{folder} was trained on other deltas: run 03_train_predictor.py --overwrite"
-        )
+        raise UserError(f"{folder} was trained on other deltas: run stage 3 with --overwrite")
     check_intact(folder)
     return folder / "predicted.safetensors"
 

@@ -192,7 +192,8 @@ def open_series(paths: dict[int, pathlib.Path], backbone: str, run_dir: str) -> 
 def reopen(run: pathlib.Path) -> Series:
     """The checkpoints that the deltas of the run directory `run` were made from."""
     index = deltas.read_index(run / "deltas")
-    return open_series(deltas.checkpoint_paths(run), index["backbone"], str(run))
+    paths = {int(step): run / path for step, path in index["checkpoints"].items()}
+    return open_series(paths, index["backbone"], str(run))
 
 
 def warn(series: Series) -> None:
