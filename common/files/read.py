@@ -36,8 +36,9 @@ def matches(value: object, kind: object) -> bool:
     if origin is list:
         return isinstance(value, list) and all(matches(item, parts[0]) for item in value)
     if origin is dict:
-        pairs = value.items() if isinstance(value, dict) else [(None, None)]
-        return all(matches(key, parts[0]) and matches(item, parts[1]) for key, item in pairs)
+        return isinstance(value, dict) and all(
+            matches(key, parts[0]) and matches(item, parts[1]) for key, item in value.items()
+        )
     return kind is object or type(value) is kind or (kind is float and type(value) is int)
 
 
