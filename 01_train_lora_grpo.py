@@ -124,7 +124,7 @@ def train(run: Run, folder: pathlib.Path, first_step: int) -> None:
     cfg, processes = run.cfg, run.accelerator.num_processes
     put_back = functools.partial(policy.put_back, run.model, run.optimizer)
     begin = resume.go_on(folder, first_step, cfg.resume_every, run.stands_on, put_back)
-    log = StepLog(folder / "metrics.jsonl", keep_to=begin, begins=first_step + 1)
+    log = StepLog(folder / "metrics.jsonl", keep_to=begin)
     samples = StepLog(folder / "samples.jsonl", keep_to=begin)
     hidden = None if is_writer() else True  # None: shown on a terminal
     for step in tqdm(range(begin + 1, cfg.steps + 1), folder.name, unit="step", disable=hidden):

@@ -23,7 +23,7 @@ import torch
 from common import UserError
 from common.baselines.given import Known
 from common.baselines.methods import METHODS, Matrix, Method
-from common.files import adapters, config, deltas, jumps, merge, series, write
+from common.files import adapters, config, deltas, merge, series, write
 from common.files.config import option
 from common.files.read import sha256
 from common.files.stage import run_stage, within
@@ -75,7 +75,7 @@ def make(known: Known, method: Method, given: object, places: tuple, info: dict)
         m = Matrix(module, W, last.update(module), roles, trajectory.steps, trajectory.k, given)
         return method.jump(m, info["alpha"])
 
-    jumps.save(known.series, jumped, places, info, known.cfg)
+    merge.save_jump(known.series, jumped, places, info, known.cfg)
 
 
 def main() -> None:
@@ -93,7 +93,7 @@ def main() -> None:
             info = {**known.series.info(run), "step": step, "method": name, "alpha": alpha}
             info["inputs"] = inputs
             adapter, whole = run / "extrapolated" / label, run / "merged" / label
-            if jumps.is_made(adapter, whole, info, cfg):
+            if merge.is_made(adapter, whole, info, cfg):
                 kept += 1
             else:
                 make(known, method, get(), (adapter, whole), info)

@@ -33,7 +33,7 @@ import torture
 
 MERGED = "continued/next-aligned_alpha1.5_merged"
 DELTAS = "deltas/model.layers.0.mlp.up_proj.safetensors"
-WRITTEN = "is not as it was written, by a bad disk or by hand"
+WRITTEN = "is not as it was written"
 
 
 # Killed
@@ -171,7 +171,7 @@ def killed_at_rename(n: int, after: bool, work) -> int:
 
 
 def replace_folder(path: pathlib.Path) -> None:
-    with write.atomic_dir(path, overwrite=True) as folder:
+    with write.atomic_dir(path) as folder:
         (folder / "a").write_text("new")
         (folder / "b").write_text("new")
 
@@ -242,7 +242,7 @@ def test_what_a_kill_after_the_last_write_left_goes_too(
     shutil.copytree(finished_run, run := tmp_path / "run")
     before = contents_hash(run)
     place = (run / folder).parent
-    (place / f".{(run / folder).name}.lock").write_text("process 4711 on elsewhere\n")
+    (place / f".{(run / folder).name}.lock").write_text("")
     shutil.copytree(run / folder, place / f".{(run / folder).name}.old.tmp")
     assert call_stage(
         monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(run), *flags
@@ -260,8 +260,7 @@ def test_a_signal_ends_a_stage_with_a_hint_how_to_go_on(capsys, number, want):
         stage.run_stage(lambda: os.kill(os.getpid(), number))
     assert stop.value.code == want
     assert (
-        capsys.readouterr().err
-        == "\nstopped: type the same command to go on from the last complete step\n"
+        capsys.readouterr().err == "\nstopped: type the same command without --overwrite to go on\n"
     )
     assert signal.getsignal(number) == before
 
@@ -323,28 +322,8 @@ def held(folder: pathlib.Path):
     """Another process's lock on `folder`: to the kernel, a file opened a second time is as good as
     one."""
     with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
-        lock.write("process 4711 on elsewhere\n")
-        lock.flush()
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def test_the_end_of_another_process_is_one_line_and_any_other_error_is_itself(capsys):
-    def main(message):
-        raise RuntimeError(message)
-
-    with pytest.raises(SystemExit) as stop:
-        stage.run_stage(
-            lambda: main(
-                "[pair.cc:553] Connection closed by peer [127.0.0.1]:37593. This is typically"
-            )
-        )
-    assert stop.value.code == 1
-    assert capsys.readouterr().err.startswith(
-        "error: another process of this run has ended: type the same command"
-    )
-    with pytest.raises(RuntimeError, match="shape mismatch"):
-        stage.run_stage(lambda: main("shape mismatch"))
 
 
 def process_of(rank: int, folder: pathlib.Path) -> int:
@@ -370,14 +349,11 @@ def test_two_processes_lose_no_step_when_one_dies_or_the_launcher_is_stopped(emp
     output, _ = run.communicate(timeout=120)
     assert run.returncode == 1
     assert "exitcode: -9" in output
-    assert (
-        "type the same command to go on" in output
-    )  # of the other, which the launcher may have stopped before it noticed
     run = train(until="step 2/4")
     run.terminate()
     output, _ = run.communicate(timeout=120)
     assert run.returncode not in (0, None)
-    assert "stopped: type the same command to go on" in output
+    assert "stopped: type the same command without --overwrite" in output
     assert not (folder / "train" / "done.json").exists()
     run = train(until="done: 4 steps")
     assert run.wait(timeout=120) == 0
@@ -401,11 +377,7 @@ def test_a_second_process_in_a_stages_folder_is_refused(
             monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(run), *flags
         )
     assert code == 2
-    assert (
-        line
-        == f"error: {run / folder} is being written by process 4711 on elsewhere: wait for it, "
-        "or stop it"
-    )
+    assert line == f"error: another process is writing {run / folder}: wait for it, or stop it"
     (run / folder).with_name(f".{(run / folder).name}.lock").unlink()
     assert contents_hash(run) == before
 
@@ -413,7 +385,7 @@ def test_a_second_process_in_a_stages_folder_is_refused(
 def test_what_another_process_is_writing_is_not_overwritten(tmp_path):
     (tmp_path / "stage").mkdir()
     (tmp_path / "stage" / "half").write_text("precious")
-    with held(tmp_path / "stage"), pytest.raises(UserError, match="written by process 4711"):
+    with held(tmp_path / "stage"), pytest.raises(UserError, match="another process is writing"):
         stage.Stage(tmp_path / "stage", config.StageConfig(overwrite=True), {})
     assert contents(tmp_path / "stage") == {"half": "precious"}
 
@@ -428,7 +400,7 @@ def test_a_second_process_in_a_merged_models_folder_is_refused(
         code, line = call_stage(monkeypatch, capsys, "04_extrapolate.py", *flags)
     assert (code, line.split(": wait")[0]) == (
         2,
-        f"error: {run}/merged/none is being written by process 4711 on elsewhere",
+        f"error: another process is writing {run}/merged/none",
     )
     assert not (run / "merged" / "none").exists()
 
@@ -446,7 +418,7 @@ def test_two_reproduce_in_one_run_directory_are_one_too_many(tmp_path, monkeypat
     (tmp_path / "run").mkdir()
     with (
         held(tmp_path / "run" / "reproduce.json"),
-        pytest.raises(UserError, match="written by process 4711"),
+        pytest.raises(UserError, match="another process is writing"),
     ):
         reproduce.main()
 
@@ -503,7 +475,7 @@ def test_a_disk_that_refuses_is_one_line_that_names_the_file(
     assert code == 2
     assert line.startswith(f"error: cannot write {run}/extrapolated/")
     assert line.endswith(
-        f"({os.strerror(number)}): make room or allow it, then type the same command to go on"
+        f"({os.strerror(number)}): make room, then type the same command without --overwrite to go on"
     )
     assert contents_hash(run) == before
     assert call_stage(monkeypatch, capsys, *command) == (0, "")
@@ -722,20 +694,7 @@ def files_up_to(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_disk_that_is_full_of_all_but_the_tokenizer_is_one_line(lora_policy, tmp_path):
-    """tokenizers raises a bare Exception there."""
-    with (
-        files_up_to(1000),
-        pytest.raises(
-            UserError, match=r"cannot write .*/model \(File too large \(os error 27\)\): make room"
-        ),
-    ):
-        write.save_pretrained(tmp_path / "model", lora_policy[1])
-
-
-@pytest.mark.parametrize(
-    "error", [Exception("shape mismatch"), RuntimeError("x (os error 28)"), KeyError("x")]
-)
+@pytest.mark.parametrize("error", [Exception("shape mismatch"), RuntimeError("x"), KeyError("x")])
 def test_an_error_that_is_no_disks_is_itself_while_writing(tmp_path, error):
     with pytest.raises(type(error)) as found, write.writing(tmp_path):
         raise error
@@ -851,7 +810,7 @@ def test_a_flipped_bit_of_weights_is_noticed(
 
 @pytest.mark.parametrize(
     "record",
-    ['{"../secret": "0"}', '{"w.safetensors": 1}', '["w.safetensors"]', '{"w.safetensors": '],
+    ['{"w.safetensors": 1}', '{"w.safetensors": '],
 )
 def test_a_record_of_hashes_that_is_none_is_one_line(tmp_path, record):
     with write.atomic_dir(tmp_path / "step_0001") as folder:

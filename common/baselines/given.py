@@ -14,7 +14,7 @@ import torch
 
 from common import UserError
 from common.baselines import weighted
-from common.files import deltas, jumps, series, write
+from common.files import deltas, merge, series, write
 from common.files.read import read_json
 from common.files.stage import within
 from common.rank1 import LowRank
@@ -125,7 +125,7 @@ def measure_mean(known: Known, members: list[int], name: str, settings: dict) ->
         W = known.series.weights(module)
         return sum(W[i] for i in members) / len(members)
 
-    jumps.save(known.series, new, (folder, folder), info, known.cfg)
+    merge.save_jump(known.series, new, (folder, folder), info, known.cfg)
     # As the checkpoints were measured. Of a flag that stands twice the last counts.
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
     flags += measuring(known.cfg, name)

@@ -140,7 +140,7 @@ def pretrain(out: pathlib.Path, steps: int = STEPS) -> list[float]:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    with atomic_dir(out, overwrite=True) as folder:
+    with atomic_dir(out) as folder:
         save_pretrained(folder, model, tokenizer)
         write_text(folder / "pretraining_loss.json", json.dumps([round(x, 6) for x in losses]))
     return losses

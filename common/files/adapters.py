@@ -3,7 +3,6 @@
 A module may have a rank and a scale of its own (rank_pattern, alpha_pattern, rsLoRA).
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -11,11 +10,10 @@ import pathlib
 import re
 import statistics
 
-import safetensors
 import torch
 
 from common import UserError
-from common.files.read import check_intact, matches, read_json, reading, safe_name
+from common.files.read import check_intact, open_tensors, read_json
 from common.files.write import atomic_dir, save_tensors, write_text, writing
 from common.rank1 import LowRank
 
@@ -23,8 +21,6 @@ ANOTHER = "put a good copy there, leave this checkpoint out, or make it again"
 TRAINING = "the training that writes it (here: 01_train_lora_grpo.py)"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FLOATS = {"F64", "F32", "BF16", "F16"}
-INFO = dict.fromkeys(("backbone", "backbone_fingerprint", "template_hash"), str | None)
-INFO["step"] = int | None  # these are the kinds of the keys of checkpoint.json
 
 # With these options of PEFT a module is not W + s B A with one B and one A. The last one makes PEFT
 # import a module that the file names.
@@ -34,11 +30,8 @@ _OTHER_FORMULAS = (
     "megatron_config",
 )
 _OTHER_BACKBONES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # they change the backbone
-_MODULES = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save")
-_KINDS = {"r": int, "lora_alpha": float, **dict.fromkeys(_MODULES, list[str] | str | None)}
-_KINDS |= {"rank_pattern": dict[str, int] | None, "alpha_pattern": dict[str, float] | None}
-_KINDS |= {"base_model_name_or_path": str | None}
-_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_NAME = "base_model.model.{}.lora_{}.weight"
+_KEY = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
 _EMBEDDING = re.compile(r"base_model\.model\.(.+)\.lora_embedding_A")
 
 
@@ -68,27 +61,19 @@ def module_scale(config: dict, module: str) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if rank else 1.0
 
 
-def with_ranks(config: dict, ranks: dict[str, int], kept: list[str] = ()) -> dict:
-    """`config` with new ranks by module, at the scales it has. `kept` modules keep their rank.
-
-    r and lora_alpha are those of most modules. Patterns name the other modules.
-    """
+def with_ranks(config: dict, ranks: dict[str, int]) -> dict:
+    """`config` with new ranks by module, at the scales it has. Patterns name the rarer ones."""
     divisor = math.sqrt if config.get("use_rslora") else float
-    ranks = ranks | {module: module_rank(config, module) for module in kept}
     alphas = {m: module_scale(config, m) * divisor(rank) for m, rank in ranks.items()}
     r = statistics.mode(ranks.values())
     alpha = statistics.mode(alphas[module] for module in ranks if ranks[module] == r)
-    patterns = {
-        "rank_pattern": {m: rank for m, rank in ranks.items() if rank != r},
-        "alpha_pattern": {m: x for m, x in alphas.items() if not math.isclose(x, alpha)},
-    }
+    # PEFT compares the end of a name only, unless the pattern begins with ^.
+    other_ranks = {f"^{re.escape(m)}": rank for m, rank in ranks.items() if rank != r}
+    others = {f"^{re.escape(m)}": x for m, x in alphas.items() if not math.isclose(x, alpha)}
+    patterns = {"rank_pattern": other_ranks, "alpha_pattern": others}
     # The file's tensors replace any initialisation, and some kinds of it do not work at every rank.
     new = {**config, "r": r, "lora_alpha": alpha, "init_lora_weights": True}
-    for key, found in patterns.items():
-        if found or config.get(key):
-            # PEFT compares the end of a name only, unless the pattern begins with ^.
-            new[key] = {f"^{re.escape(m)}": value for m, value in found.items()}
-    return new
+    return new | {key: found for key, found in patterns.items() if found or config.get(key)}
 
 
 @dataclasses.dataclass
@@ -116,34 +101,21 @@ def is_adapter(folder: pathlib.Path) -> bool:
 
 def read_config(folder: pathlib.Path) -> dict:
     """adapter_config.json in `folder`. Raises UserError unless it is a LoRA W + s B A."""
-    path = folder / CONFIG
-    config = read_json(path, TRAINING)
+    config = read_json(folder / CONFIG, TRAINING)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{folder} is not a plain LoRA (peft_type {config.get('peft_type')})")
     if other := [option for option in _OTHER_FORMULAS if config.get(option)]:
         raise UserError(f"{folder} is not a plain LoRA ({other[0]}): a jump adds to W + s B A")
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(_OTHER_BACKBONES):
-        changes = f"was initialised by {start}, which changes the backbone"
-        raise UserError(f"{folder} {changes}: convert it to a plain LoRA first (PEFT's docs)")
-    if bad := [key for key, kind in _KINDS.items() if not matches(config.get(key), kind)]:
-        raise UserError(f"{path} has no usable {bad[0]}")
-    ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
-    numbers = (config["r"], config["lora_alpha"], *ranks.values(), *alphas.values())
-    if not all(number > 0 for number in numbers):
-        raise UserError(f"{path}: r, lora_alpha and their patterns must be positive")
-    for pattern in (*ranks, *alphas):
-        try:
-            re.compile(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise UserError(f"{path}: {pattern!r} is no regular expression ({error})") from error
+        raise UserError(f"{folder} is not a plain LoRA: {start}, which changes the backbone")
     return config
 
 
 def read_info(folder: pathlib.Path) -> dict:
     """What is known of a checkpoint beside its weights: our checkpoint.json, or PEFT's backbone."""
     if (folder / "checkpoint.json").is_file():
-        return read_json(folder / "checkpoint.json", TRAINING, INFO)
+        return read_json(folder / "checkpoint.json", TRAINING)
     named = read_config(folder).get("base_model_name_or_path") if is_adapter(folder) else None
     return {"backbone": named} if named else {}
 
@@ -158,13 +130,6 @@ class Header:
     others: list[str]  # keys of the tensors that are no factors
 
 
-@contextlib.contextmanager
-def _opened(folder: pathlib.Path):
-    path = folder / WEIGHTS
-    with reading(path, ANOTHER), safetensors.safe_open(path, "pt") as file:
-        yield file
-
-
 def read_header(folder: pathlib.Path) -> Header:
     """The header of the adapter in `folder`. Raises UserError where it does not fit its config."""
     config, path = read_config(folder), folder / WEIGHTS
@@ -172,37 +137,29 @@ def read_header(folder: pathlib.Path) -> Header:
         pickled = (folder / "adapter_model.bin").is_file()
         why = "adapter_model.bin is a pickle, which can run code" if pickled else ANOTHER
         raise UserError(f"{path} is missing: {why}")
-    with _opened(folder) as file:
+    with open_tensors(path, ANOTHER) as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (no dict)
         sizes = {key: tuple(part.get_shape()) for key, part in slices.items()}
         dtypes = {part.get_dtype() for key, part in slices.items() if _KEY.fullmatch(key)}
-    halves = {"A": {}, "B": {}}
-    for match in filter(None, map(_KEY.fullmatch, sizes)):
-        halves[match[2]][safe_name(match[1], str(path))] = sizes[match[0]]
-    if not halves["A"] or halves["A"].keys() != halves["B"].keys():
-        raise UserError(f"{path} does not hold matching lora_A and lora_B tensors")
-    if not dtypes <= FLOATS:
-        raise UserError(f"{path} has factors in {', '.join(sorted(dtypes - FLOATS))}: want floats")
     shapes = {}
-    for module in sorted(halves["A"]):
-        b, a, r = halves["B"][module], halves["A"][module], module_rank(config, module)
-        if len(a) != 2 or len(b) != 2 or not (b[0] and a[1]):
-            raise UserError(f"{path}: {module} is no matrix and cannot jump (B {b}, A {a})")
-        if (b[1], a[0]) != (r, r):
-            ranks = f"factors of rank {b[1]} and {a[0]}"
-            raise UserError(f"{path}: {module} has {ranks}, its config says {r}")
+    for module in sorted({match[1] for match in map(_KEY.fullmatch, sizes) if match}):
+        b, a = (sizes.get(_NAME.format(module, half), ()) for half in "BA")
+        r = module_rank(config, module)
+        if len(a) != 2 or (*b[1:], a[0]) != (r, r):
+            raise UserError(f"{path}: {module} has B {b} and A {a}, its config says rank {r}")
         shapes[module] = (b[0], r, a[1])
+    if not shapes:
+        raise UserError(f"{path} holds no lora_A and lora_B")
     return Header(config, shapes, dtypes, sorted(key for key in sizes if not _KEY.fullmatch(key)))
 
 
 def _factors(file, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-    key = "base_model.model.{}.lora_{}.weight"
-    return tuple(file.get_tensor(key.format(module, half)).float() for half in "BA")
+    return tuple(file.get_tensor(_NAME.format(module, half)).float() for half in "BA")
 
 
 def read_factors(folder: pathlib.Path, module: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(B [m, r], A [r, n]) of one module in fp32. Reads these two tensors and nothing else."""
-    with _opened(folder) as file:
+    with open_tensors(folder / WEIGHTS, ANOTHER) as file:
         return _factors(file, module)
 
 
@@ -210,23 +167,20 @@ def read_adapter(folder: pathlib.Path) -> Adapter:
     """The adapter in `folder`, if it is intact. Factors in fp32, other tensors as they are."""
     header = read_header(folder)
     check_intact(folder)
-    with _opened(folder) as file:
+    with open_tensors(folder / WEIGHTS, ANOTHER) as file:
         factors = {module: _factors(file, module) for module in header.shapes}
         return Adapter(header.config, factors, {key: file.get_tensor(key) for key in header.others})
 
 
 def write_adapter(folder: pathlib.Path, adapter: Adapter, info: dict) -> None:
-    """Writes `adapter` to `folder` as PEFT does, with `info` in checkpoint.json.
-
-    Raises UserError where it is not finite.
-    """
+    """Writes a finite `adapter` to `folder` as PEFT does, with `info` in checkpoint.json."""
     tensors = dict(adapter.others)
     for module, (b, a) in adapter.factors.items():
         if not (b.isfinite().all() and a.isfinite().all()):
             raise UserError(f"{folder} would not be finite: lower alpha")
-        tensors[f"base_model.model.{module}.lora_A.weight"] = a.float()
-        tensors[f"base_model.model.{module}.lora_B.weight"] = b.float()
-    with writing(folder), atomic_dir(folder, overwrite=True) as temporary:
+        tensors[_NAME.format(module, "A")] = a.float()
+        tensors[_NAME.format(module, "B")] = b.float()
+    with writing(folder), atomic_dir(folder) as temporary:
         save_tensors(temporary / WEIGHTS, tensors, {"format": "pt"}, dtype=None)
         write_text(temporary / CONFIG, json.dumps(adapter.config, indent=2))
         write_text(temporary / "checkpoint.json", json.dumps(info))
@@ -234,14 +188,7 @@ def write_adapter(folder: pathlib.Path, adapter: Adapter, info: dict) -> None:
 
 def extended(last: Adapter, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Adapter:
     """`last` with other factors, of any rank, at the scales it has. Its other tensors stay."""
-    embeddings = [match[1] for key in last.others if (match := _EMBEDDING.fullmatch(key))]
     ranks = {module: b.shape[1] for module, (b, _) in factors.items()}
-    return Adapter(with_ranks(last.config, ranks, embeddings), factors, last.others)
-
-
-def empty_adapter(folder: pathlib.Path, shapes: dict[str, tuple[int, int]]) -> Adapter:
-    """An adapter of rank 0 on modules [m, n] of the whole model in `folder`, to add a jump to."""
-    factors = {module: (torch.zeros(m, 0), torch.zeros(0, n)) for module, (m, n) in shapes.items()}
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 0, "lora_alpha": 0}
-    config |= {"target_modules": [*shapes], "bias": "none"}
-    return Adapter({**config, "base_model_name_or_path": str(folder.resolve())}, factors)
+    for match in filter(None, map(_EMBEDDING.fullmatch, last.others)):
+        ranks[match[1]] = module_rank(last.config, match[1])
+    return Adapter(with_ranks(last.config, ranks), factors, last.others)

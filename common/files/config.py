@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import inspect
 import pathlib
-import reprlib
 import sys
 from collections.abc import Iterable
 from typing import get_type_hints
@@ -24,7 +23,6 @@ STAGES = ("train", "extract", "predict", "extrapolate", "continue", "eval")
 SECTIONS = ("shared", *STAGES, "reproduce")
 COMMAND_LINE_ONLY = {"config", "run_dir", "overwrite"}  # a preset, maybe another's, cannot set them
 WHERE_AND_HOW = {*COMMAND_LINE_ONLY, "threads"}  # does not change what is computed
-HIGHEST = 2**31  # every number is below it
 PRESETS = pathlib.Path(__file__).parents[1] / "presets"
 
 
@@ -49,16 +47,11 @@ class StageConfig:
         return value.replace("{run_dir}", self.run_dir)
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """The stage's docstring as it stands, then a line an option: name, help, default."""
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The stage's docstring as it stands, then a line an option. A preset changes the defaults."""
 
     def __init__(self, prog):
         super().__init__(prog, max_help_position=34, width=160)
-
-    def _get_help_string(self, action):
-        # By now a preset's value is the default, so --config X --help shows the values of X.
-        no_default = action.default in (None, argparse.SUPPRESS)
-        return action.help if no_default else f"{action.help} [%(default)s]"
 
 
 class _Parser(HfArgumentParser):
@@ -66,34 +59,28 @@ class _Parser(HfArgumentParser):
         raise UserError(message)
 
 
-def nearest(word: str, known: Iterable[str], most: int = 20) -> str:
-    """`did you mean X?` with the nearest known word, and the known words unless over `most`."""
-    known = sorted(known)
-    close, listed = difflib.get_close_matches(word, known, n=1, cutoff=0.5), ", ".join(known)
-    if not close:
-        return f"known: {listed}"
-    return f"did you mean {close[0]}?" + (f" (known: {listed})" if len(known) <= most else "")
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`did you mean X?` with the nearest known word, or all of them."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
 
 
-def load_preset(name: str, above: tuple[pathlib.Path, ...] = ()) -> dict:
+def load_preset(name: str) -> dict:
     """The preset as a dict of sections. `name` is a file, or the name of one in common/presets.
 
-    With `base: another preset` it holds only what differs from that. `above`: whose base this is.
+    With `base: another preset` it holds only what differs from that.
     """
     path = pathlib.Path(name) if pathlib.Path(name).is_file() else PRESETS / f"{name}.yaml"
     if not path.is_file():
         known = [preset.stem for preset in PRESETS.glob("*.yaml")]
         raise UserError(f"preset {name} not found; {nearest(name, known)}")
-    if path.resolve() in above:
-        raise UserError(f"{path} is its own base, by way of {above[-1]}")
     try:
         preset = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except Exception as error:  # int(), datetime and others raise their own errors on a bad value
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise UserError(f"{path} is not valid YAML: {reason}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     base = {}
-    if isinstance(preset, dict) and preset.get("base") not in (None, name):
-        base = load_preset(str(preset.pop("base")), (*above, path.resolve()))
+    if isinstance(preset, dict) and "base" in preset:
+        base = load_preset(preset.pop("base"))
     if not matches(preset, dict[str, dict[str, object]]):
         raise UserError(f"{path}: a preset is a mapping of sections, each a mapping of keys")
     return {key: base.get(key, {}) | preset.get(key, {}) for key in {**base, **preset}}
@@ -119,7 +106,7 @@ def preset_values(cls: type, preset: dict, sections: tuple[str, ...], source: st
     for key, value in values.items():
         if not matches(value, kinds[key]):
             wanted = inspect.formatannotation(kinds[key])
-            raise UserError(f"{source}: {key} must be {wanted}, not {reprlib.repr(value)}")
+            raise UserError(f"{source}: {key} must be {wanted}, not {value!r}")
     return values
 
 
@@ -142,12 +129,6 @@ def parse(cls: type, sections: str | tuple[str, ...], doc: str, argv=None) -> St
     if unknown:
         flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
         raise UserError(f"unknown option {unknown[0]}; {nearest(unknown[0].split('=')[0], flags)}")
-    for key, value in dataclasses.asdict(config).items():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and not abs(number) < HIGHEST:
-                raise UserError(f"{key} must be finite and below {HIGHEST}, not {number}")
-    if config.threads < 0:
-        raise UserError(f"threads must be 0 or more, not {config.threads}")
     return config
 
 

@@ -3,15 +3,12 @@
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 
-import safetensors
-import safetensors.torch
 import torch
 
 from common import UserError
-from common.files.read import check_intact, read_json, reading, safe_name, safe_path
+from common.files.read import check_intact, open_tensors, read_json, safe_name
 from common.rank1 import ROLES, LowRank, rank1
 
 STAGE = "02_extract_deltas.py"
@@ -94,27 +91,17 @@ class Trajectory:
 
 
 def load_trajectory(folder: pathlib.Path) -> Trajectory:
-    """The deltas in `folder`, with the signs that they were stored with.
-
-    Raises UserError where they are not what stage 2 wrote.
-    """
-    index = read_index(folder)
-    steps, k, modules = index["steps"], index["k"], index["modules"]
+    """The deltas in `folder`, with their stored signs. Raises UserError where they are spoilt."""
+    index, deltas = read_index(folder), {}
     check_intact(folder)
-    counts, deltas = {"global": len(steps), "local": len(steps), "target": len(steps) - k}, {}
-    for module in modules:
-        path = folder / f"{safe_name(module, f'{folder}/index.json')}.safetensors"
-        with reading(path, AGAIN):
-            tensors = safetensors.torch.load_file(path)
-            found = {r: Triples(*(tensors[f"{r}.{x}"] for x in ("u", "sigma", "v"))) for r in ROLES}
-        m, n = found["global"].u.shape[1:], found["global"].v.shape[1:]
-        for role, t in found.items():
-            wanted = [(counts[role], *m), (counts[role],), (counts[role], *n)]
-            parts = (t.u, t.sigma, t.v)
-            if [x.shape for x in parts] != wanted or not all(x.isfinite().all() for x in parts):
-                raise UserError(f"{path} does not hold the {role} deltas of {module}: {AGAIN}")
-        deltas[module] = found
-    return Trajectory(steps, k, deltas)
+    for module in index["modules"]:
+        with open_tensors(folder / f"{module}.safetensors", AGAIN) as file:
+            get = file.get_tensor
+            deltas[module] = {
+                role: Triples(*(get(f"{role}.{part}") for part in ("u", "sigma", "v")))
+                for role in ROLES
+            }
+    return Trajectory(index["steps"], index["k"], deltas)
 
 
 def fingerprint(folder: pathlib.Path) -> str:
@@ -128,31 +115,14 @@ def load_spectra(folder: pathlib.Path) -> dict[str, torch.Tensor]:
     """module -> the singular values of its global deltas [c, q] that stage 2 left in `folder`."""
     found = {}
     for module in read_index(folder)["modules"]:
-        path = folder / f"{module}.safetensors"
-        with reading(path, AGAIN), safetensors.safe_open(path, "pt") as file:
+        with open_tensors(folder / f"{module}.safetensors", AGAIN) as file:
             found[module] = file.get_tensor("spectrum")
     return found
 
 
 def read_index(folder: pathlib.Path) -> dict:
     """index.json of the deltas in `folder`: steps, checkpoints (step -> path), k, modules."""
-    kinds = {"steps": list[int], "k": int, "modules": list[str], "backbone": str}
-    kinds["checkpoints"] = dict[str, str]
-    index = read_json(folder / "index.json", STAGE, kinds)
-    steps = index["steps"]
-    usable = 1 <= index["k"] < len(steps) and index["modules"] and steps == sorted({*steps})
-    if not usable or steps[0] < 1 or [str(step) for step in steps] != list(index["checkpoints"]):
-        raise UserError(f"{folder}/index.json has no usable steps, k or checkpoints: {AGAIN}")
-    return index
-
-
-def checkpoint_paths(run: pathlib.Path) -> dict[int, pathlib.Path]:
-    """Step -> checkpoint that the deltas of `run` were made from. Those elsewhere are absolute."""
-    what = f"{run}/deltas/index.json, checkpoints"
-    return {
-        int(step): pathlib.Path(path) if os.path.isabs(path) else run / safe_path(path, what)
-        for step, path in read_index(run / "deltas")["checkpoints"].items()
-    }
+    return read_json(folder / "index.json", STAGE)
 
 
 def check_predicted(run: pathlib.Path, recipe: str) -> pathlib.Path:
@@ -160,8 +130,7 @@ def check_predicted(run: pathlib.Path, recipe: str) -> pathlib.Path:
     folder = run / "predictor" / safe_name(recipe, "a recipe")
     done = read_json(folder / "done.json", "03_train_predictor.py", {"inputs": {"deltas": str}})
     if done["inputs"]["deltas"] != fingerprint(run / "deltas"):
-        other = f"{folder} was trained on other deltas than those there now"
-        raise UserError(f"{other}: run 03_train_predictor.py --overwrite")
+        raise UserError(f"{folder} was trained on other deltas: run stage 3 with --overwrite")
     check_intact(folder)
     return folder / "predicted.safetensors"
 
@@ -169,19 +138,8 @@ def check_predicted(run: pathlib.Path, recipe: str) -> pathlib.Path:
 def load_predicted(run: pathlib.Path, recipe: str) -> dict[str, dict[str, torch.Tensor]]:
     """module -> {"u": [m], "sigma": [], "v": [n]}: the predicted next target (Eq. 8, 11)."""
     path, found = check_predicted(run, recipe), {}
-    with reading(path, "run 03_train_predictor.py --overwrite"):
-        for name, tensor in safetensors.torch.load_file(path).items():
+    with open_tensors(path, "run 03_train_predictor.py --overwrite") as file:
+        for name in file.keys():  # noqa: SIM118  (a safe_open is no dict)
             module, side = name.rsplit(".", 1)
-            found.setdefault(module, {})[side] = tensor
+            found.setdefault(module, {})[side] = file.get_tensor(name)
     return found
-
-
-def read_spectrum(folder: pathlib.Path) -> dict:
-    """What stage 2 measured of the deltas in `folder` (Sec. 3): energy ratios, and R^2 of fits."""
-    kinds = {
-        "steps": list[int],
-        **dict.fromkeys(("energy_ratio", "energy_ratio_squared"), list[float]),
-        "energy_ratio_by_module": dict[str, list[float]],
-        "linear_fit": list[dict],
-    }
-    return read_json(folder / "spectrum.json", f"{STAGE} --overwrite", kinds)

@@ -1,21 +1,24 @@
-"""An adapter merged into its backbone: a Hugging Face folder with W + s B A.
+"""A jump on the disk: an adapter where every new matrix is of low rank, else a whole model.
 
-It goes from file to file under the backbone's own names, so no model is loaded. In memory are one
-file and about four times the largest matrix in fp32.
+A model is merged from file to file under the backbone's own names, so none is loaded. In memory are
+one file and about four times the largest matrix in fp32.
 """
 
 import json
 import pathlib
 import sys
+import time
 from collections.abc import Callable
 
 import torch
 
 from common import UserError
-from common.files.adapters import FLOATS, Adapter, read_adapter, read_info
-from common.files.models import ModelFolder, find_model, open_intact
+from common.files import write
+from common.files.adapters import FLOATS, Adapter, extended, read_adapter, read_info, write_adapter
+from common.files.models import ModelFolder, find_model, open_model
 from common.files.read import HASHES, read_json, sha256
-from common.files.write import atomic_dir, claim, copy_files, save_tensors, tidy, write_text
+from common.files.series import Series
+from common.rank1 import LowRank
 
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # configs, tokenizers and the index
 _OWN = ("config.json", "checkpoint.json", HASHES)  # not copied
@@ -23,22 +26,19 @@ _OWN = ("config.json", "checkpoint.json", HASHES)  # not copied
 
 def check(adapter: Adapter, model: ModelFolder) -> None:
     """Raises UserError where `adapter` cannot be added to the weights of `model` as W + s B A."""
-    wrong, tied = "", model.config.get("tie_word_embeddings")
+    wrong = ""
     if adapter.others:
         wrong = f"{next(iter(adapter.others))} of the adapter is no LoRA on a linear layer"
     if adapter.config.get("fan_in_fan_out"):
         wrong = "the adapter was trained with fan_in_fan_out, so it has other matrices"
     for module, (b, a) in adapter.factors.items():
         name, wanted = f"{module}.weight", (b.shape[0], a.shape[1])
-        found, dtype = model.shapes.get(name), model.dtypes.get(name)
-        if module.endswith("lm_head") and (tied or not found):
+        if module.endswith("lm_head") and model.config.get("tie_word_embeddings"):
             wrong = f"{module} shares its weight with the embedding, which would change too"
-        elif not found:
-            wrong = f"it has no {name}"
-        elif found != wanted:
-            wrong = f"{name} is {found}, the adapter wants {wanted}"
-        elif dtype not in FLOATS:
-            wrong = f"{name} is quantised ({dtype})"
+        elif model.shapes.get(name) != wanted:
+            wrong = f"{name} is {model.shapes.get(name)}, the adapter wants {wanted}"
+        elif model.dtypes[name] not in FLOATS:
+            wrong = f"{name} is quantised ({model.dtypes[name]})"
     if wrong:
         raise UserError(f"cannot merge into {model.path}: {wrong}")
 
@@ -69,7 +69,7 @@ def merge(
     fp32: False keeps the dtypes of `base`, and what that loses is said on stderr.
     Raises UserError where the adapter does not fit, see `check`.
     """
-    model, counts, dtypes = open_intact(base), torch.zeros(4, dtype=torch.float64), set()
+    model, counts, dtypes = open_model(base), torch.zeros(4, dtype=torch.float64), set()
     check(adapter, model)
 
     def new(name: str) -> torch.Tensor:
@@ -85,24 +85,23 @@ def merge(
             dtypes.add(model.dtypes[name])
         return merged
 
-    with atomic_dir(out, overwrite=True) as folder:
+    with write.atomic_dir(out) as folder:
         beside = [path for path in base.iterdir() if path.suffix in _COPIED]
-        copy_files([path for path in beside if path.name not in _OWN], folder)
+        write.copy_files([path for path in beside if path.name not in _OWN], folder)
         for file in sorted({*model.files.values()}):
             tensors = {name: new(name) for name in model.files if model.files[name] == file}
-            save_tensors(folder / file.name, tensors, {"format": "pt"}, dtype=None)
+            write.save_tensors(folder / file.name, tensors, {"format": "pt"}, dtype=None)
         keys = [key for key in ("dtype", "torch_dtype") if key in model.config] or ["torch_dtype"]
         config = {**model.config, **{key: "float32" for key in keys if fp32}}
-        write_text(folder / "config.json", json.dumps(config, indent=2))
+        write.write_text(folder / "config.json", json.dumps(config, indent=2))
         changed, kept, size, error = counts.tolist()
         lost = {"entries_lost": kept / max(1, changed), "norm_lost": (error / (size or 1)) ** 0.5}
-        write_text(folder / "merge.json", json.dumps(record | lost))
+        write.write_text(folder / "merge.json", json.dumps(record | lost))
     if dtypes:
         entries, norm = lost.values()
         print(
-            f"warning: {out} is in {', '.join(sorted(dtypes))}: rounding leaves {entries:.1%} of "
-            "the entries that the adapter changes as they were, and loses "
-            f"{norm:.1%} of the norm of its update; --merge fp32 loses nothing",
+            f"warning: {out}: rounding to {', '.join(sorted(dtypes))} leaves {entries:.1%} of the "
+            f"entries as they were and loses {norm:.1%} of the norm; --merge fp32 loses nothing",
             file=sys.stderr,
         )
 
@@ -115,10 +114,50 @@ def merge_jump(source: pathlib.Path, out: pathlib.Path, cfg) -> None:
     backbone = read_info(source)["backbone"]
     adapter = sha256(source / "adapter_model.safetensors")
     record = {"backbone": backbone, "dtype": cfg.merge, "adapter": adapter}
+    write.claim(out)
     there = (out / "merge.json").is_file() and not cfg.overwrite
     if there and record.items() <= read_json(out / "merge.json", "04_extrapolate.py").items():
-        tidy(out)
         return
-    claim(out)
     base = find_model(cfg.path(backbone))
     merge(out, read_adapter(source), base, cfg.merge == "fp32", record)
+
+
+def save_jump(
+    series: Series,
+    new: Callable[[str], LowRank | torch.Tensor],
+    places: tuple[pathlib.Path, pathlib.Path],
+    info: dict,
+    cfg,
+) -> None:
+    """Writes new(module), [m, n] of every module, with `info` in checkpoint.json.
+
+    places: the folder of the adapter, and that of the whole model. cfg: the options of stage 4.
+    """
+    began, last = time.perf_counter(), series.last()
+    if isinstance(new(series.modules[0]), LowRank):
+        factors = {m: new(m).factors(last.scale(m)) for m in series.modules}
+        write.claim(places[0])
+        info = info | {"seconds": round(time.perf_counter() - began, 3)}
+        write_adapter(places[0], extended(last, factors), info)
+        return
+    write.claim(places[1])
+    base, fp32 = find_model(cfg.path(info["backbone"])), cfg.merge != "backbone"
+    merge(places[1], last, base, fp32, {}, lambda m: new(m) - series.weights(m)[series.base])
+    info = info | _dtype(cfg) | {"seconds": round(time.perf_counter() - began, 3)}
+    write.write_json(places[1] / "checkpoint.json", info)
+
+
+def _dtype(cfg) -> dict[str, str]:
+    return {"dtype": cfg.merge or "fp32"}  # a whole model's checkpoint.json says it, too
+
+
+def is_made(adapter: pathlib.Path, whole: pathlib.Path, info: dict, cfg) -> bool:
+    """Whether one of the two folders is there, whole, and was made from the same."""
+    for folder, wanted in ((adapter, info), (whole, info | _dtype(cfg))):
+        path = folder / "checkpoint.json"
+        if path.is_file() and write.is_complete(folder) and not cfg.overwrite:
+            write.claim(folder)  # clears what a kill has left
+            before = read_json(path, "04_extrapolate.py")
+            if {**before, "seconds": None} == {**wanted, "seconds": None}:
+                return True
+    return False

@@ -13,10 +13,8 @@ def find_policies(run: pathlib.Path, patterns: list[str]) -> list[str]:
     """The policies that `patterns` (globs below `run`, and `backbone`) stand for, each once."""
     found = {}
     for pattern in patterns:
-        path = pathlib.Path(pattern)
-        if path.is_absolute() or ".." in path.parts:
-            wanted = f"policies are named as they stand in {run} (train/step_0150, extrapolated/*)"
-            raise UserError(f"{wanted}, not {pattern}")
+        if pathlib.Path(pattern).is_absolute():
+            raise UserError(f"policies are named as they stand in {run}, not {pattern}")
         paths = [p for p in sorted(run.glob(pattern)) if not p.name.startswith(".")]
         paths = [p for p in paths if adapters.is_adapter(p) or models.is_model(p)]
         names = [str(p.relative_to(run)) for p in paths]
@@ -33,21 +31,18 @@ def base_of(run: pathlib.Path, policy: str, given: str) -> str:
     Raises UserError where a checkpoint names a model that is neither `given` nor in `run`: a file
     of unknown origin does not choose what is loaded, or fetched from the hub.
     """
-    folder = run / policy
+    path = run / policy / "checkpoint.json"
     if policy == "backbone":
         return given
-    if not adapters.is_adapter(folder):
+    if not adapters.is_adapter(path.parent):
         return f"{{run_dir}}/{policy}"
-    path, named = folder / "checkpoint.json", None
-    if path.is_file():
-        named = read_json(path, "the stage that wrote it", adapters.INFO).get("backbone")
-    where, wanted = (pathlib.Path(str(n).replace("{run_dir}", str(run))) for n in (named, given))
-    if named is None or named == given or (where.is_dir() and where.resolve() == wanted.resolve()):
-        return named or given
-    if not where.is_dir() or not where.resolve().is_relative_to(run.resolve()):
-        advice = f"if it is to be loaded, say --backbone {named}"
-        raise UserError(f"{folder} names the backbone {named}, not {given}: {advice}")
-    return named
+    named = read_json(path, "the stage").get("backbone", given) if path.is_file() else given
+    where, wanted = (
+        pathlib.Path(x.replace("{run_dir}", str(run))).resolve() for x in (named, given)
+    )
+    if where == wanted or (where.is_dir() and where.is_relative_to(run.resolve())):
+        return named
+    raise UserError(f"{path} names the backbone {named}, not {given}: to load it, say --backbone")
 
 
 @functools.cache  # a whole model takes its time, and many jumps stand on one
@@ -57,5 +52,5 @@ def weights_hash(folder: pathlib.Path) -> str:
         adapters.read_header(folder)  # refuses what is more than a LoRA in safetensors
         check_intact(folder)
         return sha256(folder / "adapter_model.safetensors")
-    files = sorted({*models.open_intact(folder).files.values()})
+    files = sorted({*models.open_model(folder).files.values()})
     return hashlib.sha256(" ".join(map(sha256, files)).encode()).hexdigest()[:16]

@@ -17,9 +17,13 @@ class RamDisk:
 
     def __init__(self):
         self.saved = 0
-        for left in pathlib.Path(DISK).glob(f"{PREFIX}*"):
-            if not _is_running(left.name.removeprefix(PREFIX).split("-")[0]):
+        for left in pathlib.Path(DISK).glob(f"{PREFIX}[0-9]*"):
+            try:
+                os.kill(int(left.name.removeprefix(PREFIX).split("-")[0]), 0)
+            except ProcessLookupError:
                 shutil.rmtree(left, ignore_errors=True)
+            except PermissionError:  # another user's process
+                continue
         with writing(pathlib.Path(DISK, PREFIX)):
             self.path = pathlib.Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=DISK))
 
@@ -35,13 +39,3 @@ class RamDisk:
     def close(self) -> None:
         """Removes the folder."""
         shutil.rmtree(self.path, ignore_errors=True)
-
-
-def _is_running(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except (ValueError, OSError):  # no folder of ours, or another user's process
-        return True
-    return True

@@ -16,28 +16,18 @@ HASHES = "sha256.json"  # beside weights that we write: file -> its hash
 
 def safe_name(name: str, what: str) -> str:
     """Returns `name` if it can name a file in a folder; else raises UserError about `what`."""
-    fine = name and name.isprintable() and not {"/", "\\"} & {*name} and name[0] != "."
-    if not fine or len(name.encode()) > 200:
-        rule = "want up to 200 letters, no slash, and no dot in front"
-        raise UserError(f"{what}: {name[:80]!r} cannot be a name here: {rule}")
+    if not name.isprintable() or {"/", "\\"} & {*name} or name[:1] in ("", "."):
+        raise UserError(f"{what}: {name!r} cannot be a name here: no slash, and no dot in front")
     return name
-
-
-def safe_path(path: str, what: str) -> str:
-    """The same for a path below a folder, like train/step_0010."""
-    return "/".join(safe_name(part, what) for part in path.split("/"))
 
 
 def matches(value: object, kind: object) -> bool:
     """Whether a value from JSON or YAML is of `kind`: a type annotation, or a dict of kinds by key.
 
-    An int is also a float; a bool is neither. An int has 64 bits, and a float can be squared.
+    An int is also a float; a bool is neither.
     """
     if isinstance(kind, dict):
         return isinstance(value, dict) and all(matches(value.get(key), kind[key]) for key in kind)
-    if kind in (int, float):
-        number = isinstance(value, int | kind) and not isinstance(value, bool)
-        return number and not abs(value) >= (2**63 if kind is int else 1e100)  # NaN is a float
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return any(matches(value, part) for part in parts)
@@ -46,21 +36,10 @@ def matches(value: object, kind: object) -> bool:
     if origin is list:
         return isinstance(value, list) and all(matches(item, parts[0]) for item in value)
     if origin is dict:
-        if not isinstance(value, dict):
-            return False
-        return all(matches(key, parts[0]) and matches(value[key], parts[1]) for key in value)
-    return kind is object or type(value) is kind
-
-
-def parse_json(text: str) -> object:
-    """json.loads. Raises ValueError also for deep nesting and for half a surrogate pair."""
-    try:
-        value = json.loads(text)
-        if "\\ud" in text.lower():
-            json.dumps(value, ensure_ascii=False).encode()
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    return value
+        return isinstance(value, dict) and all(
+            matches(key, parts[0]) and matches(item, parts[1]) for key, item in value.items()
+        )
+    return kind is object or type(value) is kind or (kind is float and type(value) is int)
 
 
 def read_json(path: pathlib.Path, made_by: str, wanted: dict | None = None) -> dict:
@@ -70,16 +49,13 @@ def read_json(path: pathlib.Path, made_by: str, wanted: dict | None = None) -> d
     """
     if not path.is_file():
         raise UserError(f"{path} is missing: run {made_by} first")
-    again = f"delete it and run {made_by} again"
     try:
-        value = parse_json(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): {again}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object: {again}")
+        raise UserError(f"{path} is not valid JSON ({error}): delete it, run {made_by}") from error
     for key, kind in (wanted or {}).items():
-        if not matches(value.get(key), kind):
-            raise UserError(f"{path} has no usable {key}: {again}")
+        if not matches(value, {key: kind}):
+            raise UserError(f"{path} has no usable {key}: delete it, run {made_by}")
     return value
 
 
@@ -96,30 +72,24 @@ def read_jsonl(path: pathlib.Path, wanted: dict | None = None) -> list[dict]:
     """The rows of a JSONL log, without a last line that was cut off. `wanted`: see `read_json`."""
     rows = []
     for number, line in text_lines(path):
-        if line.endswith("\n") and line.strip():
+        if line.endswith("\n"):
             try:
-                rows.append(parse_json(line))
+                rows.append(json.loads(line))
             except ValueError as error:
                 raise UserError(f"{path}, line {number}: not valid JSON ({error})") from error
             if not matches(rows[-1], wanted or {}):
-                keys = ", ".join(wanted or ["keys"])
-                raise UserError(f"{path}, line {number}: not a row with {keys}")
+                raise UserError(f"{path}, line {number}: not a row with {', '.join(wanted or ())}")
     return rows
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of what a library's error says, for a message of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
 @contextlib.contextmanager
-def reading(path: pathlib.Path, advice: str):
-    """Turns what safetensors raises on a broken `path` into one line that ends in `advice`."""
-    broken = (OSError, RuntimeError, ValueError, LookupError, AttributeError, TypeError)
+def open_tensors(path: pathlib.Path, advice: str):
+    """An open safetensors file. Where it is broken, one line says so and ends in `advice`."""
     try:
-        yield
-    except (safetensors.SafetensorError, *broken) as error:
-        raise UserError(f"{path} is broken ({first_line(error)}): {advice}") from error
+        with safetensors.safe_open(path, "pt") as file:
+            yield file
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} is broken ({error}): {advice}") from error
 
 
 def sha256(path: pathlib.Path) -> str:
@@ -130,19 +100,15 @@ def sha256(path: pathlib.Path) -> str:
 
 def written_hashes(folder: pathlib.Path) -> dict[str, str]:
     """File -> hash when we wrote `folder`, by its sha256.json or done.json. Empty for another's."""
-    record, written = folder / HASHES, {}
-    if record.is_file():
-        written = read_json(record, "what wrote it")
-    elif (record := folder / "done.json").is_file():
-        written = read_json(record, "the stage that wrote it with --overwrite").get("outputs") or {}
-    if not matches(written, dict[str, str]):
-        raise UserError(f"{record} has no usable hashes: make the folder again")
-    return {safe_name(name, str(record)): value for name, value in written.items()}
+    if (folder / HASHES).is_file():
+        return read_json(folder / HASHES, "what wrote it")
+    if (folder / "done.json").is_file():
+        return read_json(folder / "done.json", "the stage that wrote it").get("outputs", {})
+    return {}
 
 
 def check_intact(folder: pathlib.Path) -> None:
     """Raises UserError where a file in `folder` is not bit for bit what we wrote there."""
     for name, wanted in written_hashes(folder).items():
         if (path := folder / name).is_file() and sha256(path) != wanted:
-            cause = "is not as it was written, by a bad disk or by hand"
-            raise UserError(f"{path} {cause}: put a good copy there, or make it again")
+            raise UserError(f"{path} is not as it was written: put a good copy there")

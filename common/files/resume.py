@@ -17,7 +17,7 @@ from common import UserError
 from common.files import write
 from common.files.adapters import read_info
 from common.files.policies import base_of
-from common.files.read import check_intact, first_line, read_json, read_jsonl, safe_name
+from common.files.read import check_intact, read_json, read_jsonl, safe_name
 from common.files.series import step_of
 from common.files.stage import AGAIN, is_writer
 
@@ -41,7 +41,7 @@ def quick_hash(name: str) -> str | None:
 @contextlib.contextmanager
 def checkpoint(path: pathlib.Path, info: dict):
     """Yields an open folder for weights. It becomes `path`, with `info` in checkpoint.json."""
-    with write.writing(path), write.atomic_dir(path, overwrite=True) as folder:
+    with write.writing(path), write.atomic_dir(path) as folder:
         yield folder
         write.write_text(folder / "checkpoint.json", json.dumps(info))
 
@@ -58,7 +58,7 @@ def save(folder: pathlib.Path, step: int, weights: dict, optimizer, stands_on: d
     path = folder / "resume" / f"step_{step:04d}"
     for old in states(folder)[:-1]:
         write.remove(old)
-    with write.writing(path), write.atomic_dir(path, overwrite=True) as state:
+    with write.writing(path), write.atomic_dir(path) as state:
         tensors = {name: parameter.detach() for name, parameter in weights.items()}
         write.save_tensors(state / "weights.safetensors", tensors, dtype=None)
         write.save_state(state / "optimizer.pt", optimizer.state_dict())
@@ -75,8 +75,7 @@ def go_on(folder, first_step: int, every: int, stands_on: dict, put_back: Callab
     rows = read_jsonl(log, {"step": int}) if log.is_file() else []
     reached = max([0, *(row["step"] for row in rows), *map(step_of, folder.glob("step_[0-9]*"))])
     if not found and reached > first_step + every:
-        gone = f"{folder} has come to step {reached}, but its resume/ is gone"
-        raise UserError(f"{gone}: put it back, or start again with --overwrite")
+        raise UserError(f"{folder} has come to step {reached}, but its resume/ is gone")
     while found:
         state = found.pop()
         try:
@@ -85,26 +84,21 @@ def go_on(folder, first_step: int, every: int, stands_on: dict, put_back: Callab
             moments = torch.load(state / "optimizer.pt", weights_only=True, map_location="cpu")
             put_back(weights, moments)
         except Exception as error:  # whatever the libraries raise on a broken file
-            reason = f"cannot load resume state {state}: {first_line(error)}"
+            reason = f"cannot load resume state {state}: {error}"
             if not found:
-                raise UserError(f"{reason}; start the stage again with --overwrite") from error
+                raise UserError(f"{reason}; start again with --overwrite") from error
             print(f"warning: {reason}; going on from {found[-1].name}", file=sys.stderr)
             continue
-        _check_same(state, stands_on)
+        noted = read_json(state / "info.json", AGAIN)
+        for key in noted.keys() & stands_on.keys():
+            if (old := noted[key]) != (new := stands_on[key]):
+                raise UserError(f"{folder} was begun with {key} = {old!r}, now it is {new!r}")
         if is_writer():
             print(f"going on after step {step_of(state)}")
             for broken in states(folder)[len(found) + 1 :]:
                 write.remove(broken)
         return step_of(state)
     return first_step
-
-
-def _check_same(state: pathlib.Path, stands_on: dict) -> None:
-    noted = read_json(state / "info.json", AGAIN)
-    for key in noted.keys() & stands_on.keys():
-        if (old := noted[key]) != (new := stands_on[key]):
-            begun = f"{state.parents[1]} was begun with {key} = {old!r}, now it is {new!r}"
-            raise UserError(f"{begun}: bring back what it was")
 
 
 def find_start(run: pathlib.Path, name: str, backbone: str) -> tuple[pathlib.Path, int, str]:
@@ -116,9 +110,8 @@ def find_start(run: pathlib.Path, name: str, backbone: str) -> tuple[pathlib.Pat
     policy = f"{kind}/{safe_name(name.removeprefix('merged/'), '--start')}"
     start = run / policy
     if not start.is_dir():
-        there = ", ".join(sorted(path.name for path in start.parent.glob("[!.]*"))) or "nothing"
+        there = ", ".join(sorted(path.name for path in start.parent.glob("[!.]*")))
         raise UserError(f"{start} not found: run 04_extrapolate.py first (there: {there})")
-    step = read_info(start).get("step")
-    if step is None or step < 0:
-        raise UserError(f"{start} has no usable step: run 04_extrapolate.py --overwrite")
+    if (step := read_info(start).get("step")) is None:
+        raise UserError(f"{start} has no step in a checkpoint.json")
     return start, step, base_of(run, policy, backbone)

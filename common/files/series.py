@@ -49,8 +49,7 @@ class Series:
         self.paths, self.steps = paths, list(paths)
         # The backbone counts as step 0.
         if self.steps != [self.steps[0] * (i + 1) for i in range(len(paths))]:
-            spacing = f"checkpoints are not evenly spaced: {self.steps}, counted from step 0"
-            raise UserError(f"{spacing}, the backbone; leave out what is in between")
+            raise UserError(f"checkpoints are not evenly spaced: {self.steps}, counted from step 0")
 
     def weights(self, module: str, keep: int | None = None) -> Weights:
         """W[0] ... W[c] of `module`."""
@@ -60,12 +59,13 @@ class Series:
 def _finite(where: str, *tensors: torch.Tensor) -> None:
     # One pass each, ten times as fast as isfinite().all(). fp32 cannot overflow a sum in float64.
     if not all(x.sum(dtype=torch.float64).isfinite() for x in tensors):
-        advice = "the training diverged; leave this checkpoint out (--last-step)"
-        raise UserError(f"{where} is not finite: {advice}")
+        raise UserError(f"{where} is not finite: the training diverged; leave out this checkpoint")
 
 
 class AdapterSeries(Series):
     """LoRA adapters. W is a LowRank in float64, relative to the backbone."""
+
+    base = 0  # `last()` stands on W[0]
 
     def __init__(self, paths: dict[int, pathlib.Path]):
         """Raises UserError where they are not one training's."""
@@ -77,7 +77,6 @@ class AdapterSeries(Series):
             named = info.get("backbone_fingerprint") or header.config.get("base_model_name_or_path")
             facts = {
                 "backbone": named,
-                "modules": set(header.shapes),
                 "shapes": header.shapes,
                 "scales": {m: adapters.module_scale(header.config, m) for m in header.shapes},
                 "others": header.others,
@@ -85,8 +84,7 @@ class AdapterSeries(Series):
             first, dtypes = first or facts, dtypes | header.dtypes
             for what, value in facts.items():
                 if value != first[what]:
-                    other = f"{path} differs in its {what} from {paths[self.steps[0]]}"
-                    raise UserError(f"{other}: a series is one adapter, trained on")
+                    raise UserError(f"{path} differs in its {what} from {paths[self.steps[0]]}")
         self.modules, self.scales = list(first["shapes"]), first["scales"]
         self.shapes, self.dtypes, self.others = first["shapes"], dtypes, first["others"]
 
@@ -102,10 +100,6 @@ class AdapterSeries(Series):
     def last(self) -> adapters.Adapter:
         """What a jump adds its rank to: the last checkpoint's adapter."""
         return adapters.read_adapter(self.paths[self.steps[-1]])
-
-    def base(self, module: str) -> LowRank:
-        """What that adapter stands on: the backbone, zero here."""
-        return self.weights(module)[0]
 
     def read(self, folder: pathlib.Path) -> Callable[[str], LowRank]:
         """A function module -> W of another checkpoint of this training."""
@@ -124,23 +118,22 @@ class AdapterSeries(Series):
 class ModelSeries(Series):
     """Whole models, and the backbone that they started from. W is dense in fp32."""
 
+    base = -1  # `last()` stands on the last W
+
     def __init__(self, paths: dict[int, pathlib.Path], backbone: str, run_dir: str):
         """Raises UserError where they are broken, or not of one shape."""
         if not backbone:
             raise UserError("whole models: name the one that training started from with --backbone")
         super().__init__(paths)
         self.backbone, start = backbone, models.find_model(backbone.replace("{run_dir}", run_dir))
-        self.models = [models.open_intact(folder) for folder in (start, *paths.values())]
+        self.models = [models.open_model(folder) for folder in (start, *paths.values())]
         self.modules = models.linear_layers(self.models[0])
         names, wanted = [f"{module}.weight" for module in self.modules], self.models[0].shapes
         for model in self.models:
             for name in names:
                 if (found := model.shapes.get(name)) != wanted[name]:
-                    other = f"{model.path} has {name} as {found}, the backbone as {wanted[name]}"
-                    raise UserError(f"{other}: not one training")
+                    raise UserError(f"{model.path} has {name} as {found}, not {wanted[name]}")
         self.dtypes = {model.dtypes[name] for model in self.models for name in names}
-        if not self.dtypes <= adapters.FLOATS:
-            raise UserError(f"quantised weights ({', '.join(sorted(self.dtypes))}) cannot jump")
         self.others = sorted(wanted.keys() - {*names})
 
     def _weight(self, module: str, i: int) -> torch.Tensor:
@@ -150,17 +143,18 @@ class ModelSeries(Series):
 
     def last(self) -> adapters.Adapter:
         """What a jump adds its rank to: an adapter of rank 0 on the last model."""
-        last = self.models[-1]
-        shapes = {module: last.shapes[f"{module}.weight"] for module in self.modules}
-        return adapters.empty_adapter(last.path, shapes)
-
-    def base(self, module: str) -> torch.Tensor:
-        """What that adapter stands on: the last model's own matrix."""
-        return self.weights(module)[-1]
+        factors, last = {}, self.models[-1]
+        for module in self.modules:
+            m, n = last.shapes[f"{module}.weight"]
+            factors[module] = torch.zeros(m, 0), torch.zeros(0, n)
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 0, "lora_alpha": 0}
+        config |= {"target_modules": self.modules, "bias": "none"}
+        config["base_model_name_or_path"] = str(last.path.resolve())
+        return adapters.Adapter(config, factors)
 
     def read(self, folder: pathlib.Path) -> Callable[[str], torch.Tensor]:
         """A function module -> W of another checkpoint of this training."""
-        model = models.open_intact(folder)
+        model = models.open_model(folder)
         return lambda module: model.tensor(f"{module}.weight").float()
 
     def info(self, run: pathlib.Path) -> dict:
@@ -183,37 +177,33 @@ def hashed(files: dict[str, pathlib.Path]) -> dict[str, str]:
 def open_series(paths: dict[int, pathlib.Path], backbone: str, run_dir: str) -> Series:
     """The checkpoints in `paths`, step -> folder in order. Reads headers and hashes, no tensor.
 
-    backbone: of whole models, folder or hub id; without it the one that they name. {run_dir} in it
-    stands for `run_dir`.
+    backbone: of whole models, folder or hub id; without it the one that they name.
     """
     if gone := [path for path in paths.values() if not path.is_dir()]:
-        raise UserError(f"{gone[0]} is missing: put it back, or run 02_extract_deltas.py again")
+        raise UserError(f"{gone[0]} is missing: put it back")
     whole = [path for path in paths.values() if not adapters.is_adapter(path)]
     if not whole:
         return AdapterSeries(paths)
     if len(whole) < len(paths):
-        raise UserError(f"{whole[0]} is a whole model, others are adapters: name one series alone")
+        raise UserError(f"{whole[0]} is a whole model, others are adapters")
     backbone = backbone or adapters.read_info(whole[0]).get("backbone", "")
     return ModelSeries(paths, backbone, run_dir)
 
 
 def reopen(run: pathlib.Path) -> Series:
     """The checkpoints that the deltas of the run directory `run` were made from."""
-    backbone = deltas.read_index(run / "deltas")["backbone"]
-    return open_series(deltas.checkpoint_paths(run), backbone, str(run))
+    index = deltas.read_index(run / "deltas")
+    paths = {int(step): run / path for step, path in index["checkpoints"].items()}
+    return open_series(paths, index["backbone"], str(run))
 
 
 def warn(series: Series) -> None:
     """Says on stderr what takes no part in a jump, and where rounding has spoilt the deltas."""
     if others := series.others:
         part = f"{others[0]} and {len(others) - 1} other tensors take no part in the jump"
-        print(f"note: {part}: they stay as they last were", file=sys.stderr)
-    if rounded := sorted(series.dtypes & ROUNDED):
-        print(
-            f"warning: checkpoints in {', '.join(rounded)}: rounding is a part of every delta, and "
-            "most of it where whole models are saved so; save them in fp32",
-            file=sys.stderr,
-        )
+        print(f"note: {part}", file=sys.stderr)
+    if rounded := ", ".join(sorted(series.dtypes & ROUNDED)):
+        print(f"warning: checkpoints in {rounded}: deltas hold its rounding", file=sys.stderr)
 
 
 def step_of(path: pathlib.Path) -> int | None:
@@ -234,8 +224,7 @@ def find_checkpoints(patterns: list[str], run: str) -> dict[int, pathlib.Path]:
         paths |= dict.fromkeys(map(pathlib.Path, sorted(glob.glob(where))))
     for path in filter(pathlib.Path.is_dir, paths):
         if not adapters.is_adapter(path) and not models.is_model(path):
-            missing = f"{path} has no adapter_config.json: name the adapters alone"
-            raise UserError(f"{missing} (verl's are global_step_*/actor/lora_adapter)")
+            raise UserError(f"{path} has no adapter_config.json: name the adapters alone")
         if (step := step_of(path)) is None:
             raise UserError(f"no step in the name {path}: want checkpoint-20 or step_20")
         if step in found:

@@ -9,7 +9,6 @@ import importlib.metadata
 import json
 import os
 import pathlib
-import re
 import signal
 import sys
 import time
@@ -50,10 +49,7 @@ def is_writer() -> bool:
 
 
 class Stage:
-    """The folder that a stage writes.
-
-    With several processes, all create it inside `accelerator.main_process_first()`.
-    """
+    """The folder that a stage writes. Processes open it in `accelerator.main_process_first()`."""
 
     def __init__(
         self,
@@ -72,39 +68,32 @@ class Stage:
         """
         self.folder, self.began = folder, time.perf_counter()
         self.record = {"config": configs.as_dict(cfg), "inputs": inputs}
-        if cfg.overwrite and is_writer():
+        if is_writer():
             write.claim(folder)
+        if is_writer() and cfg.overwrite:
             write.remove(folder)
-        if cfg.overwrite and grows:
-            write.begun_anew()
         if (folder / "config.json").exists():
-            before = read_json(folder / "config.json", AGAIN, {"config": dict, "inputs": dict})
+            before = read_json(folder / "config.json", AGAIN)
             before["config"] = configs.as_dict(type(cfg)()) | before["config"]  # of older code
             self._check_same(before, {*may_change, grows})
         elif folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
-            foreign = f"{folder} has files but no config.json"
-            raise UserError(f"{foreign}: move it away, or use --overwrite")
+            raise UserError(f"{folder} has files but no config.json: move it away")
         self.done = self._is_done(grows)
         if is_writer() and not self.done:
-            write.claim(folder)
             write.write_json(folder / "config.json", {**self.record, "versions": versions()})
 
     def _is_done(self, grows: str) -> bool:
         if not (self.folder / "done.json").exists():
             return False
-        kinds = {"config": {grows: float} if grows else dict}
-        done = read_json(self.folder / "done.json", AGAIN, kinds)["config"]
+        done = read_json(self.folder / "done.json", AGAIN)["config"]
         if not write.is_complete(self.folder):
             if is_writer():
-                gone = f"{self.folder} was done, but files of it are gone"
-                print(f"{gone}: it is made again", file=sys.stderr)
-                write.claim(self.folder)
+                print(f"{self.folder} has lost files: it is made again", file=sys.stderr)
                 write.remove(self.folder / "done.json")
             return False
         if grows and done[grows] < self.record["config"][grows]:
             return False
         if is_writer():
-            write.tidy(self.folder)
             print(f"{self.folder} is done already; --overwrite makes it again")
         return True
 
@@ -117,8 +106,7 @@ class Stage:
             for key in keys:
                 if (old := before[part].get(key)) != (new := now[part][key]):
                     made = f"{self.folder} was made with {what} {key} = {old!r}, now it is {new!r}"
-                    advice = "use another --run-dir, or --overwrite to make it again"
-                    raise UserError(f"{made}: {advice}")
+                    raise UserError(f"{made}: use another --run-dir, or --overwrite")
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that have no file of tensors yet."""
@@ -141,22 +129,14 @@ class Stage:
 
 
 class StepLog:
-    """A JSONL file with a row a step. Rows after `keep_to`, before an interruption, are dropped.
+    """A JSONL file with a row a step, by the first process. Rows after `keep_to` are dropped."""
 
-    Only the first process writes. With `begins`, a warning is printed unless there is one row for
-    each step from `begins` to `keep_to`.
-    """
-
-    def __init__(self, path: pathlib.Path, keep_to: int, begins: int | None = None):
+    def __init__(self, path: pathlib.Path, keep_to: int):
         self.path = path
         if is_writer():
             rows = read_jsonl(path, {"step": int}) if path.exists() else []
-            rows = [row for row in rows if row["step"] <= keep_to]
-            wanted = range(begins or 0, keep_to + 1)
-            if begins is not None and [row["step"] for row in rows] != [*wanted]:
-                steps = f"one row for each of the steps {begins} to {keep_to}"
-                print(f"warning: {path} had not {steps}; it stays so", file=sys.stderr)
-            write.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+            kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= keep_to]
+            write.write_text(path, "".join(kept))
 
     def append(self, *rows: dict) -> None:
         """Adds rows at the end."""
@@ -172,8 +152,8 @@ class StepLog:
 def run_stage(main: Callable[[], None], one_process: bool = False) -> None:
     """Calls a stage's `main` and turns what the user can put right into one line.
 
-    Exit codes: 2 for a UserError, 130 for Ctrl-C, 143 for SIGTERM, 1 where another process of the
-    run has ended. one_process: of the processes of `accelerate launch` only the first works.
+    Exit codes: 2 for a UserError, 130 for Ctrl-C, 143 for SIGTERM. one_process: of the processes
+    of `accelerate launch` only the first works.
     """
     if one_process and not is_writer():
         return
@@ -181,26 +161,17 @@ def run_stage(main: Callable[[], None], one_process: bool = False) -> None:
     # A shell that starts us in the background has SIGINT ignored.
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, write.interrupt) for number in numbers]
-    hint = "type {} to go on from the last complete step"
     try:
         main()
     except UserError as error:
-        # The message may quote a file, terminal codes and all.
-        line = "".join(letter if letter.isprintable() else " " for letter in str(error))
-        print(f"error: {line[:2000]}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
         for number in numbers:  # a launcher may pass on a signal that the whole group has already
             signal.signal(number, signal.SIG_IGN)
         if is_writer():
-            print(f"\nstopped: {hint.format(write.same_command())}", file=sys.stderr)
+            print(f"\nstopped: {write.GO_ON}", file=sys.stderr)
         raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
-    except RuntimeError as error:
-        if not re.search("(closed|reset) by peer", str(error)):
-            raise
-        ended = "error: another process of this run has ended"
-        print(f"{ended}: {hint.format(write.same_command())}", file=sys.stderr)
-        raise SystemExit(1) from None
     finally:
         write.release()
         for number, handler in zip(numbers, before, strict=True):

@@ -10,16 +10,17 @@ import json
 import os
 import pathlib
 import shutil
-import socket
 import sys
 
 import safetensors.torch
 import torch
 
 from common import UserError
-from common.files.read import HASHES, first_line, sha256, written_hashes
+from common.files.read import HASHES, sha256, written_hashes
 
-_state = {"writes": 0, "signal": 0, "anew": False}  # under way, come meanwhile, by --overwrite
+GO_ON = "type the same command without --overwrite to go on"
+
+_state = {"writes": 0, "signal": 0}  # under way, come meanwhile
 _claimed: dict[pathlib.Path, int] = {}  # folder -> its lock file, open
 
 
@@ -30,30 +31,15 @@ def interrupt(number: int, frame: object = None) -> None:
     _state["signal"] = number
 
 
-def begun_anew() -> None:
-    """Notes that --overwrite has begun a training again, see `same_command`."""
-    _state["anew"] = True
-
-
-def same_command() -> str:
-    """What to type to go on. With --overwrite again, the steps made since would be lost."""
-    return "the same command" + (" without --overwrite" if _state["anew"] else "")
-
-
 @contextlib.contextmanager
 def writing(path: pathlib.Path):
     """While `path` is written, SIGINT and SIGTERM wait, and a full disk becomes one line."""
     _state["writes"] += 1
     try:
         yield
-    except Exception as error:
-        # tokenizers raises a bare Exception on a full disk.
-        bare = type(error) is Exception and "(os error " in str(error)
-        if not bare and not isinstance(error, OSError | safetensors.SafetensorError):
-            raise
-        reason = getattr(error, "strerror", None) or first_line(error)
-        advice = f"make room or allow it, then type {same_command()} to go on"
-        raise UserError(f"cannot write {path} ({reason}): {advice}") from error
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path} ({reason}): make room, then {GO_ON}") from error
     finally:
         _state["writes"] -= 1
         number = 0 if _state["writes"] else _state["signal"]
@@ -66,23 +52,19 @@ def _beside(path: pathlib.Path, mark: str = "") -> pathlib.Path:
     return path.with_name(f".{path.name}{mark}.tmp")
 
 
-def _flush(path: pathlib.Path) -> None:
-    for part in [*path.iterdir(), path] if path.is_dir() else [path]:
-        handle = os.open(part, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-
 def flush(path: pathlib.Path) -> None:
-    """Has the disk keep the file `path`."""
+    """Has the disk keep the file or folder `path`."""
     with writing(path):
-        _flush(path)
+        for part in [*path.iterdir(), path] if path.is_dir() else [path]:
+            handle = os.open(part, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
 
 
 def _delete(path: pathlib.Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    elif os.path.lexists(path):  # on a read-only disk, unlink is an error even if there is nothing
+    elif path.exists():  # on a read-only disk, unlink is an error even if there is nothing
         path.unlink()
 
 
@@ -91,7 +73,7 @@ def remove(path: pathlib.Path) -> None:
     old = _beside(path, ".old")
     with writing(path):
         _delete(old)
-        if os.path.lexists(path):
+        if path.exists():
             os.replace(path, old)
             _delete(old)
 
@@ -104,7 +86,7 @@ def atomic_file(path: pathlib.Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
-            _flush(temporary)
+            flush(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)  # a full disk needs the room
@@ -145,9 +127,8 @@ def save_state(path: pathlib.Path, state: dict) -> None:
 
 def save_pretrained(folder: pathlib.Path, *parts) -> None:
     """Saves models and tokenizers as Hugging Face does. Use it within `atomic_dir`."""
-    with writing(folder):
-        for part in parts:
-            part.save_pretrained(folder)
+    for part in parts:
+        part.save_pretrained(folder)
 
 
 def save_figure(path: pathlib.Path, figure) -> None:
@@ -164,11 +145,11 @@ def copy_files(paths: list[pathlib.Path], folder: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_dir(path: pathlib.Path, overwrite: bool = False):
+def atomic_dir(path: pathlib.Path):
     """Yields an empty temporary folder, which becomes `path` if the block ends without an error.
 
     Hashes of the weights in it and of their configs go into its sha256.json, see `check_intact`.
-    `overwrite` replaces `path`; use it only for what can be made again: for a moment there is none.
+    It replaces `path`, if that is there: for a moment there is none.
     """
     temporary = _beside(path)
     with writing(path):
@@ -179,9 +160,7 @@ def atomic_dir(path: pathlib.Path, overwrite: bool = False):
         with writing(path):
             if hashes := hashes_of(temporary, ("config.json", "adapter_config.json")):
                 write_json(temporary / HASHES, hashes)
-            _flush(temporary)
-            if path.exists() and not overwrite:
-                raise UserError(f"{path} is there already")
+            flush(temporary)
             remove(path)
             os.replace(temporary, path)
     except BaseException:
@@ -212,37 +191,22 @@ def claim(folder: pathlib.Path) -> None:
         return
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _claimed[folder] = _locked(folder)
+        handle = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f"another process is writing {folder}: wait for it, or stop it") from None
+    except OSError:
+        print(f"warning: no locks here: keep a second process out of {folder}", file=sys.stderr)
+    _claimed[folder] = handle
     for left in [_beside(folder), _beside(folder, ".old"), *folder.rglob(".*.tmp")]:
         with writing(left):
             _delete(left)
 
 
-def tidy(folder: pathlib.Path) -> None:
-    """Clears what a killed process left of the finished `folder`, where that may be written."""
-    with contextlib.suppress(UserError):
-        claim(folder)
-
-
-def _locked(folder: pathlib.Path) -> int:
-    handle = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        busy = f"{folder} is being written by {os.read(handle, 200).decode().strip()}"
-        os.close(handle)
-        raise UserError(f"{busy}: wait for it, or stop it") from None
-    except OSError:
-        print(f"warning: no locks here: keep a second process out of {folder}", file=sys.stderr)
-    with contextlib.suppress(OSError):  # a full disk is named by what is written next
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    return handle
-
-
 def release() -> None:
     """Gives back every folder that this process has claimed."""
-    _state["anew"] = False
     while _claimed:
         folder, handle = _claimed.popitem()
         with contextlib.suppress(OSError):

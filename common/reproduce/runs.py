@@ -13,6 +13,7 @@ import statistics
 
 from common.baselines.measures import cosine
 from common.files import adapters, deltas
+from common.files.read import read_json
 from common.reproduce import results
 from common.reproduce.results import Result
 
@@ -177,8 +178,8 @@ class Runs:
 
     def spectra(self, name: str = MAIN) -> list[dict]:
         """Stage 2's spectrum.json of the run `name`, of each seed that has it."""
-        folders = [self.folder(seed, name) / "deltas" for seed in self.seeds]
-        return [deltas.read_spectrum(f) for f in folders if (f / "spectrum.json").is_file()]
+        paths = [self.folder(seed, name) / "deltas" / "spectrum.json" for seed in self.seeds]
+        return [read_json(path, deltas.STAGE) for path in paths if path.is_file()]
 
     def predictor_reports(self, name: str = MAIN) -> dict[str, list[dict]]:
         """Stage 3's report.json of each predictor, of each seed that has it."""

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
+import json
 import pathlib
 import re
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 import yaml
 
 from common import UserError
-from common.files.read import parse_json, text_lines
+from common.files.read import text_lines
 from common.rl import in_one_line
 
 DAPO_PREFIX = (
@@ -102,7 +103,7 @@ def _jsonl_rows(path: pathlib.Path) -> Iterator:
     for number, line in text_lines(path):
         if line.strip():
             try:
-                yield f"{path}, line {number}", parse_json(line)
+                yield f"{path}, line {number}", json.loads(line)
             except ValueError as error:
                 raise UserError(f"{path}, line {number}: not valid JSON ({error})") from error
 

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from common import UserError
 from common.files import adapters
-from common.files.models import open_intact
+from common.files.models import open_model
 from common.files.read import check_intact
 from common.rl import in_one_line
 
@@ -30,7 +30,7 @@ def load_backbone(name: str, dtype: torch.dtype | str = "auto"):
     dtype "auto" is the one it is stored in.
     """
     if pathlib.Path(name).is_dir():
-        open_intact(pathlib.Path(name))
+        open_model(pathlib.Path(name))
     elif name.startswith((".", "/", "runs/")) or name.count("/") > 1:
         raise UserError(f"backbone folder {name} not found; {WANTED}")
     safe = {"use_safetensors": True, "trust_remote_code": False}

@@ -7,6 +7,7 @@ nor on the number of processes, nor on what was sampled before.
 import dataclasses
 import hashlib
 import importlib.util
+import json
 import pathlib
 
 import torch
@@ -15,7 +16,6 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from common import UserError
 from common.files.config import nearest
-from common.files.read import parse_json
 from common.rl.policy import is_sharded, load_lora, merged
 
 # Of vLLM: memory and speed; nothing that names code or weights.
@@ -62,7 +62,7 @@ def choose_engine(name: str) -> str:
 def vllm_options(text: str) -> dict:
     """The engine options in a JSON object. Raises UserError for any that is not in VLLM_OPTIONS."""
     try:
-        options = parse_json(text)
+        options = json.loads(text)
     except ValueError as error:
         raise UserError(f"vllm_options {text!r} is not JSON ({error})") from error
     if not isinstance(options, dict):

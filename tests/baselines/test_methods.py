@@ -429,7 +429,7 @@ def test_deltas_that_changed_after_the_training_are_refused_by_next(run, stage):
     flags = ["--k", "3", "--fit-checkpoints", "4", "--overwrite"]
     assert stage("02_extract_deltas.py", *flags) == (0, "")
     code, line = stage("04_extrapolate.py")
-    assert (code, "aligned was trained on other deltas than those there now" in line) == (2, True)
+    assert (code, "aligned was trained on other deltas" in line) == (2, True)
     assert stage("04_extrapolate.py", "--methods", "repeat-last") == (0, "")
 
 
@@ -593,7 +593,7 @@ BAD = {
     "an unknown method": (
         None,
         ["relax"],
-        "unknown method 'relax'; did you mean relex? (known: alpharl",
+        "unknown method 'relax'; did you mean relex?",
     ),
 }
 

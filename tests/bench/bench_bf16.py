@@ -38,7 +38,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--run-dir", type=pathlib.Path, default=pathlib.Path("runs/demo"))
     run = parser.parse_args().run_dir
-    paths, k = list(deltas.checkpoint_paths(run).items()), deltas.read_index(run / "deltas")["k"]
+    index = deltas.read_index(run / "deltas")
+    paths, k = [(int(s), run / p) for s, p in index["checkpoints"].items()], index["k"]
     print("| delta | rounding |\n|---|--:|")
     for back in (1, k):
         (last, now), (first, before) = paths[-1], paths[-1 - back]

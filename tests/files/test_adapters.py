@@ -260,10 +260,10 @@ def small_series(tmp_path_factory):
         ({"use_rslora": True}, "differs in its scales from"),
         ({"lora_alpha": 2}, "differs in its scales from"),
         ({"alpha_pattern": {"proj": 8, "q_proj": 8}}, "differs in its scales from"),
-        ({"rank_pattern": {"q_proj": 3}}, "has factors of rank 2 and 2, its config says 3"),
+        ({"rank_pattern": {"q_proj": 3}}, "has B (6, 2) and A (2, 5), its config says rank 3"),
         ({"use_dora": True}, "(use_dora)"),
         ({"peft_type": "IA3"}, "(peft_type IA3)"),
-        ({"init_lora_weights": "olora"}, "initialised by olora"),
+        ({"init_lora_weights": "olora"}, "olora, which changes the backbone"),
         ({"target_parameters": ["experts.down"]}, "(target_parameters)"),
     ],
 )

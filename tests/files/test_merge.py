@@ -180,7 +180,7 @@ OTHER = "base_model.model.norm.weight"
         ({"module": "lm_head", "m": 20}, "lm_head shares its weight with the embedding"),
         (
             {"module": "model.layers.9.self_attn.q_proj"},
-            "has no model.layers.9.self_attn.q_proj.weight",
+            "model.layers.9.self_attn.q_proj.weight is None, the adapter wants (64, 64)",
         ),
         ({"m": 32}, "q_proj.weight is (64, 64), the adapter"),
         ({"config": {"fan_in_fan_out": True}}, "trained with fan_in_fan_out"),

@@ -126,13 +126,13 @@ def test_what_was_done_and_lost_a_file_is_made_again(folder, capsys):
     (folder / "a.safetensors").unlink()
     assert not opened(folder).done
     assert not (folder / "done.json").exists()
-    assert "files of it are gone: it is made again" in capsys.readouterr().err
+    assert "has lost files: it is made again" in capsys.readouterr().err
 
 
 def test_a_foreign_folder_is_not_touched(folder):
     folder.mkdir(parents=True)
     (folder / "thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match=r"has files but no config\.json: move it away, or use"):
+    with pytest.raises(UserError, match=r"has files but no config\.json: move it away"):
         opened(folder)
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
 
@@ -146,20 +146,17 @@ def test_of_several_processes_the_first_alone_writes(folder, monkeypatch):
     assert not folder.exists()
 
 
-def test_a_log_drops_what_came_after_the_resumed_step_and_half_a_line(tmp_path, capsys):
+def test_a_log_drops_what_came_after_the_resumed_step_and_half_a_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     stage.StepLog(path, keep_to=0).append(*({"step": step} for step in (1, 2, 3)))
     with open(path, "a") as file:
         file.write('{"step": 4, "rew')
-    stage.StepLog(path, keep_to=2, begins=1).append({"step": 3, "again": True})
+    stage.StepLog(path, keep_to=2).append({"step": 3, "again": True})
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert rows == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
-    assert capsys.readouterr().err == ""
-    stage.StepLog(path, keep_to=2, begins=0)
-    assert "had not one row for each of the steps 0 to 2" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("line", ["[1]", "{}", '{"step": "1"}', '{"st', "[" * 100_000])
+@pytest.mark.parametrize("line", ["[1]", "{}", '{"step": "1"}', '{"st'])
 def test_a_log_with_a_line_that_is_no_row_names_the_line(tmp_path, line):
     (tmp_path / "m.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
     with pytest.raises(UserError, match=r"m\.jsonl, line 2: not "):
