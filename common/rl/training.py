@@ -104,9 +104,8 @@ def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str
     """Problems, optimizer, engine, verifier. `backbone`: what the policy is on, its fingerprint."""
     if cfg.report_to:
         accelerator.init_trackers("next", config=as_dict(cfg))
-    columns = {"prompt_column": cfg.prompt_column, "answer_column": cfg.answer_column}
-    where = cfg.path(cfg.train_data)
-    problems = data.load_problems(where, cfg.english_only, split=cfg.data_split, **columns)
+    columns = {"prompt": cfg.prompt_column, "answer": cfg.answer_column, "split": cfg.data_split}
+    problems = data.load_problems(cfg.path(cfg.train_data), cfg.english_only, **columns)
     turns = (tokenizer, cfg.prompt_template, cfg.system_prompt)
     prompts = data.encode_prompts(problems, *turns, cfg.max_prompt_tokens, cfg.train_data)
     model, frozen = place(model, accelerator.device), None
