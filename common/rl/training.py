@@ -87,10 +87,9 @@ def place(model, device: torch.device):
     """
     if os.environ.get("ACCELERATE_USE_FSDP") != "true":
         return model.to(device)
-    version, ram = (os.environ.get(f"FSDP_{k}") for k in ("VERSION", "CPU_RAM_EFFICIENT_LOADING"))
-    if (version, ram) != ("2", "false") or not isinstance(model, PeftModel):
-        what = "common/accelerate/fsdp2.yaml and a LoRA: it shards frozen layers"
-        raise UserError(f"FSDP wants {what}, and --tune full has none")
+    is_ours = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") == "false"
+    if not is_ours or not isinstance(model, PeftModel):
+        raise UserError("FSDP wants common/accelerate/fsdp2.yaml, and --tune lora")
     decoder = policy.base_model(model).get_decoder()
     whole = {*policy.trained(model).values()}
     for layer in decoder.layers:
@@ -189,12 +188,13 @@ def descend(run: Run, step: int, losses: list[tuple[float, float]]) -> dict:
 
     Returns loss, clip_share and grad_norm. Raises UserError where they are not finite.
     """
-    parameters = [*policy.trained(run.model).values()]
+    parameters, reduce = [*policy.trained(run.model).values()], run.accelerator.reduce
     if run.accelerator.num_processes > 1:  # the weights add up to 1 over processes: so do gradients
         for parameter in parameters:
-            parameter.grad = run.accelerator.reduce(parameter.grad, "sum")
+            parameter.grad = reduce(parameter.grad, "sum")
     norm = torch.nn.utils.clip_grad_norm_(parameters, run.cfg.max_grad_norm).item()
-    loss, clipped = (sum(column) for column in zip(*losses, strict=True))
+    local = torch.tensor([sum(column) for column in zip(*losses, strict=True)])
+    loss, clipped = reduce(local.to(run.accelerator.device), "sum").tolist()
     if not math.isfinite(loss + norm):
         what = f"non-finite loss ({loss}) or gradient (norm {norm}) in step {step}"
         raise UserError(f"{what}; the last checkpoint is good: lower the learning rate")
