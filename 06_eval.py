@@ -112,8 +112,7 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
         # `runs` answers to every problem, scored.
         for task in left:
             began = time.perf_counter()
-            asked = measure.ask(cfg, now.engine, now.prompts[task], accelerator)
-            rows = measure.score(judge, now.tokenizer, tasks[task], asked)
+            rows = now.answers(task, judge)
             record = {"policy": name, **made[task], "template_hash": now.template_hash}
             record |= measure.summarise(rows, len(tasks[task]))
             record["seconds"] = round(time.perf_counter() - began, 2)
