@@ -20,8 +20,6 @@ DAPO_SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:".'
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 HUB_ID = r"[\w.-]+/[\w.-]+(:[\w.-]+)?"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-LISTED = yaml.safe_load(pathlib.Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-MMLU_PRO_CATEGORIES = LISTED["mmlu-pro"].pop("categories")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +35,11 @@ class Source:
     revision: str | None = None
     config: str | None = None
     template: str | None = None
-    category: str | None = None  # only rows of this category of mmlu-pro
+    part: str = ""  # column; rows with one value of it are a task of their own
 
 
-SOURCES = {name: Source(**fields) for name, fields in LISTED.items()}
-SOURCES |= {
-    f"mmlu-pro/{part.replace(' ', '-')}": dataclasses.replace(SOURCES["mmlu-pro"], category=part)
-    for part in MMLU_PRO_CATEGORIES
-}
+_LISTED = pathlib.Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
+SOURCES = {name: Source(**fields) for name, fields in yaml.safe_load(_LISTED).items()}
 
 
 def dapo_question(prompt: str) -> str:

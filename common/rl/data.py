@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
 import re
@@ -34,9 +35,15 @@ class Problem:
     kind: str = "latex"
 
 
-def load_problems(spec, english_only=False, flag="--train-data", **columns) -> list[Problem]:
-    """The problems of one data set. `spec` is one of
+def load_problems(spec, **options) -> list[Problem]:
+    """The problems of one data set for training; see `load_tasks`."""
+    return list(itertools.chain(*load_tasks([spec], "--train-data", **options).values()))
 
+
+def load_tasks(specs, flag="--test-data", english_only=False, **columns) -> dict:
+    """Problems by task, named after the benchmark or file. A category of mmlu-pro is a task.
+
+    A spec is one of
     - a file, .jsonl, .parquet or .csv, with columns for prompt and answer, and perhaps for `kind`;
     - a name in common/rl/benchmarks.yaml, or its hub id; `name=path` reads a local copy;
     - any other hub id, "owner/name" or "owner/name:config".
@@ -44,38 +51,26 @@ def load_problems(spec, english_only=False, flag="--train-data", **columns) -> l
     columns: prompt and answer ("a.b" is the key b of column a) and split, for what is not a known
     benchmark. Raises UserError where it cannot be had, or where a row is not usable.
     """
-    name, where = parse_spec(str(spec))
-    source = SOURCES.get(name) or Source(where.split(":")[0], **columns)
-    problems = {}  # in order; DAPO repeats every problem, other sets keep what stands twice
-    for place, row in rows(where, source, f"{flag} {name.split('/')[0]}"):
-        if source.category and _text(row, "category") != source.category:
-            continue
-        key, problem = place, _problem(row, source, place)
-        if source.template == "dapo":
-            key = dapo_question(problem.prompt)
-            problem = dataclasses.replace(problem, prompt=key)
-        if not (english_only and _CJK.search(problem.prompt)):
-            problems.setdefault(key, problem)
-    if not problems:
-        raise UserError(f"data file {where} holds no problem for {name}")
-    return list(problems.values())
-
-
-def load_tasks(specs: list[str], **columns) -> dict[str, list[Problem]]:
-    """Test problems by task, named after the benchmark or file; `columns` as in `load_problems`.
-
-    mmlu-pro stands for its 14 categories. Raises UserError for two tasks of one name.
-    """
     tasks = {}
     for spec in specs:
-        name, where = parse_spec(spec)
-        parts = [part for part in SOURCES if part.startswith("mmlu-pro/")]
-        for part in parts if name == "mmlu-pro" else [name]:
-            task = safe_name(part.replace("/", "-"), "test data set")  # files are named after it
-            if task in tasks:
-                raise UserError(f"two test data sets are called {task}: say other={where}")
-            one = spec if part == name else f"{part}={where}"
-            tasks[task] = load_problems(one, flag="--test-data", **columns)
+        name, where = parse_spec(str(spec))
+        benchmark, _, wanted = name.partition("/")
+        source = SOURCES.get(benchmark) or Source(where, **columns)
+        found = {}  # task -> its problems, in order
+        for place, row in rows(where, source, f"{flag} {benchmark}"):
+            part = (_text(row, source.part) or "").replace(" ", "-")
+            key, problem = place, _problem(row, source, place)
+            if source.template == "dapo":  # which repeats every problem
+                key = dapo_question(problem.prompt)
+                problem = dataclasses.replace(problem, prompt=key)
+            if part in (wanted or part) and not (english_only and _CJK.search(problem.prompt)):
+                task = f"{benchmark}-{part}" if part else benchmark
+                found.setdefault(safe_name(task, "data set"), {}).setdefault(key, problem)
+        if not found:
+            raise UserError(f"data file {where} holds no problem for {name}")
+        if both := tasks.keys() & found.keys():
+            raise UserError(f"two test data sets are called {both.pop()}: say other={where}")
+        tasks |= {task: list(found[task].values()) for task in sorted(found)}
     return tasks
 
 
@@ -86,13 +81,9 @@ def parse_spec(spec: str) -> tuple[str, str]:
     (('aime24', 'HuggingFaceH4/aime_2024'), ('sums-hard', 'someone/sums:hard'))
     """
     name, _, where = spec.partition("=")
-    names = {source.hub_id: name for name, source in SOURCES.items() if not source.category}
-    name = names.get(name, name)
-    if name in SOURCES:
-        where = where or SOURCES[name].hub_id
-    elif name.startswith("mmlu-pro/"):
-        known = ", ".join(part for part in SOURCES if part.startswith("mmlu-pro/"))
-        raise UserError(f"unknown task {name}; known: {known}")
+    name = {source.hub_id: name for name, source in SOURCES.items()}.get(name, name)
+    if source := SOURCES.get("mmlu-pro" if name.startswith("mmlu-pro/") else name):
+        where = where or source.hub_id
     elif not where or "/" in name:  # an "=" belongs to the path
         path, where = pathlib.Path(spec), spec
         name = path.stem if path.suffix in FILE_TYPES else path.name.replace(":", "-")
@@ -179,11 +170,8 @@ def prompt_order(count: int, per_step: int, step: int, seed: int) -> list[int]:
     >>> [prompt_order(4, 2, step, seed=0) for step in (1, 2)]  # the first epoch: each problem once
     [[0, 1], [3, 2]]
     """
-    order = []
-    for position in range((step - 1) * per_step, step * per_step):
-        epoch, offset = divmod(position, count)
-        if not order or offset == 0:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            shuffled = torch.randperm(count, generator=generator).tolist()
-        order.append(shuffled[offset])
-    return order
+    start, order = (step - 1) * per_step, []
+    for epoch in range(start // count, (start + per_step - 1) // count + 1):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order += torch.randperm(count, generator=generator).tolist()
+    return order[start % count :][:per_step]

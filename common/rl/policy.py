@@ -105,11 +105,9 @@ def trained(policy) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
 
-@torch.no_grad()
 def put_back(policy, optimizer, weights: dict[str, torch.Tensor], state: dict) -> None:
-    """Loads a resume state. Raises KeyError or RuntimeError where it is not of this policy."""
-    for name, parameter in trained(policy).items():
-        parameter.copy_(weights[name])
+    """Loads a resume state: `weights` are those that are trained."""
+    policy.load_state_dict(weights, strict=False)
     optimizer.load_state_dict(state)
 
 

@@ -104,7 +104,8 @@ def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str
     if cfg.report_to:
         accelerator.init_trackers("next", config=as_dict(cfg))
     columns = {"prompt": cfg.prompt_column, "answer": cfg.answer_column, "split": cfg.data_split}
-    problems = data.load_problems(cfg.path(cfg.train_data), cfg.english_only, **columns)
+    columns["english_only"] = cfg.english_only
+    problems = data.load_problems(cfg.path(cfg.train_data), **columns)
     turns = (tokenizer, cfg.prompt_template, cfg.system_prompt)
     prompts = data.encode_prompts(problems, *turns, cfg.max_prompt_tokens, cfg.train_data)
     model, frozen = place(model, accelerator.device), None
@@ -114,10 +115,10 @@ def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str
         frozen = policy.load_backbone(cfg.path(cfg.backbone))[0].to(accelerator.device)
     rank = model.peft_config["default"].r if isinstance(model, PeftModel) else 0
     engine = rollout.make_engine(cfg, model, tokenizer, cfg.path(backbone[0]), rank)
-    processes, device = accelerator.num_processes, accelerator.device.type
-    accelerator.print(f"{processes} process(es) on {device}, rollouts by {cfg.engine}")
-    first = f"{tokenizer.decode(prompts[0])!r}  answer: {problems[0].answer!r}"
-    accelerator.print(f"{len(problems)} problems; first prompt: {first}")
+    where = f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
+    accelerator.print(f"{where}, rollouts by {cfg.engine}; {len(problems)} problems")
+    first, answer = tokenizer.decode(prompts[0]), problems[0].answer
+    accelerator.print(f"first prompt: {first!r}  answer: {answer!r}")
     trained = policy.trained(model).values()
     optimizer = torch.optim.AdamW(trained, cfg.learning_rate, weight_decay=cfg.weight_decay)
     judge = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format)
@@ -174,12 +175,12 @@ def token_weights(run: Run, batch: Batch, sequences: list[int]) -> dict[int, tor
 
     They add up to 1 over all processes: neither micro-batches nor processes change the loss.
     """
-    by_token = run.cfg.loss_aggregation == "token"
     lengths = torch.tensor([len(batch.completions[i]) for i in sequences])
     local = torch.tensor([float(lengths.sum()), float(len(lengths))])
     tokens, count = run.accelerator.reduce(local.to(run.accelerator.device), "sum").cpu()
-    share = lengths.sum() / tokens if by_token else len(lengths) / count
-    weights = grpo.token_weights(lengths, run.cfg.loss_aggregation) * share
+    how = run.cfg.loss_aggregation
+    share = lengths.sum() / tokens if how == "token" else len(lengths) / count
+    weights = grpo.token_weights(lengths, how) * share
     return dict(zip(sequences, weights.split(lengths.tolist()), strict=True))
 
 

@@ -64,6 +64,22 @@ GPQA = [
     }
     for i in range(8)
 ]
+CATEGORIES = [
+    "biology",
+    "business",
+    "chemistry",
+    "computer science",
+    "economics",
+    "engineering",
+    "health",
+    "history",
+    "law",
+    "math",
+    "other",
+    "philosophy",
+    "physics",
+    "psychology",
+]
 MMLU_PRO = [
     {
         "question_id": 70 + i,
@@ -75,7 +91,7 @@ MMLU_PRO = [
         "category": category,
         "src": "ori_mmlu",
     }
-    for i, category in enumerate((*benchmarks.MMLU_PRO_CATEGORIES, "law"))
+    for i, category in enumerate((*CATEGORIES, "law"))
 ]
 AIME24 = [
     {
@@ -187,6 +203,8 @@ def test_mmlu_pro_keeps_its_order_without_the_filling(tmp_path):
         "letter",
     )
     assert data.load_tasks([f"mmlu-pro/law={path}"]) == {"mmlu-pro-law": tasks["mmlu-pro-law"]}
+    with pytest.raises(UserError, match="no problem for mmlu-pro/alchemy"):
+        data.load_tasks([f"mmlu-pro/alchemy={path}"])
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".json"])
@@ -258,7 +276,6 @@ def test_hub_is_asked_for_the_pinned_revision_and_for_the_named_split(monkeypatc
         ("aime26", "aime26 not found; want a file, a hub id, or one of dapo-math-17k, aime24"),
         ("no/where.parquet", "no/where.parquet not found"),
         ("aime24=no/where.parquet", "no/where.parquet not found"),
-        ("mmlu-pro/alchemy", "unknown task mmlu-pro/alchemy; known: mmlu-pro/biology"),
         ("someone/sums", "--train-data sums=/path/to/"),
     ],
 )
