@@ -133,11 +133,11 @@ def train(run: Run, folder: pathlib.Path, first_step: int) -> None:
         batch = sample(run, step, timer)
         # log pi_old of every sampled token, recomputed by the trainer; fills in batch.old.
         with timer("logprob"):
-            sums = training.score(run, batch)
+            scored = training.score(run, batch)
         batch.advantage = advantages(run, batch)  # Eq. 2
         # Eq. 1: prompts_per_step / mini_batch updates. Micro-batches only save memory.
         with timer("update"):
-            stats, size = [], cfg.mini_batch * cfg.rollouts // processes
+            updates, size = [], cfg.mini_batch * cfg.rollouts // processes
             for start in range(0, len(batch.completions), size):
                 mini, losses = range(start, start + size), []
                 weights = training.token_weights(run, batch, mini)  # sum: 1 over all processes
@@ -145,8 +145,8 @@ def train(run: Run, folder: pathlib.Path, first_step: int) -> None:
                     loss, clipped = loss_of(run, batch, micro, weights)
                     loss.backward()
                     losses.append((loss.item(), clipped.item()))
-                stats.append(training.descend(run, step, losses))
-        line = {"step": step, **metrics.of_step(run, batch, sums, stats)}
+                updates.append(training.descend(run, step, losses))
+        line = {"step": step, **metrics.of_step(run, batch, scored, updates)}
         metrics.check_gap(line, cfg.max_logprob_gap)  # stops if engine and trainer disagree
         # A checkpoint, the logs, and then a state that an interrupted run goes on from.
         with timer("save"):

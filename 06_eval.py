@@ -78,9 +78,9 @@ def is_measured(path: pathlib.Path, wanted: dict) -> bool:
 
 def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> None:
     """Measures every policy on every task; those on one model share it."""
-    columns = {"prompt_column": cfg.prompt_column, "answer_column": cfg.answer_column}
+    columns = {"prompt": cfg.prompt_column, "answer": cfg.answer_column, "split": cfg.data_split}
     specs, now = [cfg.path(spec) for spec in cfg.test_data], None
-    tasks = data.load_tasks(specs, **columns, split=cfg.data_split)
+    tasks = data.load_tasks(specs, **columns)
     names = find_policies(run, cfg.policies)
     loras = {name: run / name for name in names if adapters.is_adapter(run / name)}
     ranks = [adapters.highest_rank(adapters.read_config(lora)) for lora in loras.values()]
@@ -112,8 +112,7 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
         # `runs` answers to every problem, scored.
         for task in left:
             began = time.perf_counter()
-            asked = measure.ask(cfg, now.engine, now.prompts[task], accelerator)
-            rows = measure.score(judge, now.tokenizer, tasks[task], asked)
+            rows = now.answers(task, judge)
             record = {"policy": name, **made[task], "template_hash": now.template_hash}
             record |= measure.summarise(rows, len(tasks[task]))
             record["seconds"] = round(time.perf_counter() - began, 2)

@@ -408,7 +408,7 @@ def score(place: Place, drawn):
 
 @functools.cache
 def _judge():
-    return verifier.Verifier(time_limit=2.0, workers=1)
+    return verifier.Verifier(time_limit=2.0)
 
 
 def ask_math_verify(place: Place, drawn):

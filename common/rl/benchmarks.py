@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import pathlib
 import re
@@ -22,8 +21,6 @@ DAPO_SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:".'
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 HUB_ID = r"[\w.-]+/[\w.-]+(:[\w.-]+)?"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-LISTED = yaml.safe_load(pathlib.Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-MMLU_PRO_CATEGORIES = LISTED["mmlu-pro"].pop("categories")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,22 +28,19 @@ class Source:
     """A data set on the hub; benchmarks.yaml explains the fields."""
 
     hub_id: str
-    split: str
+    split: str = "train"
     kind: str = "latex"
-    prompt: str = "problem"  # columns; "a.b" is the key b of column a
+    prompt: str = "prompt"  # columns; "a.b" is the key b of column a
     answer: str = "answer"
     file: str = "its data file"
     revision: str | None = None
     config: str | None = None
     template: str | None = None
-    category: str | None = None  # only rows of this category of mmlu-pro
+    part: str = ""  # column; rows with one value of it are a task of their own
 
 
-SOURCES = {name: Source(**fields) for name, fields in LISTED.items()}
-SOURCES |= {
-    f"mmlu-pro/{part.replace(' ', '-')}": dataclasses.replace(SOURCES["mmlu-pro"], category=part)
-    for part in MMLU_PRO_CATEGORIES
-}
+_LISTED = pathlib.Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
+SOURCES = {name: Source(**fields) for name, fields in yaml.safe_load(_LISTED).items()}
 
 
 def dapo_question(prompt: str) -> str:
@@ -84,47 +78,34 @@ CHOICES = {"gpqa": gpqa, "mmlu_pro": mmlu_pro}  # row -> (prompt, letter)
 
 def rows(where: str, source: Source, flag: str) -> Iterator:
     """(place for messages, row) of a local file or folder, or of the hub. `flag`: see `_table`."""
-    if pathlib.Path(where).suffix == ".jsonl":  # without `datasets`: at once, with line numbers
-        yield from _jsonl_rows(pathlib.Path(where))
+    if where.endswith(".jsonl"):  # without `datasets`: at once, with line numbers
+        for number, line in text_lines(pathlib.Path(where)):
+            if line.strip():
+                try:
+                    yield f"{where}, line {number}", json.loads(line)
+                except ValueError as error:
+                    raise UserError(f"{where}, line {number}: not valid JSON ({error})") from error
         return
-    table = _table(where, source, flag)
-    if source.template not in CHOICES:  # only what is needed: DAPO has 1.8 million rows
-        wanted = {column.split(".")[0] for column in (source.prompt, source.answer, "kind")}
-        table = table.select_columns([name for name in table.column_names if name in wanted])
-    with in_one_line(f"cannot read {where}", "make it again"):
-        parts = (zip(*batch.values(), strict=True) for batch in table.iter(5000))
-        for number, values in enumerate(itertools.chain.from_iterable(parts), 1):
-            yield f"{where}, row {number}", dict(zip(table.column_names, values, strict=True))
-
-
-def _jsonl_rows(path: pathlib.Path) -> Iterator:
-    if not path.is_file():
-        raise UserError(f"data file {path} not found")
-    for number, line in text_lines(path):
-        if line.strip():
-            try:
-                yield f"{path}, line {number}", json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: not valid JSON ({error})") from error
+    parts = _table(where, source, flag).with_format("arrow").iter(5000)  # DAPO: 1.8 million rows
+    for number, row in enumerate((row for part in parts for row in part.to_pylist()), 1):
+        yield f"{where}, row {number}", row
 
 
 def _table(where: str, source: Source, flag: str):
     """A datasets.Dataset. `flag` is how to name a copy on the command line: --test-data aime24."""
     import datasets  # here: it takes a second, and JSONL does not need it
 
-    path = pathlib.Path(where)
+    path, advice = pathlib.Path(where), f"want {', '.join(FILE_TYPES)}, or a copy of the hub's"
     what = {"path": where, "name": source.config, "split": source.split}
-    failed, advice = f"cannot read {path}", f"want {', '.join(FILE_TYPES)}, or a copy of the hub's"
     if path.is_file():
         what = {"path": FILE_TYPES.get(path.suffix), "data_files": where, "split": "train"}
-    elif not path.exists() and re.fullmatch(HUB_ID, where) and path.suffix not in FILE_TYPES:
+    elif not path.exists():
+        if not re.fullmatch(HUB_ID, where):
+            known = ", ".join(SOURCES)
+            raise UserError(f"data {where} not found; want a file, a hub id, or one of {known}")
         hub_id, _, config = where.partition(":")
         what |= {"path": hub_id, "name": config or source.config, "revision": source.revision}
-        failed, copy = f"cannot load {where}", f"{flag}=/path/to/{pathlib.Path(source.file).name}"
-        from_hub = f"fetch {source.file} from https://huggingface.co/datasets/{source.hub_id}"
-        advice = f"{from_hub} and give it as {copy} (gated: accept its terms, set HF_TOKEN)"
-    elif not path.exists():
-        known = ", ".join(SOURCES)
-        raise UserError(f"data file {path} not found; want a file, a hub id, or one of {known}")
-    with in_one_line(failed, advice):  # a script in a folder is not run
+        advice = f"fetch {source.file} from https://huggingface.co/datasets/{hub_id}, give it as "
+        advice += f"{flag}=/path/to/{pathlib.Path(source.file).name} (gated: set HF_TOKEN)"
+    with in_one_line(f"cannot load {where}", advice):  # a script in a folder is not run
         return datasets.load_dataset(**what)

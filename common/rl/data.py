@@ -2,19 +2,20 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
-import math
-import os
 import pathlib
 import re
 import sys
+from typing import Literal
 
 import torch
 
 from common import UserError
-from common.files.read import safe_name, sha256
+from common.files.read import matches, safe_name, sha256
+from common.files.stage import is_writer
 from common.rl import in_one_line
-from common.rl.benchmarks import CHOICES, FILE_TYPES, HUB_ID, SOURCES, Source, dapo_question, rows
+from common.rl.benchmarks import CHOICES, FILE_TYPES, SOURCES, Source, dapo_question, rows
 
 # One template for training and evaluation.
 STEP_BY_STEP = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -22,7 +23,6 @@ PROMPT_TEMPLATE = "{prompt}\n" + STEP_BY_STEP
 # Qwen2.5's own turn where none is given, so the paper's models see the same tokens.
 SYSTEM_PROMPT = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 KINDS = ("number", "latex", "letter")
-CHECKED = 64  # prompts that are decoded again to see whether any character is lost
 _CJK = re.compile("[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]")
 
 
@@ -35,84 +35,68 @@ class Problem:
     kind: str = "latex"
 
 
-def load_problems(spec, english_only=False, flag="--train-data", **columns) -> list[Problem]:
-    """The problems of one data set. `spec` is one of
+def load_problems(spec, **options) -> list[Problem]:
+    """The problems of one data set for training; see `load_tasks`."""
+    return list(itertools.chain(*load_tasks([spec], "--train-data", **options).values()))
 
+
+def load_tasks(specs, flag="--test-data", english_only=False, **columns) -> dict:
+    """Problems by task, named after the benchmark or file. A category of mmlu-pro is a task.
+
+    A spec is one of
     - a file, .jsonl, .parquet or .csv, with columns for prompt and answer, and perhaps for `kind`;
     - a name in common/rl/benchmarks.yaml, or its hub id; `name=path` reads a local copy;
     - any other hub id, "owner/name" or "owner/name:config".
 
-    columns: prompt_column, answer_column ("a.b" is the key b of column a) and split, for what is
-    not a known benchmark. Raises UserError where it cannot be had, or where a row is not usable.
-    """
-    name, where = parse_spec(str(spec))
-    source = SOURCES.get(name) or _unknown(where, **columns)
-    problems = {}  # in order; DAPO repeats every problem, other sets keep what stands twice
-    for place, row in rows(where, source, f"{flag} {name.split('/')[0]}"):
-        if source.category and _column(row, "category") != source.category:
-            continue
-        key, problem = place, _problem(row, source, place)
-        if source.template == "dapo":
-            key = dapo_question(problem.prompt)
-            problem = dataclasses.replace(problem, prompt=key)
-        if not (english_only and _CJK.search(problem.prompt)):
-            problems.setdefault(key, problem)
-    if not problems:
-        raise UserError(f"data file {where} holds no problem for {name}")
-    return list(problems.values())
-
-
-def load_tasks(specs: list[str], **columns) -> dict[str, list[Problem]]:
-    """Test problems by task, named after the benchmark or file; `columns` as in `load_problems`.
-
-    mmlu-pro stands for its 14 categories. Raises UserError for two tasks of one name.
+    columns: prompt and answer ("a.b" is the key b of column a) and split, for what is not a known
+    benchmark. Raises UserError where it cannot be had, or where a row is not usable.
     """
     tasks = {}
     for spec in specs:
-        name, where = parse_spec(spec)
-        parts = [part for part in SOURCES if part.startswith("mmlu-pro/")]
-        for part in parts if name == "mmlu-pro" else [name]:
-            task = safe_name(part.replace("/", "-"), "test data set")  # files are named after it
-            if task in tasks:
-                what = f"two of the test data sets are called {task}"
-                raise UserError(f"{what}; give one another name: other={where}")
-            one = spec if part == name else f"{part}={where}"
-            tasks[task] = load_problems(one, flag="--test-data", **columns)
+        name, where = parse_spec(str(spec))
+        benchmark, _, wanted = name.partition("/")
+        source = SOURCES.get(benchmark) or Source(where, **columns)
+        found = {}  # task -> its problems, in order
+        for place, row in rows(where, source, f"{flag} {benchmark}"):
+            part = (_text(row, source.part) or "").replace(" ", "-")
+            key, problem = place, _problem(row, source, place)
+            if source.template == "dapo":  # which repeats every problem
+                key = dapo_question(problem.prompt)
+                problem = dataclasses.replace(problem, prompt=key)
+            if part in (wanted or part) and not (english_only and _CJK.search(problem.prompt)):
+                task = f"{benchmark}-{part}" if part else benchmark
+                found.setdefault(safe_name(task, "data set"), {}).setdefault(key, problem)
+        if not found:
+            raise UserError(f"data file {where} holds no problem for {name}")
+        if both := tasks.keys() & found.keys():
+            raise UserError(f"two test data sets are called {both.pop()}: say other={where}")
+        tasks |= {task: list(found[task].values()) for task in sorted(found)}
     return tasks
 
 
 def parse_spec(spec: str) -> tuple[str, str]:
     """(name, where): `where` is a local path or a hub id.
 
-    >>> parse_spec("aime24"), parse_spec("aime25=/data/test.jsonl")
-    (('aime24', 'HuggingFaceH4/aime_2024'), ('aime25', '/data/test.jsonl'))
+    >>> parse_spec("aime24"), parse_spec("someone/sums:hard")
+    (('aime24', 'HuggingFaceH4/aime_2024'), ('sums-hard', 'someone/sums:hard'))
     """
-    if not spec.isprintable() or max(len(part.encode()) for part in spec.split("/")) > 250:
-        raise UserError(f"data set {spec[:80]!r}: no name of a file or a data set")
     name, _, where = spec.partition("=")
-    names = {source.hub_id: name for name, source in SOURCES.items() if not source.category}
-    name = names.get(name, name)
-    if name in SOURCES:
-        return name, where or SOURCES[name].hub_id
-    if name.startswith("mmlu-pro/"):
-        known = ", ".join(part for part in SOURCES if part.startswith("mmlu-pro/"))
-        raise UserError(f"unknown task {name}; known: {known}")
-    if where and "/" not in name:
-        return name, where
-    path = pathlib.Path(spec)  # an "=" belongs to the path
-    if re.fullmatch(HUB_ID, spec) and path.suffix not in FILE_TYPES and not path.exists():
-        return spec.split("/")[1].replace(":", "-"), spec
-    return path.stem, spec
+    name = {source.hub_id: name for name, source in SOURCES.items()}.get(name, name)
+    if source := SOURCES.get("mmlu-pro" if name.startswith("mmlu-pro/") else name):
+        where = where or source.hub_id
+    elif not where or "/" in name:  # an "=" belongs to the path
+        path, where = pathlib.Path(spec), spec
+        name = path.stem if path.suffix in FILE_TYPES else path.name.replace(":", "-")
+    path = pathlib.Path(where)
+    if path.suffix in FILE_TYPES and not path.is_file():
+        raise UserError(f"data file {path} not found")
+    return name, where
 
 
 def content_hash(spec: str) -> str | None:
     """The hash of the local file that `spec` reads; None for a hub id or a folder."""
     path = pathlib.Path(parse_spec(spec)[1])
-    if path.suffix not in FILE_TYPES:
-        return None
-    if not path.is_file():
-        raise UserError(f"data file {path} not found")
-    return sha256(path)
+    return sha256(path) if path.suffix in FILE_TYPES else None
 
 
 def fingerprint(problems: list[Problem]) -> str:
@@ -121,39 +105,26 @@ def fingerprint(problems: list[Problem]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _unknown(where, prompt_column="prompt", answer_column="answer", split="train") -> Source:
-    return Source(where.split(":")[0], split, "latex", prompt_column, answer_column)
-
-
 def _problem(row: dict, source: Source, place: str) -> Problem:
     if source.template in CHOICES:
         with in_one_line(f"{place}: not a row of {source.hub_id}", "give a copy of the hub's"):
             return Problem(*CHOICES[source.template](row), source.kind)
-    texts = []
     for column in (source.prompt, source.answer):
-        texts.append(_text(_column(row, column)))
-        if texts[-1] is None:
-            want = f'{{"{source.prompt}": text, "{source.answer}": text or number}}'
-            raise UserError(f"{place}: no usable '{column}' (want {want})")
+        if _text(row, column) is None:
+            raise UserError(f"{place}: no usable '{column}', want a text or a number")
     kind = row.get("kind") or source.kind
     if kind not in KINDS:
         raise UserError(f"{place}: kind {kind!r} is not one of {', '.join(KINDS)}")
-    return Problem(*texts, kind)
+    return Problem(_text(row, source.prompt), _text(row, source.answer), kind)
 
 
-def _column(row: object, column: str) -> object:
-    for key in column.split("."):
-        row = row.get(key) if isinstance(row, dict) else None
-    return row
-
-
-def _text(value: object) -> str | None:
+def _text(value: object, column: str) -> str | None:
     # A text, a finite number, or the last turn of a user in a chat.
-    if isinstance(value, list) and value and isinstance(value[-1], dict):
-        value = value[-1].get("content") if value[-1].get("role") == "user" else None
-    if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
-        return None
-    return str(value) if isinstance(value, str | int | float) else None
+    for key in column.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    if isinstance(value, list) and value and matches(value[-1], {"role": Literal["user"]}):
+        value = value[-1].get("content")
+    return str(value) if matches(value, str | float) and value == value else None
 
 
 def render_chats(prompts: list[str], tokenizer, template: str, system: str) -> list[str]:
@@ -175,25 +146,16 @@ def encode_prompts(problems, tokenizer, template, system, limit: int, source) ->
     texts = render_chats([problem.prompt for problem in problems], tokenizer, template, system)
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     for number, ids in enumerate(encoded, 1):
-        if not 0 < len(ids) <= limit:
-            what = f"over the limit of {limit}; raise max_prompt_tokens or remove it"
-            what = what if ids else "which is no prompt: see the backbone's chat template"
-            raise UserError(f"{source}, problem {number} has {len(ids) or 'no'} tokens, {what}")
-    if os.environ.get("RANK", "0") == "0":
-        _warn(texts[:CHECKED], encoded, tokenizer, system, source)
+        if not ids:
+            raise UserError(f"{source}, problem {number} has no tokens: see the chat template")
+        if len(ids) > limit:
+            over = f"{len(ids)} tokens, over the limit of {limit}: raise max_prompt_tokens"
+            raise UserError(f"{source}, problem {number} has {over}")
+    is_foreign = system == SYSTEM_PROMPT and "Qwen" not in str(tokenizer.chat_template)
+    if is_foreign and is_writer():
+        why = "the system turn is Qwen2.5's, and the backbone is not: set --system-prompt"
+        print(f"warning: {source}: {why}", file=sys.stderr)
     return encoded
-
-
-def _warn(texts, encoded, tokenizer, system: str, source) -> None:
-    found = []
-    if system == SYSTEM_PROMPT and "Qwen" not in str(tokenizer.chat_template):
-        found.append("the system turn is Qwen2.5's, and the backbone is not: set --system-prompt")
-    pairs = zip(texts, encoded, strict=False)
-    if lost := set().union(*({*"".join(t.split())} - {*tokenizer.decode(i)} for t, i in pairs)):
-        letters = "".join(sorted(lost))[:60]
-        found.append(f"the tokenizer has no token for {letters!r}: they are not in the prompts")
-    for warning in found:
-        print(f"warning: {source}: {warning}", file=sys.stderr)
 
 
 def template_hash(tokenizer, template: str, system: str) -> str:
@@ -208,11 +170,8 @@ def prompt_order(count: int, per_step: int, step: int, seed: int) -> list[int]:
     >>> [prompt_order(4, 2, step, seed=0) for step in (1, 2)]  # the first epoch: each problem once
     [[0, 1], [3, 2]]
     """
-    order = []
-    for position in range((step - 1) * per_step, step * per_step):
-        epoch, offset = divmod(position, count)
-        if not order or offset == 0:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            shuffled = torch.randperm(count, generator=generator).tolist()
-        order.append(shuffled[offset])
-    return order
+    start, order = (step - 1) * per_step, []
+    for epoch in range(start // count, (start + per_step - 1) // count + 1):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order += torch.randperm(count, generator=generator).tolist()
+    return order[start % count :][:per_step]

@@ -23,10 +23,11 @@ class Loaded:
     """A model on which policies are measured, with the prompts of every task in its tokens."""
 
     def __init__(self, cfg, base: str, tasks: dict, rank: int, accelerator):
-        """cfg: a SamplingConfig with batch_size. rank: the highest of the adapters to come."""
+        """cfg: stage 6's EvalConfig. rank: the highest of the adapters to come."""
+        self.cfg, self.base, self.tasks, self.accelerator = cfg, base, tasks, accelerator
         model, self.tokenizer = policy.load_backbone(cfg.path(base))
         model = model.to(accelerator.device) if cfg.engine == "hf" else model
-        self.base, self.fingerprint = base, policy.fingerprint(model)
+        self.fingerprint = policy.fingerprint(model)
         turns = (self.tokenizer, cfg.prompt_template, cfg.system_prompt)
         self.template_hash = data.template_hash(*turns)
         self.prompts = {
@@ -38,9 +39,10 @@ class Loaded:
 
     def first_prompts(self) -> str:
         """A line a task, for whoever wants to see what the model is asked."""
-        firsts = {task: (len(p), self.tokenizer.decode(p[0])) for task, p in self.prompts.items()}
-        lines = [f"{task}: {n} problems; first prompt: {p!r}" for task, (n, p) in firsts.items()]
-        return "\n".join(lines)
+        return "\n".join(
+            f"{task}: {len(prompts)} problems; first prompt: {self.tokenizer.decode(prompts[0])!r}"
+            for task, prompts in self.prompts.items()
+        )
 
     def use(self, lora: pathlib.Path | None) -> None:
         """Samples from the model with this adapter. Raises UserError for another model's."""
@@ -48,31 +50,25 @@ class Loaded:
             policy.refuse_foreign(lora, self.fingerprint)
         self.engine.use(lora)
 
-
-def ask(cfg, engine, prompts: list[list[int]], accelerator) -> list[tuple]:
-    """(problem, run, rollout) of cfg.runs answers to each prompt; a process samples its share."""
-    asked = [(i, run) for run in range(cfg.runs) for i in range(len(prompts))]
-    asked = asked[accelerator.process_index :: accelerator.num_processes]
-    seeds = [rollout.sequence_seed(cfg.seed, 0, i, run) for i, run in asked]
-    wanted = [prompts[i] for i, _ in asked]
-    # vLLM sees to its own precision.
-    with accelerator.autocast() if cfg.engine == "hf" else contextlib.nullcontext():
-        found = engine.generate(wanted, seeds, cfg.max_new_tokens, cfg.temperature, cfg.top_p)
-    return [(i, run, rolled) for (i, run), rolled in zip(asked, found, strict=True)]
-
-
-def score(judge, tokenizer, problems: list[data.Problem], asked: list[tuple]) -> list[dict]:
-    """A row an answer, of all processes."""
-    tokens, finished = [r.tokens for *_, r in asked], [r.finished for *_, r in asked]
-    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    asked_of = [problems[i] for i, *_ in asked]
-    golds, kinds = [p.answer for p in asked_of], [p.kind for p in asked_of]
-    scores, rows = judge.score(texts, golds, finished, kinds), []
-    for (i, run, rolled), text, right in zip(asked, texts, scores, strict=True):
-        row = {"problem": i, "run": run, "prompt": problems[i].prompt, "response": text}
-        row |= {"answer": problems[i].answer, "tokens": len(rolled.tokens)}
-        rows.append({**row, "finished": rolled.finished, "score": right})
-    return sorted(gather_object(rows), key=lambda row: (row["run"], row["problem"]))
+    def answers(self, task: str, judge) -> list[dict]:
+        """cfg.runs answers to every problem, scored, a row each. A process samples its share."""
+        cfg, problems, accelerator = self.cfg, self.tasks[task], self.accelerator
+        asked = [(i, run) for run in range(cfg.runs) for i in range(len(problems))]
+        asked = asked[accelerator.process_index :: accelerator.num_processes]
+        seeds = [rollout.sequence_seed(cfg.seed, 0, i, run) for i, run in asked]
+        prompts = [self.prompts[task][i] for i, _ in asked]
+        # vLLM sees to its own precision.
+        with accelerator.autocast() if cfg.engine == "hf" else contextlib.nullcontext():
+            draw = (cfg.max_new_tokens, cfg.temperature, cfg.top_p)
+            found = self.engine.generate(prompts, seeds, *draw)
+        texts = self.tokenizer.batch_decode([r.tokens for r in found], skip_special_tokens=True)
+        golds, kinds = [problems[i].answer for i, _ in asked], [problems[i].kind for i, _ in asked]
+        scores, rows = judge.score(texts, golds, [r.finished for r in found], kinds), []
+        for (i, run), rolled, text, right in zip(asked, found, texts, scores, strict=True):
+            row = {"problem": i, "run": run, "prompt": problems[i].prompt, "response": text}
+            row |= {"answer": problems[i].answer, "tokens": len(rolled.tokens)}
+            rows.append({**row, "finished": rolled.finished, "score": right})
+        return sorted(gather_object(rows), key=lambda row: (row["run"], row["problem"]))
 
 
 def summarise(rows: list[dict], problems: int) -> dict:

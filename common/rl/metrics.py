@@ -18,63 +18,64 @@ class Timer:
     def __call__(self, phase: str):
         start = time.perf_counter()
         yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        self.seconds[phase] = round(time.perf_counter() - start, 4)
 
     def line(self, tokens: int) -> dict:
         """Seconds and tokens a second since this timer was made."""
         seconds = time.perf_counter() - self.began
-        return {
-            "seconds": round(seconds, 4),
-            "tokens_per_second": round(tokens / seconds, 1),
-            "seconds_by_phase": {name: round(value, 4) for name, value in self.seconds.items()},
-        }
+        line = {"seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds, 1)}
+        return {**line, "seconds_by_phase": self.seconds}
 
 
 def check_gap(line: dict, limit: float) -> None:
     """Raises UserError where engine and trainer disagree on the log-probabilities of the tokens."""
-    step, gap = line["step"], line["logprob_gap_mean"]
+    gap = line["logprob_gap_mean"]
     if not gap <= limit:  # nan is no agreement either
-        what = f"engine and trainer disagree by {gap:.3f} nats a token (limit {limit})"
-        raise UserError(f"step {step}: {what}: stale weights, or another temperature or template")
+        what = f"step {line['step']}: engine and trainer disagree by {gap:.3f} nats a token"
+        raise UserError(f"{what}: stale weights, or another temperature or template")
 
 
-def of_step(run, batch, sums: dict, stats: list[dict]) -> dict:
+def of_step(run, batch, scored: dict, updates: list[dict]) -> dict:
     """The metrics of one step over all processes; the README explains each.
 
-    `sums` is what `training.score` returns, `stats` what `training.descend` does, of each update.
+    `scored` is what `training.score` returns, `updates` what `training.descend` does of each.
     """
-    cfg, judge = run.cfg, run.judge
-
-    def total(*local: float) -> list[float]:
-        values = torch.tensor(local, dtype=torch.float32, device=run.accelerator.device)
-        return run.accelerator.reduce(values, "sum").tolist()
-
+    cfg, accelerator, judge = run.cfg, run.accelerator, run.judge
     spread = batch.rewards.max(1).values - batch.rewards.min(1).values
-    cut, flat = batch.finished.count(False), (spread == 0).sum().item()
-    size = (sum(map(len, batch.completions)), len(batch.completions), len(spread))
-    tokens, sequences, groups, cut, flat = total(*size, cut, flat)
-    reward, entropy, gap, kl = total(
-        batch.rewards.sum().item(), sums["entropy"], sums["gap"], sums["kl"]
-    )
-    timeouts, errors = total(judge.timeouts, judge.errors)
-    gap_max = torch.tensor([sums["gap_max"]], device=run.accelerator.device)
+    sums = {
+        "tokens": sum(map(len, batch.completions)),
+        "sequences": len(batch.completions),
+        "groups": len(spread),
+        "cut": batch.finished.count(False),
+        "flat": (spread == 0).sum().item(),
+        "reward": batch.rewards.sum().item(),
+        "timeouts": judge.timeouts,
+        "errors": judge.errors,
+        **scored,
+    }
+    local = torch.tensor([*sums.values()], dtype=torch.float32, device=accelerator.device)
+    total = dict(zip(sums, accelerator.reduce(local, "sum").tolist(), strict=True))
+    gap_max = torch.tensor([scored["gap_max"]], device=accelerator.device)
+    tokens, sequences = total["tokens"], total["sequences"]
+    mean = {key: sum(update[key] for update in updates) / len(updates) for key in updates[0]}
+    penalty = cfg.kl_coef * total["kl"] if cfg.kl_in == "reward" else 0
     values = {
-        "reward": (reward - (cfg.kl_coef * kl if cfg.kl_in == "reward" else 0)) / sequences,
-        "accuracy": reward / sequences,
+        "reward": (total["reward"] - penalty) / sequences,
+        "accuracy": total["reward"] / sequences,
         "response_length": tokens / sequences,
-        "truncated_share": cut / sequences,
-        "zero_variance_groups": flat / groups,
-        "loss": sum(total(*(s["loss"] for s in stats))) / len(stats),
-        "clip_share": sum(total(*(s["clip_share"] for s in stats))) / len(stats),
-        **({"kl": kl / tokens} if cfg.kl_coef else {}),
-        "entropy": entropy / tokens,
-        "logprob_gap_mean": gap / tokens,
-        "logprob_gap_max": run.accelerator.gather(gap_max).max().item(),
-        "grad_norm": sum(s["grad_norm"] for s in stats) / len(stats),
+        "truncated_share": total["cut"] / sequences,
+        "zero_variance_groups": total["flat"] / total["groups"],
+        "loss": mean["loss"],
+        "clip_share": mean["clip_share"],
+        **({"kl": total["kl"] / tokens} if cfg.kl_coef else {}),
+        "entropy": total["entropy"] / tokens,
+        "logprob_gap_mean": total["gap"] / tokens,
+        "logprob_gap_max": accelerator.gather(gap_max).max().item(),
+        "grad_norm": mean["grad_norm"],
         "learning_rate": cfg.learning_rate,
         "tokens": int(tokens),
-        "verifier_timeouts": int(timeouts),
-        "verifier_errors": int(errors),
+        "verifier_timeouts": int(total["timeouts"]),
+        "verifier_errors": int(total["errors"]),
     }
     return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
 

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import hashlib
 import pathlib
-import sys
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -25,10 +24,7 @@ WANTED = "want a Hugging Face folder with safetensors weights, or a hub id"
 
 
 def load_backbone(name: str, dtype: torch.dtype | str = "auto"):
-    """(model, tokenizer) of a folder or hub id; frozen, safetensors only.
-
-    dtype "auto" is the one it is stored in.
-    """
+    """(model, tokenizer) of a folder or hub id; frozen, safetensors only. "auto": as stored."""
     if pathlib.Path(name).is_dir():
         open_model(pathlib.Path(name))
     elif name.startswith((".", "/", "runs/")) or name.count("/") > 1:
@@ -66,9 +62,7 @@ def load_lora(backbone, folder: pathlib.Path):
     check_intact(folder)
     with in_one_line(f"cannot load adapter {folder}", adapters.ANOTHER):
         config = LoraConfig.from_pretrained(folder)
-        if config.lora_dropout:  # the policy that is trained would not be the one that sampled
-            print(f"{folder}: lora_dropout is set to 0, as rollouts have none", file=sys.stderr)
-        config.lora_dropout = 0.0
+        config.lora_dropout = 0.0  # the policy that is trained is the one that sampled
         return PeftModel.from_pretrained(backbone, folder, is_trainable=True, config=config)
 
 
@@ -77,8 +71,7 @@ def refuse_foreign(folder: pathlib.Path, backbone_fingerprint: str) -> None:
     adapters.read_header(folder)
     info = adapters.read_info(folder)
     if info.get("backbone_fingerprint", backbone_fingerprint) != backbone_fingerprint:
-        named = info.get("backbone")
-        raise UserError(f"{folder} was trained on another backbone ({named}) than the one given")
+        raise UserError(f"{folder} was trained on another backbone: {info.get('backbone')}")
 
 
 def with_jump(backbone, folder: pathlib.Path):
@@ -95,8 +88,8 @@ def save(policy, tokenizer, folder: pathlib.Path) -> None:
     """Saves what is trained, in fp32, to the open `folder`: the adapter, or the whole model."""
     if isinstance(policy, PeftModel):
         config = policy.peft_config["default"]
-        if isinstance(config.target_modules, set):
-            config.target_modules = sorted(config.target_modules)  # a set has any order
+        if isinstance(config.target_modules, set):  # which has any order
+            config.target_modules = sorted(config.target_modules)
         policy.save_pretrained(folder, save_embedding_layers=False)
         return
     # The backbone's sampling defaults are not how it is trained, and saving refuses some of them.
@@ -112,14 +105,9 @@ def trained(policy) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
 
-@torch.no_grad()
 def put_back(policy, optimizer, weights: dict[str, torch.Tensor], state: dict) -> None:
-    """Loads a resume state. Raises ValueError where its tensors are not those of this policy."""
-    wanted = trained(policy)
-    if {k: t.shape for k, t in weights.items()} != {k: p.shape for k, p in wanted.items()}:
-        raise ValueError("it is not of this policy")
-    for name, parameter in wanted.items():
-        parameter.copy_(weights[name])
+    """Loads a resume state: `weights` are those that are trained."""
+    policy.load_state_dict(weights, strict=False)
     optimizer.load_state_dict(state)
 
 
@@ -154,8 +142,7 @@ def merged(policy):
         return
     try:
         for layer, weight in frozen.items():
-            update = sum(layer.get_delta_weight(name) for name in layer.active_adapters)
-            layer.base_layer.weight.data = weight + update
+            layer.base_layer.weight.data = weight + layer.get_delta_weight("default")
         with policy.disable_adapter():
             yield
     finally:

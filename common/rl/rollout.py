@@ -15,7 +15,6 @@ from peft import PeftModel
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
 from common import UserError
-from common.files.config import nearest
 from common.rl.policy import is_sharded, load_lora, merged
 
 # Of vLLM: memory and speed; nothing that names code or weights.
@@ -36,8 +35,7 @@ class Rollout:
 
 
 def sequence_seed(seed: int, step: int, problem: int, sample: int, occurrence: int = 0) -> int:
-    """A 63-bit seed: a hash, so that neighbours have nothing in common."""
-    # occurrence: how often the problem came before in the same step.
+    """A 63-bit seed by a hash. `occurrence`: how often the problem came before in the same step."""
     parts = (seed, step, problem, sample) + ((occurrence,) if occurrence else ())
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
@@ -63,14 +61,11 @@ def vllm_options(text: str) -> dict:
     """The engine options in a JSON object. Raises UserError for any that is not in VLLM_OPTIONS."""
     try:
         options = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"vllm_options {text!r} is not JSON ({error})") from error
-    if not isinstance(options, dict):
-        example = '{"gpu_memory_utilization": 0.4}'
-        raise UserError(f"vllm_options must be a JSON object like {example}, not {text!r}")
-    if others := [key for key in options if key not in VLLM_OPTIONS]:
-        near = nearest(others[0], VLLM_OPTIONS)
-        raise UserError(f"vllm_options: {others[0]!r} is not allowed here; {near}")
+    except ValueError:
+        options = None
+    if not isinstance(options, dict) or not options.keys() <= {*VLLM_OPTIONS}:
+        known = ", ".join(VLLM_OPTIONS)
+        raise UserError(f"vllm_options {text!r}: want a JSON object with keys of {known}")
     return options
 
 
@@ -126,7 +121,7 @@ class HFEngine:
         policy.generation_config = GenerationConfig(eos_token_id=self.ends, pad_token_id=self.pad)
 
     def sync(self, policy) -> None:
-        """Nothing to do: the policy is the very model that is sampled from."""
+        """Nothing to do: the policy is the model that is sampled from."""
 
     def use(self, adapter: pathlib.Path | None) -> None:
         """Samples from the backbone with the adapter in this folder from now on; None: without."""
@@ -170,6 +165,6 @@ class HFEngine:
         finished = is_end.any(1)
         lengths = torch.where(finished, is_end.int().argmax(1) + 1, output.shape[1])
         logprobs = torch.stack(sampler.logprobs, 1)  # [sequences, new tokens]
-        columns = (output, logprobs, lengths, finished)
-        rows = zip(*(column.tolist() for column in columns), strict=True)
+        columns = (output.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist())
+        rows = zip(*columns, strict=True)
         return [Rollout(tokens[:n], logps[:n], done) for tokens, logps, n, done in rows]

@@ -87,10 +87,9 @@ def place(model, device: torch.device):
     """
     if os.environ.get("ACCELERATE_USE_FSDP") != "true":
         return model.to(device)
-    version, ram = (os.environ.get(f"FSDP_{k}") for k in ("VERSION", "CPU_RAM_EFFICIENT_LOADING"))
-    if (version, ram) != ("2", "false") or not isinstance(model, PeftModel):
-        what = "common/accelerate/fsdp2.yaml and a LoRA: it shards frozen layers"
-        raise UserError(f"FSDP wants {what}, and --tune full has none")
+    is_ours = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") == "false"
+    if not is_ours or not isinstance(model, PeftModel):
+        raise UserError("FSDP wants common/accelerate/fsdp2.yaml, and --tune lora")
     decoder = policy.base_model(model).get_decoder()
     whole = {*policy.trained(model).values()}
     for layer in decoder.layers:
@@ -104,9 +103,9 @@ def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str
     """Problems, optimizer, engine, verifier. `backbone`: what the policy is on, its fingerprint."""
     if cfg.report_to:
         accelerator.init_trackers("next", config=as_dict(cfg))
-    columns = {"prompt_column": cfg.prompt_column, "answer_column": cfg.answer_column}
-    where = cfg.path(cfg.train_data)
-    problems = data.load_problems(where, cfg.english_only, split=cfg.data_split, **columns)
+    columns = {"prompt": cfg.prompt_column, "answer": cfg.answer_column, "split": cfg.data_split}
+    columns["english_only"] = cfg.english_only
+    problems = data.load_problems(cfg.path(cfg.train_data), **columns)
     turns = (tokenizer, cfg.prompt_template, cfg.system_prompt)
     prompts = data.encode_prompts(problems, *turns, cfg.max_prompt_tokens, cfg.train_data)
     model, frozen = place(model, accelerator.device), None
@@ -116,10 +115,10 @@ def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str
         frozen = policy.load_backbone(cfg.path(cfg.backbone))[0].to(accelerator.device)
     rank = model.peft_config["default"].r if isinstance(model, PeftModel) else 0
     engine = rollout.make_engine(cfg, model, tokenizer, cfg.path(backbone[0]), rank)
-    processes, device = accelerator.num_processes, accelerator.device.type
-    accelerator.print(f"{processes} process(es) on {device}, rollouts by {cfg.engine}")
-    first = f"{tokenizer.decode(prompts[0])!r}  answer: {problems[0].answer!r}"
-    accelerator.print(f"{len(problems)} problems; first prompt: {first}")
+    where = f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
+    accelerator.print(f"{where}, rollouts by {cfg.engine}; {len(problems)} problems")
+    first, answer = tokenizer.decode(prompts[0]), problems[0].answer
+    accelerator.print(f"first prompt: {first!r}  answer: {answer!r}")
     trained = policy.trained(model).values()
     optimizer = torch.optim.AdamW(trained, cfg.learning_rate, weight_decay=cfg.weight_decay)
     judge = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format)
@@ -176,12 +175,12 @@ def token_weights(run: Run, batch: Batch, sequences: list[int]) -> dict[int, tor
 
     They add up to 1 over all processes: neither micro-batches nor processes change the loss.
     """
-    by_token = run.cfg.loss_aggregation == "token"
     lengths = torch.tensor([len(batch.completions[i]) for i in sequences])
     local = torch.tensor([float(lengths.sum()), float(len(lengths))])
     tokens, count = run.accelerator.reduce(local.to(run.accelerator.device), "sum").cpu()
-    share = lengths.sum() / tokens if by_token else len(lengths) / count
-    weights = grpo.token_weights(lengths, run.cfg.loss_aggregation) * share
+    how = run.cfg.loss_aggregation
+    share = lengths.sum() / tokens if how == "token" else len(lengths) / count
+    weights = grpo.token_weights(lengths, how) * share
     return dict(zip(sequences, weights.split(lengths.tolist()), strict=True))
 
 
@@ -190,12 +189,13 @@ def descend(run: Run, step: int, losses: list[tuple[float, float]]) -> dict:
 
     Returns loss, clip_share and grad_norm. Raises UserError where they are not finite.
     """
-    parameters = [*policy.trained(run.model).values()]
+    parameters, reduce = [*policy.trained(run.model).values()], run.accelerator.reduce
     if run.accelerator.num_processes > 1:  # the weights add up to 1 over processes: so do gradients
         for parameter in parameters:
-            parameter.grad = run.accelerator.reduce(parameter.grad, "sum")
+            parameter.grad = reduce(parameter.grad, "sum")
     norm = torch.nn.utils.clip_grad_norm_(parameters, run.cfg.max_grad_norm).item()
-    loss, clipped = (sum(column) for column in zip(*losses, strict=True))
+    local = torch.tensor([sum(column) for column in zip(*losses, strict=True)])
+    loss, clipped = reduce(local.to(run.accelerator.device), "sum").tolist()
     if not math.isfinite(loss + norm):
         what = f"non-finite loss ({loss}) or gradient (norm {norm}) in step {step}"
         raise UserError(f"{what}; the last checkpoint is good: lower the learning rate")

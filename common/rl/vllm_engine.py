@@ -16,7 +16,6 @@ import vllm
 from peft import PeftModel
 from vllm.lora.request import LoRARequest
 
-from common import UserError
 from common.files import adapters
 from common.files.ram import RamDisk
 from common.rl import in_one_line
@@ -26,14 +25,6 @@ from common.rl.rollout import Rollout, end_tokens
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 MEMORY_SHARE = 0.4  # of the device, for weights and KV cache; the trainer lives on the same one
 GO_ON = "type the same command again to go on"
-
-
-def allowed_rank(rank: int) -> int:
-    """The smallest max_lora_rank of vLLM that fits: 1, 16, 17, 65 -> 1, 16, 32, 128."""
-    if rank > LORA_RANKS[-1]:
-        limit = f"up to rank {LORA_RANKS[-1]}, not {rank}"
-        raise UserError(f"vLLM takes adapters {limit}: use --engine hf")
-    return min(allowed for allowed in LORA_RANKS if rank <= allowed)
 
 
 def dtype_of(model) -> str:
@@ -67,7 +58,7 @@ class VLLMEngine:
             "gpu_memory_utilization": MEMORY_SHARE,
         }
         if lora_rank:
-            room = allowed_rank(lora_rank)
+            room = min((rank for rank in LORA_RANKS if rank >= lora_rank), default=lora_rank)
             settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # the device is that of LOCAL_RANK
             settings["distributed_executor_backend"] = "external_launcher"
@@ -110,22 +101,17 @@ class VLLMEngine:
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
         with in_one_line("vLLM failed while sampling", GO_ON):
             outputs = self.llm.generate(asked, params, lora_request=self.lora, use_tqdm=False)
-            return [_rollout(output) for output, _ in zip(outputs, prompts, strict=True)]
+        found = [output.outputs[0] for output in outputs]
+        return [
+            Rollout(list(r.token_ids), list(r.logprobs.logprobs), r.finish_reason == "stop")
+            for r in found
+        ]
 
     def close(self) -> None:
         """Gives the device memory back. Ends the process group that vLLM shares, too."""
         # vLLM has frozen its objects out of the garbage collector's reach; this thaws them.
-        with in_one_line("vLLM failed while ending", GO_ON):
-            self.llm.llm_engine.engine_core.shutdown()
+        self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         self.ram.close()
         gc.collect()
         torch.cuda.empty_cache()
-
-
-def _rollout(output) -> Rollout:
-    [response] = output.outputs
-    tokens, logprobs = list(response.token_ids), list(response.logprobs.logprobs)
-    if not len(tokens) == len(logprobs) > 0:
-        raise ValueError(f"{len(tokens)} tokens with {len(logprobs)} log-probabilities")
-    return Rollout(tokens, logprobs, response.finish_reason == "stop")

@@ -46,29 +46,28 @@ def test_options_are_a_json_object():
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    "text",
     [
-        (
-            '{"trust_remote_code": true}',
-            r"'trust_remote_code' is not allowed here; .*block_size, .*gpu_memory_utilization",
-        ),
-        ('{"block_size": 32, "load_format": "pt"}', "'load_format' is not allowed"),
-        ('{"worker_extension_cls": "evil.X"}', "'worker_extension_cls' is not allowed"),
-        ('{"worker_cls": "evil.X"}', "'worker_cls' is not allowed"),
-        ('{"tokenizer": "evil/x"}', "'tokenizer' is not allowed"),
-        ('{"model": "evil/x"}', "'model' is not allowed"),
-        ('{"speculative_config": {"model": "evil/x"}}', "'speculative_config' is not allowed"),
-        ('{"compilation_config": {"backend": "evil.X"}}', "'compilation_config' is not allowed"),
-        ('{"hf_overrides": {}}', "'hf_overrides' is not allowed"),
-        ('{"logits_processors": ["evil.X"]}', "'logits_processors' is not allowed"),
-        ('{"download_dir": "../x"}', "'download_dir' is not allowed"),
-        ('{"seed": 1}', "'seed' is not allowed"),
-        ('{"gpu_memory_utilisation": 0.4}', "did you mean gpu_memory_utilization"),
-        ("[" * 100_000, "is not JSON"),
+        '{"trust_remote_code": true}',
+        '{"block_size": 32, "load_format": "pt"}',
+        '{"worker_extension_cls": "evil.X"}',
+        '{"worker_cls": "evil.X"}',
+        '{"tokenizer": "evil/x"}',
+        '{"model": "evil/x"}',
+        '{"speculative_config": {"model": "evil/x"}}',
+        '{"compilation_config": {"backend": "evil.X"}}',
+        '{"hf_overrides": {}}',
+        '{"logits_processors": ["evil.X"]}',
+        '{"download_dir": "../x"}',
+        '{"seed": 1}',
+        '{"gpu_memory_utilisation": 0.4}',
+        "[" * 100_000,
     ],
 )
-def test_options_can_load_no_other_code_and_no_other_weights(text, message):
-    with pytest.raises(UserError, match=message):
+def test_options_can_load_no_other_code_and_no_other_weights(text):
+    with pytest.raises(
+        UserError, match=r"want a JSON object with keys of gpu_memory_utilization, "
+    ):
         rollout.vllm_options(text)
 
 
@@ -86,7 +85,10 @@ def test_a_preset_cannot_open_that_door_either(tmp_path, monkeypatch, capsys, sc
         "--run-dir",
         str(tmp_path),
     )
-    assert (code, line[:55]) == (2, "error: vllm_options: 'trust_remote_code' is not allowed")
+    assert code == 2
+    assert line.startswith(
+        "error: vllm_options '{\"trust_remote_code\": true}': want a JSON object"
+    )
 
 
 @pytest.mark.parametrize("path", sorted(config.PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -99,8 +101,8 @@ def test_the_options_of_our_presets_are_allowed(path):
     ("flags", "message"),
     [
         (["--engine", "sglang"], "--engine"),
-        (["--vllm-options", "{gpu}"], "vllm_options '{gpu}' is not JSON"),
-        (["--vllm-options", "[]"], "vllm_options must be a JSON object"),
+        (["--vllm-options", "{gpu}"], "vllm_options '{gpu}': want a JSON object"),
+        (["--vllm-options", "[]"], "vllm_options '[]': want a JSON object"),
     ],
 )
 @pytest.mark.parametrize("script", ["01_train_lora_grpo.py", "06_eval.py"])

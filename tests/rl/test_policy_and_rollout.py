@@ -221,14 +221,13 @@ def test_fingerprint_sees_a_changed_weight(backbone_dir):
     assert policy.fingerprint(one) != policy.fingerprint(two)
 
 
-def test_dropout_of_another_trainers_adapter_is_off(lora_policy, tmp_path, backbone_dir, capsys):
+def test_dropout_of_another_trainers_adapter_is_off(lora_policy, tmp_path, backbone_dir):
     """The policy that is trained has to be the one that sampled. Live dropout moves log-probs by nats."""
     model, tokenizer = lora_policy
     model.save_pretrained(tmp_path / "theirs")
     path = tmp_path / "theirs" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "lora_dropout": 0.5}))
     loaded = policy.load_lora(policy.load_backbone(str(backbone_dir))[0], tmp_path / "theirs")
-    assert "theirs: lora_dropout is set to 0" in capsys.readouterr().err
     loaded.train()
     prompts, completions = encode(tokenizer, PROMPTS[:1]), encode(tokenizer, ["3+9+0=12<|end|>"])
     found, again = (policy.token_logprobs(loaded, prompts, completions, 1.0)[0] for _ in range(2))
