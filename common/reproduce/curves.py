@@ -4,6 +4,7 @@ import math
 import statistics
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -80,13 +81,6 @@ def logged(runs: Runs, key: str) -> dict[str, dict[int, float]]:
     return {m: {step: statistics.fmean(v) for step, v in some[m].items()} for m in some}
 
 
-def smooth(rows: dict[int, float], window: int) -> dict[int, float]:
-    """Step -> the mean of the `window` steps that end there; the first window - 1 have none."""
-    steps, values = sorted(rows), [rows[step] for step in sorted(rows)]
-    ends = range(window, len(steps) + 1)
-    return {steps[end - 1]: statistics.fmean(values[end - window : end]) for end in ends}
-
-
 def training(runs: Runs):
     """Reward (of the whole run, and after the jump) and response length by RL step."""
     reward, length = logged(runs, "accuracy"), logged(runs, "response_length")
@@ -104,10 +98,13 @@ def training(runs: Runs):
     }
     for axis, (title, (curves, begin, end)) in zip(axes, shown.items(), strict=True):
         for method, rows in curves.items():
-            curve = {s: v for s, v in smooth(rows, window).items() if begin <= s <= end}
+            steps = sorted(rows)
+            means = np.convolve([rows[s] for s in steps], np.full(window, 1 / window), "valid")
+            ends = steps[window - 1 :]  # a mean is drawn at the last of its steps
+            curve = [(s, y) for s, y in zip(ends, means, strict=True) if begin <= s <= end]
             label = label_of("full" if full and method == "grpo" else method)
             look = CURVES[method] | {"marker": None, "lw": 1.6, "label": label}
-            axis.plot(list(curve), list(curve.values()), **look)
+            axis.plot([s for s, _ in curve], [y for _, y in curve], **look)
         axis.set(title=title, xlabel=f"RL step (curves: means of {window})")
         if jumped:
             axis.axvline(runs.prefix, color="gray", lw=1, ls=":")

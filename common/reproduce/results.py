@@ -137,15 +137,13 @@ def load_results(run: pathlib.Path) -> dict[str, Result]:
 
 def training_options(run: pathlib.Path, policy: str) -> dict:
     """The options of stage 1 or 5 that decide what `policy` is, and the hash of its data."""
-    path = (run / policy).parent if policy.startswith("continued/") else run / "train"
-    if not (path / "config.json").is_file():
+    folder = (run / policy).parent if policy.startswith("continued/") else run / "train"
+    if not (folder / "config.json").is_file():
         return {}
-    kinds = {"config": dict, "inputs": dict | None}
-    found = read_json(path / "config.json", "the stage that wrote it", kinds)
-    config, inputs = found["config"], found.get("inputs") or {}
-    data = inputs.get("train_data", inputs.get(pathlib.Path(str(config.get("train_data"))).name))
-    options = {key: value for key, value in config.items() if key not in NOT_TRAINING}
-    return {**options, "training data": data}
+    kinds = {"config": dict, "inputs": dict}
+    found = read_json(folder / "config.json", "the stage that wrote it", kinds)
+    options = {key: value for key, value in found["config"].items() if key not in NOT_TRAINING}
+    return {**options, "training data": found["inputs"].get("train_data")}
 
 
 def jump_info(run: pathlib.Path, policy: str) -> dict:
