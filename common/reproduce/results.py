@@ -1,6 +1,7 @@
 """What one run came to: every measured policy of a run directory, with its steps and its cost."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 import re
@@ -157,8 +158,14 @@ def jump_info(run: pathlib.Path, policy: str) -> dict:
 
 def rl_seconds(folder: pathlib.Path, last_step: int) -> float:
     """Wall seconds of the RL steps logged in `folder` up to `last_step`."""
-    rows = read_jsonl(folder / "metrics.jsonl", LOGGED)
+    path = folder / "metrics.jsonl"
+    rows = _logged(path, path.stat().st_mtime_ns)
     return sum((row["seconds"] for row in rows if row["step"] <= last_step), 0.0)
+
+
+@functools.lru_cache(maxsize=64)  # `changed`, the file's time, keeps it fresh
+def _logged(path: pathlib.Path, changed: int) -> list[dict]:
+    return read_jsonl(path, LOGGED)
 
 
 def spent(run: pathlib.Path, policy: str, method: str, steps: int) -> dict[str, float]:
