@@ -110,9 +110,17 @@ def standard_error(scores: list[torch.Tensor]) -> float:
 
 def label_of(method: str) -> str:
     """The name of `method` in tables."""
-    if method not in METHODS and method.endswith("_merged"):
-        return f"{label_of(method.removesuffix('_merged'))}, merged restart"
-    return METHODS.get(method, {"label": method})["label"]
+    if method in METHODS:
+        return METHODS[method]["label"]
+    name, last, merged = split_name(method)
+    label = METHODS.get(name, {"label": name})["label"]
+    label += f", last {last} checkpoints" if last else ""
+    return label + (", merged restart" if merged else "")
+
+
+def split_name(method: str) -> tuple[str, str, str]:
+    """next-aligned-last8_merged -> (next-aligned, 8, _merged)."""
+    return re.fullmatch(r"(.+?)(?:-last(\d+))?(_merged)?", method).groups(default="")
 
 
 def load_results(run: pathlib.Path) -> dict[str, Result]:

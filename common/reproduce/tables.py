@@ -5,7 +5,15 @@ import statistics
 
 from common.files.deltas import read_index
 from common.reproduce import grids
-from common.reproduce.results import MAIN_ALPHA, METHODS, OWN_ALPHA, SUITES, Result, label_of
+from common.reproduce.results import (
+    MAIN_ALPHA,
+    METHODS,
+    OWN_ALPHA,
+    SUITES,
+    Result,
+    label_of,
+    split_name,
+)
 from common.reproduce.runs import MAIN, Estimate, Runs, over_seeds
 
 RECIPES = ("next-paper", "next-aligned", "weighted")  # NExt's own, and the sum without a network
@@ -31,7 +39,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def place(result: Result) -> tuple[int, str]:
     """Where a method stands in a table: in the order of methods.yaml, others last."""
-    names, name = list(METHODS), result.method.removesuffix("_merged")
+    names, (name, *_) = list(METHODS), split_name(result.method)
     return (names.index(name) if name in names else len(names), result.method)
 
 
