@@ -13,7 +13,6 @@ from conftest import call_on, save_lora
 from common import UserError, demo
 from common.files import models as model_files
 from common.files import read as inputs
-from common.reproduce import plans
 from common.rl import data, policy
 
 SMALL = (
@@ -323,26 +322,6 @@ def test_a_data_set_with_a_script_is_refused(run, canary, monkeypatch, capsys, s
     assert not canary.exists()
     assert status == 2
     assert "scripts are no longer supported" in line
-
-
-@pytest.mark.parametrize(
-    "section",
-    [
-        {"prepare": "rm -rf ."},
-        {"prepare": "python -m common.demo; rm -rf ."},
-        {"prepare": ["rm"]},
-        {"launch": "evil.py"},
-        {"launch": "--quiet evil.py"},
-        {"launch": "--num_processes 2 evil.py"},
-        {"launch": "--module evil"},
-        {"launch": "--no_python"},
-        {"continue_from": ["../../x"]},
-        {"continue_from": ["--overwrite/"]},
-    ],
-)
-def test_a_preset_cannot_have_other_programs_typed(section):
-    with pytest.raises(UserError):
-        plans.single("p", {"reproduce": section}, "runs/x")
 
 
 # Names that would become paths

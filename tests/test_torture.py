@@ -287,7 +287,9 @@ def test_a_signal_waits_for_the_end_of_a_write(tmp_path):
     assert contents(tmp_path) == {"step/a": "whole", "step/b": "whole"}
 
 
-def test_reproduce_passes_a_signal_on_and_waits_for_the_stage_behind_its_launcher(tmp_path):
+def test_reproduce_passes_a_signal_on_and_waits_for_the_stage_behind_its_launcher(
+    tmp_path, monkeypatch
+):
     """The launcher is a shell that ends at once; what it started ends a second after the signal."""
     end = f"(time.sleep(1), open({str(tmp_path / 'ended')!r}, 'w'), exit())"
     slow = f"import signal, time; signal.signal(15, lambda *_: {end})"
@@ -295,12 +297,14 @@ def test_reproduce_passes_a_signal_on_and_waits_for_the_stage_behind_its_launche
     launcher = f'trap "exit 1" TERM; {sys.executable} -c "{slow}" & wait'
     job = plans.Job("01", ["bash", "-c", launcher], [], 1)
 
-    class Loud(runner.Runner):
-        def _show(self, *_):
-            os.kill(os.getpid(), signal.SIGTERM)
+    class Bar(runner.tqdm):
+        def write(self, line):
+            if line == "[01] 1":
+                os.kill(os.getpid(), signal.SIGTERM)
 
+    monkeypatch.setattr(runner, "tqdm", Bar)
     with pytest.raises(SystemExit) as stop:
-        stage.run_stage(Loud([job], [None], tmp_path / "reproduce.json", "stamp").run)
+        stage.run_stage(runner.Runner([job], [None], tmp_path / "reproduce.json", "stamp").run)
     assert stop.value.code == 143
     assert (tmp_path / "ended").exists()
 
@@ -709,7 +713,7 @@ def test_a_full_disk_under_the_logs_of_reproduce_is_one_line(tmp_path, capsys):
         stage.run_stage(one.run)
     assert stop.value.code == 2
     assert (
-        f"error: cannot write {tmp_path}/01.log (No space left on device): make room"
+        f"error: cannot write {tmp_path} (No space left on device): make room"
         in capsys.readouterr().err
     )
 

@@ -9,18 +9,18 @@ again: finished lines are skipped, an interrupted stage goes on where it was.
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
 import pathlib
+import shlex
 import subprocess
+import sys
 
 import torch
 
 from common import UserError
 from common.files import config
-from common.files.read import safe_name
 from common.files.stage import run_stage
 from common.files.write import claim, writing
 from common.reproduce import grids, plans, report
@@ -37,15 +37,11 @@ def lanes_of(preset: dict, jobs: int | None, grid: bool) -> list[str | None]:
     return [None] * (jobs or wanted.get("jobs") or (os.cpu_count() if grid else 1))
 
 
-def made_with(args: argparse.Namespace) -> str:
+def made_with() -> str:
     """The command and the commit of the code, for the page of a grid."""
-    commit = "unknown"
-    with contextlib.suppress(OSError):  # no git here
-        asked = ["git", "-C", str(config.PRESETS), "describe", "--always", "--dirty"]
-        commit = subprocess.run(asked, capture_output=True, text=True).stdout.strip() or commit
-    seeds = " ".join(map(str, args.seeds)) + (" --report" if args.report else "")
-    flags = f"--preset {args.preset} --grid {args.grid} --seeds {seeds}"
-    return f"`python -m common.reproduce {flags}` at commit {commit}"
+    failed, commit = subprocess.getstatusoutput("git describe --always --dirty")
+    typed = shlex.join(["python", "-m", "common.reproduce", *sys.argv[1:]])
+    return f"`{typed}` at commit {'unknown' if failed else commit}"
 
 
 def parse() -> argparse.Namespace:
@@ -69,8 +65,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    preset = config.load_preset(args.preset)
-    name = safe_name(pathlib.Path(args.preset).stem, "the preset's name")
+    preset, name = config.load_preset(args.preset), pathlib.Path(args.preset).stem
     root = pathlib.Path(args.run_dir or f"runs/{name}{f'_{args.grid}' if args.grid else ''}")
     if args.grid:
         jobs = grids.grid(args.grid, args.preset, preset, str(root), args.seeds)
@@ -88,7 +83,7 @@ def main() -> None:
         stamp = hashlib.sha256(json.dumps(preset, sort_keys=True).encode()).hexdigest()[:16]
         Runner(jobs, lanes_of(preset, args.jobs, bool(args.grid)), record, stamp, logs).run()
     if args.grid:
-        print(report.write_grid(root, args.seeds, made_with(args)))
+        print(report.write_grid(root, args.seeds, made_with()))
 
 
 if __name__ == "__main__":

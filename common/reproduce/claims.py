@@ -5,7 +5,7 @@ A claim whose policies were not measured gets no verdict: the page names it as n
 
 import statistics
 
-from common.reproduce.results import label_of, own_seconds, table_of
+from common.reproduce.results import label_of, table_of
 from common.reproduce.runs import MAIN, Estimate, Runs, over_seeds
 from common.reproduce.tables import RECIPES, folder, jump, table
 
@@ -71,12 +71,11 @@ def gain_over_full(runs: Runs, jumped: str) -> Estimate | None:
 
 def overhead(runs: Runs, method: str) -> str:
     """The share of the wall time that `method` adds to RL."""
-    found = {s: r for s, r in runs.get(runs.after(folder(method))).items() if r.seconds}
+    found = [r for r in runs.get(runs.after(folder(method))).values() if r.seconds]
     if not found:
         return ""
-    parts = [own_seconds(runs.folder(seed), method, folder(method)) for seed in found]
-    own = statistics.fmean(sum(part.values()) for part in parts)
-    whole = statistics.fmean(r.seconds for r in found.values())
+    own = statistics.fmean(r.seconds - r.spent["RL"] for r in found)
+    whole = statistics.fmean(r.seconds for r in found)
     verdict = "holds" if own < CHEAP * whole else "does not hold"
     return f"**{verdict}**: {own:.1f} of {whole:.0f} s, {own / whole:.1%}"
 
@@ -117,25 +116,22 @@ def section3(runs: Runs) -> str:
 
     def verdict(a: list[list[float]], b: list[list[float]]) -> str:
         pairs = zip(a, b, strict=False)  # of the seeds that both have
-        gaps = [[x - y for x, y in zip(now, old, strict=True)] for now, old in pairs]
-        return f"**{level(gaps).verdict()}**"
+        return level([[x - y for x, y in zip(*pair, strict=True)] for pair in pairs]).verdict()
 
     def shown(found: list[dict]) -> str:
         at = (0, early, -1)
         return ", ".join(f"{level(ratios(found, i)).plain()} at step {steps[i]}" for i in at)
 
     rise = verdict(ratios(lora, early), ratios(lora, 0))
-    gap = verdict(ratios(lora, -1), ratios(full, -1)) if full else ""
+    text = "* Fig. 2, the rank-1 share E_1 of the update rises early in training: "
+    text += f"**{rise}**. It is {shown(lora)}.\n"
+    if full:
+        higher = verdict(ratios(lora, -1), ratios(full, -1))
+        text += f"* Fig. 2, it is higher with LoRA: **{higher}**. Without, {shown(full)}.\n"
     share = level([[float(row["held_out"] < 0) for row in one["linear_fit"]] for one in lora])
     half = Estimate(share.mean - 0.5, share.error, share.half).verdict()
     inside = statistics.median(row["in_sample"] for one in lora for row in one["linear_fit"])
-    lines = [
-        "* Fig. 2, the rank-1 share E_1 of the update rises early in training: "
-        f"{rise}. It is {shown(lora)}.",
-        f"* Fig. 2, it is higher with LoRA: {gap}. Without, {shown(full)}." if full else "",
-        f"* Fig. 3, a straight line fails on over half of the vectors: **{half}**. On checkpoints "
-        f"that it was not fitted on, {share.plain(100, 1)}% of the vectors have an R² below 0, "
-        "worse than the mean of those few neighbouring points. On those that it was fitted on, the "
-        f"median R² is {inside:.2f}.",
-    ]
-    return "\n".join(filter(None, lines))
+    text += f"* Fig. 3, a straight line fails on over half of the vectors: **{half}**. "
+    text += f"On checkpoints that it was not fitted on, {share.plain(100, 1)}% of the vectors "
+    text += "have an R² below 0, worse than the mean of those few neighbouring points. "
+    return f"{text}On those that it was fitted on, the median R² is {inside:.2f}."

@@ -4,6 +4,7 @@ import math
 import statistics
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -13,12 +14,11 @@ from common.reproduce.results import LOGGED, METHODS, label_of
 from common.reproduce.runs import MAIN, Estimate, Runs
 from common.reproduce.tables import ended, plain_runs
 
-SIZES = {"ms": 4, "capsize": 2}
-CURVES = {  # the methods that have one, and how it looks
-    method: {key: row[key] for key in ("color", "marker", "ls")}
-    for method, row in METHODS.items()
-    if "color" in row
+plt.rcParams |= {
+    **{"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "legend.fontsize": 9},
+    **{"figure.constrained_layout.use": True, "lines.markersize": 4, "errorbar.capsize": 2},
 }
+CURVES = {method: row["look"] for method, row in METHODS.items() if "look" in row}
 RUNS = {  # runs of a grid
     MAIN: {"label": "LoRA", "color": "#0072B2", "marker": "o"},
     "rank4": {"label": "LoRA, rank 4", "color": "#56B4E9", "marker": "^"},
@@ -28,25 +28,16 @@ RUNS = {  # runs of a grid
 WINDOW = 10  # RL steps of which the training curves are means
 
 
-def panels(rows: int, columns: int, width: float, height: float, **options):
-    """A figure of `rows` times `columns` axes with grid lines, of this size in inches."""
-    size = {"figsize": (width, height), "layout": "constrained", "squeeze": False}
-    figure, axes = plt.subplots(rows, columns, **size, **options)
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-        axis.set_axisbelow(True)
-    return figure, list(axes.flat)
-
-
 def legend_below(figure, axis, columns: int) -> None:
+    """Under all axes, the labels of one."""
     handles = axis.get_legend_handles_labels()
-    figure.legend(*handles, fontsize=9, ncol=columns, loc="outside lower center", frameon=False)
+    figure.legend(*handles, ncol=columns, loc="outside lower center", frameon=False)
 
 
 def series(axis, x: list, found: list[Estimate], scale: float = 100, **look) -> None:
     """A curve of estimates with their standard errors, in percent unless `scale` is 1."""
-    errors = [scale * f.error for f in found]
-    axis.errorbar(x, [scale * f.mean for f in found], errors, **SIZES | look)
+    means, errors = [scale * f.mean for f in found], [scale * f.error for f in found]
+    axis.errorbar(x, means, errors, **look)
 
 
 def accuracy(runs: Runs):
@@ -54,24 +45,24 @@ def accuracy(runs: Runs):
     shown, curves = ended(runs)[::-1], {name: plain_runs(runs, name) for name in (MAIN, "full")}
     if not shown or not any(curves.values()):
         return None
-    figure, axes = panels(1, 2, 11, 1.6 + 0.24 * max(len(shown), 9), width_ratios=(1, 1.1))
+    size = (11, 1.6 + 0.24 * max(len(shown), 9))
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, width_ratios=(1, 1.1))
     for name, results in curves.items():
         if results:
             found = [runs.accuracy(r.policy, name) for r in results]
             look = RUNS[name] | {"label": results[0].label}
-            series(axes[0], [r.steps for r in results], found, **look)
-    axes[0].set(xlabel="RL steps, without a jump", ylabel=f"accuracy %, ± s.e. over {runs.over}")
-    axes[0].legend(fontsize=9, loc="lower right")
+            series(left, [r.steps for r in results], found, **look)
+    left.set(xlabel="RL steps, without a jump", ylabel=f"accuracy %, ± s.e. over {runs.over}")
+    left.legend(loc="lower right")
     for y, result in enumerate(shown):
         found = runs.accuracy(result.policy)
-        look = CURVES.get(result.method, {"color": "#666666", "marker": "o"})
-        bars = {"xerr": 100 * found.error, "color": look["color"], "marker": look["marker"]}
-        axes[1].errorbar(100 * found.mean, y, **bars, capsize=2)
+        look = CURVES.get(result.method, {"color": "#666666", "marker": "o"}) | {"ms": 6}
+        right.errorbar(100 * found.mean, y, xerr=100 * found.error, **look)
     if plain := runs.accuracy(runs.step(runs.total)):
-        axes[1].axvline(100 * plain.mean, color="black", lw=1, ls=":")
-        axes[1].set_title(f"dotted: GRPO at {runs.total}, without a jump", fontsize=9)
-    axes[1].set_yticks(range(len(shown)), [r.label for r in shown], fontsize=9)
-    axes[1].set_xlabel(f"accuracy % after {runs.total} RL steps, with a jump at {runs.prefix}")
+        right.axvline(100 * plain.mean, color="black", lw=1, ls=":")
+        right.set_title(f"dotted: GRPO at {runs.total}, without a jump", fontsize=9)
+    right.set_yticks(range(len(shown)), [r.label for r in shown], fontsize=9)
+    right.set_xlabel(f"accuracy % after {runs.total} RL steps, with a jump at {runs.prefix}")
     return figure
 
 
@@ -90,13 +81,6 @@ def logged(runs: Runs, key: str) -> dict[str, dict[int, float]]:
     return {m: {step: statistics.fmean(v) for step, v in some[m].items()} for m in some}
 
 
-def smooth(rows: dict[int, float], window: int) -> dict[int, float]:
-    """Step -> the mean of the `window` steps that end there; the first window - 1 have none."""
-    steps, values = sorted(rows), [rows[step] for step in sorted(rows)]
-    ends = range(window, len(steps) + 1)
-    return {steps[end - 1]: statistics.fmean(values[end - window : end]) for end in ends}
-
-
 def training(runs: Runs):
     """Reward (of the whole run, and after the jump) and response length by RL step."""
     reward, length = logged(runs, "accuracy"), logged(runs, "response_length")
@@ -105,19 +89,22 @@ def training(runs: Runs):
     jumped = [method for method in reward if method != "grpo"]
     full = any(r.trained.get("tune") == "full" for r in runs.some().values())
     window = min([WINDOW, *map(len, reward.values())])
-    ends = [max(reward[method]) for method in jumped]  # of what went on from a jump
-    after = (runs.prefix + 1, max(ends, default=0))
-    figure, axes = panels(1, 3, 12, 4.1)
+    last = max([max(reward[method]) for method in jumped], default=0)
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4.1))
     shown = {
         "reward, the whole run": (reward, 0, math.inf),
-        "reward after the jump": (reward, *after),
+        "reward after the jump": (reward, runs.prefix + 1, last),
         "response length, tokens": (length, 0, math.inf),
     }
     for axis, (title, (curves, begin, end)) in zip(axes, shown.items(), strict=True):
         for method, rows in curves.items():
-            curve = {s: v for s, v in smooth(rows, window).items() if begin <= s <= end}
-            look = CURVES[method] | {"marker": None, "lw": 1.6}
-            axis.plot(list(curve), list(curve.values()), label=label_of(method, full), **look)
+            steps = sorted(rows)
+            means = np.convolve([rows[s] for s in steps], np.full(window, 1 / window), "valid")
+            ends = steps[window - 1 :]  # a mean is drawn at the last of its steps
+            curve = [(s, y) for s, y in zip(ends, means, strict=True) if begin <= s <= end]
+            label = label_of("full" if full and method == "grpo" else method)
+            look = CURVES[method] | {"marker": None, "lw": 1.6, "label": label}
+            axis.plot([s for s, _ in curve], [y for _, y in curve], **look)
         axis.set(title=title, xlabel=f"RL step (curves: means of {window})")
         if jumped:
             axis.axvline(runs.prefix, color="gray", lw=1, ls=":")
@@ -131,11 +118,12 @@ def predictor_loss(runs: Runs):
     if not found:
         return None
     columns = min(len(found), 4)
-    rows = -(-len(found) // columns)
-    figure, axes = panels(rows, columns, max(4 * columns, 5), 0.8 + 2.8 * rows, sharey=True)
-    for axis in axes[len(found) :]:
+    rows = math.ceil(len(found) / columns)
+    size = (max(4 * columns, 5), 0.8 + 2.8 * rows)
+    figure, _ = plt.subplots(rows, columns, figsize=size, sharey=True)
+    for axis in figure.axes[len(found) :]:
         axis.remove()
-    for axis, (name, reports) in zip(axes, found.items(), strict=False):
+    for axis, (name, reports) in zip(figure.axes, found.items(), strict=True):
         for i, family in enumerate(reports[0]["losses"]):
             moved = [r for r in reports if r["loss_of_zeros"][family]]
             curves = [[x / r["loss_of_zeros"][family] for x in r["losses"][family]] for r in moved]
@@ -145,6 +133,6 @@ def predictor_loss(runs: Runs):
             axis.plot(epochs, mean, color=colour, lw=1.4, label=family)
         axis.axhline(1, color="gray", lw=1, ls=":")
         axis.set(title=name, xlabel="epoch", yscale="log")
-    axes[0].set_ylabel("L1 loss / that of predicting zeros")
-    legend_below(figure, axes[0], 6)
+    figure.axes[0].set_ylabel("L1 loss / that of predicting zeros")
+    legend_below(figure, figure.axes[0], 6)
     return figure

@@ -8,8 +8,8 @@ import matplotlib.pyplot as plt
 
 from common.files.write import save_figure
 from common.reproduce import curves
-from common.reproduce.curves import CURVES, RUNS, legend_below, panels, series
-from common.reproduce.results import MAIN_ALPHA, label_of, own_seconds
+from common.reproduce.curves import CURVES, RUNS, legend_below, series
+from common.reproduce.results import MAIN_ALPHA, label_of
 from common.reproduce.runs import MAIN, Estimate, Runs, over_seeds
 from common.reproduce.tables import RECIPES, folder, place
 
@@ -42,7 +42,7 @@ def energy(runs: Runs):
     found = {name: runs.spectra(name) for name in RUNS if runs.is_grid or name == MAIN}
     if not found[MAIN]:
         return None
-    figure, axes = panels(1, 2, 9, 3.6, sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     titles = (r"$E_1=\sigma_1/\sum_q\sigma_q$ (paper)", r"$\sigma_1^2/\sum_q\sigma_q^2$")
     keys = ("energy_ratio", "energy_ratio_squared")
     for axis, key, title in zip(axes, keys, titles, strict=True):
@@ -70,7 +70,7 @@ def linear_fit(runs: Runs):
     found = [one["linear_fit"] for one in runs.spectra()]
     if not found:
         return None
-    figure, (axis,) = panels(1, 1, 6, 3.6)
+    figure, axis = plt.subplots(figsize=(6, 3.6))
     sides = {"held_out": (-0.2, "#0072B2", "held-out checkpoints")}
     sides["in_sample"] = (0.2, "#E69F00", "checkpoints it was fitted on")
     for key, (offset, colour, label) in sides.items():
@@ -79,8 +79,8 @@ def linear_fit(runs: Runs):
             inside = [statistics.fmean(low <= row[key] < high for row in one) for one in found]
             shares.append(over_seeds([100 * share for share in inside]))
         at, mean = [i + offset for i in range(len(BINS))], [share.mean for share in shares]
-        look = {"yerr": [share.error for share in shares], "capsize": 2, "color": colour}
-        bars = axis.bar(at, mean, 0.4, label=label, **look)
+        errors = [share.error for share in shares]
+        bars = axis.bar(at, mean, 0.4, yerr=errors, color=colour, label=label)
         axis.bar_label(bars, [f"{share:.0f}" for share in mean], fontsize=8)
     axis.set_xticks(range(len(BINS)), BINS)
     axis.set_xlabel(r"$R^2$ of a straight line through $\sigma u$ (or $\sigma v$)")
@@ -92,19 +92,14 @@ def linear_fit(runs: Runs):
 
 def cost(runs: Runs):
     """Fig. 5: wall seconds by what they are spent on; means over seeds."""
-    bars, policies = {}, {runs.step(runs.reference or runs.total): "grpo"}
-    policies |= {runs.after(folder(method)): method for method in reversed(RECIPES)}
-    for policy, method in policies.items():
-        found = {runs.folder(s): r for s, r in runs.get(policy).items() if r.seconds}
-        if found:
-            own = [own_seconds(run, method, folder(method)) for run in found if method != "grpo"]
-            parts = {part: sum(o.get(part, 0.0) for o in own) / len(found) for part in PARTS}
-            parts["RL"] = statistics.fmean(r.seconds for r in found.values()) - sum(parts.values())
-            result = next(iter(found.values()))
-            bars[f"{result.label}, {result.steps} steps"] = parts
+    bars, policies = {}, [runs.step(runs.reference or runs.total)]
+    for policy in policies + [runs.after(folder(method)) for method in reversed(RECIPES)]:
+        if found := [r for r in runs.get(policy).values() if r.seconds]:
+            label = f"{found[0].label}, {found[0].steps} steps"
+            bars[label] = {p: statistics.fmean(r.spent.get(p, 0.0) for r in found) for p in PARTS}
     if not bars:
         return None
-    figure, (axis,) = panels(1, 1, 9, 1.3 + 0.4 * len(bars))
+    figure, axis = plt.subplots(figsize=(9, 1.3 + 0.4 * len(bars)))
     for y, parts in enumerate(bars.values()):
         left = 0.0
         for part, colour in PARTS.items():
@@ -116,7 +111,7 @@ def cost(runs: Runs):
     axis.set_yticks(range(len(bars)), list(bars), fontsize=9)
     longest = max(sum(parts.values()) for parts in bars.values())
     axis.set(xlabel="wall seconds", xlim=(0, 1.1 * longest))
-    figure.legend(fontsize=9, ncol=4, loc="outside upper center", frameon=False)
+    figure.legend(ncol=4, loc="outside upper center", frameon=False)
     return figure
 
 
@@ -126,7 +121,7 @@ def alpha_sweep(runs: Runs):
     found = sorted((r for r in found if r.method in CURVES), key=lambda r: (place(r), r.alpha))
     if not found:
         return None
-    figure, (axis,) = panels(1, 1, 8, 4.8)
+    figure, axis = plt.subplots(figsize=(8, 4.8))
     for method in dict.fromkeys(r.method for r in found):
         rows, levels = [r for r in found if r.method == method], []
         for r in rows:

@@ -55,7 +55,7 @@ def main_run(plan: Plan, seed: int, everything: bool) -> None:
     names += [f"{recipe}-last{FEWER_CHECKPOINTS}" for recipe in recipes]
     every = plan.values["train"]["save_every"]
     steps = range(every, plan.prefix + 1, every)
-    problems = shlex.quote(problems.replace("{run_dir}", "{root}")) if problems else ""
+    problems = shlex.quote(problems.replace("{run_dir}", plan.root)) if problems else ""
     by_accuracy = f"alpharl-pls greedy-soup --validation-data {problems}" if problems else ""
     plan.add(
         "main",
@@ -87,11 +87,11 @@ def side_run(plan: Plan, seed: int, name: str, flags: str, reference: int) -> No
 def rl_extra_loop(plan: Plan, seed: int) -> None:
     """RL-Extra as its authors use it (arXiv 2601.04537): RL, a jump as far again, RL on that."""
     every, merged, before = max(1, plan.more // 2 // LOOP_CHECKPOINTS), "", "prepare"
+    numbers = {"every": every, "steps": LOOP_CHECKPOINTS * every, "checkpoints": LOOP_CHECKPOINTS}
     for number in range(1, LOOP_ROUNDS + 1):
-        run = f"seed{seed}/loop/round{number}"
-        numbers = {"every": every, "steps": LOOP_CHECKPOINTS * every, "seed": seed + 1000 * number}
-        part = "jump" if number < LOOP_ROUNDS else "end"
-        values = {"merged": merged, "before": before, "checkpoints": LOOP_CHECKPOINTS}
-        plan.add("loop", run, [part], **numbers, **values)
+        run, part = f"seed{seed}/loop/round{number}", "jump" if number < LOOP_ROUNDS else "end"
+        values = {**numbers, "seed": seed + 1000 * number, "merged": merged, "before": before}
+        plan.add("loop", run, [part], **values)
         before = f"{run} 04"
-        merged = f"--backbone '{{root}}/{run}/merged/rl-extra_alpha{LOOP_CHECKPOINTS}'"
+        model = f"{plan.root}/{run}/merged/rl-extra_alpha{LOOP_CHECKPOINTS}"
+        merged = f"--backbone {shlex.quote(model)}"

@@ -2,13 +2,12 @@
 
 import dataclasses
 import fnmatch
-import re
-import reprlib
+import itertools
 import shlex
 
 from common import UserError
 from common.files.config import nearest
-from common.files.read import matches, safe_name
+from common.files.read import matches
 from common.reproduce.results import MAIN_ALPHA, table_of
 
 TABLES = table_of("plans.yaml")
@@ -17,29 +16,6 @@ SCRIPTS = ("01_train_lora_grpo.py", "02_extract_deltas.py", "03_train_predictor.
 SCRIPTS += ("04_extrapolate.py", "05_continue_rl.py", "06_eval.py")
 # A process on the CPU; accelerate's launcher would take four seconds more.
 WITHOUT_LAUNCHER = "env ACCELERATE_USE_CPU=true CUDA_VISIBLE_DEVICES= python"
-# A preset may be another's. It may run a module of ours, and the launcher with these options.
-ALLOWED = {
-    "prepare": r"(python -m common\.\w+)?",
-    "launch": r"(--quiet\s*|--(config_file|num_processes|num_machines|machine_rank"
-    r"|main_process_ip|main_process_port|mixed_precision)[ =]\w\S*\s*)*",
-}
-DEFAULTS = {  # of what a plan takes from a preset; they give the types too
-    "reproduce": {
-        **dict.fromkeys(("prepare", "launch", "full_preset", "validation_data"), ""),
-        **{"jobs": 0, "gpus_per_job": 0, "reference_steps": 400, "grid_without_launcher": False},
-        "continue_from": [f"next-aligned_alpha{ALPHA}"],
-    },
-    "shared": {"backbone": ""},
-    "train": {"steps": 150, "save_every": 10, "lora_rank": 64, "lora_alpha": 32.0}
-    | {"train_data": ""},
-    "extract": {"k": 5},
-    "predict": {"recipes": ["aligned"]},
-    "continue": {"more_steps": 100},
-    "eval": {"test_data": []},
-}
-# Where a preset says which model and problems, and which stages take the flag.
-PATHS = {"backbone": ("shared", "01 02 05 06"), "train_data": ("train", "01 05")}
-PATHS["test_data"] = ("eval", "06")
 
 
 @dataclasses.dataclass
@@ -57,24 +33,18 @@ class Job:
 
 
 def values_of(name: str, preset: dict) -> dict[str, dict]:
-    """The preset's values of DEFAULTS. Raises UserError for what no plan can use."""
-    for key in preset.get("reproduce", {}).keys() - DEFAULTS["reproduce"].keys():
-        known = nearest(key, DEFAULTS["reproduce"])
-        raise UserError(f"preset {name}: unknown key reproduce.{key}; {known}")
+    """What a plan takes from the preset. Raises UserError for an unknown key or a wrong type."""
     found = {}
-    for section, defaults in DEFAULTS.items():
-        found[section] = {k: preset.get(section, {}).get(k, defaults[k]) for k in defaults}
-        for key, value in found[section].items():
-            kind = list[str] if isinstance(defaults[key], list) else type(defaults[key])
-            if not matches(value, kind) or (kind is int and value < min(defaults[key], 1)):
-                shown = reprlib.repr(value)
-                raise UserError(f"preset {name}: {section}.{key} cannot be {shown}: want {kind}")
-    wanted = found["reproduce"]
-    for key, allowed in ALLOWED.items():
-        if not re.fullmatch(allowed, wanted[key]):
-            raise UserError(f"preset {name}: reproduce does not run {key}: {wanted[key]!r}")
-    for start in wanted["continue_from"]:
-        safe_name(start, f"preset {name}, continue_from")
+    for section, defaults in TABLES["defaults"].items():
+        given = preset.get(section, {})
+        if section == "reproduce" and (other := [*(given.keys() - defaults.keys())]):
+            known = nearest(other[0], defaults)
+            raise UserError(f"preset {name}: unknown key reproduce.{other[0]}; {known}")
+        found[section] = {key: given.get(key, default) for key, default in defaults.items()}
+        for key, default in defaults.items():
+            kind = list[str] if isinstance(default, list) else type(default)
+            if not matches(found[section][key], kind):
+                raise UserError(f"preset {name}: {section}.{key} must be like {default!r}")
     return found
 
 
@@ -100,33 +70,32 @@ class Plan:
 
         parts: the words at the end of rows that hold. values: what stands in {} in them.
         """
-        values = {"starts": [], "ends": [], "root": "{root}", "alpha": ALPHA, **values}
-        values |= {"prefix": self.prefix, "reference": self.reference, "more": self.more}
-        values.setdefault("longer", self.reference - self.prefix)
+        known = {"prefix": self.prefix, "reference": self.reference, "more": self.more}
+        known |= {"longer": self.reference - self.prefix, "alpha": ALPHA}
+        values = {**known, "root": shlex.quote(self.root), "starts": [], "ends": [], **values}
         for label, flags, needs, work, *only in TABLES[table]:
-            repeated = next((key for key in ("start", "end") if f"{{{key}}}" in label), "")
-            for one in values[f"{repeated}s"] if repeated else [""]:
-                v = {**values, repeated: one, "go_on": continuing(str(one))}
+            starts = values["starts"] if "{start}" in label else [""]
+            ends = values["ends"] if "{end}" in label else [""]
+            for start, end in itertools.product(starts, ends) if {*only} <= {*parts} else []:
+                v = {**values, "start": start, "end": end, "go_on": continuing(start)}
                 texts = [text.format_map(v) for text in (label, flags, needs)]
-                if {*only} <= {*parts}:
-                    self._append(run, *texts, v.get(work, work))
+                self._append(run, *texts, v.get(work, work))
 
     def _append(self, run: str, label: str, flags: str, needs: str, work: float) -> None:
-        known = [job.name for job in self.jobs]
         patterns = [p for need in needs.split(", ") for p in (need, f"{run} {need}")]
+        known = [job.name for job in self.jobs]
         found = [name for name in known if any(fnmatch.fnmatch(name, p) for p in patterns)]
-        words = [word.replace("{root}", self.root) for word in shlex.split(flags)]
-        where = ["--config", self.name, "--run-dir", f"{self.root}/{run}".rstrip("/")]
-        where += self.shared(label[:2], words) if run else []
-        argv = [*self.launch, SCRIPTS[int(label[:2]) - 1], *where, *words]
+        where, words = f"{self.root}/{run}".rstrip("/"), shlex.split(flags)
+        argv = [*self.launch, SCRIPTS[int(label[:2]) - 1], "--config", self.name]
+        argv += ["--run-dir", where, *(self._shared(label[:2], words) if run else []), *words]
         self.jobs.append(Job(f"{run} {label}".strip(), argv, found, work))
 
-    def shared(self, stage: str, words: list[str]) -> list[str]:
+    def _shared(self, stage: str, words: list[str]) -> list[str]:
         """Flags for what a preset has in "{run_dir}/...": in a grid that is the root's."""
         found = []
-        for key, (section, stages) in PATHS.items():
-            flag, value = f"--{key.replace('_', '-')}", self.values[section][key]
-            values = [value] if isinstance(value, str) else value
+        for key, section, stages in TABLES["paths"]:
+            flag, values = f"--{key.replace('_', '-')}", self.values[section][key]
+            values = [values] if isinstance(values, str) else values
             if stage in stages.split() and flag not in words and "{run_dir}" in str(values):
                 found += [flag, *(v.replace("{run_dir}", self.root) for v in values)]
         return found

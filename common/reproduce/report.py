@@ -14,6 +14,8 @@ NOTES = {
     "over seeds. Differences are paired by seed, with Student's 95% interval. The test problems "
     "are the same for all seeds.",
 }
+KEYS = ("policy", "label", "method", "alpha", "steps", "accuracy", "error", "n", "length")
+KEYS += ("seconds",)  # in results.json
 COSINE = (
     "Cosine of the predicted rank-1 delta with the whole true one, mean over matrices, with "
     "everything later hidden.\n\n"
@@ -49,12 +51,8 @@ def page(runs: Runs, made_with: str) -> str:
 
 def write_page(runs: Runs, made_with: str, path: pathlib.Path, results: pathlib.Path) -> str:
     """Writes the page, and what it is made from as JSON; returns what the console shows."""
-    keys = ("policy", "label", "method", "alpha", "steps", "accuracy", "error", "n", "length")
-    values = []
-    for seed, name, result in runs.all():
-        row = {key: getattr(result, key) for key in (*keys, "seconds")}
-        values.append({"seed": seed, "run": name, **row})
-    write.write_json(results, values)
+    found = [({"seed": seed, "run": name}, result) for seed, name, result in runs.all()]
+    write.write_json(results, [{**at, **{key: getattr(r, key) for key in KEYS}} for at, r in found])
     write.write_text(path, page(runs, made_with))
     left = "".join(f"left out: {line}\n" for line in runs.left_out)
     return f"\n{tables.main_table(runs)}\n\n{left}report: {path}, with figures beside it"

@@ -1,18 +1,18 @@
 """Runs the commands of a plan: those whose needs are met, as many at a time as there are lanes."""
 
+import contextlib
 import os
 import pathlib
-import queue
 import signal
 import subprocess
 import sys
-import threading
+from concurrent import futures
 
 from tqdm import tqdm
 
 from common import UserError
 from common.files.read import read_json
-from common.files.write import append_text, write_json
+from common.files.write import write_json, writing
 from common.reproduce.plans import Job
 
 # For every command, where nobody has set them: one thread, and glibc keeps the memory of tensors
@@ -31,95 +31,83 @@ class Runner:
 
     def __init__(self, jobs: list[Job], lanes: list, record: pathlib.Path, stamp: str, logs=None):
         self.jobs, self.free, self.record, self.stamp, self.logs = jobs, lanes, record, stamp, logs
-        self.finished: set[str] = set()
-        self.running: dict[str, tuple] = {}  # name -> process, its lane, the thread that reads it
-        self.output: queue.Queue = queue.Queue()  # (job, line), and (job, None) at its end
+        self.running: dict[futures.Future, tuple] = {}  # -> job, its process, its lane
+        self.done = read_json(record, "this command") if record.exists() else {}
+        same = {job.name for job in jobs if self.done.get(job.line) == stamp}
+        # The last command, the evaluation, always runs: it sees for itself what is measured.
+        self.finished = [job.name for job in jobs[:-1] if {job.name, *job.needs} <= same]
+        self.begun = {*self.finished}
         self.bar = None
 
     def run(self) -> None:
         """Runs everything that is not done. Raises UserError naming the command that failed."""
-        self._skip_finished()
-        work = sum(job.work for job in self.jobs if job.name not in self.finished)
+        if self.finished:
+            count = f"{len(self.finished)} of {len(self.jobs)} commands"
+            print(f"done already: {count if self.logs else ', '.join(self.finished)}")
+        work = sum(job.work for job in self.jobs if job.name not in self.begun)
         self.bar = tqdm(total=work, desc="whole experiment", bar_format=BAR)
         number = signal.SIGINT
-        try:
-            while len(self.finished) < len(self.jobs):
-                self._start_ready()
-                job, line = self.output.get()
-                if line is None:
-                    self._end(job)
-                else:
-                    self._show(job, line)
-        except KeyboardInterrupt as stop:
-            number = stop.args[0] if stop.args else number
-            raise
-        finally:
-            for process, *_ in self.running.values():  # a launcher does not pass a signal on
-                os.killpg(process.pid, number)
-            for process, _, reader in self.running.values():
-                reader.join()  # the output ends with the stage, not with its launcher
-                process.wait()
-            self.bar.close()
+        with self.bar, futures.ThreadPoolExecutor(len(self.free)) as readers:
+            try:
+                while len(self.finished) < len(self.jobs):
+                    self._start_ready(readers)
+                    ended, _ = futures.wait(self.running, return_when=futures.FIRST_COMPLETED)
+                    for reader in ended:
+                        self._end(reader)
+            except KeyboardInterrupt as stop:
+                number = stop.args[0] if stop.args else number
+                raise
+            finally:
+                for _, process, _ in self.running.values():  # a launcher does not pass a signal on
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, number)
 
-    def _done(self) -> dict:
-        return read_json(self.record, "this command") if self.record.exists() else {}
-
-    def _skip_finished(self) -> None:
-        """The last command, the evaluation, always runs: it sees for itself what is measured."""
-        done = self._done()
-        same = {job.name for job in self.jobs if done.get(job.line) == self.stamp}
-        skipped = [job.name for job in self.jobs[:-1] if {job.name, *job.needs} <= same]
-        self.finished = {*skipped}
-        if skipped:
-            count = f"{len(skipped)} of {len(self.jobs)} commands"
-            print(f"done already: {count if self.logs else ', '.join(skipped)}")
-
-    def _start_ready(self) -> None:
+    def _start_ready(self, readers: futures.Executor) -> None:
         for job in self.jobs:
-            known = self.finished | self.running.keys()
-            if self.free and job.name not in known and set(job.needs) <= self.finished:
+            if self.free and job.name not in self.begun and {*job.needs} <= {*self.finished}:
+                self.begun.add(job.name)
                 self.bar.write(f"$ {job.line}")
-                self._start(job, self.free.pop(0))
+                lane = self.free.pop(0)
+                process = self._start(job, lane)
+                self.running[readers.submit(self._read, job, process)] = job, process, lane
 
-    def _start(self, job: Job, lane: str | None) -> None:
-        own = {"PYTHONUNBUFFERED": "1"} | ({} if lane is None else {"CUDA_VISIBLE_DEVICES": lane})
+    def _start(self, job: Job, lane: str | None) -> subprocess.Popen:
         paths = [str(pathlib.Path(sys.executable).parent), os.environ.get("PATH", "")]
-        process = subprocess.Popen(
+        own = {"PYTHONUNBUFFERED": "1", "PATH": os.pathsep.join(paths)}
+        return subprocess.Popen(
             job.argv,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env={**DEFAULTS, **os.environ, **own, "PATH": os.pathsep.join(paths)},
+            env=DEFAULTS | os.environ | own | ({"CUDA_VISIBLE_DEVICES": lane} if lane else {}),
             start_new_session=True,
         )
-        reader = threading.Thread(target=self._read, args=(job, process), daemon=True)
-        self.running[job.name] = process, lane, reader
-        reader.start()
-
-    def _read(self, job: Job, process: subprocess.Popen) -> None:
-        for line in process.stdout:
-            self.output.put((job, line.rstrip()))
-        self.output.put((job, None))
 
     def _log(self, job: Job) -> pathlib.Path:
         return self.logs / f"{job.name.replace('/', '.').replace(' ', '_')}.log"
 
-    def _show(self, job: Job, line: str) -> None:
-        if self.logs:
-            append_text(self._log(job), line + "\n")
-        elif line.strip():
-            self.bar.write(f"[{job.name}] {line}")
+    def _read(self, job: Job, process: subprocess.Popen) -> int:
+        """The exit code. The output ends with the stage, not with its launcher."""
+        with open(self._log(job) if self.logs else os.devnull, "a", encoding="utf-8") as log:
+            for line in process.stdout:
+                print(line, end="", file=log, flush=True)
+                if line.strip() and not self.logs:
+                    self.bar.write(f"[{job.name}] {line.rstrip()}")
+        return process.wait()
 
-    def _end(self, job: Job) -> None:
-        process, lane, _ = self.running.pop(job.name)
-        self.free.append(lane)
-        if code := process.wait():
-            if self.logs and self._log(job).is_file():
+    def _end(self, reader: futures.Future) -> None:
+        job, _, lane = self.running[reader]
+        with writing(self.logs or self.record):  # names the folder where the disk is full
+            code = reader.result()
+        if code:
+            if self.logs:
                 tail = self._log(job).read_text(encoding="utf-8").splitlines()[-20:]
                 print("\n".join(tail), file=sys.stderr)
-            text = f"this command failed (exit code {code}); its message is above"
-            raise UserError(f"{text}: {job.line}")
-        self.finished.add(job.name)
+            raise UserError(f"this command failed (exit code {code}), see above: {job.line}")
+        del self.running[reader]
+        self.free.append(lane)
+        self.finished.append(job.name)
         self.bar.update(job.work)
-        write_json(self.record, {**self._done(), job.line: self.stamp})
+        self.done[job.line] = self.stamp
+        write_json(self.record, self.done)

@@ -116,12 +116,10 @@ class Runs:
                 if odd := differing(measured(r.records[task]), usual):
                     del r.records[task]
                     why[id(r)].append(f"measured {odd}")
-        # The accuracy is the mean of one suite, over those tasks of it on which most were measured.
-        sets = {suite: [r.of_suite(suite) for *_, r in found] for suite in results.SUITES}
-        sets = {suite: [tasks for tasks in many if tasks] for suite, many in sets.items()}
-        # The first suite on which half were measured, else the one on which most were.
-        suite = max(sets, key=lambda suite: min(len(sets[suite]), len(found) / 2))
-        self.tasks = most_common(sets[suite])
+        # The accuracy is the mean of one suite, over those tasks of it on which most were measured:
+        # the first suite on which half were measured, else the one on which most were.
+        sets = [[t for *_, r in found if (t := r.of_suite(suite))] for suite in results.SUITES]
+        self.tasks = most_common(max(sets, key=lambda tasks: min(len(tasks), len(found) / 2)))
         for seed, name, r in found:
             reasons, r.tasks = why[id(r)], self.tasks
             missing = [task for task in self.tasks if task not in r.records]
@@ -184,27 +182,26 @@ class Runs:
     def predictor_reports(self, name: str = MAIN) -> dict[str, list[dict]]:
         """Stage 3's report.json of each predictor, of each seed that has it."""
         found = collections.defaultdict(list)
+        kinds = {"losses": dict, "loss_of_zeros": dict, "loss_stride": int, "backtest": dict | None}
         for seed in self.seeds:
             for path in sorted(self.folder(seed, name).glob("predictor/*/report.json")):
-                found[path.parent.name].append(results.read_predictor_report(path))
+                found[path.parent.name].append(read_json(path, "03_train_predictor.py", kinds))
         return found
 
     def backtest(self, method: str, name: str = MAIN) -> Estimate | None:
         """The cosine of what `method` predicts with a true delta that it has not seen."""
-        reports = self.predictor_reports(name)
+        reports, row = self.predictor_reports(name), method
+        found = next(iter(reports.values()), [])  # a control stands in every report
         if method.startswith("next-"):
             row, found = "predictor", reports.get(method.removeprefix("next-"), [])
-        else:  # a control: it stands in every report
-            row, found = method, next(iter(reports.values()), [])
         values = [r["backtest"][row]["cosine"] for r in found if row in (r["backtest"] or {})]
         return over_seeds(values) if values else None
 
     def jump_cosines(self) -> dict[str, Estimate]:
         """Policy -> cosine of W_hat - W_c with the true W_(c+k) - W_c, mean over the matrices."""
         found = collections.defaultdict(list)
-        for run in [self.folder(seed) for seed in self.seeds]:
-            if not (run / "deltas" / "index.json").is_file():
-                continue
+        runs = [self.folder(seed) for seed in self.seeds]
+        for run in [run for run in runs if (run / "deltas" / "index.json").is_file()]:
             index = deltas.read_index(run / "deltas")
             c, every = index["steps"][-1], index["steps"][-1] - index["steps"][-2]
             ends = [run / self.step(step) for step in (c, c + index["k"] * every)]

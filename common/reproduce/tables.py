@@ -10,7 +10,6 @@ from common.reproduce.results import (
     METHODS,
     OWN_ALPHA,
     SUITES,
-    TESTED,
     Result,
     label_of,
     split_name,
@@ -20,6 +19,8 @@ from common.reproduce.runs import MAIN, Estimate, Runs, over_seeds
 RECIPES = ("next-paper", "next-aligned", "weighted")  # NExt's own, and the sum without a network
 COST = ("ICER ↓", "length", "wall s")
 ALGORITHMS = {MAIN: "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++"}  # of Table 6, by run
+TESTED = ("predictor", "copy-global", "repeat-last", "recent-locals", "linear-fit", "weighted")
+TESTED += ("oracle",)  # rows of stage 3's backtest
 
 
 def folder(method: str, alpha: float = MAIN_ALPHA) -> str:
@@ -30,14 +31,6 @@ def jump(method: str, alpha: float = MAIN_ALPHA) -> str:
     return f"extrapolated/{folder(method, alpha)}"
 
 
-def percent(found: Estimate | None) -> str:
-    return found.plain(100, 1) if found else "–"
-
-
-def points(found: Estimate | None) -> str:
-    return found.points() if found else "–"
-
-
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Markdown; the first column is text, the others are numbers. Empty without a row."""
     lines = ["| " + " | ".join(row) + " |" for row in [header, *rows]]
@@ -46,7 +39,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def place(result: Result) -> tuple[int, str]:
     """Where a method stands in a table: in the order of methods.yaml, others last."""
-    names, name = list(METHODS), split_name(result.method.removesuffix("_merged"))[0]
+    names, (name, *_) = list(METHODS), split_name(result.method)
     return (names.index(name) if name in names else len(names), result.method)
 
 
@@ -60,6 +53,20 @@ def ended(runs: Runs) -> list[Result]:
     """What went on from a jump to the last step, in the order of the tables."""
     found = [r for r in runs.some().values() if r.policy.startswith("continued/")]
     return sorted((r for r in found if r.steps == runs.total), key=place)
+
+
+def compared(runs: Runs, policy: str, name: str, *others: tuple[str, str]) -> list[str]:
+    """Accuracy of a policy of the run `name`, and its differences from `others` (policy, run)."""
+    level = runs.accuracy(policy, name)
+    cells = [level.plain(100, 1) if level else "–"]
+    for other, run in others:
+        gap = runs.difference(policy, other, name, run)
+        cells.append(gap.points() if gap and (other, run) != (policy, name) else "–")
+    return cells
+
+
+def cosine(found: Estimate | None) -> str:
+    return found.plain() if found else "–"
 
 
 def cost(runs: Runs, policy: str, name: str, steps: int) -> list[str]:
@@ -76,30 +83,25 @@ def cost(runs: Runs, policy: str, name: str, steps: int) -> list[str]:
 
 def main_table(runs: Runs) -> str:
     """Tables 3 and 4: the backbone, plain GRPO, every method after the RL that follows its jump."""
-    main, rounds = runs.some(), grids.LOOP_ROUNDS
+    main, rounds, loop = runs.some(), grids.LOOP_ROUNDS, f"loop/round{grids.LOOP_ROUNDS}"
     against = [0, runs.reference] if runs.reference else [0]  # 0: GRPO at as many steps
-    listed = [(main["backbone"], MAIN, 1)] if "backbone" in main else []  # the last: rounds
-    listed += [(r, name, 1) for name in ("full", MAIN) for r in plain_runs(runs, name)]
+    listed = [(main["backbone"], MAIN)] if "backbone" in main else []
+    listed += [(r, name) for name in ("full", MAIN) for r in plain_runs(runs, name)]
     if not runs.before.startswith("train/"):
-        listed.append((main[runs.before], MAIN, 1))
-    listed += [(r, MAIN, 1) for r in ended(runs)]
-    loop = f"loop/round{rounds}"
-    listed += [(r, loop, rounds) for r in runs.some(loop).values()]
+        listed.append((main[runs.before], MAIN))
+    listed += [(r, MAIN) for r in ended(runs)] + [(r, loop) for r in runs.some(loop).values()]
     rows = []
-    for r, name, times in listed:
-        label, steps = r.label, times * r.steps
-        if times > 1:
-            label = f"RL-Extra, {times} rounds of {r.steps}"
+    for r, name in listed:
+        label, steps = r.label, r.steps
+        if name == loop:
+            label, steps = f"RL-Extra, {rounds} rounds of {r.steps}", rounds * r.steps
         elif r.policy == runs.before and r.method != "grpo":
             label = "before the jump"
-        cells = [label, str(steps), runs.count(r.policy, name)]
-        cells.append(percent(runs.accuracy(r.policy, name)))
-        for other in [runs.step(step or steps) for step in against]:
-            same = not steps or (r.policy, name) == (other, MAIN)
-            cells.append("–" if same else points(runs.difference(r.policy, other, name, MAIN)))
-        cells += cost(runs, r.policy, name, steps)
+        others = [(runs.step(step or steps) if steps else "", MAIN) for step in against]
+        row = [label, str(steps), runs.count(r.policy, name)]
+        row += compared(runs, r.policy, name, *others) + cost(runs, r.policy, name, steps)
         # The seconds of a loop's last round are not those of all rounds.
-        rows.append([*cells[:-1], "–"] if times > 1 else cells)
+        rows.append([*row[:-1], "–"] if name == loop else row)
     header = ["policy", "RL steps", runs.counted, "accuracy % ± s.e."]
     header += [f"− GRPO{f' at {a}' if a else ', equal steps'} {runs.interval}" for a in against]
     return table([*header, *COST], rows)
@@ -112,40 +114,34 @@ def jumps_table(runs: Runs) -> str:
     if not found:
         return ""
     rows, before, cosines = [], runs.before, runs.jump_cosines() | {runs.before: None}
+    others = ((before, MAIN), (jump("repeat-last"), MAIN))
     labels = {before: "before the jump"} | {r.policy: r.label for r in sorted(found, key=place)}
     for policy in filter(runs.get, labels):
-        cells = [labels[policy], runs.count(policy), percent(runs.accuracy(policy))]
-        for other in (before, jump("repeat-last")):
-            cells.append("–" if policy == other else points(runs.difference(policy, other)))
-        cosine = cosines.get(policy)
-        cells.append(cosine.plain() if cosine else "–")
-        rows.append([*cells, *cost(runs, policy, MAIN, runs.prefix)])
+        row = [labels[policy], runs.count(policy), *compared(runs, policy, MAIN, *others)]
+        rows.append([*row, cosine(cosines.get(policy)), *cost(runs, policy, MAIN, runs.prefix)])
     header = ["jump", runs.counted, "accuracy % ± s.e.", f"− before it {runs.interval}"]
     header += [f"− repeat-last {runs.interval}", "cosine with the true next delta"]
     return table([*header, *COST], rows)
 
 
-def ablation_table(runs: Runs, first: str, groups: list[list[tuple]]) -> str:
+def ablation_table(runs: Runs, first: str, rows: list[tuple]) -> str:
     """Held-out cosine, accuracy after the jump and its gain, accuracy after more RL and its gain.
 
-    A row is (label, name of the run, method, alpha), where it was measured. The plain method stands
-    first in its group; the table is empty without another row. Another k has no RL of its own: its
-    gain is that over the main run.
+    A row is (label, name of the run, method, alpha), where it was measured. The table is empty
+    without a row beside the plain methods. Another k has no RL of its own: its gain is that over
+    the main run.
     """
-    there = [[r for r in rows if runs.get(jump(*r[2:]), r[1])] for rows in groups]
-    if all(row[1] == MAIN and row[2] in RECIPES for rows in there for row in rows):
+    there = [row for row in rows if runs.get(jump(*row[2:]), row[1])]
+    if all(name == MAIN and method in RECIPES for _, name, method, _ in there):
         return ""
     cells, late = [], runs.step(runs.total)
-    for label, name, method, alpha in itertools.chain(*there):
+    for label, name, method, alpha in there:
         jumped, later = jump(method, alpha), runs.after(folder(method, alpha))
         base = MAIN if alpha != MAIN_ALPHA else name
         before = runs.before if base == MAIN else runs.step(runs.prefix)
-        cosine = runs.backtest(method, name)
-        row = [label, runs.count(jumped, name), cosine.plain() if cosine else "–"]
-        for policy, other in ((jumped, before), (later, late)):
-            row.append(percent(runs.accuracy(policy, name)))
-            row.append(points(runs.difference(policy, other, name, base)))
-        cells.append(row)
+        row = [label, runs.count(jumped, name), cosine(runs.backtest(method, name))]
+        row += compared(runs, jumped, name, (before, base))
+        cells.append(row + compared(runs, later, name, (late, base)))
     header = [first, runs.counted, "held-out cosine", "after the jump % ± s.e."]
     header += [f"− before it {runs.interval}", f"at {runs.total} % ± s.e."]
     return table([*header, f"− GRPO at {runs.total} {runs.interval}"], cells)
@@ -153,19 +149,18 @@ def ablation_table(runs: Runs, first: str, groups: list[list[tuple]]) -> str:
 
 def table5(runs: Runs) -> str:
     """Table 5: NExt, w/o LoRA, w/o the global delta, w/o the local delta."""
-    groups = []
+    rows = []
     for method in RECIPES:
         label = label_of(method)
-        rows = [(label, MAIN, method), (f"{label}, w/o LoRA", "full", method)]
+        rows += [(label, MAIN, method), (f"{label}, w/o LoRA", "full", method)]
         for role in ("global", "local"):
             rows.append((f"{label}, w/o {role} delta", MAIN, f"{method}-no-{role}"))
-        groups.append([(*row, MAIN_ALPHA) for row in rows])
-    return ablation_table(runs, "variant", groups)
+    return ablation_table(runs, "variant", [(*row, MAIN_ALPHA) for row in rows])
 
 
 def settings_table(runs: Runs) -> str:
     """Other k, fewer checkpoints, other ranks. Each jump is as long as the paper's, in RL steps."""
-    deltas, groups, last = runs.folder(runs.seeds[0]) / "deltas", [], grids.FEWER_CHECKPOINTS
+    deltas, found, last = runs.folder(runs.seeds[0]) / "deltas", [], grids.FEWER_CHECKPOINTS
     if not (deltas / "index.json").is_file():
         return ""
     index = read_index(deltas)
@@ -175,8 +170,8 @@ def settings_table(runs: Runs) -> str:
         rows += [(f"k = {n}", f"k{n}", method, alpha * k / n) for n in grids.OTHER_K]
         rows.append((f"last {last} checkpoints", MAIN, f"{method}-last{last}", alpha))
         rows += [(f"rank {n}", f"rank{n}", method, alpha) for n in grids.OTHER_RANKS]
-        groups.append([(f"{label_of(method)}: {setting}", *row) for setting, *row in rows])
-    return ablation_table(runs, "recipe and setting", groups)
+        found += [(f"{label_of(method)}: {setting}", *row) for setting, *row in rows]
+    return ablation_table(runs, "recipe and setting", found)
 
 
 def table6(runs: Runs) -> str:
@@ -184,11 +179,9 @@ def table6(runs: Runs) -> str:
     rows, total, methods = [], runs.step(runs.total), ("weighted", "next-paper")
     steps = [step for step in (runs.prefix, runs.total, runs.reference) if step]
     for name in [name for name in ALGORITHMS if runs.get(total, name)]:
-        cells = [percent(runs.accuracy(runs.step(step), name)) for step in steps]
-        for later in [runs.after(folder(method)) for method in methods]:
-            cells.append(percent(runs.accuracy(later, name)))
-            cells.append(points(runs.difference(later, total, name)))
-        rows.append([ALGORITHMS[name], runs.count(total, name), *cells])
+        cells = [compared(runs, runs.step(step), name) for step in steps]
+        cells += [compared(runs, runs.after(folder(m)), name, (total, name)) for m in methods]
+        rows.append([ALGORITHMS[name], runs.count(total, name), *itertools.chain(*cells)])
     header = ["algorithm", runs.counted, *(f"at {step}" for step in steps)]
     for method in methods:
         header += [f"{label_of(method)}, at {runs.total}", f"− at {runs.total} {runs.interval}"]
@@ -202,7 +195,7 @@ def backtests(runs: Runs) -> str:
         if tested := [report["backtest"] for report in reports if report["backtest"]]:
             at = f"{recipe} ({tested[0]['at_step']} → {tested[0]['predicts_step']})"
             cosines = [[t[row]["cosine"] for t in tested if row in t] for row in TESTED]
-            rows.append([at, *(over_seeds(many).plain() if many else "–" for many in cosines)])
+            rows.append([at, *(cosine(many and over_seeds(many)) for many in cosines)])
     return table(["recipe", *TESTED], rows)
 
 
