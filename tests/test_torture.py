@@ -265,6 +265,22 @@ def test_a_signal_ends_a_stage_with_a_hint_how_to_go_on(capsys, number, want):
     assert signal.getsignal(number) == before
 
 
+def test_a_signal_that_a_library_turns_into_another_error_is_a_signal(capsys):
+    """A read of safetensors that is interrupted raises a ValueError about the shape of a storage."""
+
+    def main():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape of object type") from None
+
+    with pytest.raises(SystemExit) as stop:
+        stage.run_stage(main)
+    assert stop.value.code == 143
+    assert "stopped: type the same command" in capsys.readouterr().err
+
+
 def test_a_second_signal_while_a_stage_ends_changes_nothing(monkeypatch):
     """A launcher passes a signal on to a group that has it already."""
     monkeypatch.setattr(write, "release", lambda: os.kill(os.getpid(), signal.SIGTERM))

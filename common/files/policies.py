@@ -13,7 +13,7 @@ def find_policies(run: pathlib.Path, patterns: list[str]) -> list[str]:
     """The policies that `patterns` (globs below `run`, and `backbone`) stand for, each once."""
     found = {}
     for pattern in patterns:
-        if pathlib.Path(pattern).is_absolute():
+        if pathlib.Path(pattern).is_absolute() or ".." in pattern:
             raise UserError(f"policies are named as they stand in {run}, not {pattern}")
         paths = [p for p in sorted(run.glob(pattern)) if not p.name.startswith(".")]
         paths = [p for p in paths if adapters.is_adapter(p) or models.is_model(p)]

@@ -163,15 +163,19 @@ def run_stage(main: Callable[[], None], one_process: bool = False) -> None:
     before = [signal.signal(number, write.interrupt) for number in numbers]
     try:
         main()
-    except UserError as error:
+    except BaseException as error:
+        # Not the type of the error: a signal within safetensors comes out as a ValueError.
+        number = write.stopped_by()
+        if number or isinstance(error, KeyboardInterrupt):
+            for other in numbers:  # a launcher may pass on what the whole group has already
+                signal.signal(other, signal.SIG_IGN)
+            if is_writer():
+                print(f"\nstopped: {write.GO_ON}", file=sys.stderr)
+            raise SystemExit(128 + (number or signal.SIGINT)) from None
+        if not isinstance(error, UserError):
+            raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt as stop:
-        for number in numbers:  # a launcher may pass on a signal that the whole group has already
-            signal.signal(number, signal.SIG_IGN)
-        if is_writer():
-            print(f"\nstopped: {write.GO_ON}", file=sys.stderr)
-        raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
     finally:
         write.release()
         for number, handler in zip(numbers, before, strict=True):

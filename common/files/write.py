@@ -20,15 +20,20 @@ from common.files.read import HASHES, sha256, written_hashes
 
 GO_ON = "type the same command without --overwrite to go on"
 
-_state = {"writes": 0, "signal": 0}  # under way, come meanwhile
+_state = {"writes": 0, "signal": 0}  # how many are under way, the signal that has come
 _claimed: dict[pathlib.Path, int] = {}  # folder -> its lock file, open
 
 
 def interrupt(number: int, frame: object = None) -> None:
     """Handler of SIGINT and SIGTERM. Raises KeyboardInterrupt(number); a write is ended first."""
+    _state["signal"] = number
     if not _state["writes"]:
         raise KeyboardInterrupt(number)
-    _state["signal"] = number
+
+
+def stopped_by() -> int:
+    """The number of the signal that has come, or 0."""
+    return _state["signal"]
 
 
 @contextlib.contextmanager
@@ -42,10 +47,8 @@ def writing(path: pathlib.Path):
         raise UserError(f"cannot write {path} ({reason}): make room, then {GO_ON}") from error
     finally:
         _state["writes"] -= 1
-        number = 0 if _state["writes"] else _state["signal"]
-        _state["signal"] -= number
-    if number:
-        raise KeyboardInterrupt(number)
+    if _state["signal"] and not _state["writes"]:
+        raise KeyboardInterrupt(_state["signal"])
 
 
 def _beside(path: pathlib.Path, mark: str = "") -> pathlib.Path:
@@ -206,7 +209,8 @@ def claim(folder: pathlib.Path) -> None:
 
 
 def release() -> None:
-    """Gives back every folder that this process has claimed."""
+    """Gives back every folder that this process has claimed, and forgets the signal."""
+    _state["signal"] = 0
     while _claimed:
         folder, handle = _claimed.popitem()
         with contextlib.suppress(OSError):
