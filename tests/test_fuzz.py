@@ -300,7 +300,7 @@ def read_rows(place: Place, drawn):
 
 
 def read_task_name(place: Place, name: str):
-    for task in data.load_tasks([f"{name}={place.write('p.jsonl', PROBLEM)}"]):
+    for task in data.load_tasks([f"{name[:200]}={place.write('p.jsonl', PROBLEM)}"]):
         place.write(f"eval/backbone/{task}.json", {})
 
 

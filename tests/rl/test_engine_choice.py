@@ -61,7 +61,6 @@ def test_options_are_a_json_object():
         '{"download_dir": "../x"}',
         '{"seed": 1}',
         '{"gpu_memory_utilisation": 0.4}',
-        "[" * 100_000,
     ],
 )
 def test_options_can_load_no_other_code_and_no_other_weights(text):
