@@ -8,9 +8,8 @@ Writes  <run-dir>/train/step_0010 ... step_0150   PEFT adapters in fp32; with --
         <run-dir>/train/metrics.jsonl, samples.jsonl, config.json, resume/, done.json
 
 --tune full --learning-rate 5e-7 trains all parameters (Table 5's "w/o LoRA"), in fp32: 16 bytes
-per parameter. The same command again resumes from the last saved state: every random draw is
-computed from (seed, step, problem, sample). A larger --steps extends a finished run.
-Left out: value networks, reward models, multi-turn, packing, warm-up and decay.
+each. The same command again resumes: every random draw is computed from (seed, step, problem,
+sample). A larger --steps extends a run. Left out: critics, multi-turn, packing, warm-up.
 """
 
 import dataclasses
@@ -137,6 +136,7 @@ def train(run: Run, folder: pathlib.Path, first_step: int) -> None:
         batch.advantage = advantages(run, batch)  # Eq. 2
         # Eq. 1: prompts_per_step / mini_batch updates. Micro-batches only save memory.
         with timer("update"):
+            run.optimizer.param_groups[0]["lr"] = options.learning_rate(cfg, first_step, step)
             updates, size = [], cfg.mini_batch * cfg.rollouts // processes
             for start in range(0, len(batch.completions), size):
                 mini, losses = range(start, start + size), []
@@ -181,7 +181,7 @@ def main() -> None:
     inputs = {"train_data": data.content_hash(cfg.path(cfg.train_data))}
     inputs["backbone"] = resume.quick_hash(cfg.path(cfg.backbone))
     with accelerator.main_process_first():
-        stage = Stage(folder, cfg, inputs, options.MAY_CHANGE, grows="steps")
+        stage = Stage(folder, cfg, inputs, options.MAY_CHANGE, options.grows(cfg))
         if stage.done:
             return
     model, tokenizer = policy.load_backbone(cfg.path(cfg.backbone))

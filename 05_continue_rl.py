@@ -19,6 +19,7 @@ from typing import Literal
 from common import UserError
 from common.files import adapters, models, resume, write
 from common.files.config import option, parse
+from common.files.read import safe_name
 from common.files.stage import Stage, is_writer, run_stage
 from common.rl import data, options, policy, training
 
@@ -31,14 +32,13 @@ class ContinueConfig(stage1.TrainConfig):
 
     start: str = option("next-aligned_alpha1.5", "a folder of extrapolated/, or merged/<name>")
     restart: Literal["adapter", "merged"] = option("adapter", "what becomes of the jump (open)")
+    name: str = option("", "folder of continued/ to write, if not that of the start")
     more_steps: int = option(100, "RL steps after the jump (paper: 100)")
     steps: int = option(1, "not an option here: the step of the start plus more_steps")
 
 
 def main() -> None:
     cfg = parse(ContinueConfig, ("train", "continue"), __doc__)
-    if cfg.more_steps < 1:
-        raise UserError(f"more_steps must be at least 1, not {cfg.more_steps}")
     start, first_step, base = resume.find_start(pathlib.Path(cfg.run_dir), cfg.start, cfg.backbone)
     jump = {} if models.is_model(start) else adapters.read_config(start)
     merge, cfg.steps = cfg.restart == "merged", first_step + cfg.more_steps
@@ -46,14 +46,14 @@ def main() -> None:
         raise UserError("--tune full has no adapter to restart: leave out --restart")
     if cfg.tune == "lora" and not merge and jump.get("r", 0) < 2 and base != cfg.backbone:
         raise UserError(f"{start} has too little to train: --tune full, or --restart merged")
-    name = cfg.start.replace("/", "__") + ("_merged" if merge else "")
-    folder = pathlib.Path(cfg.run_dir) / "continued" / name
+    name = cfg.name or cfg.start.replace("/", "__") + ("_merged" if merge else "")
+    folder = pathlib.Path(cfg.run_dir) / "continued" / safe_name(name, "--name")
     accelerator = training.start(cfg, folder)
     made_from = {"backbone": cfg.path(cfg.backbone), "base": cfg.path(base), "start": str(start)}
     inputs = {key: resume.quick_hash(path) for key, path in made_from.items()}
     inputs["train_data"] = data.content_hash(cfg.path(cfg.train_data))
     with accelerator.main_process_first():
-        stage = Stage(folder, cfg, inputs, (*options.MAY_CHANGE, "more_steps"), grows="steps")
+        stage = Stage(folder, cfg, inputs, options.MAY_CHANGE, options.grows(cfg))
         if stage.done:
             return
         if merge and jump and is_writer() and not (folder / "backbone").exists():

@@ -3,12 +3,15 @@
 import shutil
 
 import pytest
+import torch
 from conftest import TINY, call_stage
 
 from common.files import read as inputs
 
 # large steps on a small batch: half of what there is to learn in a few seconds
-FAST = "--steps 8 --save-every 8 --resume-every 8 --prompts-per-step 8 --rollouts 8 --learning-rate 3e-3"
+FAST = "--steps 8 --save-every 8 --resume-every 8 --prompts-per-step 8 --rollouts 8"
+FAST += " --learning-rate 3e-3"
+LINEAR = "--learning-rate-schedule linear"
 
 
 @pytest.fixture
@@ -42,7 +45,8 @@ def test_kl_in_the_reward_is_taken_from_the_reward(trained, algorithm):
 
 
 def test_kl_in_the_reward_adds_nothing_to_the_loss(trained):
-    """In the first step the policy that samples is the backbone, so the reward loses nothing, but k3 grows from update to update."""
+    """In the first step the policy that samples is the backbone, so the reward loses nothing, but
+    k3 grows from update to update."""
     plain, in_reward, in_loss = (
         trained(f"--steps 1 {flags}", name)[0]["loss"]
         for name, flags in (
@@ -52,3 +56,64 @@ def test_kl_in_the_reward_adds_nothing_to_the_loss(trained):
         )
     )
     assert in_reward == plain != in_loss
+
+
+# --------------------------------------------------------------------------------------------------
+# The learning rate
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_linear_rate_is_that_of_torchs_scheduler(trained):
+    rows = trained("--steps 5 --learning-rate 0.01 --learning-rate-schedule linear")
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], 0.01)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=5)
+    for row in rows:
+        assert row["learning_rate"] == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+
+
+def test_a_rate_that_falls_changes_the_second_step_and_not_the_first(trained):
+    constant, linear = trained("--steps 3", "a"), trained(f"--steps 3 {LINEAR}", "b")
+    assert [row["loss"] for row in constant][:1] == [row["loss"] for row in linear][:1]
+    assert [row["loss"] for row in constant][2] != [row["loss"] for row in linear][2]
+
+
+def test_a_run_with_a_falling_rate_cannot_be_made_longer(trained, monkeypatch, capsys, tmp_path):
+    trained(f"--steps 2 {LINEAR}")
+    command = ["01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(tmp_path / "run")]
+    code, line = call_stage(monkeypatch, capsys, *command, "--steps", "3", *LINEAR.split())
+    assert (code, "was made with option steps = 2, now it is 3" in line) == (2, True)
+
+
+def test_a_run_with_a_falling_rate_resumes_bit_for_bit(trained, monkeypatch, capsys, tmp_path):
+    whole = trained(f"--steps 4 --resume-every 2 {LINEAR}", "whole")
+    train = tmp_path / "whole" / "train"
+    last = train / "step_0004" / "adapter_model.safetensors"
+    wanted = last.read_bytes()
+    for gone in ("done.json", "resume/step_0004", "step_0004"):  # as if killed after step 2
+        path = train / gone
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    command = ["01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(tmp_path / "whole")]
+    flags = f"--steps 4 --resume-every 2 {LINEAR}".split()
+    assert call_stage(monkeypatch, capsys, *command, *flags)[0] == 0
+    assert last.read_bytes() == wanted
+    rows = inputs.read_jsonl(train / "metrics.jsonl")
+    assert [r["learning_rate"] for r in rows] == [r["learning_rate"] for r in whole]
+
+
+def test_stage_5_counts_the_fall_from_the_jump_and_has_a_folder_of_its_own(
+    finished_run, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(finished_run, tmp_path / "run")
+    command = ["05_continue_rl.py", "--config", TINY, "--run-dir", str(tmp_path / "run")]
+    flags = f"--start none --name none_linear --more-steps 2 {LINEAR}".split()
+    assert call_stage(monkeypatch, capsys, *command, *flags)[0] == 0
+    rows = inputs.read_jsonl(tmp_path / "run" / "continued" / "none_linear" / "metrics.jsonl")
+    assert rows[1]["learning_rate"] == pytest.approx(rows[0]["learning_rate"] / 2)
+
+
+def test_a_name_for_stage_5_stays_in_the_run_directory(finished_run, monkeypatch, capsys):
+    command = ["05_continue_rl.py", "--config", TINY, "--run-dir", str(finished_run)]
+    code, line = call_stage(monkeypatch, capsys, *command, "--start", "none", "--name", "../x")
+    assert (code, line.startswith("error: --name: '../x'")) == (2, True)

@@ -177,7 +177,7 @@ def test_a_problem_that_comes_twice_in_a_step_gets_other_responses(
 @pytest.mark.parametrize("steps", ["0", "-5"])
 def test_steps_after_the_jump_are_at_least_one(run, stage, steps):
     code, line = stage("05_continue_rl.py", "--start", "none", "--more-steps", steps)
-    assert (code, line) == (2, f"error: more_steps must be at least 1, not {steps}")
+    assert (code, line) == (2, f"error: more_steps must be positive, not {steps}")
     assert not (run / "continued" / "none").exists()
 
 

@@ -48,7 +48,8 @@ def parse() -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--preset", default="demo", help="a name in common/presets or a YAML file")
-    kinds = "main: the preset's methods for several seeds; tables: everything; rl-extra: its loop"
+    kinds = "main: the preset's methods for several seeds; tables: everything; rl-extra: its loop;"
+    kinds += " sweep: to choose a learning rate; learning-rate: jumps at several"
     parser.add_argument("--grid", choices=grids.GRIDS, help=f"{kinds} [one run]")
     five = "training seeds of the grid [0 1 2 3 4]"
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help=five)

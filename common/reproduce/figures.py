@@ -7,7 +7,7 @@ import statistics
 import matplotlib.pyplot as plt
 
 from common.files.write import save_figure
-from common.reproduce import curves
+from common.reproduce import curves, rates
 from common.reproduce.curves import CURVES, RUNS, legend_below, series
 from common.reproduce.results import MAIN_ALPHA, label_of
 from common.reproduce.runs import MAIN, Estimate, Runs, over_seeds
@@ -22,6 +22,8 @@ def draw_all(runs: Runs) -> dict[str, pathlib.Path]:
     """Draws what there is data for into `figures` in the page's folder; title -> path."""
     paths = {}
     for title, (name, draw) in {
+        "Accuracy by learning rate": ("rates", rates.accuracy),
+        "The gain of a jump by learning rate": ("rates_gain", rates.gain),
         "Accuracy by RL step": ("accuracy", curves.accuracy),
         "Reward and response length": ("training", curves.training),
         "Fig. 2: how much of the update is rank 1": ("fig2_energy_ratio", energy),

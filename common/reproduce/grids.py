@@ -6,21 +6,28 @@ Each is an ordinary run directory. Nothing runs here.
 import shlex
 
 from common.files.config import load_preset
-from common.reproduce.plans import ALPHA, Job, Plan
+from common.reproduce.plans import ALPHA, Job, Plan, at_rates
 from common.reproduce.results import MAIN_ALPHA
 
 OTHER_K, OTHER_RANKS, FEWER_CHECKPOINTS = (2, 8), (4, 64), 8  # beside the preset's own
 LOOP_ROUNDS, LOOP_CHECKPOINTS = 5, 5  # of RL-Extra's loop: rounds, and checkpoints in each
 SIDE_SEEDS = 3  # of other algorithms, other ranks and RL-Extra's loop, to save time
-GRIDS = ("main", "tables", "rl-extra")
+SWEEP_SEEDS = 2  # of rates with GRPO alone in `learning-rate`
+GRIDS = ("main", "tables", "rl-extra", "learning-rate", "sweep")
 
 
 def grid(kind: str, preset_name: str, preset: dict, root: str, seeds: list[int]) -> list[Job]:
     """`main`: what the preset does, for several seeds. `tables`: everything, the main rows first.
 
-    `rl-extra`: RL-Extra's alternating loop alone, which is a part of `tables`.
+    `rl-extra`: RL-Extra's alternating loop alone, which is a part of `tables`. `learning-rate`:
+    jumps at the preset's rate and its `rates`, and plain GRPO at those of its `sweep`. `sweep`:
+    plain GRPO at all of them, measured on validation problems: to choose a rate.
     """
     plan, everything = Plan(preset_name, preset, root, is_grid=True), kind == "tables"
+    if kind in ("learning-rate", "sweep"):
+        for seed in seeds:
+            by_rate(plan, seed, kind == "sweep", plain=seed in seeds[:SWEEP_SEEDS])
+        return plan.jobs
     for seed in seeds if kind != "rl-extra" else []:
         main_run(plan, seed, everything)
     for seed in seeds if everything else []:
@@ -41,6 +48,21 @@ def grid(kind: str, preset_name: str, preset: dict, root: str, seeds: list[int])
             flags = f"--lora-rank {rank} --lora-alpha {rank * scale}"
             side_run(plan, seed, f"rank{rank}", flags, 0)
     return plan.jobs
+
+
+def by_rate(plan: Plan, seed: int, choose: bool, plain: bool) -> None:
+    """Runs at several learning rates. choose: GRPO alone, on validation problems."""
+    top, flag, wanted = f"seed{seed}/", f"--seed {seed}", plan.wanted
+    if not choose:
+        at_rates(plan, top, flag, ["grid"])
+    ends = sorted({plan.prefix, plan.prefix + plan.more, plan.reference})
+    values = {"policies": " ".join(f"train/step_{end:04d}" for end in ends), "seed": flag}
+    problems = shlex.quote(wanted["validation_data"].replace("{run_dir}", plan.root))
+    values["measured_on"] = f"--test-data {problems}" if choose else ""
+    for rate in [*wanted["sweep"], *([*wanted["rates"], ""] if choose else [])]:
+        if choose or plain:
+            flags = f"--learning-rate {rate}" if rate else ""
+            plan.add("plain", f"{top}rate{rate}" if rate else f"{top}lora", rate=flags, **values)
 
 
 def main_run(plan: Plan, seed: int, everything: bool) -> None:

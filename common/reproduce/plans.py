@@ -102,15 +102,27 @@ class Plan:
 
 
 def continuing(start: str) -> str:
-    """Stage 5's flags for a start like `none` or `next-paper_alpha1.5_merged`."""
+    """Stage 5's flags for a start like `none`, `none_linear` or `next-paper_alpha1.5_merged`."""
+    if start.endswith("_linear"):
+        flags = f"--name {shlex.quote(start)} --learning-rate-schedule linear"
+        return f"--start {shlex.quote(start.removesuffix('_linear'))} {flags}"
     merged = " --restart merged" if start.endswith("_merged") else ""
     return f"--start {shlex.quote(start.removesuffix('_merged'))}{merged}"
+
+
+def at_rates(plan: Plan, top: str = "", seed: str = "", parts=()) -> None:
+    """The whole experiment at each of the preset's `rates`, and last at its own.
+
+    top: the folder of a seed in a grid, "seed0/". seed: its flag. parts: see `Plan.add`.
+    """
+    for rate in [*plan.wanted["rates"], ""]:
+        run = f"{top}rate{rate}" if rate else top and f"{top}lora"
+        flags = {"rate": f"--learning-rate {rate}" if rate else "", "seed": seed}
+        plan.add("single", run, parts, starts=plan.wanted["continue_from"], **flags)
 
 
 def single(preset_name: str, preset: dict, run_dir: str) -> list[Job]:
     """One run: the first steps, the jumps, what follows them, the reference, the evaluation."""
     plan = Plan(preset_name, preset, run_dir)
-    # Without it stage 2 takes all that is there, and the reference run goes on making checkpoints.
-    last = "" if "last_step" in preset.get("extract", {}) else f"--last-step {plan.prefix}"
-    plan.add("single", "", last_step=last, starts=plan.wanted["continue_from"])
+    at_rates(plan)
     return plan.jobs

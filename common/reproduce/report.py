@@ -3,7 +3,7 @@
 import pathlib
 
 from common.files import stage, write
-from common.reproduce import claims, figures, tables
+from common.reproduce import claims, figures, rates, tables
 from common.reproduce.runs import Runs
 
 NOTES = {
@@ -27,6 +27,7 @@ def page(runs: Runs, made_with: str) -> str:
     after = f"what {runs.total} RL steps come to" if runs.total else "what was measured"
     backtests = tables.backtests(runs)
     parts = {
+        "What the learning rate is worth, and the jump at each": rates.page(runs),
         f"Tables 3 and 4: {after}": tables.main_table(runs),
         "Right after the jump": tables.jumps_table(runs),
         "Every task": tables.by_task(runs),

@@ -30,13 +30,14 @@ RECORD = {"policy": str, "n": int, "response_length": float, "by_problem": list[
 RECORD |= {"settings": dict | None, "data": str | None, "template_hash": str | None}
 POLICY = re.compile(
     r"(?:extrapolated|merged|continued)/(?:merged__)?([^/]+?)"
-    r"(?:_alpha(\d+(?:\.\d+)?))?(_merged)?(?:/step_\d+)?"
+    r"(?:_alpha(\d+(?:\.\d+)?))?(_merged|_linear)?(?:/step_\d+)?"
 )
 # Options of stages 1 and 5 that may differ between two runs that are compared.
 NOT_TRAINING = {
     *MAY_CHANGE,
     *("backbone", "train_data", "prompt_column", "answer_column", "data_split", "engine", "seed"),
-    *("more_steps", "start", "restart", "save_every", "mixed_precision"),
+    *("steps", "start", "restart", "save_every", "mixed_precision", "name"),
+    "learning_rate_schedule",
 }
 
 
@@ -191,7 +192,7 @@ def spent(run: pathlib.Path, policy: str, method: str, steps: int) -> dict[str, 
     if method in ("backbone", "grpo"):
         return {"RL": rl_seconds(train, steps)}
     folder = policy.split("/")[1]
-    name = folder.removesuffix("_merged").removeprefix("merged__")
+    name = re.sub("^merged__|_merged$|_linear$", "", folder)
     jump = jump_info(run, f"extrapolated/{name}")
     parts = {"RL": rl_seconds(train, jump["step"]), "extrapolation": jump.get("seconds") or 0.0}
     if policy.startswith("continued/"):

@@ -71,7 +71,9 @@ def over_problems(a: Result, b: Result | None = None) -> Estimate:
 
 
 class Runs:
-    """results[seed][name][policy] of a run directory (its name is "lora"), or of a grid's runs.
+    """results[seed][name][policy] of a run directory, or of a grid's runs.
+
+    The name of a run directory is "lora". Those in it at other learning rates keep theirs.
 
     prefix, total, reference: RL steps before the jump, after the RL that follows it, and of a plain
     run that is longer than both; 0 where no measured policy has them.
@@ -87,7 +89,8 @@ class Runs:
         for seed in self.seeds:
             top = root / f"seed{seed}"
             names = sorted(str(path.parent.relative_to(top)) for path in top.glob("**/eval"))
-            names = names if self.is_grid else [MAIN]
+            slow = sorted(path.parent.name for path in root.glob("rate*/eval"))
+            names = names if self.is_grid else [MAIN, *slow]
             self.results[seed] = {n: results.load_results(self.folder(seed, n)) for n in names}
         self.tasks, self.left_out = (), []
         if found := self.all():
@@ -99,7 +102,8 @@ class Runs:
         self.reference = plain if plain > max(self.prefix, self.total) else 0
 
     def folder(self, seed: int, name: str = MAIN) -> pathlib.Path:
-        return self.root / f"seed{seed}" / name if self.is_grid else self.root
+        top = self.root / f"seed{seed}" if self.is_grid else self.root
+        return top / name if self.is_grid or name != MAIN else top
 
     def all(self) -> list[tuple[int, str, Result]]:
         """(seed, name of the run, result) of everything that may be compared."""

@@ -72,7 +72,7 @@ def of_step(run, batch, scored: dict, updates: list[dict]) -> dict:
         "logprob_gap_mean": total["gap"] / tokens,
         "logprob_gap_max": accelerator.gather(gap_max).max().item(),
         "grad_norm": mean["grad_norm"],
-        "learning_rate": cfg.learning_rate,
+        "learning_rate": run.optimizer.param_groups[0]["lr"],
         "tokens": int(tokens),
         "verifier_timeouts": int(total["timeouts"]),
         "verifier_errors": int(total["errors"]),

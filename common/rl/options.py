@@ -41,6 +41,9 @@ class RLConfig(SamplingConfig):
     """Stage 1's options of memory, precision, logging and data."""
 
     english_only: bool = option(False, "leave out problems with Chinese characters (open)")
+    learning_rate_schedule: Literal["constant", "linear"] = option(
+        "constant", "linear falls to 0 over the steps of this stage (open)"
+    )
     weight_decay: float = option(0.0, "of AdamW (open)")
     max_grad_norm: float = option(1.0, "gradient clipping (open)")
     max_logprob_gap: float = option(1.0, "nats a token; stop if engine and trainer differ by more")
@@ -54,21 +57,33 @@ class RLConfig(SamplingConfig):
 
 # What may differ when a run goes on: it changes no result.
 MAY_CHANGE = (
-    *("steps", "resume_every", "log_every", "report_to", "micro_tokens", "max_logprob_gap"),
+    *("resume_every", "log_every", "report_to", "micro_tokens", "max_logprob_gap"),
     *("vllm_options", "verifier_seconds", "gradient_checkpointing"),
+    "more_steps",  # stage 5 has the sum in `steps`
 )
 POSITIVE = (
     *("steps", "save_every", "prompts_per_step", "mini_batch", "rollouts", "max_new_tokens"),
-    *("lora_rank", "resume_every", "log_every", "temperature"),
+    *("lora_rank", "resume_every", "log_every", "temperature", "more_steps"),
 )
+
+
+def learning_rate(cfg, first_step: int, step: int) -> float:
+    """The learning rate of `step`, in a stage whose steps are first_step + 1 ... cfg.steps."""
+    left = (cfg.steps - step + 1) / (cfg.steps - first_step)  # of the steps: 1 at the first one
+    return cfg.learning_rate * (left if cfg.learning_rate_schedule == "linear" else 1.0)
+
+
+def grows(cfg) -> str:
+    """The option that makes a finished run longer: none where the rate has fallen to 0."""
+    return "steps" if cfg.learning_rate_schedule == "constant" else ""
 
 
 def check(cfg) -> None:
     """Raises UserError where the options of stage 1 do not go together."""
     rollout.vllm_options(cfg.vllm_options)
     for name in POSITIVE:
-        if getattr(cfg, name) <= 0:
-            raise UserError(f"{name} must be positive, not {getattr(cfg, name)}")
+        if (value := getattr(cfg, name, 1)) <= 0:  # stage 1 has no more_steps
+            raise UserError(f"{name} must be positive, not {value}")
     P, mini = cfg.prompts_per_step, cfg.mini_batch
     if P % mini:
         raise UserError(f"prompts_per_step ({P}) must be a multiple of mini_batch ({mini})")

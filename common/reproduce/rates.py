@@ -1,0 +1,131 @@
+"""Runs at several learning rates side by side: what a jump is worth at each, and what a rate is."""
+
+import matplotlib.pyplot as plt
+
+from common.reproduce.curves import CURVES, legend_below, series
+from common.reproduce.results import MAIN_ALPHA, label_of
+from common.reproduce.runs import MAIN, Runs
+from common.reproduce.tables import compared, cosine, folder, jump, place, plain_runs, table
+
+DEFAULT = "next-aligned"  # the method that the sentence and the first figure speak of
+TIMES = {2: "GRPO at twice the rate", 4: "GRPO at four times the rate"}
+
+
+def rates(runs: Runs) -> dict[float, str]:
+    """Learning rate -> the run that was trained at it, from the lowest; empty for one rate."""
+    found = {}
+    for name in {name for _, name, _ in runs.all() if name == MAIN or name.startswith("rate")}:
+        plain = [r.trained for r in runs.some(name).values() if r.method == "grpo"]
+        found |= {options["learning_rate"]: name for options in plain if options}
+    return dict(sorted(found.items())) if len(found) > 1 else {}
+
+
+def jumped(runs: Runs) -> list[str]:
+    """The methods that jump at the paper's alpha, or have none, in the order of the tables."""
+    some = [r for r in runs.some().values() if r.jumped and r.alpha in (MAIN_ALPHA, None)]
+    return list(dict.fromkeys(r.method for r in sorted(some, key=place) if r.method != "none"))
+
+
+def policy_of(runs: Runs, method: str) -> str:
+    return jump(method) if jump(method) in runs.some() else f"extrapolated/{method}"
+
+
+def page(runs: Runs) -> str:
+    """One sentence and three tables, or nothing where there is one rate."""
+    if not (found := rates(runs)):
+        return ""
+    return "\n\n".join([sentence(runs, found), levels(runs, found), *gains(runs, found)])
+
+
+def sentence(runs: Runs, found: dict[float, str]) -> str:
+    """What the default method is worth at each rate, and what the highest rate is worth alone."""
+    total, worth = runs.step(runs.total), []
+    for rate, name in found.items():
+        if gap := runs.difference(runs.after(folder(DEFAULT)), total, name):
+            worth.append(f"{gap.points()} at learning rate {rate:g}")
+    low = next((n for n in found.values() if runs.get(runs.after(folder(DEFAULT)), n)), "")
+    gap = runs.difference(total, total, MAIN, low) if low not in ("", MAIN) else None
+    alone = next(rate for rate, name in found.items() if name == MAIN)
+    text = f"**After {runs.total} RL steps, {label_of(DEFAULT)}, is worth {'; '.join(worth)}.**"
+    return text + (f" Learning rate {alone:g} alone is worth {gap.points()}." if gap else "")
+
+
+def levels(runs: Runs, found: dict[float, str]) -> str:
+    """Accuracy of plain GRPO by learning rate, beside how well its last delta is predicted."""
+    steps, rows = [r.steps for r in plain_runs(runs) if r.steps >= runs.prefix], []
+    if runs.total:
+        steps = [step for step in (runs.prefix, runs.total, runs.reference) if step]
+    for rate, name in found.items():
+        row = [f"{rate:g}", runs.count(runs.step(steps[0]), name)]
+        row += [compared(runs, runs.step(step), name)[0] for step in steps]
+        row += [cosine(runs.backtest(m, name)) for m in (DEFAULT, "weighted", "repeat-last")]
+        rows.append(row)
+    header = ["learning rate", runs.counted, *(f"GRPO at {step}, %" for step in steps)]
+    return table([*header, "held-out cosine: NExt, aligned", "weighted", "repeat-last"], rows)
+
+
+def gains(runs: Runs, found: dict[float, str]) -> list[str]:
+    """The gain of every jump at once, and after more RL; a column a rate that has jumps."""
+    columns = {r: n for r, n in found.items() if runs.get(policy_of(runs, DEFAULT), n)}
+    before, total, after, late = runs.step(runs.prefix), runs.step(runs.total), [], []
+    for method in jumped(runs):
+        pairs = [(policy_of(runs, method), name) for name in columns.values()]
+        gaps = [compared(runs, policy, name, (before, name))[1] for policy, name in pairs]
+        after.append([label_of(method), *gaps])
+    ends = {r.method: r.policy for r in runs.some().values() if r.policy.startswith("continued/")}
+    for method in sorted(ends, key=lambda m: place(runs.some()[ends[m]])):
+        gaps = [compared(runs, ends[method], n, (total, n))[1] for n in columns.values()]
+        late.append([label_of(method), *gaps])
+    for times, label in TIMES.items():
+        row = [label]
+        for rate, name in columns.items():
+            other = next((n for r, n in found.items() if abs(r / rate / times - 1) < 0.01), "")
+            row.append(compared(runs, total, other, (total, name))[1])
+        late += [row] if {*row[1:]} != {"–"} else []
+    header = [f"learning rate {rate:g} {runs.interval}" for rate in columns]
+    return [
+        table([f"right after the jump, − GRPO at {runs.prefix}", *header], after),
+        table([f"after {runs.total} RL steps, − GRPO at {runs.total}", *header], late),
+    ]
+
+
+def accuracy(runs: Runs):
+    """Accuracy by learning rate of GRPO at three steps, and of NExt after the RL that follows."""
+    if not (found := rates(runs)):
+        return None
+    figure, axis = plt.subplots(figsize=(7, 4.2))
+    plain = {"color": "black", "marker": "."}
+    shown = {runs.step(runs.prefix): plain | {"ls": ":", "label": f"GRPO at {runs.prefix}"}}
+    shown[runs.step(runs.total)] = plain | {"ls": "--", "label": f"GRPO at {runs.total}"}
+    shown[runs.step(runs.reference)] = plain | {"ls": "-", "label": f"GRPO at {runs.reference}"}
+    label = f"{label_of(DEFAULT)}, at {runs.total}"
+    shown[runs.after(folder(DEFAULT))] = CURVES[DEFAULT] | {"label": label}
+    for policy, look in shown.items():
+        having = {rate: name for rate, name in found.items() if runs.get(policy, name)}
+        series(axis, list(having), [runs.accuracy(policy, n) for n in having.values()], **look)
+    axis.set(xscale="log", xlabel="learning rate", ylabel=f"accuracy %, ± s.e. over {runs.over}")
+    axis.legend()
+    return figure
+
+
+def gain(runs: Runs):
+    """The gain by learning rate, a line a method: right after the jump, and after more RL.
+
+    Methods without a colour of their own have no line.
+    """
+    found = {r: n for r, n in rates(runs).items() if runs.get(policy_of(runs, DEFAULT), n)}
+    if len(found) < 2:
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    ends = {r.method: r.policy for r in runs.some().values() if r.policy.startswith("continued/")}
+    jumps = {method: policy_of(runs, method) for method in jumped(runs)}
+    for axis, step, policies in ((axes[0], runs.prefix, jumps), (axes[1], runs.total, ends)):
+        for method in [method for method in CURVES if method in policies]:
+            gaps = {r: runs.difference(policies[method], runs.step(step), found[r]) for r in found}
+            gaps = {rate: gap for rate, gap in gaps.items() if gap}
+            look = CURVES[method] | {"label": label_of(method)}
+            series(axis, list(gaps), list(gaps.values()), **look)
+        axis.axhline(0, color="gray", lw=1)
+        axis.set(xscale="log", xlabel="learning rate", ylabel=f"points above GRPO at {step}")
+    legend_below(figure, axes[0], 4)
+    return figure

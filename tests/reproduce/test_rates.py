@@ -1,0 +1,123 @@
+"""Runs at several learning rates on one page: what is compared with what, and when nothing is."""
+
+import pytest
+from test_grid import record, share
+
+from common.files import config, write
+from common.reproduce import grids, plans, rates, report, results, runs
+
+
+def run_at(folder, rate: float, plain: tuple, jumped: int | None = None, after: int | None = None):
+    """Steps 2 to 4 of plain GRPO, a jump from step 2, and step 3 after it and without it."""
+    measured = {f"train/step_{step:04d}": n for step, n in zip((2, 3, 4), plain, strict=True)}
+    if jumped is not None:
+        measured["extrapolated/next-aligned_alpha1.5"] = jumped
+        measured["continued/next-aligned_alpha1.5/step_0003"] = after
+        measured["continued/none_linear/step_0003"] = after + 1
+    for policy, right in measured.items():
+        step = int(policy[-1]) if "step" in policy else 2
+        record(folder, policy, share(right), step)
+        if not policy.startswith("extrapolated"):
+            linear = "linear" if "linear" in policy else "constant"
+            options = {"learning_rate": rate, "learning_rate_schedule": linear, "steps": step}
+            config = (folder / policy).parent / "config.json"
+            write.write_json(config, {"config": options, "inputs": {}})
+
+
+@pytest.fixture
+def demo(tmp_path):
+    """A run at 0.001, and in it one at 0.0005 (with a jump too) and one at 0.002 (without)."""
+    run_at(tmp_path, 0.001, (40, 60, 70), 42, 61)
+    run_at(tmp_path / "rate0.0005", 0.0005, (10, 20, 30), 15, 26)
+    run_at(tmp_path / "rate0.002", 0.002, (45, 55, 58))
+    return runs.Runs(tmp_path)
+
+
+def numbers(table: str, label: str) -> list[str]:
+    """The cells of the row that begins with `label`, without the intervals."""
+    row = next(line for line in table.splitlines() if line.startswith(f"| {label} "))
+    return [cell.split("[")[0].strip() for cell in row.split("|")[2:-1]]
+
+
+def test_the_runs_are_ordered_by_their_rate(demo):
+    found = {0.0005: "rate0.0005", 0.001: "lora", 0.002: "rate0.002"}
+    assert list(rates.rates(demo).items()) == list(found.items())
+    assert demo.left_out == []
+
+
+def test_the_sentence_says_what_the_jump_is_worth_at_each_rate_and_what_the_rate_is(demo):
+    text = rates.page(demo).splitlines()[0]
+    assert "worth +6.0 [" in text
+    assert "at learning rate 0.0005; +1.0 [" in text
+    assert text.endswith("at learning rate 0.001.** Learning rate 0.001 alone is worth "
+                         + demo.difference("train/step_0003", "train/step_0003", "lora",
+                                           "rate0.0005").points() + ".")  # fmt: skip
+
+
+def test_every_gain_is_over_the_same_rate_but_for_the_controls_at_a_larger_one(demo):
+    levels, jump, late = rates.page(demo).split("\n\n")[1:]
+    assert [cell.split(" ")[0] for cell in numbers(levels, "0.001")[1:4]] == [
+        "40.0",
+        "60.0",
+        "70.0",
+    ]
+    assert numbers(levels, "0.002")[0] == "100"
+    assert numbers(jump, "NExt, aligned recipe") == ["+5.0", "+2.0"]
+    assert numbers(late, "NExt, aligned recipe") == ["+6.0", "+1.0"]
+    assert numbers(late, "no jump, rate falls to 0 (control)") == ["+7.0", "+2.0"]
+    assert numbers(late, "GRPO at twice the rate") == ["+40.0", "-5.0"]
+    assert numbers(late, "GRPO at four times the rate") == ["+35.0", "–"]
+
+
+def test_the_page_of_one_rate_says_nothing_of_rates(tmp_path):
+    run_at(tmp_path, 0.001, (40, 60, 70), 42, 61)
+    assert rates.page(runs.Runs(tmp_path)) == ""
+    assert "learning rate is worth" not in report.page(runs.Runs(tmp_path), "")
+
+
+def test_the_page_begins_with_the_rates_and_has_both_figures(demo):
+    page = report.page(demo, "made by a test")
+    assert page.index("What the learning rate is worth") < page.index("Tables 3 and 4")
+    assert (demo.root / "figures" / "rates.png").is_file()
+    assert (demo.root / "figures" / "rates_gain.png").is_file()
+
+
+def test_a_falling_rate_is_a_control_with_a_name_and_a_cost(demo):
+    found = demo.some()["continued/none_linear/step_0003"]
+    assert (found.method, found.label) == ("none_linear", "no jump, rate falls to 0 (control)")
+    assert results.jump_info(demo.root, found.policy)["step"] == 3
+
+
+def test_the_demo_runs_at_its_rate_and_at_a_tenth_and_ends_with_its_own_page():
+    preset = {
+        "train": {"steps": 2, "learning_rate": 0.001, "train_data": "{run_dir}/data/train.jsonl"},
+        "reproduce": {"rates": ["0.0001"], "continue_from": ["none", "none_linear"]},
+    }
+    jobs = plans.single("p", preset, "runs/x")
+    slow = [job for job in jobs if "--run-dir runs/x/rate0.0001" in job.line]
+    assert len(slow) * 2 == len(jobs)
+    trained = [job.line for job in slow if " 01_" in job.line or " 05_" in job.line]
+    assert all("--learning-rate 0.0001" in line for line in trained)
+    assert all("--train-data runs/x/data/train.jsonl" in line for line in trained)
+    linear = "--start none --name none_linear --learning-rate-schedule linear"
+    assert sum(line.endswith(linear) for line in trained) == 1
+    assert jobs[-1].name == "06"
+    assert {job.name for job in jobs[:-1] if job not in slow} | {"rate0.0001 06"} >= {
+        *jobs[-1].needs
+    }
+    assert {"rate0.0001 06", "01 reference", "04 oracle", "06 sweep"} <= {*jobs[-1].needs}
+
+
+def test_a_rate_is_chosen_on_validation_problems_and_measured_on_test_problems():
+    preset = config.load_preset("demo")
+    preset["reproduce"] |= {"rates": ["1e-4"], "sweep": ["2.5e-4", "5e-4", "2e-3", "4e-3"]}
+    chosen = grids.grid("sweep", "demo", preset, "runs/x", [10, 11])
+    trained = [job.line for job in chosen if " 01_" in job.line]
+    assert len(trained) == len({*trained}) == 12  # six rates, two seeds
+    measured = [job.line for job in chosen if " 06_" in job.line]
+    assert all("valid.jsonl" in line and "test.jsonl" not in line for line in measured)
+    lines = [job.line for job in grids.grid("learning-rate", "demo", preset, "runs/x", [0, 1, 2])]
+    assert not any("valid.jsonl" in line for line in lines)
+    for seed, alone in ((0, 4), (1, 4), (2, 0)):  # of GRPO alone: fewer seeds
+        own = [line for line in lines if f"/seed{seed}/" in line and " 01_" in line]
+        assert len(own) == 4 + alone
