@@ -20,6 +20,20 @@ from common import demo
 from common.files import resume, stage
 from common.rl import policy
 
+PROMPTS = ["<|user|>123+489<|assistant|>", "<|user|>7+12<|assistant|>", "<|user|>1<|assistant|>"]
+
+
+def plain_logprobs(model, prompt, completion, temperature):
+    """One sequence, no padding, no cache: log_softmax of the ordinary forward pass."""
+    logits = model(input_ids=torch.tensor([prompt + completion])).logits[0].float() / temperature
+    return logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(
+        1, torch.tensor(completion)[:, None]
+    )[:, 0]
+
+
+def encode(tokenizer, texts):
+    return tokenizer(texts)["input_ids"]
+
 
 def run_stage(script: str, *args: str, env: dict | None = None) -> subprocess.CompletedProcess:
     """A stage as a user starts it, from the repository root."""

@@ -9,8 +9,7 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, TINY, save_lora, start_two
-from test_policy_and_rollout import PROMPTS, encode, plain_logprobs
+from conftest import PROMPTS, ROOT, TINY, encode, plain_logprobs, save_lora, start_two
 from test_stages import metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 
 import pytest
+import torch
 from conftest import TINY, call_stage
 from test_stages import metrics, weights
 
@@ -15,6 +16,7 @@ from common.files import resume
 from common.files import stage as stages
 from common.files import write as run_dir
 from common.rl import metrics as step_metrics
+from common.rl import policy
 
 
 @pytest.fixture
@@ -229,3 +231,11 @@ def test_options_that_stage_6_does_not_know_stop_the_soup(run, stage, setting, v
     flags = ["--methods", "greedy-soup", "--validation-data", str(run / "data" / "valid.jsonl")]
     code, line = stage("04_extrapolate.py", *flags)
     assert (code, "stage 6 failed on" in line) == (2, True)
+
+
+def test_a_resume_state_with_other_tensors_is_not_put_back(lora_policy):
+    model = lora_policy[0]
+    weights = {name: p.detach() for name, p in policy.trained(model).items()}
+    weights.pop(next(iter(weights)))
+    with pytest.raises(ValueError, match="not of this policy"):
+        policy.put_back(model, torch.optim.AdamW(model.parameters()), weights, {})

@@ -23,6 +23,7 @@ PROMPT_TEMPLATE = "{prompt}\n" + STEP_BY_STEP
 # Qwen2.5's own turn where none is given, so the paper's models see the same tokens.
 SYSTEM_PROMPT = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 KINDS = ("number", "latex", "letter")
+CHECKED = 64  # prompts that are decoded again to see whether any character is lost
 _CJK = re.compile("[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]")
 
 
@@ -151,11 +152,19 @@ def encode_prompts(problems, tokenizer, template, system, limit: int, source) ->
         if len(ids) > limit:
             over = f"{len(ids)} tokens, over the limit of {limit}: raise max_prompt_tokens"
             raise UserError(f"{source}, problem {number} has {over}")
-    is_foreign = system == SYSTEM_PROMPT and "Qwen" not in str(tokenizer.chat_template)
-    if is_foreign and is_writer():
+    if is_writer():
+        _warn(texts[:CHECKED], encoded, tokenizer, system, source)
+    return encoded
+
+
+def _warn(texts, encoded, tokenizer, system: str, source) -> None:
+    if system == SYSTEM_PROMPT and "Qwen" not in str(tokenizer.chat_template):
         why = "the system turn is Qwen2.5's, and the backbone is not: set --system-prompt"
         print(f"warning: {source}: {why}", file=sys.stderr)
-    return encoded
+    pairs = zip(texts, encoded, strict=False)
+    if lost := set().union(*({*"".join(t.split())} - {*tokenizer.decode(i)} for t, i in pairs)):
+        why = f"the tokenizer has no token for {''.join(sorted(lost))!r}"
+        print(f"warning: {source}: {why}: not in the prompts", file=sys.stderr)
 
 
 def template_hash(tokenizer, template: str, system: str) -> str:

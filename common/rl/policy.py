@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import pathlib
+import sys
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -62,7 +63,9 @@ def load_lora(backbone, folder: pathlib.Path):
     check_intact(folder)
     with in_one_line(f"cannot load adapter {folder}", adapters.ANOTHER):
         config = LoraConfig.from_pretrained(folder)
-        config.lora_dropout = 0.0  # the policy that is trained is the one that sampled
+        if config.lora_dropout:  # the policy that is trained would not be the one that sampled
+            print(f"{folder}: lora_dropout is set to 0, as rollouts have none", file=sys.stderr)
+        config.lora_dropout = 0.0
         return PeftModel.from_pretrained(backbone, folder, is_trainable=True, config=config)
 
 
@@ -106,7 +109,9 @@ def trained(policy) -> dict[str, torch.nn.Parameter]:
 
 
 def put_back(policy, optimizer, weights: dict[str, torch.Tensor], state: dict) -> None:
-    """Loads a resume state: `weights` are those that are trained."""
+    """Loads a resume state. Raises ValueError where its tensors are not those that are trained."""
+    if weights.keys() != trained(policy).keys():
+        raise ValueError("it is not of this policy")
     policy.load_state_dict(weights, strict=False)
     optimizer.load_state_dict(state)
 

@@ -371,3 +371,10 @@ def test_qwens_system_turn_for_another_backbone_is_a_warning(backbone_dir, capsy
         backbone_dir, capsys, "1+1", f"{TURNS}{{# Qwen #}}", data.SYSTEM_PROMPT
     )
     assert encoded(backbone_dir, capsys, "1+1", TURNS, "") == ""
+
+
+def test_characters_that_the_tokenizer_loses_are_a_warning(backbone_dir, capsys):
+    assert "the tokenizer has no token for 'xyλ'" in encoded(
+        backbone_dir, capsys, "1+1 x y λ", TURNS, ""
+    )
+    assert encoded(backbone_dir, capsys, "12 + 34", TURNS, "") == ""

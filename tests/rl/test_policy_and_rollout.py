@@ -5,24 +5,10 @@ import shutil
 
 import pytest
 import torch
-from conftest import save_lora
+from conftest import PROMPTS, encode, plain_logprobs, save_lora
 
 from common import UserError
 from common.rl import policy, rollout
-
-PROMPTS = ["<|user|>123+489<|assistant|>", "<|user|>7+12<|assistant|>", "<|user|>1<|assistant|>"]
-
-
-def plain_logprobs(model, prompt, completion, temperature):
-    """One sequence, no padding, no cache: log_softmax of the ordinary forward pass."""
-    logits = model(input_ids=torch.tensor([prompt + completion])).logits[0].float() / temperature
-    return logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(
-        1, torch.tensor(completion)[:, None]
-    )[:, 0]
-
-
-def encode(tokenizer, texts):
-    return tokenizer(texts)["input_ids"]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -221,13 +207,15 @@ def test_fingerprint_sees_a_changed_weight(backbone_dir):
     assert policy.fingerprint(one) != policy.fingerprint(two)
 
 
-def test_dropout_of_another_trainers_adapter_is_off(lora_policy, tmp_path, backbone_dir):
-    """The policy that is trained has to be the one that sampled. Live dropout moves log-probs by nats."""
+def test_dropout_of_another_trainers_adapter_is_off(lora_policy, tmp_path, backbone_dir, capsys):
+    """The policy that is trained has to be the one that sampled. Live dropout moves log-probs by
+    nats."""
     model, tokenizer = lora_policy
     model.save_pretrained(tmp_path / "theirs")
     path = tmp_path / "theirs" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "lora_dropout": 0.5}))
     loaded = policy.load_lora(policy.load_backbone(str(backbone_dir))[0], tmp_path / "theirs")
+    assert "theirs: lora_dropout is set to 0" in capsys.readouterr().err
     loaded.train()
     prompts, completions = encode(tokenizer, PROMPTS[:1]), encode(tokenizer, ["3+9+0=12<|end|>"])
     found, again = (policy.token_logprobs(loaded, prompts, completions, 1.0)[0] for _ in range(2))
