@@ -120,8 +120,9 @@ def gain(runs: Runs):
     ends = {r.method: r.policy for r in runs.some().values() if r.policy.startswith("continued/")}
     jumps = {method: policy_of(runs, method) for method in jumped(runs)}
     for axis, step, policies in ((axes[0], runs.prefix, jumps), (axes[1], runs.total, ends)):
-        for method in [method for method in CURVES if method in policies]:
-            gaps = {r: runs.difference(policies[method], runs.step(step), found[r]) for r in found}
+        for method in [method for method in CURVES if method in jumps | ends]:
+            policy = policies.get(method, "")  # one without a line here has one in the other panel
+            gaps = {r: runs.difference(policy, runs.step(step), found[r]) for r in found}
             gaps = {rate: gap for rate, gap in gaps.items() if gap}
             look = CURVES[method] | {"label": label_of(method)}
             series(axis, list(gaps), list(gaps.values()), **look)
