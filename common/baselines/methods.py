@@ -2,7 +2,7 @@
 
 A method is a function of one weight matrix and alpha, and a line in METHODS. It returns the new
 matrix: a `LowRank` becomes an adapter, a dense tensor becomes a whole model. alpha 1 is as far as
-NExt's target, k checkpoints beyond the last one (`expo` alone counts otherwise).
+NExt's target, k checkpoints beyond the last one (`expo` and `first-update` count otherwise).
 """
 
 import dataclasses
@@ -76,6 +76,14 @@ def expo(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
     """ExPO (Zheng et al. 2024, arXiv 2404.16792): W_c + alpha (W_c - W_0), alpha 0.3 to 0.5 in
     their work. This alpha counts updates, not targets."""
     return m.W[0] + (1 + alpha) * (m.W[-1] - m.W[0])
+
+
+def first_update(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
+    """Control: the first update alone, W_0 + alpha (W_1 - W_0), with an alpha of 100 and more.
+
+    On MATH it came as far as RELEX in a public replication of that. This alpha counts updates.
+    """
+    return m.W[0] + alpha * (m.W[1] - m.W[0])
 
 
 def line_at(y: torch.Tensor, at: float) -> torch.Tensor:
@@ -193,6 +201,7 @@ METHODS = {
     "none": Method(none, has_alpha=False),
     "rl-extra": Method(rl_extra),
     "expo": Method(expo),
+    "first-update": Method(first_update),
     "alpharl": Method(alpharl),
     "alpharl-pls": Method(alpharl_pls, given.accuracies),
     "relex": Method(relex),

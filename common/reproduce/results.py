@@ -30,7 +30,7 @@ RECORD = {"policy": str, "n": int, "response_length": float, "by_problem": list[
 RECORD |= {"settings": dict | None, "data": str | None, "template_hash": str | None}
 POLICY = re.compile(
     r"(?:extrapolated|merged|continued)/(?:merged__)?([^/]+?)"
-    r"(?:_alpha(\d+(?:\.\d+)?))?(_merged|_linear)?(?:/step_\d+)?"
+    r"(?:_alpha(-?\d+(?:\.\d+)?))?(_merged|_linear)?(?:/step_\d+)?"
 )
 # Options of stages 1 and 5 that may differ between two runs that are compared.
 NOT_TRAINING = {

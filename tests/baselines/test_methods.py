@@ -122,6 +122,7 @@ DENSE = {  # of W[0] ... W[c] and the future, all dense; c = 6, K = 2, alpha 1.5
     "none": lambda W, future: W[6],
     "rl-extra": lambda W, future: W[0] + 9 / 6 * (W[6] - W[0]),
     "expo": lambda W, future: W[6] + 1.5 * (W[6] - W[0]),
+    "first-update": lambda W, future: W[0] + 1.5 * (W[1] - W[0]),
     "alpharl": lambda W, future: dense_alpharl(W, line),
     "alpharl-pls": lambda W, future: dense_alpharl(W, PLS),
     "relex": lambda W, future: dense_relex(W),
@@ -153,10 +154,11 @@ def test_every_method_is_tested_against_a_dense_formula():
     assert methods.METHODS.keys() - DENSE.keys() == {"weighted", "dare"}  # below, test_predictor.py
 
 
+ALPHA_IS_SOMETHING_ELSE = {"none", "expo", "first-update", "wsm", "greedy-soup"}
+
+
 @pytest.mark.parametrize("kind", ["LoRA", "whole"])
-@pytest.mark.parametrize(
-    "name", sorted(DENSE.keys() - {"none", "expo", "wsm", "greedy-soup"} | {"weighted"})
-)
+@pytest.mark.parametrize("name", sorted(DENSE.keys() - ALPHA_IS_SOMETHING_ELSE | {"weighted"}))
 def test_alpha_is_one_distance_and_a_straight_run_is_gone_on_with_exactly(name, kind):
     m, whole, base, future = make_matrix(straight_points(), kind)
     found = run_method(name, m, base, future).double()
@@ -183,6 +185,7 @@ def test_a_method_that_keeps_the_adapter_keeps_its_rank():
         "none": 3,
         "rl-extra": 3,
         "expo": 3,
+        "first-update": 3,
         "repeat-last": 4,
         "alpharl": 1,
         "relex": 16,

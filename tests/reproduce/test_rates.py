@@ -88,6 +88,12 @@ def test_a_falling_rate_is_a_control_with_a_name_and_a_cost(demo):
     assert results.jump_info(demo.root, found.policy)["step"] == 3
 
 
+def test_a_jump_back_has_its_alpha(tmp_path):
+    record(tmp_path, "extrapolated/next-paper_alpha-0.5", share(50), 2)
+    (found,) = results.load_results(tmp_path).values()
+    assert (found.method, found.alpha) == ("next-paper", -0.5)
+
+
 def test_the_demo_runs_at_its_rate_and_at_a_tenth_and_ends_with_its_own_page():
     preset = {
         "train": {"steps": 2, "learning_rate": 0.001, "train_data": "{run_dir}/data/train.jsonl"},
