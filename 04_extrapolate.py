@@ -6,6 +6,8 @@
 Reads   <run-dir>/deltas, the checkpoints that these were made from, <run-dir>/predictor/<recipe>
 Writes  <run-dir>/extrapolated/<method>_alpha1.5   an adapter, exact in fp32; `next` once a recipe:
                                                    next-aligned_alpha1.5, next-paper_alpha1.5
+        <run-dir>/extrapolated/<method>_accepted   with --accept: the alpha that is best on
+                                                   validation problems, 0 where no jump gains
         <run-dir>/merged/<method>_alpha1.5         a whole model: --merge, or not low-rank
 
 NExt is `jump` below; its rivals and the controls stand in common/baselines/methods.py. PEFT, vLLM
@@ -21,7 +23,7 @@ from typing import Literal
 import torch
 
 from common import UserError
-from common.baselines.given import Known
+from common.baselines.given import Known, best_alpha
 from common.baselines.methods import METHODS, Matrix, Method
 from common.files import adapters, config, deltas, merge, series, write
 from common.files.config import option
@@ -38,7 +40,10 @@ class ExtrapolateConfig(config.StageConfig):
     recipes: list[str] = option(["aligned"], "predictors of stage 3 that `next` uses")
     alphas: list[float] = option([1.5], "extending coefficients (paper: 1.5; Fig. 6: 0.5 to 4.0)")
     merge: Literal["fp32", "backbone"] | None = option(None, "write whole models too")
-    validation_data: list[str] = option(["{run_dir}/data/valid.jsonl"], "for greedy-soup")
+    accept: bool = option(False, "write <method>_accepted alone, by what stage 6 measured (ours)")
+    validation_data: list[str] = option(
+        ["{run_dir}/data/valid.jsonl"], "for --accept, alpharl-pls and greedy-soup"
+    )
 
     def __post_init__(self):
         for name in self.methods:
@@ -88,8 +93,10 @@ def main() -> None:
     for name, method, get, files in wanted(known):
         inputs = {"deltas": fingerprint, **{within(path, run): sha256(path) for path in files}}
         get = functools.cache(get)  # once for all alphas
-        for alpha in cfg.alphas if method.has_alpha else [0.0]:
-            label = f"{name}_alpha{alpha:g}" if method.has_alpha else name
+        jumps = {f"{name}_alpha{a:g}": a for a in cfg.alphas} if method.has_alpha else {name: 0.0}
+        if cfg.accept:
+            jumps = {f"{name}_accepted": best_alpha(known, jumps)} if method.has_alpha else {}
+        for label, alpha in jumps.items():
             info = {**known.series.info(run), "step": step, "method": name, "alpha": alpha}
             info["inputs"] = inputs
             adapter, whole = run / "extrapolated" / label, run / "merged" / label

@@ -85,6 +85,16 @@ def mean(rows: list[dict]) -> float:
     return sum(row["accuracy"] for row in rows) / len(rows)
 
 
+def best_alpha(known: Known, jumps: dict[str, float]) -> float:
+    """Of jumps (folder of extrapolated/ -> alpha) the alpha that is best on validation problems.
+
+    It is 0 where none of them is better than `none`. Raises UserError for what was not measured.
+    """
+    accuracy = {0.0: mean(results(known, "extrapolated/none")[0])}
+    accuracy |= {a: mean(results(known, f"extrapolated/{name}")[0]) for name, a in jumps.items()}
+    return max(accuracy, key=accuracy.get)  # of equals the first
+
+
 def accuracies(known: Known):
     """The accuracy of every checkpoint on validation problems [c]."""
     rows, files = measured(known)

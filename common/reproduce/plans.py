@@ -115,10 +115,12 @@ def at_rates(plan: Plan, top: str = "", seed: str = "", parts=()) -> None:
 
     top: the folder of a seed in a grid, "seed0/". seed: its flag. parts: see `Plan.add`.
     """
+    starts = plan.wanted["continue_from"] + (["next-aligned_accepted"] if parts else [])
+    problems = shlex.quote(plan.wanted["validation_data"].replace("{run_dir}", plan.root))
     for rate in [*plan.wanted["rates"], ""]:
         run = f"{top}rate{rate}" if rate else top and f"{top}lora"
         flags = {"rate": f"--learning-rate {rate}" if rate else "", "seed": seed}
-        plan.add("single", run, parts, starts=plan.wanted["continue_from"], **flags)
+        plan.add("single", run, parts, starts=starts, validation=problems, **flags)
 
 
 def single(preset_name: str, preset: dict, run_dir: str) -> list[Job]:

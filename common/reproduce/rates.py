@@ -34,7 +34,14 @@ def page(runs: Runs) -> str:
     """One sentence and three tables, or nothing where there is one rate."""
     if not (found := rates(runs)):
         return ""
-    return "\n\n".join([sentence(runs, found), levels(runs, found), *gains(runs, found)])
+    parts = [sentence(runs, found), levels(runs, found), *gains(runs, found)]
+    return "\n\n".join(filter(None, parts))
+
+
+def shown_steps(runs: Runs) -> list[int]:
+    """Before the jump, after it, and at the end; without a jump all steps that were measured."""
+    around = [step for step in (runs.prefix, runs.total, runs.reference) if step]
+    return around if runs.total else [r.steps for r in plain_runs(runs)]
 
 
 def sentence(runs: Runs, found: dict[float, str]) -> str:
@@ -43,6 +50,8 @@ def sentence(runs: Runs, found: dict[float, str]) -> str:
     for rate, name in found.items():
         if gap := runs.difference(runs.after(folder(DEFAULT)), total, name):
             worth.append(f"{gap.points()} at learning rate {rate:g}")
+    if not worth:
+        return ""
     low = next((n for n in found.values() if runs.get(runs.after(folder(DEFAULT)), n)), "")
     gap = runs.difference(total, total, MAIN, low) if low not in ("", MAIN) else None
     alone = next(rate for rate, name in found.items() if name == MAIN)
@@ -52,9 +61,7 @@ def sentence(runs: Runs, found: dict[float, str]) -> str:
 
 def levels(runs: Runs, found: dict[float, str]) -> str:
     """Accuracy of plain GRPO by learning rate, beside how well its last delta is predicted."""
-    steps, rows = [r.steps for r in plain_runs(runs) if r.steps >= runs.prefix], []
-    if runs.total:
-        steps = [step for step in (runs.prefix, runs.total, runs.reference) if step]
+    steps, rows = shown_steps(runs), []
     for rate, name in found.items():
         row = [f"{rate:g}", runs.count(runs.step(steps[0]), name)]
         row += [compared(runs, runs.step(step), name)[0] for step in steps]
@@ -81,7 +88,7 @@ def gains(runs: Runs, found: dict[float, str]) -> list[str]:
         for rate, name in columns.items():
             other = next((n for r, n in found.items() if abs(r / rate / times - 1) < 0.01), "")
             row.append(compared(runs, total, other, (total, name))[1])
-        late += [row] if {*row[1:]} != {"–"} else []
+        late += [row] if {*row[1:]} - {"–"} else []
     header = [f"learning rate {rate:g} {runs.interval}" for rate in columns]
     return [
         table([f"right after the jump, − GRPO at {runs.prefix}", *header], after),
@@ -94,13 +101,14 @@ def accuracy(runs: Runs):
     if not (found := rates(runs)):
         return None
     figure, axis = plt.subplots(figsize=(7, 4.2))
+    looks = zip(shown_steps(runs), (":", "--", "-"), strict=False)
     plain = {"color": "black", "marker": "."}
-    shown = {runs.step(runs.prefix): plain | {"ls": ":", "label": f"GRPO at {runs.prefix}"}}
-    shown[runs.step(runs.total)] = plain | {"ls": "--", "label": f"GRPO at {runs.total}"}
-    shown[runs.step(runs.reference)] = plain | {"ls": "-", "label": f"GRPO at {runs.reference}"}
+    shown = {runs.step(s): plain | {"ls": ls, "label": f"GRPO at {s}"} for s, ls in looks}
     label = f"{label_of(DEFAULT)}, at {runs.total}"
     shown[runs.after(folder(DEFAULT))] = CURVES[DEFAULT] | {"label": label}
     for policy, look in shown.items():
+        if policy not in runs.some():
+            continue
         having = {rate: name for rate, name in found.items() if runs.get(policy, name)}
         series(axis, list(having), [runs.accuracy(policy, n) for n in having.values()], **look)
     axis.set(xscale="log", xlabel="learning rate", ylabel=f"accuracy %, ± s.e. over {runs.over}")
@@ -109,10 +117,7 @@ def accuracy(runs: Runs):
 
 
 def gain(runs: Runs):
-    """The gain by learning rate, a line a method: right after the jump, and after more RL.
-
-    Methods without a colour of their own have no line.
-    """
+    """The gain by rate, a line a method with a colour: right after the jump, and after more RL."""
     found = {r: n for r, n in rates(runs).items() if runs.get(policy_of(runs, DEFAULT), n)}
     if len(found) < 2:
         return None

@@ -21,6 +21,7 @@ def table_of(name: str):
 
 METHODS = table_of("methods.yaml")  # name -> label, look; in the order of the tables
 MAIN_ALPHA = 1.5  # the paper's extending coefficient: the alpha of the tables
+MADE = {"": "", "_merged": ", merged restart", "_accepted": ", alpha chosen on validation problems"}
 OWN_ALPHA = {"expo": 0.5}  # methods whose alpha means something else
 FROM_DELTAS = ("next-", "weighted", "repeat-last", "recent-locals")  # methods that need stage 2
 BY_ACCURACY = ("alpharl-pls", "greedy-soup")  # methods that measure every checkpoint
@@ -30,7 +31,7 @@ RECORD = {"policy": str, "n": int, "response_length": float, "by_problem": list[
 RECORD |= {"settings": dict | None, "data": str | None, "template_hash": str | None}
 POLICY = re.compile(
     r"(?:extrapolated|merged|continued)/(?:merged__)?([^/]+?)"
-    r"(?:_alpha(-?\d+(?:\.\d+)?))?(_merged|_linear)?(?:/step_\d+)?"
+    r"(?:_alpha(-?\d+(?:\.\d+)?))?(_merged|_linear|_accepted)?(?:/step_\d+)?"
 )
 # Options of stages 1 and 5 that may differ between two runs that are compared.
 NOT_TRAINING = {
@@ -113,15 +114,15 @@ def label_of(method: str) -> str:
     """The name of `method` in tables."""
     if method in METHODS:
         return METHODS[method]["label"]
-    name, last, merged = split_name(method)
+    name, last, made = split_name(method)
     label = METHODS.get(name, {"label": name})["label"]
     label += f", last {last} checkpoints" if last else ""
-    return label + (", merged restart" if merged else "")
+    return label + MADE[made]
 
 
 def split_name(method: str) -> tuple[str, str, str]:
     """next-aligned-last8_merged -> (next-aligned, 8, _merged)."""
-    return re.fullmatch(r"(.+?)(?:-last(\d+))?(_merged)?", method).groups(default="")
+    return re.fullmatch(r"(.+?)(?:-last(\d+))?(_merged|_accepted)?", method).groups(default="")
 
 
 def load_results(run: pathlib.Path) -> dict[str, Result]:
@@ -186,7 +187,7 @@ def spent(run: pathlib.Path, policy: str, method: str, steps: int) -> dict[str, 
     def seconds(path: pathlib.Path, key: str = "seconds") -> float:
         return read_json(path, "the stage that made it", {key: float})[key]
 
-    train, method = run / "train", method.removesuffix("_merged")
+    train, method = run / "train", re.sub("_merged$|_accepted$", "", method)
     if not (train / "metrics.jsonl").is_file() or method == "oracle":
         return {}
     if method in ("backbone", "grpo"):
@@ -202,6 +203,8 @@ def spent(run: pathlib.Path, policy: str, method: str, steps: int) -> dict[str, 
     if method.startswith("next-"):  # without its backtest
         trained = run / "predictor" / method.removeprefix("next-") / "done.json"
         parts["predictor"] = seconds(trained, "training_seconds")
-    if method in BY_ACCURACY:
-        parts["validation"] = sum(map(seconds, run.glob("validation/*__step_*/*.json")))
+    measured = "*__step_*" if method in BY_ACCURACY else ""
+    measured = f"extrapolated__{method}_alpha*" if name.endswith("_accepted") else measured
+    if measured:
+        parts["validation"] = sum(map(seconds, run.glob(f"validation/{measured}/*.json")))
     return parts

@@ -618,3 +618,49 @@ def test_results_go_to_a_folder_of_their_own_below_the_run_directory(stage, outp
     code, line = stage("06_eval.py", "--policies", "train/step_0080", "--output", output)
     assert code == 2
     assert line.startswith("error: --output")
+
+
+# --------------------------------------------------------------------------------------------------
+# Alpha by measured accuracy
+# --------------------------------------------------------------------------------------------------
+
+THREE = ("--methods", "repeat-last", "none", "--alphas", "0.5", "1.5", "3")
+
+
+def judge(run, **accuracy: float) -> None:
+    """What stage 6 would have measured of the jumps by repeat-last, and of none."""
+    for name, value in accuracy.items():
+        folder = name if name == "none" else f"repeat-last_alpha{name[1:].replace('_', '.')}"
+        record = {"accuracy": value, "data": "d", "settings": {}}
+        write.write_json(run / "validation" / f"extrapolated__{folder}" / "valid.json", record)
+
+
+def test_accept_takes_the_alpha_that_is_best_on_validation_problems(run, stage):
+    assert stage("04_extrapolate.py", *THREE)[0] == 0
+    judge(run, none=0.2, a0_5=0.3, a1_5=0.5, a3=0.4)
+    assert stage("04_extrapolate.py", *THREE, "--accept", "true")[0] == 0
+    folder, best = (run / "extrapolated" / f"repeat-last_{x}" for x in ("accepted", "alpha1.5"))
+    weights = [(path / "adapter_model.safetensors").read_bytes() for path in (folder, best)]
+    assert weights[0] == weights[1]
+    assert read_json(folder / "checkpoint.json", "04")["alpha"] == 1.5
+    assert not (run / "extrapolated" / "none_accepted").exists()
+
+
+def test_accept_does_not_jump_where_no_jump_gains(run, stage):
+    assert stage("04_extrapolate.py", *THREE)[0] == 0
+    judge(run, none=0.5, a0_5=0.3, a1_5=0.5, a3=0.4)  # as good is no gain
+    assert stage("04_extrapolate.py", *THREE, "--accept", "true")[0] == 0
+    found = adapters.read_adapter(run / "extrapolated" / "repeat-last_accepted")
+    last = adapters.read_adapter(run / "extrapolated" / "none")
+    for module in MODULES:
+        torch.testing.assert_close(found.update(module).dense(), last.update(module).dense())
+
+
+def test_accept_names_the_jump_that_was_not_measured_and_the_command(run, stage):
+    assert stage("04_extrapolate.py", *THREE)[0] == 0
+    judge(run, none=0.5, a0_5=0.3, a1_5=0.5)
+    code, line = stage("04_extrapolate.py", *THREE, "--accept", "true")
+    assert code == 2
+    assert "extrapolated/repeat-last_alpha3 has no measured accuracy" in line
+    assert "06_eval.py" in line
+    assert "--policies 'extrapolated/*'" in line

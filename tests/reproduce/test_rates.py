@@ -1,7 +1,7 @@
 """Runs at several learning rates on one page: what is compared with what, and when nothing is."""
 
 import pytest
-from test_grid import record, share
+from test_grid import log, record, share
 
 from common.files import config, write
 from common.reproduce import grids, plans, rates, report, results, runs
@@ -82,6 +82,19 @@ def test_the_page_begins_with_the_rates_and_has_both_figures(demo):
     assert (demo.root / "figures" / "rates_gain.png").is_file()
 
 
+def test_a_sweep_has_the_accuracy_at_each_rate_and_nothing_of_jumps(tmp_path):
+    for seed in (10, 11):
+        run_at(tmp_path / f"seed{seed}" / "lora", 0.001, (40, 60, 70 + seed))
+        run_at(tmp_path / f"seed{seed}" / "rate0.01", 0.01, (45, 55, 58))
+    text = rates.page(runs.Runs(tmp_path, [10, 11]))
+    assert "worth" not in text
+    assert "twice" not in text
+    assert numbers(text, "0.001")[:4] == ["2", "40.0 ± 0.0", "60.0 ± 0.0", "80.5 ± 0.5"]
+    page = report.page(runs.Runs(tmp_path, [10, 11]), "made by a test")
+    assert "figures/rates.png" in page
+    assert "rates_gain" not in page
+
+
 def test_a_falling_rate_is_a_control_with_a_name_and_a_cost(demo):
     found = demo.some()["continued/none_linear/step_0003"]
     assert (found.method, found.label) == ("none_linear", "no jump, rate falls to 0 (control)")
@@ -123,7 +136,22 @@ def test_a_rate_is_chosen_on_validation_problems_and_measured_on_test_problems()
     measured = [job.line for job in chosen if " 06_" in job.line]
     assert all("valid.jsonl" in line and "test.jsonl" not in line for line in measured)
     lines = [job.line for job in grids.grid("learning-rate", "demo", preset, "runs/x", [0, 1, 2])]
-    assert not any("valid.jsonl" in line for line in lines)
+    chosen = [line for line in lines if "valid.jsonl" in line]  # alpha, never anything else
+    assert len(chosen) == 6
+    assert all(line.endswith("--output validation") for line in chosen)
     for seed, alone in ((0, 4), (1, 4), (2, 0)):  # of GRPO alone: fewer seeds
         own = [line for line in lines if f"/seed{seed}/" in line and " 01_" in line]
         assert len(own) == 4 + alone
+
+
+def test_a_jump_whose_alpha_was_chosen_is_charged_for_the_choice(tmp_path):
+    log(tmp_path / "train", range(1, 3))
+    write.write_json(tmp_path / "deltas" / "done.json", {"seconds": 10.0})
+    for name in ("repeat-last_alpha0.5", "repeat-last_alpha1.5", "rl-extra_alpha1.5"):
+        measured = tmp_path / "validation" / f"extrapolated__{name}" / "valid.json"
+        write.write_json(measured, {"seconds": 100.0})
+    record(tmp_path, "extrapolated/repeat-last_accepted", share(50), 2)
+    record(tmp_path, "extrapolated/repeat-last_alpha1.5", share(50), 2)
+    chosen, plain = results.load_results(tmp_path).values()
+    assert (chosen.seconds, plain.seconds) == (215.0, 15.0)  # two steps of 2 s, 10 s, 1 s
+    assert chosen.label == "repeat-last (control), alpha chosen on validation problems"
