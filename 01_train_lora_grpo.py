@@ -8,8 +8,8 @@ Writes  <run-dir>/train/step_0010 ... step_0150   PEFT adapters in fp32; with --
         <run-dir>/train/metrics.jsonl, samples.jsonl, config.json, resume/, done.json
 
 --tune full --learning-rate 5e-7 trains all parameters (Table 5's "w/o LoRA"), in fp32: 16 bytes
-each. The same command again resumes: every random draw is computed from (seed, step, problem,
-sample). A larger --steps extends a run. Left out: critics, multi-turn, packing, warm-up.
+each. The same command again resumes: each draw is computed from (seed, step, problem, sample). A
+larger --steps extends a run at a constant rate. Left out: critics, multi-turn, packing, warm-up.
 """
 
 import dataclasses

@@ -4,7 +4,7 @@
     accelerate launch 05_continue_rl.py --config demo --run-dir runs/demo --restart merged
 
 Reads   <run-dir>/extrapolated/<start>, the backbone, and the preset's section `train`
-Writes  <run-dir>/continued/<start> or <start>_merged, like train/; steps are counted on, to 250
+Writes  <run-dir>/continued/<start>, <start>_merged or <name>, like train/, with steps to 250
 
 --restart adapter trains the jumped adapter on, of rank r + 1; --restart merged adds it to the
 backbone in fp32 and starts a new LoRA, likely the paper's way. The optimizer starts afresh;

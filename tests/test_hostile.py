@@ -7,6 +7,7 @@ import pickle
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import call_on, save_lora
 
@@ -193,7 +194,16 @@ def an_adapter_of_another_base(folder, canary):
     )
 
 
+def a_shard_outside(folder, canary):
+    shutil.copy(folder / "model.safetensors", folder.parent / "outside.safetensors")
+    names = safetensors.torch.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {name: "../outside.safetensors" for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
 BACKBONES = {
+    a_shard_outside: "'../outside.safetensors' cannot be a name here",
     weights_in_a_pickle: "has no model.safetensors",
     a_shard_that_is_a_pickle: "pytorch_model.bin is broken",
     remote_code: "contains custom code",
@@ -376,6 +386,19 @@ def test_policies_outside_the_run_are_refused(run, monkeypatch, capsys, pattern)
     assert (status, "policies are named as they stand in" in line) == (2, True), line
 
 
+def test_an_adapter_does_not_choose_where_its_deltas_are_written(run, monkeypatch, capsys):
+    for path in (run / "made").glob("step_*/adapter_model.safetensors"):
+        tensors = safetensors.torch.load_file(path)
+        module = next(iter(tensors)).removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
+        renamed = {name.replace(module, "../../escaped"): x for name, x in tensors.items()}
+        safetensors.torch.save_file(renamed, path)
+        (path.parent / "sha256.json").unlink(missing_ok=True)
+    before = {path for path in listing(run.parent) if not str(path).endswith(".lock")}
+    status, line = extract(monkeypatch, capsys, run)
+    assert (status, "'../../escaped' cannot be a name here" in line) == (2, True), line
+    assert {path for path in listing(run.parent) if not str(path).endswith(".lock")} == before
+
+
 @pytest.mark.parametrize("name", ["..", ".x", "a\\b", "a\nb"])
 def test_a_task_is_named_like_a_file(tmp_path, name):
     (tmp_path / "p.jsonl").write_text('{"prompt": "1", "answer": 1}\n')
@@ -406,8 +429,8 @@ def test_results_are_those_of_the_folder_they_are_in(run, monkeypatch, capsys):
     ("text", "message"),
     [
         ("{", "not valid JSON"),
-        ("[1]", "no usable step"),
-        ("NaN", "no usable step"),
+        ("[1]", "holds no JSON object"),
+        ("NaN", "holds no JSON object"),
         ("{}", "no usable step"),
         ('{"step": true}', "no usable step"),
         ('{"step": "1"}', "no usable step"),

@@ -1,7 +1,7 @@
 """What some methods must be given beside the deltas: the future, measured accuracies, a fit.
 
-Each function takes what stage 4 knows. It returns (a function that gets it, the files it comes
-from): what is dear is got only where a jump is not there already.
+`weights`, `future`, `accuracies` and `soup` take what stage 4 knows. They return (a function that
+gets it, the files it comes from): what takes long is done only for a jump that is not there yet.
 """
 
 import dataclasses
@@ -136,7 +136,7 @@ def measure_mean(known: Known, members: list[int], name: str, settings: dict) ->
         return sum(W[i] for i in members) / len(members)
 
     merge.save_jump(known.series, new, (folder, folder), info, known.cfg)
-    # As the checkpoints were measured. Of a flag that stands twice the last counts.
+    # As the checkpoints were measured. If a flag stands twice, the last one counts.
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
     flags += measuring(known.cfg, name)
     if info.get("backbone"):

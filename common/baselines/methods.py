@@ -74,14 +74,14 @@ def rl_extra(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
 
 def expo(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
     """ExPO (Zheng et al. 2024, arXiv 2404.16792): W_c + alpha (W_c - W_0), alpha 0.3 to 0.5 in
-    their work. This alpha counts updates, not targets."""
+    their work. This alpha multiplies the whole update, not a target."""
     return m.W[0] + (1 + alpha) * (m.W[-1] - m.W[0])
 
 
 def first_update(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
     """Control: the first update alone, W_0 + alpha (W_1 - W_0), with an alpha of 100 and more.
 
-    On MATH it came as far as RELEX in a public replication of that. This alpha counts updates.
+    In a public replication of RELEX on MATH it came as far. This alpha multiplies the update.
     """
     return m.W[0] + alpha * (m.W[1] - m.W[0])
 

@@ -13,7 +13,7 @@ import statistics
 import torch
 
 from common import UserError
-from common.files.read import check_intact, open_tensors, read_json
+from common.files.read import check_intact, open_tensors, read_json, safe_name
 from common.files.write import atomic_dir, save_tensors, write_text, writing
 from common.rank1 import LowRank
 
@@ -147,7 +147,7 @@ def read_header(folder: pathlib.Path) -> Header:
         r = module_rank(config, module)
         if len(a) != 2 or (*b[1:], a[0]) != (r, r):
             raise UserError(f"{path}: {module} has B {b} and A {a}, its config says rank {r}")
-        shapes[module] = (b[0], r, a[1])
+        shapes[safe_name(module, str(path))] = (b[0], r, a[1])  # files of deltas have this name
     if not shapes:
         raise UserError(f"{path} holds no lora_A and lora_B")
     return Header(config, shapes, dtypes, sorted(key for key in sizes if not _KEY.fullmatch(key)))

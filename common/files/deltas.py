@@ -1,4 +1,4 @@
-"""What stage 2 leaves in <run>/deltas: the rank-1 deltas of every matrix, and their checkpoints."""
+"""What stage 2 leaves in <run>/deltas, the rank-1 deltas of every matrix; what stage 3 predicts."""
 
 import dataclasses
 import hashlib

@@ -6,7 +6,7 @@ import pathlib
 import torch
 
 from common import UserError
-from common.files.read import check_intact, open_tensors, read_json
+from common.files.read import check_intact, open_tensors, read_json, safe_name
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WANTED = "want a Hugging Face folder with safetensors weights"
@@ -49,7 +49,7 @@ def open_model(folder: pathlib.Path) -> ModelFolder:
     index, paths, wanted = folder / INDEX, [folder / SINGLE], {}
     if index.is_file():
         wanted = read_json(index, WRITER, {"weight_map": dict[str, str]})["weight_map"]
-        paths = sorted({folder / file for file in wanted.values()})
+        paths = sorted({folder / safe_name(file, str(index)) for file in wanted.values()})
     elif not paths[0].is_file():
         raise UserError(f"{folder} has no {SINGLE} and no {INDEX}: {WANTED}")
     for path in paths:

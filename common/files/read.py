@@ -1,4 +1,4 @@
-"""Reading files that others made or a bad disk spoilt. What is wrong is a UserError of one line."""
+"""Reading files. One that is missing or cannot be read is a UserError of one line."""
 
 import contextlib
 import hashlib
@@ -53,6 +53,8 @@ def read_json(path: pathlib.Path, made_by: str, wanted: dict | None = None) -> d
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): delete it, run {made_by}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object: delete it, run {made_by}")
     for key, kind in (wanted or {}).items():
         if not matches(value, {key: kind}):
             raise UserError(f"{path} has no usable {key}: delete it, run {made_by}")

@@ -144,7 +144,7 @@ class StepLog:
             write.append_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def keep(self) -> None:
-        """Has the disk keep the rows so far, before a resume state counts on them."""
+        """Flushes the rows so far to the disk, before a resume state counts on them."""
         if is_writer():
             write.flush(self.path)
 

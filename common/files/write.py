@@ -56,7 +56,7 @@ def _beside(path: pathlib.Path, mark: str = "") -> pathlib.Path:
 
 
 def flush(path: pathlib.Path) -> None:
-    """Has the disk keep the file or folder `path`."""
+    """Flushes the file or folder `path` to the disk."""
     with writing(path):
         for part in [*path.iterdir(), path] if path.is_dir() else [path]:
             handle = os.open(part, os.O_RDONLY)

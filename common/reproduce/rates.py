@@ -1,4 +1,4 @@
-"""Runs at several learning rates side by side: what a jump is worth at each, and what a rate is."""
+"""Runs at several learning rates side by side: what a jump, and the rate, is worth."""
 
 import matplotlib.pyplot as plt
 
@@ -21,7 +21,7 @@ def rates(runs: Runs) -> dict[float, str]:
 
 
 def jumped(runs: Runs) -> list[str]:
-    """The methods that jump at the paper's alpha, or have none, in the order of the tables."""
+    """The methods that jump at the paper's alpha, or have no alpha, in the order of the tables."""
     some = [r for r in runs.some().values() if r.jumped and r.alpha in (MAIN_ALPHA, None)]
     return list(dict.fromkeys(r.method for r in sorted(some, key=place) if r.method != "none"))
 

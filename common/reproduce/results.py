@@ -47,7 +47,7 @@ class Result:
     """One measured policy. A score is the mean of a problem's runs, in 0..1."""
 
     policy: str  # the path below the run directory
-    method: str  # a key of METHODS, with "_merged" where stage 5 was told so
+    method: str  # a key of METHODS, with "_merged" or "_linear" where stage 5 was told so
     alpha: float | None
     steps: int  # RL steps it took
     trained: dict  # the options of stage 1 or 5 that decide the result

@@ -73,7 +73,7 @@ def over_problems(a: Result, b: Result | None = None) -> Estimate:
 class Runs:
     """results[seed][name][policy] of a run directory, or of a grid's runs.
 
-    The name of a run directory is "lora". Those in it at other learning rates keep theirs.
+    A single run is "lora". Runs below it at other learning rates have the names of their folders.
 
     prefix, total, reference: RL steps before the jump, after the RL that follows it, and of a plain
     run that is longer than both; 0 where no measured policy has them.

@@ -44,7 +44,7 @@ def place(result: Result) -> tuple[int, str]:
 
 
 def plain_runs(runs: Runs, name: str = MAIN) -> list[Result]:
-    """A run without a jump, by step."""
+    """What was measured of the run without a jump, by step."""
     found = [r for r in runs.some(name).values() if r.method == "grpo"]
     return sorted(found, key=lambda r: r.steps)
 

@@ -97,7 +97,7 @@ def normalise(text: str) -> str:
 def quick_verdict(answer: str, gold: str, kind: str = "latex") -> bool | None:
     """True or False where that is clear without a parser, None where math-verify decides.
 
-    An unevaluated sum is no answer: math-verify takes 123+489 for 612, and RL finds such doors.
+    An unevaluated sum is no answer: math-verify takes 123+489 for 612, and RL learns to use that.
     """
     if kind == "letter":
         return letter(answer) is not None and letter(answer) == letter(gold)

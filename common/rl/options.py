@@ -38,7 +38,7 @@ class SamplingConfig(StageConfig):
 
 @dataclasses.dataclass
 class RLConfig(SamplingConfig):
-    """Stage 1's options of memory, precision, logging and data."""
+    """Stage 1's options of data, optimizer, memory, precision and logging."""
 
     english_only: bool = option(False, "leave out problems with Chinese characters (open)")
     learning_rate_schedule: Literal["constant", "linear"] = option(

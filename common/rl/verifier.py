@@ -109,7 +109,7 @@ def main() -> None:
     print("ready", file=pipe, flush=True)
     for line in sys.stdin:
         question = json.loads(line)
-        # Our caller kills us at the limit. Should it be gone, the alarm does.
+        # Our caller kills us at the limit. If the caller is gone, the alarm does it.
         signal.alarm(int(question["limit"]) + 5)
         try:
             correct = is_right(question["answer"], question["gold"])
