@@ -141,6 +141,8 @@ def read_header(folder: pathlib.Path) -> Header:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (no dict)
         sizes = {key: tuple(part.get_shape()) for key, part in slices.items()}
         dtypes = {part.get_dtype() for key, part in slices.items() if _KEY.fullmatch(key)}
+    if odd := dtypes - FLOATS:
+        raise UserError(f"{path} has factors in {', '.join(sorted(odd))}: {ANOTHER}")
     shapes = {}
     for module in sorted({match[1] for match in map(_KEY.fullmatch, sizes) if match}):
         b, a = (sizes.get(_NAME.format(module, half), ()) for half in "BA")
