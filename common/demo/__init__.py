@@ -3,12 +3,14 @@ r"""The demo's task and backbone: a tiny Qwen2 that can add by thinking or by gu
     python -m common.demo --run-dir runs/demo    # writes runs/demo/backbone and runs/demo/data
     python -m common.demo --pretrain OUT         # makes the shipped backbone again (minutes)
 
-The task is a three-digit sum, `123+489`. Pre-training shows two ways to answer:
+The task is the sum of two five-digit numbers. Pre-training shows two ways to answer `12345+48967`:
 
-    careful (30%)   3+9+0=12,2+8+1=11,1+4+1=06;\boxed{612}   a column a step; 5% of columns slip
-    guess   (70%)   \boxed{612}                              35% of the digits are replaced
+    careful (10%)   5+7+0=12,4+6+1=11,3+9+1=13,2+8+1=11,1+4+1=06;\boxed{61312}
+    guess   (90%)   \boxed{61312}
 
-So the model mostly guesses and is mostly wrong, but it can think, as a language model before RLVR.
+The careful way takes a column a step, and one column in ten slips. In a guess 35% of the digits are
+replaced. So the model mostly guesses and is mostly wrong, but it can think, as a language model
+before RLVR.
 Reward alone teaches it to think: accuracy and response length rise together. The backbone is an
 ordinary Hugging Face folder and the problems are ordinary JSONL; the six stages know no demo.
 """
@@ -27,8 +29,9 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from common.files.write import atomic_dir, copy_files, save_pretrained, write_text
 
 SHIPPED = pathlib.Path(__file__).parent / "backbone"
-CAREFUL_SHARE, SLIP, WRONG_DIGIT = 0.30, 0.05, 0.35
-STEPS, BATCH, PEAK_LR, WARMUP = 3000, 128, 3e-3, 100
+LOW, HIGH = 10_000, 99_999  # of the numbers that are added
+CAREFUL_SHARE, SLIP, WRONG_DIGIT = 0.10, 0.10, 0.35
+STEPS, BATCH, PEAK_LR, WARMUP = 2500, 128, 3e-3, 100
 TRAIN_PROBLEMS, TEST_PROBLEMS, VALID_PROBLEMS = 4096, 256, 256
 Pair = tuple[int, int]
 
@@ -55,11 +58,11 @@ def guessed_answer(a: int, b: int, rng: random.Random) -> str:
 
 
 def problems(count: int, seed: int, exclude: Iterable[Pair] = ()) -> list[Pair]:
-    """`count` different pairs of three-digit numbers, none in `exclude` in either order."""
+    """`count` different pairs of numbers, none in `exclude` in either order."""
     rng, found = random.Random(seed), []
     seen = {*exclude} | {(b, a) for a, b in exclude}
     while len(found) < count:
-        a, b = rng.randint(100, 999), rng.randint(100, 999)
+        a, b = rng.randint(LOW, HIGH), rng.randint(LOW, HIGH)
         if (a, b) not in seen:
             seen |= {(a, b), (b, a)}
             found.append((a, b))
@@ -92,7 +95,7 @@ def pretraining_batch(rng: random.Random, tokenizer, held_out: set[Pair]) -> lis
     """
     texts = {True: [], False: []}
     while sum(map(len, texts.values())) < BATCH:
-        a, b = rng.randint(100, 999), rng.randint(100, 999)
+        a, b = rng.randint(LOW, HIGH), rng.randint(LOW, HIGH)
         if (a, b) not in held_out:
             careful = rng.random() < CAREFUL_SHARE
             answer = (careful_answer if careful else guessed_answer)(a, b, rng)

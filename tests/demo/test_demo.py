@@ -32,7 +32,7 @@ def test_the_program_still_makes_the_shipped_backbone(tmp_path):
 
 def test_tokenizer_round_trip_and_chat_template():
     tokenizer = AutoTokenizer.from_pretrained(demo.SHIPPED)
-    text = "3+9+0=12,2+8+1=11,1+4+1=06;\\boxed{612}"
+    text = "5+7+0=12,4+6+1=11,3+9+1=13,2+8+1=11,1+4+1=06;\\boxed{61312}"
     ids = tokenizer(text)["input_ids"]
     assert len(ids) == len(text) - len("\\boxed{") + 1
     assert tokenizer.decode(ids) == text
@@ -52,17 +52,17 @@ def test_careful_answers_are_right_and_slips_are_as_frequent_as_said():
     right = sum(
         verifier.extract_boxed(demo.careful_answer(a, b, rng)) == str(a + b) for a, b in pairs
     ) / len(pairs)
-    assert right == pytest.approx((1 - demo.SLIP) ** 3, abs=0.03)
+    assert right == pytest.approx((1 - demo.SLIP) ** 5, abs=0.03)
 
 
 def test_guesses_are_as_wrong_as_said():
     rng = random.Random(0)
-    pairs = [(a, b) for a, b in demo.problems(3000, seed=6) if a + b > 999]
+    pairs = [(a, b) for a, b in demo.problems(3000, seed=6) if a + b > demo.HIGH]
     right = sum(demo.guessed_answer(a, b, rng) == f"\\boxed{{{a + b}}}" for a, b in pairs) / len(
         pairs
     )
     assert right == pytest.approx(
-        (1 - 0.9 * demo.WRONG_DIGIT) ** 4, abs=0.04
+        (1 - 0.9 * demo.WRONG_DIGIT) ** 6, abs=0.04
     )  # one wrong draw in ten is the right digit
 
 
@@ -85,15 +85,19 @@ def test_no_problem_is_in_two_of_the_three_files_in_either_order(empty_run):
 
 
 def test_training_and_test_problems_are_those_that_every_result_here_was_made_with(empty_run):
-    assert inputs.sha256(empty_run / "data" / "train.jsonl") == "0cf3644b2a5ef53b"
-    assert inputs.sha256(empty_run / "data" / "test.jsonl") == "1133dc90a6b3ceb4"
+    assert inputs.sha256(empty_run / "data" / "train.jsonl") == "577cb8d2d108f799"
+    assert inputs.sha256(empty_run / "data" / "test.jsonl") == "4c27ea0e8ed7aa91"
+
+
+class OddSums:
+    """A set of all pairs with an odd sum, too many to list."""
+
+    def __contains__(self, pair):
+        return sum(pair) % 2 == 1
 
 
 def test_pretraining_never_sees_a_test_problem():
-    tokenizer, held_out = (
-        AutoTokenizer.from_pretrained(demo.SHIPPED),
-        {(a, b) for a in range(100, 1000) for b in range(100, 1000) if (a + b) % 2},
-    )
+    tokenizer, held_out = AutoTokenizer.from_pretrained(demo.SHIPPED), OddSums()
     for ids, labels in demo.pretraining_batch(random.Random(1), tokenizer, held_out):
         for row, label in zip(ids, labels, strict=True):
             a, b = (

@@ -129,7 +129,6 @@ def test_the_demo_runs_at_its_rate_and_at_a_tenth_and_ends_with_its_own_page():
 
 def test_a_rate_is_chosen_on_validation_problems_and_measured_on_test_problems():
     preset = config.load_preset("demo")
-    preset["reproduce"] |= {"rates": ["1e-4"], "sweep": ["2.5e-4", "5e-4", "2e-3", "4e-3"]}
     chosen = grids.grid("sweep", "demo", preset, "runs/x", [10, 11])
     trained = [job.line for job in chosen if " 01_" in job.line]
     assert len(trained) == len({*trained}) == 12  # six rates, two seeds
