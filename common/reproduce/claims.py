@@ -94,8 +94,9 @@ def time_saved(runs: Runs, method: str) -> str:
 
 def level(by_seed: list[list[float]]) -> Estimate:
     """The mean of one list of values a seed; of one seed alone with the error over its values."""
-    # A matrix that did not move has no E_1: nan.
+    # A matrix that did not move has no E_1: nan. At a first step without a reward none moves.
     by_seed = [[value for value in values if value == value] for values in by_seed]
+    by_seed = [values for values in by_seed if values] or [[float("nan")]]
     if len(by_seed) > 1:
         return over_seeds([statistics.fmean(values) for values in by_seed])
     (values,) = by_seed

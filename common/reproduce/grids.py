@@ -3,10 +3,11 @@
 Each is an ordinary run directory. Nothing runs here.
 """
 
+import itertools
 import shlex
 
 from common.files.config import load_preset
-from common.reproduce.plans import ALPHA, Job, Plan, at_rates
+from common.reproduce.plans import ALPHA, Job, Plan, at_rate
 from common.reproduce.results import MAIN_ALPHA
 
 OTHER_K, OTHER_RANKS, FEWER_CHECKPOINTS = (2, 8), (4, 64), 8  # beside the preset's own
@@ -25,8 +26,7 @@ def grid(kind: str, preset_name: str, preset: dict, root: str, seeds: list[int])
     """
     plan, everything = Plan(preset_name, preset, root, is_grid=True), kind == "tables"
     if kind in ("learning-rate", "sweep"):
-        for seed in seeds:
-            by_rate(plan, seed, kind == "sweep", plain=seed in seeds[:SWEEP_SEEDS])
+        by_rate(plan, seeds, choose=kind == "sweep")
         return plan.jobs
     for seed in seeds if kind != "rl-extra" else []:
         main_run(plan, seed, everything)
@@ -50,19 +50,20 @@ def grid(kind: str, preset_name: str, preset: dict, root: str, seeds: list[int])
     return plan.jobs
 
 
-def by_rate(plan: Plan, seed: int, choose: bool, plain: bool) -> None:
+def by_rate(plan: Plan, seeds: list[int], choose: bool) -> None:
     """Runs at several learning rates. choose: GRPO alone, on validation problems."""
-    top, flag, wanted = f"seed{seed}/", f"--seed {seed}", plan.wanted
-    if not choose:
-        at_rates(plan, top, flag, ["grid"])
+    wanted, whole = plan.wanted, ["", *plan.wanted["rates"]]
+    for rate, seed in itertools.product(whole, seeds if not choose else []):
+        at_rate(plan, rate, f"seed{seed}/", f"--seed {seed}", ["grid"])
     ends = sorted({plan.prefix, plan.prefix + plan.more, plan.reference})
-    values = {"policies": " ".join(f"train/step_{end:04d}" for end in ends), "seed": flag}
+    values = {"policies": " ".join(f"train/step_{end:04d}" for end in ends)}
     problems = shlex.quote(wanted["validation_data"].replace("{run_dir}", plan.root))
     values["measured_on"] = f"--test-data {problems}" if choose else ""
-    for rate in [*wanted["sweep"], *([*wanted["rates"], ""] if choose else [])]:
-        if choose or plain:
-            flags = f"--learning-rate {rate}" if rate else ""
-            plan.add("plain", f"{top}rate{rate}" if rate else f"{top}lora", rate=flags, **values)
+    alone = wanted["sweep"] + (whole if choose else [])
+    for rate, seed in itertools.product(alone, seeds if choose else seeds[:SWEEP_SEEDS]):
+        flags = {"rate": f"--learning-rate {rate}" if rate else "", "seed": f"--seed {seed}"}
+        run = f"seed{seed}/rate{rate}" if rate else f"seed{seed}/lora"
+        plan.add("plain", run, **flags, **values)
 
 
 def main_run(plan: Plan, seed: int, everything: bool) -> None:

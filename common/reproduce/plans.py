@@ -12,6 +12,7 @@ from common.reproduce.results import MAIN_ALPHA, table_of
 
 TABLES = table_of("plans.yaml")
 ALPHA = f"{MAIN_ALPHA:g}"
+FIRST_UPDATE = "4 8 16 32 64"  # alphas of the method `first-update`
 SCRIPTS = ("01_train_lora_grpo.py", "02_extract_deltas.py", "03_train_predictor.py")
 SCRIPTS += ("04_extrapolate.py", "05_continue_rl.py", "06_eval.py")
 # A process on the CPU; accelerate's launcher would take four seconds more.
@@ -110,21 +111,27 @@ def continuing(start: str) -> str:
     return f"--start {shlex.quote(start.removesuffix('_merged'))}{merged}"
 
 
-def at_rates(plan: Plan, top: str = "", seed: str = "", parts=()) -> None:
-    """The whole experiment at each of the preset's `rates`, and last at its own.
+def at_rate(plan: Plan, rate: str, top: str = "", seed: str = "", parts=()) -> None:
+    """The whole experiment at the learning rate `rate`, or with "" at the preset's own.
 
     top: the folder of a seed in a grid, "seed0/". seed: its flag. parts: see `Plan.add`.
     """
     starts = plan.wanted["continue_from"] + (["next-aligned_accepted"] if parts else [])
     problems = shlex.quote(plan.wanted["validation_data"].replace("{run_dir}", plan.root))
-    for rate in [*plan.wanted["rates"], ""]:
-        run = f"{top}rate{rate}" if rate else top and f"{top}lora"
-        flags = {"rate": f"--learning-rate {rate}" if rate else "", "seed": seed}
-        plan.add("single", run, parts, starts=starts, validation=problems, **flags)
+    run = f"{top}rate{rate}" if rate else top and f"{top}lora"
+    flags = {"rate": f"--learning-rate {rate}" if rate else "", "seed": seed}
+    names = ("none", "next-aligned_alpha*", "weighted_alpha*", "first-update_alpha*")
+    chosen = " ".join(shlex.quote(f"extrapolated/{name}") for name in names)
+    flags |= {"first": FIRST_UPDATE, "to_choose": chosen, "validation": problems}
+    plan.add("single", run, parts, starts=starts, **flags)
 
 
 def single(preset_name: str, preset: dict, run_dir: str) -> list[Job]:
-    """One run: the first steps, the jumps, what follows them, the reference, the evaluation."""
+    """One run: the first steps, the jumps, what follows them, the reference, the evaluation.
+
+    All of it also at the first of the preset's other learning rates, if it has some.
+    """
     plan = Plan(preset_name, preset, run_dir)
-    at_rates(plan)
+    for rate in [*plan.wanted["rates"][:1], ""]:
+        at_rate(plan, rate)
     return plan.jobs
