@@ -258,7 +258,7 @@ PRESET = {
     "reproduce": {
         "jobs": 1,
         "prepare": "python -m common.demo",
-        "launch": "--quiet",
+        "launch": "python",
         "continue_from": ["none"],
         "reference_steps": 9,
     },

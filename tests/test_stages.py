@@ -963,7 +963,8 @@ def test_reproduce_prints_commands_that_can_be_typed_by_hand():
     lines = result.stdout.splitlines()
     assert lines[0] == "python -m common.demo --run-dir runs/demo"
     assert [line.split(".py")[0].split()[-1][:2] for line in lines[1:5]] == ["01", "01", "02", "03"]
+    launch = "env ACCELERATE_USE_CPU=true CUDA_VISIBLE_DEVICES= python 0"  # as in the preset
     assert all(
-        line.startswith("accelerate launch ") and "--config demo --run-dir runs/demo" in line
+        line.startswith(launch) and "--config demo --run-dir runs/demo" in line
         for line in lines[1:]
     )

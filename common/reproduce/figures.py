@@ -24,6 +24,7 @@ def draw_all(runs: Runs) -> dict[str, pathlib.Path]:
     for title, (name, draw) in {
         "Accuracy by learning rate": ("rates", rates.accuracy),
         "The gain of a jump by learning rate": ("rates_gain", rates.gain),
+        "The gain of a jump by its held-out cosine": ("rates_cosine", rates.against_cosine),
         "Accuracy by RL step": ("accuracy", curves.accuracy),
         "Reward and response length": ("training", curves.training),
         "Fig. 2: how much of the update is rank 1": ("fig2_energy_ratio", energy),

@@ -24,7 +24,7 @@ def grid(kind: str, preset_name: str, preset: dict, root: str, seeds: list[int])
     jumps at the preset's rate and its `rates`, and plain GRPO at those of its `sweep`. `sweep`:
     plain GRPO at all of them, measured on validation problems: to choose a rate.
     """
-    plan, everything = Plan(preset_name, preset, root, is_grid=True), kind == "tables"
+    plan, everything = Plan(preset_name, preset, root), kind == "tables"
     if kind in ("learning-rate", "sweep"):
         by_rate(plan, seeds, choose=kind == "sweep")
         return plan.jobs

@@ -15,8 +15,6 @@ ALPHA = f"{MAIN_ALPHA:g}"
 FIRST_UPDATE = "4 8 16 32 64"  # alphas of the method `first-update`
 SCRIPTS = ("01_train_lora_grpo.py", "02_extract_deltas.py", "03_train_predictor.py")
 SCRIPTS += ("04_extrapolate.py", "05_continue_rl.py", "06_eval.py")
-# A process on the CPU; accelerate's launcher would take four seconds more.
-WITHOUT_LAUNCHER = "env ACCELERATE_USE_CPU=true CUDA_VISIBLE_DEVICES= python"
 
 
 @dataclasses.dataclass
@@ -52,15 +50,13 @@ def values_of(name: str, preset: dict) -> dict[str, dict]:
 class Plan:
     """The jobs of one root directory, whose runs share a backbone and problems."""
 
-    def __init__(self, name: str, preset: dict, root: str, is_grid: bool = False):
+    def __init__(self, name: str, preset: dict, root: str):
         self.name, self.root, self.values = name, root, values_of(name, preset)
         self.wanted = self.values["reproduce"]
         self.prefix = self.values["train"]["steps"]  # RL steps before the jump, and after it
         self.more = self.values["continue"]["more_steps"]
         self.reference = self.wanted["reference_steps"]  # RL steps of the run without a jump
-        self.launch = f"accelerate launch {self.wanted['launch']}".split()
-        if is_grid and self.wanted["grid_without_launcher"]:
-            self.launch = WITHOUT_LAUNCHER.split()
+        self.launch = self.wanted["launch"].split()
         self.jobs: list[Job] = []
         if self.wanted["prepare"]:
             command = [*self.wanted["prepare"].split(), "--run-dir", root]

@@ -1,5 +1,8 @@
 """Runs at several learning rates side by side: what a jump, and the rate, is worth."""
 
+import math
+import statistics
+
 import matplotlib.pyplot as plt
 
 from common.reproduce.curves import CURVES, legend_below, series
@@ -8,6 +11,8 @@ from common.reproduce.runs import MAIN, Runs
 from common.reproduce.tables import compared, cosine, folder, jump, place, plain_runs, table
 
 DEFAULT = "next-aligned"  # the method that the sentence and the first figure speak of
+BY_ALPHA = (DEFAULT, "weighted", "first-update")  # methods of the table by alpha
+METERED = (DEFAULT, "next-paper", "weighted", "repeat-last", "recent-locals")  # with a backtest
 TIMES = {2: "GRPO at twice the rate", 4: "GRPO at four times the rate"}
 
 
@@ -31,10 +36,10 @@ def policy_of(runs: Runs, method: str) -> str:
 
 
 def page(runs: Runs) -> str:
-    """One sentence and three tables, or nothing where there is one rate."""
+    """One sentence and five tables, or nothing where there is one rate."""
     if not (found := rates(runs)):
         return ""
-    parts = [sentence(runs, found), levels(runs, found), *gains(runs, found)]
+    parts = [sentence(runs, found), levels(runs, found), *gains(runs, found), meter(runs)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -89,11 +94,69 @@ def gains(runs: Runs, found: dict[float, str]) -> list[str]:
             other = next((n for r, n in found.items() if abs(r / rate / times - 1) < 0.01), "")
             row.append(compared(runs, total, other, (total, name))[1])
         late += [row] if {*row[1:]} - {"–"} else []
+    swept = [r for r in runs.some().values() if r.jumped and r.alpha and r.method in BY_ALPHA]
+    far = []
+    for r in sorted(swept, key=lambda r: (place(r), r.alpha)):
+        gaps = [compared(runs, r.policy, n, (before, n))[1] for n in columns.values()]
+        far.append([f"{r.label}, alpha {r.alpha:g}", *gaps])
     header = [f"learning rate {rate:g} {runs.interval}" for rate in columns]
     return [
         table([f"right after the jump, − GRPO at {runs.prefix}", *header], after),
         table([f"after {runs.total} RL steps, − GRPO at {runs.total}", *header], late),
+        table([f"right after the jump, − GRPO at {runs.prefix}", *header], far),
     ]
+
+
+def points(runs: Runs, method: str, later: bool = False) -> list[tuple[float, float]]:
+    """(cosine of stage 3's backtest, points that the jump gains) of every run that has both.
+
+    later: what is gained after more RL, not right after the jump.
+    """
+    end, step = policy_of(runs, method), runs.prefix
+    if later:
+        end, step = runs.after(folder(method)), runs.total
+    found = []
+    for name in rates(runs).values():
+        cosines = runs.cosines(method, name)
+        pairs = runs.pairs(end, runs.step(step), name)
+        found += [
+            (cosines[s], 100 * (a.accuracy - b.accuracy))
+            for s, (a, b) in pairs.items()
+            if s in cosines
+        ]
+    return found
+
+
+def rank_correlation(points: list[tuple[float, float]]) -> str:
+    """Spearman's, with a 95% interval by Fisher's z, whose variance is 1.06 / (n - 3) (Fieller et
+    al. 1957). Empty for less than 5 points.
+
+    >>> rank_correlation([(0.1, 1.0), (0.2, 2.0), (0.3, 4.0), (0.4, 3.0), (0.5, 5.0)])
+    '+0.90 [+0.05, +0.99]'
+    """
+    if len(points) < 5:
+        return ""
+    ranks = [
+        [sorted(side).index(x) + (side.count(x) - 1) / 2 for x in side]
+        for side in zip(*points, strict=True)
+    ]
+    rho = min(max(statistics.correlation(*ranks), -0.999), 0.999)
+    half = 1.96 * math.sqrt(1.06 / (len(points) - 3))
+    low, high = (math.tanh(math.atanh(rho) + side * half) for side in (-1, 1))
+    return f"{rho:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def meter(runs: Runs) -> str:
+    """Whether the cosine of stage 3's backtest, which needs no accuracy, says what a jump gains."""
+    rows = []
+    for method in METERED:
+        now, later = points(runs, method), points(runs, method, later=True)
+        if len(now) >= 5:
+            row = [label_of(method), str(len(now)), rank_correlation(now)]
+            rows.append([*row, rank_correlation(later) or "–"])
+    gained = f"with the gain at {runs.total} steps [95%]"
+    header = ["rank correlation of the held-out cosine", "runs", "with the jump's gain [95%]"]
+    return table([*header, gained], rows)
 
 
 def accuracy(runs: Runs):
@@ -134,4 +197,20 @@ def gain(runs: Runs):
         axis.axhline(0, color="gray", lw=1)
         axis.set(xscale="log", xlabel="learning rate", ylabel=f"points above GRPO at {step}")
     legend_below(figure, axes[0], 4)
+    return figure
+
+
+def against_cosine(runs: Runs):
+    """The gain of the jump by the cosine of stage 3's backtest, a point a run."""
+    found = {method: points(runs, method) for method in METERED}
+    if max(map(len, found.values())) < 5:
+        return None
+    figure, axis = plt.subplots(figsize=(7, 4.2))
+    for method, pairs in found.items():
+        look = {**CURVES[method], "ls": "", "label": label_of(method)}
+        axis.plot([x for x, _ in pairs], [y for _, y in pairs], **look)
+    axis.axhline(0, color="gray", lw=1)
+    axis.set_xlabel("held-out cosine of the prediction (stage 3's backtest)")
+    axis.set_ylabel(f"points above GRPO at {runs.prefix}, after the jump")
+    axis.legend()
     return figure

@@ -20,6 +20,7 @@ from common.reproduce.results import Result
 # Student's t, 97.5%, by degrees of freedom
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 NOT_WORSE = 0.01  # "not worse" holds where the whole interval is above minus this
+REPORT = {"losses": dict, "loss_of_zeros": dict, "loss_stride": int, "backtest": dict | None}
 MAIN = "lora"  # the name of a grid's main run, and of a single one
 
 
@@ -170,10 +171,14 @@ class Runs:
             return over_seeds([r.accuracy for r in found])
         return over_problems(found[0]) if found else None
 
+    def pairs(self, a: str, b: str, name: str = MAIN, other: str = "") -> dict[int, tuple]:
+        """Seed -> the results of a in the run `name` and of b in `other`, by default the same."""
+        first, second = self.get(a, name), self.get(b, other or name)
+        return {seed: (first[seed], second[seed]) for seed in first if seed in second}
+
     def difference(self, a: str, b: str, name: str = MAIN, other: str = "") -> Estimate | None:
         """Accuracy of a in the run `name` minus that of b in `other`, by default the same run."""
-        first, second = self.get(a, name), self.get(b, other or name)
-        pairs = [(first[seed], second[seed]) for seed in first if seed in second]
+        pairs = [*self.pairs(a, b, name, other).values()]
         if pairs and len(self.seeds) > 1:
             return over_seeds([x.accuracy - y.accuracy for x, y in pairs])
         return over_problems(*pairs[0]) if pairs else None
@@ -186,19 +191,23 @@ class Runs:
     def predictor_reports(self, name: str = MAIN) -> dict[str, list[dict]]:
         """Stage 3's report.json of each predictor, of each seed that has it."""
         found = collections.defaultdict(list)
-        kinds = {"losses": dict, "loss_of_zeros": dict, "loss_stride": int, "backtest": dict | None}
         for seed in self.seeds:
             for path in sorted(self.folder(seed, name).glob("predictor/*/report.json")):
-                found[path.parent.name].append(read_json(path, "03_train_predictor.py", kinds))
+                found[path.parent.name].append(read_json(path, "03_train_predictor.py", REPORT))
+        return found
+
+    def cosines(self, method: str, name: str = MAIN) -> dict[int, float]:
+        """Seed -> the cosine of what `method` predicts with a true delta that it has not seen."""
+        network, found = method.startswith("next-"), {}
+        recipe, row = (method.removeprefix("next-"), "predictor") if network else ("*", method)
+        for seed in self.seeds:  # a control stands in the report of every recipe
+            for path in sorted(self.folder(seed, name).glob(f"predictor/{recipe}/report.json"))[:1]:
+                backtest = read_json(path, "03_train_predictor.py", REPORT)["backtest"] or {}
+                found |= {seed: backtest[row]["cosine"]} if row in backtest else {}
         return found
 
     def backtest(self, method: str, name: str = MAIN) -> Estimate | None:
-        """The cosine of what `method` predicts with a true delta that it has not seen."""
-        reports, row = self.predictor_reports(name), method
-        found = next(iter(reports.values()), [])  # a control stands in every report
-        if method.startswith("next-"):
-            row, found = "predictor", reports.get(method.removeprefix("next-"), [])
-        values = [r["backtest"][row]["cosine"] for r in found if row in (r["backtest"] or {})]
+        values = [*self.cosines(method, name).values()]
         return over_seeds(values) if values else None
 
     def jump_cosines(self) -> dict[str, Estimate]:

@@ -479,7 +479,7 @@ def test_a_small_grid_is_interrupted_goes_on_and_writes_its_tables(tmp_path):
     preset = tmp_path / "small.yaml"
     sections = {"extrapolate": {"methods": ["weighted", "repeat-last", "none"]}}
     sections["reproduce"] = {
-        "grid_without_launcher": True,
+        "launch": "python",
         "continue_from": ["weighted_alpha1.5"],
         "jobs": 2,
     }

@@ -1,5 +1,6 @@
 """Runs at several learning rates on one page: what is compared with what, and when nothing is."""
 
+import numpy as np
 import pytest
 from test_grid import log, record, share
 
@@ -55,7 +56,8 @@ def test_the_sentence_says_what_the_jump_is_worth_at_each_rate_and_what_the_rate
 
 
 def test_every_gain_is_over_the_same_rate_but_for_the_controls_at_a_larger_one(demo):
-    levels, jump, late = rates.page(demo).split("\n\n")[1:]
+    levels, jump, late, far = rates.page(demo).split("\n\n")[1:]
+    assert numbers(far, "NExt, aligned recipe, alpha 1.5") == ["+5.0", "+2.0"]
     assert [cell.split(" ")[0] for cell in numbers(levels, "0.001")[1:4]] == [
         "40.0",
         "60.0",
@@ -93,6 +95,36 @@ def test_a_sweep_has_the_accuracy_at_each_rate_and_nothing_of_jumps(tmp_path):
     page = report.page(runs.Runs(tmp_path, [10, 11]), "made by a test")
     assert "figures/rates.png" in page
     assert "rates_gain" not in page
+
+
+def backtest(folder, cosine: float):
+    rows = {"at_step": 1, "predicts_step": 2, "predictor": {"cosine": cosine}}
+    rows["weighted"] = {"cosine": 9.0}
+    curves = {"losses": {}, "loss_of_zeros": {}, "loss_stride": 1}
+    write.write_json(folder / "predictor/aligned/report.json", {**curves, "backtest": rows})
+
+
+def test_a_cosine_stands_beside_the_gain_of_its_own_run_and_method(tmp_path):
+    for seed, cosines in enumerate(((0.5, 0.1), (0.6, 0.2), (0.7, 0.3))):
+        for name, rate, cosine in zip(("rate0.0005", "lora"), (5e-4, 1e-3), cosines, strict=True):
+            folder = tmp_path / f"seed{seed}" / name
+            run_at(folder, rate, (40, 60, 70), 40 + int(10 * cosine), 60 - int(10 * cosine))
+            backtest(folder, cosine)
+    found = runs.Runs(tmp_path, [0, 1, 2])
+    points = rates.points(found, "next-aligned")
+    assert sorted(points) == [pytest.approx((n / 10, n)) for n in (1, 2, 3, 5, 6, 7)]
+    assert rates.points(found, "weighted") == []  # it was not measured
+    row = numbers(rates.meter(found), "NExt, aligned recipe")
+    assert row[:2] == ["6", "+1.00"]
+    assert row[2] == "-1.00"  # more RL undid it
+    assert "figures/rates_cosine.png" in report.page(found, "made by a test")
+
+
+def test_a_rank_correlation_is_that_of_the_ranks_and_too_few_runs_have_none():
+    rho = rates.rank_correlation([(1, 10), (2, 1000), (3, 20), (4, 30), (5, 40), (6, 40)])
+    oracle = np.corrcoef([1, 2, 3, 4, 5, 6], [1, 6, 2, 3, 4.5, 4.5])[0, 1]
+    assert rho.startswith(f"{oracle:+.2f} [")
+    assert rates.rank_correlation([(1, 2), (2, 3), (3, 4), (4, 5)]) == ""
 
 
 def test_a_falling_rate_is_a_control_with_a_name_and_a_cost(demo):
