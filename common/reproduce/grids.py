@@ -52,9 +52,11 @@ def grid(kind: str, preset_name: str, preset: dict, root: str, seeds: list[int])
 
 def by_rate(plan: Plan, seeds: list[int], choose: bool) -> None:
     """Runs at several learning rates. choose: GRPO alone, on validation problems."""
-    wanted, whole = plan.wanted, ["", *plan.wanted["rates"]]
+    wanted = plan.wanted
+    whole = ["", *wanted["rates"], *wanted["more_rates"]]
+    parts = ["grid", "validation" if wanted["validation_data"] else ""]
     for rate, seed in itertools.product(whole, seeds if not choose else []):
-        at_rate(plan, rate, f"seed{seed}/", f"--seed {seed}", ["grid"])
+        at_rate(plan, rate, f"seed{seed}/", f"--seed {seed}", parts)
     ends = sorted({plan.prefix, plan.prefix + plan.more, plan.reference})
     values = {"policies": " ".join(f"train/step_{end:04d}" for end in ends)}
     problems = shlex.quote(wanted["validation_data"].replace("{run_dir}", plan.root))

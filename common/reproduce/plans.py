@@ -112,22 +112,22 @@ def at_rate(plan: Plan, rate: str, top: str = "", seed: str = "", parts=()) -> N
 
     top: the folder of a seed in a grid, "seed0/". seed: its flag. parts: see `Plan.add`.
     """
-    starts = plan.wanted["continue_from"] + (["next-aligned_accepted"] if parts else [])
     problems = shlex.quote(plan.wanted["validation_data"].replace("{run_dir}", plan.root))
+    choose = ["next-aligned_accepted"] if "validation" in parts else []
     run = f"{top}rate{rate}" if rate else top and f"{top}lora"
     flags = {"rate": f"--learning-rate {rate}" if rate else "", "seed": seed}
     names = ("none", "next-aligned_alpha*", "weighted_alpha*", "first-update_alpha*")
     chosen = " ".join(shlex.quote(f"extrapolated/{name}") for name in names)
     flags |= {"first": FIRST_UPDATE, "to_choose": chosen, "validation": problems}
-    plan.add("single", run, parts, starts=starts, **flags)
+    plan.add("single", run, parts, starts=plan.wanted["continue_from"] + choose, **flags)
 
 
 def single(preset_name: str, preset: dict, run_dir: str) -> list[Job]:
     """One run: the first steps, the jumps, what follows them, the reference, the evaluation.
 
-    All of it also at the first of the preset's other learning rates, if it has some.
+    All of it also at each of the preset's `rates`.
     """
     plan = Plan(preset_name, preset, run_dir)
-    for rate in [*plan.wanted["rates"][:1], ""]:
+    for rate in [*plan.wanted["rates"], ""]:
         at_rate(plan, rate)
     return plan.jobs

@@ -1,5 +1,7 @@
 """Runs at several learning rates on one page: what is compared with what, and when nothing is."""
 
+import re
+
 import numpy as np
 import pytest
 from test_grid import log, record, share
@@ -173,6 +175,15 @@ def test_a_rate_is_chosen_on_validation_problems_and_measured_on_test_problems()
     for seed, alone in ((0, 6), (1, 6), (2, 0)):  # of GRPO alone: fewer seeds
         own = [line for line in lines if f"/seed{seed}/" in line and " 01_" in line]
         assert len(own) == 6 + alone
+
+
+def test_the_paper_can_be_run_at_four_learning_rates_and_nothing_is_chosen_on_its_test_sets():
+    preset = config.load_preset("paper_qwen2.5_1.5b")
+    lines = [job.line for job in grids.grid("learning-rate", "p", preset, "runs/x", [0])]
+    trained = [line for line in lines if " 01_" in line and "--steps 400" in line]
+    found = [re.findall("--learning-rate (\\S+)", line) for line in trained]
+    assert found == [[], ["1e-5"], ["2e-5"], ["1e-4"]]
+    assert all("--accept" not in line and "validation" not in line for line in lines)
 
 
 def test_a_jump_whose_alpha_was_chosen_is_charged_for_the_choice(tmp_path):
