@@ -66,7 +66,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    preset, name = config.load_preset(args.preset), pathlib.Path(args.preset).stem
+    preset = config.load_preset(args.preset)
+    name = pathlib.Path(args.preset).name.removesuffix(".yaml")
     root = pathlib.Path(args.run_dir or f"runs/{name}{f'_{args.grid}' if args.grid else ''}")
     if args.grid:
         jobs = grids.grid(args.grid, args.preset, preset, str(root), args.seeds)

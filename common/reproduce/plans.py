@@ -113,13 +113,14 @@ def at_rate(plan: Plan, rate: str, top: str = "", seed: str = "", parts=()) -> N
     top: the folder of a seed in a grid, "seed0/". seed: its flag. parts: see `Plan.add`.
     """
     problems = shlex.quote(plan.wanted["validation_data"].replace("{run_dir}", plan.root))
-    choose = ["next-aligned_accepted"] if "validation" in parts else []
+    starts = plan.wanted["continue_from"] + (["none_linear"] if "grid" in parts else [])
+    starts += ["next-aligned_accepted"] if "validation" in parts else []
     run = f"{top}rate{rate}" if rate else top and f"{top}lora"
     flags = {"rate": f"--learning-rate {rate}" if rate else "", "seed": seed}
     names = ("none", "next-aligned_alpha*", "weighted_alpha*", "first-update_alpha*")
     chosen = " ".join(shlex.quote(f"extrapolated/{name}") for name in names)
     flags |= {"first": FIRST_UPDATE, "to_choose": chosen, "validation": problems}
-    plan.add("single", run, parts, starts=plan.wanted["continue_from"] + choose, **flags)
+    plan.add("single", run, parts, starts=dict.fromkeys(starts), **flags)
 
 
 def single(preset_name: str, preset: dict, run_dir: str) -> list[Job]:
