@@ -968,3 +968,11 @@ def test_reproduce_prints_commands_that_can_be_typed_by_hand():
         line.startswith(launch) and "--config demo --run-dir runs/demo" in line
         for line in lines[1:]
     )
+
+
+@pytest.mark.parametrize("preset", ["paper_qwen2.5_3b", "paper_qwen2.5_7b"])
+def test_a_preset_with_a_dot_in_its_name_has_a_run_directory_of_its_own(preset):
+    command = [sys.executable, "-m", "common.reproduce", "--preset", preset, "--print"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    folders = {line.split("--run-dir ")[1].split()[0] for line in printed.splitlines()}
+    assert folders == {f"runs/{preset}"}
