@@ -50,6 +50,8 @@ class ExtrapolateConfig(config.StageConfig):
             if name not in {"next", *METHODS}:
                 known = config.nearest(name, ["next", *METHODS])
                 raise UserError(f"unknown method '{name}'; {known}")
+        if self.accept and "first-update" in self.methods:
+            raise UserError("--accept: with alpha 0 first-update is the backbone, not no jump")
 
 
 def jump(m: Matrix, alpha: float) -> LowRank:

@@ -117,7 +117,7 @@ def at_rate(plan: Plan, rate: str, top: str = "", seed: str = "", parts=()) -> N
     starts += ["next-aligned_accepted"] if "validation" in parts else []
     run = f"{top}rate{rate}" if rate else top and f"{top}lora"
     flags = {"rate": f"--learning-rate {rate}" if rate else "", "seed": seed}
-    names = ("none", "next-aligned_alpha*", "weighted_alpha*", "first-update_alpha*")
+    names = ("none", "next-aligned_alpha*", "weighted_alpha*")
     chosen = " ".join(shlex.quote(f"extrapolated/{name}") for name in names)
     flags |= {"first": FIRST_UPDATE, "to_choose": chosen, "validation": problems}
     plan.add("single", run, parts, starts=dict.fromkeys(starts), **flags)
