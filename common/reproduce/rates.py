@@ -179,6 +179,14 @@ def accuracy(runs: Runs):
     return figure
 
 
+def wide(axis) -> None:
+    """An axis of points on which both one point and fifty can be read: linear from -5 to 5."""
+    axis.set_yscale("symlog", linthresh=5)
+    ticks = (-50, -20, -10, -5, -2, 0, 2, 5, 10)
+    axis.set_yticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
+    axis.set_ylim(top=10)
+
+
 def gain(runs: Runs):
     """The gain by rate, a line a method with a colour: right after the jump, and after more RL."""
     found = {r: n for r, n in rates(runs).items() if runs.get(policy_of(runs, DEFAULT), n)}
@@ -196,6 +204,7 @@ def gain(runs: Runs):
             series(axis, list(gaps), list(gaps.values()), **look)
         axis.axhline(0, color="gray", lw=1)
         axis.set(xscale="log", xlabel="learning rate", ylabel=f"points above GRPO at {step}")
+    wide(axes[0])
     legend_below(figure, axes[0], 4)
     return figure
 
@@ -212,5 +221,6 @@ def against_cosine(runs: Runs):
     axis.axhline(0, color="gray", lw=1)
     axis.set_xlabel("held-out cosine of the prediction (stage 3's backtest)")
     axis.set_ylabel(f"points above GRPO at {runs.prefix}, after the jump")
+    wide(axis)
     axis.legend()
     return figure
