@@ -25,6 +25,11 @@ def rates(runs: Runs) -> dict[float, str]:
     return dict(sorted(found.items())) if len(found) > 1 else {}
 
 
+def columns(runs: Runs) -> dict[float, str]:
+    """Those that have jumps."""
+    return {r: n for r, n in rates(runs).items() if runs.get(policy_of(runs, DEFAULT), n)}
+
+
 def jumped(runs: Runs) -> list[str]:
     """The methods that jump at the paper's alpha, or have no alpha, in the order of the tables."""
     some = [r for r in runs.some().values() if r.jumped and r.alpha in (MAIN_ALPHA, None)]
@@ -78,28 +83,28 @@ def levels(runs: Runs, found: dict[float, str]) -> str:
 
 def gains(runs: Runs, found: dict[float, str]) -> list[str]:
     """The gain of every jump at once, and after more RL; a column a rate that has jumps."""
-    columns = {r: n for r, n in found.items() if runs.get(policy_of(runs, DEFAULT), n)}
+    at = columns(runs)
     before, total, after, late = runs.step(runs.prefix), runs.step(runs.total), [], []
     for method in jumped(runs):
-        pairs = [(policy_of(runs, method), name) for name in columns.values()]
+        pairs = [(policy_of(runs, method), name) for name in at.values()]
         gaps = [compared(runs, policy, name, (before, name))[1] for policy, name in pairs]
         after.append([label_of(method), *gaps])
     ends = {r.method: r.policy for r in runs.some().values() if r.policy.startswith("continued/")}
     for method in sorted(ends, key=lambda m: place(runs.some()[ends[m]])):
-        gaps = [compared(runs, ends[method], n, (total, n))[1] for n in columns.values()]
+        gaps = [compared(runs, ends[method], n, (total, n))[1] for n in at.values()]
         late.append([label_of(method), *gaps])
     for times, label in TIMES.items():
         row = [label]
-        for rate, name in columns.items():
+        for rate, name in at.items():
             other = next((n for r, n in found.items() if abs(r / rate / times - 1) < 0.01), "")
             row.append(compared(runs, total, other, (total, name))[1])
         late += [row] if {*row[1:]} - {"–"} else []
     swept = [r for r in runs.some().values() if r.jumped and r.alpha and r.method in BY_ALPHA]
     far = []
     for r in sorted(swept, key=lambda r: (place(r), r.alpha)):
-        gaps = [compared(runs, r.policy, n, (before, n))[1] for n in columns.values()]
+        gaps = [compared(runs, r.policy, n, (before, n))[1] for n in at.values()]
         far.append([f"{r.label}, alpha {r.alpha:g}", *gaps])
-    header = [f"learning rate {rate:g} {runs.interval}" for rate in columns]
+    header = [f"learning rate {rate:g} {runs.interval}" for rate in at]
     return [
         table([f"right after the jump, − GRPO at {runs.prefix}", *header], after),
         table([f"after {runs.total} RL steps, − GRPO at {runs.total}", *header], late),
@@ -189,7 +194,7 @@ def wide(axis) -> None:
 
 def gain(runs: Runs):
     """The gain by rate, a line a method with a colour: right after the jump, and after more RL."""
-    found = {r: n for r, n in rates(runs).items() if runs.get(policy_of(runs, DEFAULT), n)}
+    found = columns(runs)
     if len(found) < 2:
         return None
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))

@@ -24,6 +24,9 @@ COSINE = (
 
 def page(runs: Runs, made_with: str) -> str:
     """The whole page as markdown; draws the figures."""
+    at = rates.columns(runs)
+    verdicts = {f"The paper's claims, at learning rate {r:g}": runs.of(n) for r, n in at.items()}
+    verdicts = verdicts or {"The paper's claims": runs}
     after = f"what {runs.total} RL steps come to" if runs.total else "what was measured"
     backtests = tables.backtests(runs)
     parts = {
@@ -31,7 +34,7 @@ def page(runs: Runs, made_with: str) -> str:
         f"Tables 3 and 4: {after}": tables.main_table(runs),
         "Right after the jump": tables.jumps_table(runs),
         "Every task": tables.by_task(runs),
-        "The paper's claims": claims.page(runs),
+        **{title: claims.page(one) for title, one in verdicts.items()},
         "Table 5: what the jump needs": tables.table5(runs),
         "Table 6: other algorithms": tables.table6(runs),
         "Other settings": tables.settings_table(runs),

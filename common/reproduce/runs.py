@@ -6,6 +6,7 @@ With several it is over seeds, paired by seed, with Student's 95% interval.
 """
 
 import collections
+import copy
 import dataclasses
 import json
 import pathlib
@@ -81,6 +82,8 @@ class Runs:
     left_out: policies that were made otherwise than the rest, and why, as lines for the page.
     """
 
+    main = MAIN  # the folder of the main run
+
     def __init__(self, root: pathlib.Path, seeds: list[int] | None = None):
         self.root, self.seeds, self.is_grid = root, seeds or [0], seeds is not None
         one = len(self.seeds) == 1
@@ -104,7 +107,15 @@ class Runs:
 
     def folder(self, seed: int, name: str = MAIN) -> pathlib.Path:
         top = self.root / f"seed{seed}" if self.is_grid else self.root
+        name = self.main if name == MAIN else name
         return top / name if self.is_grid or name != MAIN else top
+
+    def of(self, name: str) -> "Runs":
+        """The same with the run `name`, such as one at another learning rate, as the main run."""
+        other = copy.copy(self)
+        other.main = name
+        other.results = {s: by | {MAIN: by.get(name, {})} for s, by in self.results.items()}
+        return other
 
     def all(self) -> list[tuple[int, str, Result]]:
         """(seed, name of the run, result) of everything that may be compared."""

@@ -86,6 +86,15 @@ def test_the_page_begins_with_the_rates_and_has_both_figures(demo):
     assert (demo.root / "figures" / "rates_gain.png").is_file()
 
 
+def test_the_claims_are_judged_at_each_rate_that_has_a_jump(demo):
+    page = report.page(demo, "made by a test")
+    slow, tuned = page.split("## The paper's claims, at learning rate ")[1:]
+    assert slow.startswith("0.0005")
+    assert tuned.startswith("0.001")
+    assert "**holds**: +6.0 [" in slow
+    assert "**undecided**: +1.0 [" in tuned
+
+
 def test_a_sweep_has_the_accuracy_at_each_rate_and_nothing_of_jumps(tmp_path):
     for seed in (10, 11):
         run_at(tmp_path / f"seed{seed}" / "lora", 0.001, (40, 60, 70 + seed))
