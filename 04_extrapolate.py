@@ -48,8 +48,7 @@ class ExtrapolateConfig(config.StageConfig):
     def __post_init__(self):
         for name in self.methods:
             if name not in {"next", *METHODS}:
-                known = config.nearest(name, ["next", *METHODS])
-                raise UserError(f"unknown method '{name}'; {known}")
+                raise UserError(f"no method '{name}'; {config.nearest(name, ['next', *METHODS])}")
 
 
 def jump(m: Matrix, alpha: float) -> LowRank:

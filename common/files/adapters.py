@@ -14,7 +14,7 @@ import torch
 
 from common import UserError
 from common.files.read import check_intact, open_tensors, read_json, safe_name
-from common.files.write import atomic_dir, save_tensors, write_text, writing
+from common.files.write import atomic_dir, save_tensors, write_text
 from common.rank1 import LowRank
 
 ANOTHER = "put a good copy there, leave this checkpoint out, or make it again"
@@ -85,7 +85,6 @@ class Adapter:
     others: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # by key of the file
 
     def scale(self, module: str) -> float:
-        """s of `module`, see `module_scale`."""
         return module_scale(self.config, module)
 
     def update(self, module: str) -> LowRank:
@@ -95,7 +94,6 @@ class Adapter:
 
 
 def is_adapter(folder: pathlib.Path) -> bool:
-    """Whether `folder` holds an adapter."""
     return (folder / CONFIG).is_file()
 
 
@@ -182,10 +180,9 @@ def write_adapter(folder: pathlib.Path, adapter: Adapter, info: dict) -> None:
             raise UserError(f"{folder} would not be finite: lower alpha")
         tensors[_NAME.format(module, "A")] = a.float()
         tensors[_NAME.format(module, "B")] = b.float()
-    with writing(folder), atomic_dir(folder) as temporary:
+    with atomic_dir(folder, info) as temporary:
         save_tensors(temporary / WEIGHTS, tensors, {"format": "pt"}, dtype=None)
         write_text(temporary / CONFIG, json.dumps(adapter.config, indent=2))
-        write_text(temporary / "checkpoint.json", json.dumps(info))
 
 
 def extended(last: Adapter, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Adapter:

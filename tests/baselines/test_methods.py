@@ -416,7 +416,7 @@ def test_what_stage_3_writes_is_the_prediction_of_the_network_it_saved(run, stag
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--recipes", "alinged"], "unknown recipe 'alinged'; did you mean aligned?"),
+        (["--recipes", "alinged"], "no recipe 'alinged'; did you mean aligned?"),
         (["--inputs", "target"], "inputs must be global, local or both, not target"),
         (["--checkpoints", "2"], "checkpoints must be 3 to 8 with k = 2"),
         (["--holdout", "6"], "holdout must be 2 to 5 with k = 2, not 6"),
@@ -596,7 +596,7 @@ BAD = {
     "an unknown method": (
         None,
         ["relax"],
-        "unknown method 'relax'; did you mean relex?",
+        "no method 'relax'; did you mean relex?",
     ),
 }
 
