@@ -44,9 +44,9 @@ class PredictorConfig(config.StageConfig):
     seed: int = option(0, "random seed of the initial weights")
 
     def __post_init__(self):
-        for recipe in self.recipes:
-            if recipe not in predictor.RECIPES:
-                raise UserError(f"no recipe '{recipe}'; {config.nearest(recipe, predictor.RECIPES)}")
+        for name in self.recipes:
+            if name not in predictor.RECIPES:
+                raise UserError(f"no recipe '{name}'; {config.nearest(name, predictor.RECIPES)}")
         if self.name and len(self.recipes) > 1:
             raise UserError("--name is for one recipe")
         if self.inputs not in (["global"], ["local"], ["global", "local"]):

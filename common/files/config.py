@@ -7,10 +7,10 @@ every stage that has the key. The dataclass gives the types (transformers.HfArgu
 import argparse
 import dataclasses
 import difflib
+import inspect
 import pathlib
 import sys
 from collections.abc import Iterable
-from inspect import formatannotation
 from typing import get_type_hints
 
 import yaml
@@ -105,7 +105,8 @@ def preset_values(cls: type, preset: dict, sections: tuple[str, ...], source: st
                 raise UserError(f"{source}: unknown key '{key}' in section {section}; {known}")
     for key, value in values.items():
         if not matches(value, kinds[key]):
-            raise UserError(f"{source}: {key} must be {formatannotation(kinds[key])}, not {value!r}")
+            wanted = inspect.formatannotation(kinds[key])
+            raise UserError(f"{source}: {key} must be {wanted}, not {value!r}")
     return values
 
 

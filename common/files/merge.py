@@ -46,8 +46,7 @@ def check(adapter: Adapter, model: ModelFolder) -> None:
 def rounding(weight: torch.Tensor, update: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
     """What rounding W + U to the dtype of W does to U [m, n] in fp32, as four numbers [4].
 
-    They are the entries that U changes, those of them that stay as they were, |U|^2, and the
-    squared error of U.
+    They are the entries that U changes, those that stay as they were, |U|^2, U's squared error.
     """
     error, changed = rounded.float() - weight.float() - update, update != 0
     counts = changed.sum(), (changed & (rounded == weight)).sum()

@@ -1,8 +1,7 @@
 """A series of checkpoints as one trajectory: LoRA adapters or whole models, by one interface.
 
 `Series.weights(module)` is the sequence W[0] (the backbone), W[1] ... W[c] that Eq. 6 speaks of:
-`LowRank` for adapters, where W[0] is zero, dense tensors for whole models. Tensors stay on the disk
-until they are asked for.
+`LowRank` for adapters, where W[0] is zero, dense tensors for whole models. Read when asked for.
 """
 
 import concurrent.futures
@@ -101,10 +100,6 @@ class AdapterSeries(Series):
         """What a jump adds its rank to: the last checkpoint's adapter."""
         return adapters.read_adapter(self.paths[self.steps[-1]])
 
-    def read(self, folder: pathlib.Path) -> Callable[[str], LowRank]:
-        """A function module -> W of another checkpoint of this training."""
-        return adapters.read_adapter(folder).update
-
     def info(self, run: pathlib.Path) -> dict:
         """What is known of the last checkpoint, the backbone that it stands on first of all."""
         return adapters.read_info(self.paths[self.steps[-1]])
@@ -153,11 +148,6 @@ class ModelSeries(Series):
         config |= {"target_modules": self.modules, "bias": "none"}
         config["base_model_name_or_path"] = str(last.path.resolve())
         return adapters.Adapter(config, factors)
-
-    def read(self, folder: pathlib.Path) -> Callable[[str], torch.Tensor]:
-        """A function module -> W of another checkpoint of this training."""
-        model = models.open_model(folder)
-        return lambda module: model.tensor(f"{module}.weight").float()
 
     def info(self, run: pathlib.Path) -> dict:
         """What the jump stands on: the last model."""

@@ -145,8 +145,7 @@ def atomic_dir(path: pathlib.Path, info: dict | None = None):
     """Yields an empty temporary folder, which becomes `path` if the block ends without an error.
 
     Hashes of the weights in it and of their configs go into its sha256.json, see `check_intact`;
-    `info` into its checkpoint.json. It replaces `path`, if that is there: for a moment there is
-    none.
+    `info` into its checkpoint.json. If `path` is there it is replaced: for a moment there is none.
     """
     temporary = _beside(path)
     with writing(path):

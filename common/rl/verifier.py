@@ -143,8 +143,7 @@ class Verifier:
     def score(self, responses: list[str], problems: list, finished: list[bool]) -> list[float]:
         """1.0 for each response with the answer of its problem, else 0.0.
 
-        A response that was cut at the length limit (not finished) gets 0.0. Raises UserError where
-        math-verify does not work.
+        A response that was cut (not finished) gets 0.0. UserError: math-verify does not work.
         """
         verdicts = []
         for response, problem, whole in zip(responses, problems, finished, strict=True):
