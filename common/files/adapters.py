@@ -153,14 +153,9 @@ def read_header(folder: pathlib.Path) -> Header:
     return Header(config, shapes, dtypes, sorted(key for key in sizes if not _KEY.fullmatch(key)))
 
 
-def _factors(file, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+def factors(file, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B [m, r], A [r, n]) of one module in fp32, from an open file of tensors."""
     return tuple(file.get_tensor(_NAME.format(module, half)).float() for half in "BA")
-
-
-def read_factors(folder: pathlib.Path, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B [m, r], A [r, n]) of one module in fp32. Reads these two tensors and nothing else."""
-    with open_tensors(folder / WEIGHTS, ANOTHER) as file:
-        return _factors(file, module)
 
 
 def read_adapter(folder: pathlib.Path) -> Adapter:
@@ -168,8 +163,8 @@ def read_adapter(folder: pathlib.Path) -> Adapter:
     header = read_header(folder)
     check_intact(folder)
     with open_tensors(folder / WEIGHTS, ANOTHER) as file:
-        factors = {module: _factors(file, module) for module in header.shapes}
-        return Adapter(header.config, factors, {key: file.get_tensor(key) for key in header.others})
+        found = {module: factors(file, module) for module in header.shapes}
+        return Adapter(header.config, found, {key: file.get_tensor(key) for key in header.others})
 
 
 def write_adapter(folder: pathlib.Path, adapter: Adapter, info: dict) -> None:

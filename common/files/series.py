@@ -17,11 +17,9 @@ import torch
 
 from common import UserError
 from common.files import adapters, deltas, models
-from common.files.read import check_intact, sha256
+from common.files.read import check_intact, open_tensors, sha256
 from common.files.stage import within
 from common.rank1 import LowRank
-
-ROUNDED = {"BF16", "F16"}  # too coarse for a step of RL
 
 
 class Weights(Sequence):
@@ -92,7 +90,8 @@ class AdapterSeries(Series):
         if i == 0:
             return LowRank(torch.zeros(m, 0), torch.zeros(0, n))
         path = self.paths[self.steps[i - 1]]
-        b, a = adapters.read_factors(path, module)
+        with open_tensors(path / adapters.WEIGHTS, adapters.ANOTHER) as file:
+            b, a = adapters.factors(file, module)
         _finite(f"{path}: {module}", b, a)
         return LowRank(b.double(), a.double(), self.scales[module])
 
@@ -194,7 +193,7 @@ def warn(series: Series) -> None:
     if others := series.others:
         part = f"{others[0]} and {len(others) - 1} other tensors take no part in the jump"
         print(f"note: {part}", file=sys.stderr)
-    if rounded := ", ".join(sorted(series.dtypes & ROUNDED)):
+    if rounded := ", ".join(sorted(series.dtypes & {"BF16", "F16"})):
         print(f"warning: checkpoints in {rounded}: deltas hold its rounding", file=sys.stderr)
 
 

@@ -18,7 +18,6 @@ DAPO_PREFIX = (
 )
 DAPO_SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:".'
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-HUB_ID = r"[\w.-]+/[\w.-]+(:[\w.-]+)?"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -94,7 +93,7 @@ def _table(where: str, source: Source, flag: str):
     if path.is_file():
         what = {"path": FILE_TYPES.get(path.suffix), "data_files": where, "split": "train"}
     elif not path.exists():
-        if not re.fullmatch(HUB_ID, where):
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", where):
             known = ", ".join(SOURCES)
             raise UserError(f"data {where} not found; want a file, a hub id, or one of {known}")
         hub_id, _, config = where.partition(":")
