@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from common import grpo
-from common.files import resume
+from common.files import resume, write
 from common.files.config import option, parse
 from common.files.stage import Stage, StepLog, is_writer, run_stage
 from common.rl import data, metrics, options, policy, rollout, training
@@ -74,8 +74,7 @@ def sample(run: Run, step: int, timer: metrics.Timer) -> Batch:
     with timer("reward"):
         texts = run.tokenizer.batch_decode([r.tokens for r in found], skip_special_tokens=True)
         problems, finished = [run.problems[i] for i, _, _ in asked], [r.finished for r in found]
-        golds, kinds = [p.answer for p in problems], [p.kind for p in problems]
-        rewards = run.judge.score(texts, golds, finished, kinds)
+        rewards = run.judge.score(texts, problems, finished)
     return Batch(
         problems=problems,
         prompts=prompts,
@@ -170,7 +169,7 @@ def save(run: Run, folder: pathlib.Path, step: int) -> None:
     run.accelerator.wait_for_everyone()
     if is_writer():
         info = {"step": step, "backbone": run.backbone, **run.stands_on}
-        with resume.checkpoint(folder / f"step_{step:04d}", info) as open_folder:
+        with write.atomic_dir(folder / f"step_{step:04d}", info) as open_folder:
             policy.save(run.model, run.tokenizer, open_folder)
 
 
@@ -187,7 +186,7 @@ def main() -> None:
     model, tokenizer = policy.load_backbone(cfg.path(cfg.backbone))
     made_of = (cfg.backbone, policy.fingerprint(model))
     if cfg.tune == "full":
-        model = policy.train_all(model)
+        model = model.float().requires_grad_(True)  # a step of RL is lost in bf16's rounding
     else:
         model = policy.add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     train(training.prepare(cfg, accelerator, model, tokenizer, made_of), folder, first_step=0)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from common import UserError, rank1
 from common.baselines import measures
-from common.files import config, deltas, series
+from common.files import config, deltas, series, write
 from common.files.config import option
 from common.files.stage import Stage, run_stage, within
 
@@ -48,10 +48,7 @@ def select(cfg: ExtractConfig) -> dict[int, pathlib.Path]:
     where = ", ".join(cfg.path(pattern) for pattern in cfg.checkpoints)
     found = series.find_checkpoints(cfg.checkpoints, cfg.run_dir)
     if not found:
-        raise UserError(
-            f"no folder matches {where}: run 01_train_lora_grpo.py first, or name other "
-            "checkpoints with --checkpoints"
-        )
+        raise UserError(f"no folder matches {where}: run stage 1 first, or say --checkpoints")
     last = cfg.last_step or max(found)
     if last not in found:
         raise UserError(f"{where} has no step {last}: train on, or lower last_step")
@@ -79,14 +76,17 @@ def main() -> None:
     # One matrix a thread: torch's own threads slow down matrices of this size.
     torch.set_num_threads(1)
     workers = cfg.threads or max(1, os.cpu_count() // state.num_processes)
-    mine = stage.missing(found.modules[state.process_index :: state.num_processes])
+    files = {m: stage.folder / f"{m}.safetensors" for m in found.modules}
+    mine = found.modules[state.process_index :: state.num_processes]
+    mine = [module for module in mine if not files[module].is_file()]
     with concurrent.futures.ThreadPoolExecutor(workers, "", torch.set_num_threads, (1,)) as pool:
         weights = functools.partial(found.weights, keep=cfg.k + 2)
         work = {m: pool.submit(rank1.trajectory, weights(m), cfg.k) for m in mine}  # Eq. 6, 7
         try:
             hidden = None if state.is_main_process else True  # None: shown on a terminal
             for module in tqdm(mine, "rank-1 SVDs", disable=hidden):
-                stage.save(module, work.pop(module).result())  # at once: a killed run resumes here
+                # At once: a killed run resumes here.
+                write.save_tensors(files[module], work.pop(module).result())
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -96,15 +96,12 @@ def main() -> None:
 
     paths = {step: within(path, run) for step, path in found.paths.items()}
     index = {"steps": found.steps, "checkpoints": paths, "k": cfg.k, "modules": found.modules}
-    stage.write_json("index.json", {**index, "backbone": found.backbone})
+    write.write_json(stage.folder / "index.json", {**index, "backbone": found.backbone})
     spectra = deltas.load_spectra(stage.folder)
     if not any(sigma[-1, 0] > 0 for sigma in spectra.values()):
-        raise UserError(
-            f"no matrix has moved up to step {found.steps[-1]}: every reward was the same, or the "
-            "learning rate is 0"
-        )
+        raise UserError("no matrix has moved: every reward was the same, or the rate is 0")
     seen = measures.measure(deltas.load_trajectory(stage.folder), spectra, cfg.fit_checkpoints)
-    stage.write_json("spectrum.json", seen)
+    write.write_json(stage.folder / "spectrum.json", seen)
     stage.finish()
     energy, below = seen["energy_ratio"], [row["held_out"] < 0 for row in seen["linear_fit"]]
     print(f"energy ratio E_1: {energy[0]:.3f} at first, {energy[-1]:.3f} at the last checkpoint")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from common import UserError, predictor
 from common.baselines.backtest import backtest, describe
-from common.files import config, deltas, series
+from common.files import config, deltas, series, write
 from common.files.config import option
 from common.files.stage import Stage, run_stage
 
@@ -44,10 +44,9 @@ class PredictorConfig(config.StageConfig):
     seed: int = option(0, "random seed of the initial weights")
 
     def __post_init__(self):
-        for recipe in self.recipes:
-            if recipe not in predictor.RECIPES:
-                known = config.nearest(recipe, predictor.RECIPES)
-                raise UserError(f"unknown recipe '{recipe}'; {known}")
+        for name in self.recipes:
+            if name not in predictor.RECIPES:
+                raise UserError(f"no recipe '{name}'; {config.nearest(name, predictor.RECIPES)}")
         if self.name and len(self.recipes) > 1:
             raise UserError("--name is for one recipe")
         if self.inputs not in (["global"], ["local"], ["global", "local"]):
@@ -93,26 +92,27 @@ def main() -> None:
         raise UserError(f"holdout must be {k} to {count - k - 1} with k = {k}, not {holdout}")
 
     for name in cfg.recipes:
-        recipe, folder = cfg.recipe(name), cfg.folder(name)
+        recipe, folder = cfg.recipe(name), run / "predictor" / cfg.folder(name)
         own = dataclasses.replace(cfg, recipes=[name])
-        made_from = {"deltas": deltas.fingerprint(run / "deltas")}
-        stage = Stage(run / "predictor" / folder, own, made_from)
+        stage = Stage(folder, own, {"deltas": deltas.fingerprint(run / "deltas")})
         if stage.done:
             continue
-        with tqdm(desc=folder, unit="epoch", disable=None) as bar:
+        with tqdm(desc=folder.name, unit="epoch", disable=None) as bar:
             predict = functools.partial(fit, cfg, recipe, bar=bar)
             tested = backtest(trajectory, checkpoints, holdout, predict) if holdout else None
             began = time.perf_counter()
             predicted, trained = predict(trajectory)
             seconds = round(time.perf_counter() - began, 2)
-        stage.save("model", flat({f: model.state_dict() for f, model in trained.models.items()}))
-        stage.save("predicted", flat(predicted))
+        networks = {f: model.state_dict() for f, model in trained.models.items()}
+        write.save_tensors(folder / "model.safetensors", flat(networks))
+        write.save_tensors(folder / "predicted.safetensors", flat(predicted))
         losses = {f: [round(x, 6) for x in all_[::STRIDE]] for f, all_ in trained.losses.items()}
-        report = {"recipe": folder, "backtest": tested, "losses": losses, "loss_stride": STRIDE}
-        stage.write_json("report.json", {**report, "loss_of_zeros": trained.zeros})
+        report = {"recipe": folder.name, "backtest": tested, "losses": losses}
+        report |= {"loss_stride": STRIDE, "loss_of_zeros": trained.zeros}
+        write.write_json(folder / "report.json", report)
         stage.finish(training_seconds=seconds)
         if tested:
-            print(describe(folder, tested))
+            print(describe(folder.name, tested))
     print(f"done: predictors in {run / 'predictor'}")
 
 

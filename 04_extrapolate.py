@@ -48,8 +48,7 @@ class ExtrapolateConfig(config.StageConfig):
     def __post_init__(self):
         for name in self.methods:
             if name not in {"next", *METHODS}:
-                known = config.nearest(name, ["next", *METHODS])
-                raise UserError(f"unknown method '{name}'; {known}")
+                raise UserError(f"no method '{name}'; {config.nearest(name, ['next', *METHODS])}")
         if self.accept and "first-update" in self.methods:
             raise UserError("--accept: with alpha 0 first-update is the backbone, not no jump")
 

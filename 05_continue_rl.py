@@ -17,7 +17,7 @@ import pathlib
 from typing import Literal
 
 from common import UserError
-from common.files import adapters, models, resume, write
+from common.files import adapters, models, policies, resume, write
 from common.files.config import option, parse
 from common.files.read import safe_name
 from common.files.stage import Stage, is_writer, run_stage
@@ -39,7 +39,7 @@ class ContinueConfig(stage1.TrainConfig):
 
 def main() -> None:
     cfg = parse(ContinueConfig, ("train", "continue"), __doc__)
-    start, first_step, base = resume.find_start(pathlib.Path(cfg.run_dir), cfg.start, cfg.backbone)
+    start, first_step, base = policies.find_start(cfg)
     jump = {} if models.is_model(start) else adapters.read_config(start)
     merge, cfg.steps = cfg.restart == "merged", first_step + cfg.more_steps
     if cfg.tune == "full" and merge:
@@ -58,7 +58,7 @@ def main() -> None:
             return
         if merge and jump and is_writer() and not (folder / "backbone").exists():
             model, tokenizer = policy.load_backbone(cfg.path(base))
-            with write.writing(folder), write.atomic_dir(folder / "backbone") as baked:
+            with write.atomic_dir(folder / "backbone") as baked:
                 policy.save(policy.with_jump(model, start), tokenizer, baked)
     if merge and jump:
         base = f"{{run_dir}}/continued/{name}/backbone"
@@ -67,7 +67,7 @@ def main() -> None:
     if merge:
         model = policy.add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     elif cfg.tune == "full":
-        model = policy.train_all(policy.with_jump(model, start) if jump else model)
+        model = (policy.with_jump(model, start) if jump else model).float().requires_grad_(True)
     else:
         model = policy.load_lora(model, start)
     stage1.train(training.prepare(cfg, accelerator, model, tokenizer, made_of), folder, first_step)

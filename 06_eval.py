@@ -32,7 +32,7 @@ from common import UserError
 from common.files import adapters, config, write
 from common.files.config import option
 from common.files.policies import base_of, find_policies, weights_hash
-from common.files.read import read_json, safe_name
+from common.files.read import safe_name
 from common.files.stage import run_stage, versions
 from common.reproduce import report
 from common.rl import data, measure, rollout, verifier
@@ -72,10 +72,6 @@ class EvalConfig(SamplingConfig):
         rollout.vllm_options(self.vllm_options)  # refuses what is not a JSON object
 
 
-def is_measured(path: pathlib.Path, wanted: dict) -> bool:
-    return path.is_file() and wanted.items() <= read_json(path, "06_eval.py").items()
-
-
 def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> None:
     """Measures every policy on every task; those on one model share it."""
     columns = {"prompt": cfg.prompt_column, "answer": cfg.answer_column, "split": cfg.data_split}
@@ -95,7 +91,7 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
         made |= {"versions": versions()}
         made = {task: {**made, "data": data.fingerprint(tasks[task])} for task in tasks}
         folder = run / cfg.output / name.replace("/", "__")
-        left = [task for task in tasks if not is_measured(folder / f"{task}.json", made[task])]
+        left = [task for task in tasks if not write.is_made(folder / f"{task}.json", made[task])]
         if not left:
             continue
         # The model, then the adapter on it.

@@ -17,7 +17,7 @@ TINY = str(ROOT / "tests" / "tiny.yaml")
 torch.set_num_threads(1)
 
 from common import demo
-from common.files import resume, stage
+from common.files import stage, write
 from common.rl import policy
 
 PROMPTS = ["<|user|>123+489<|assistant|>", "<|user|>7+12<|assistant|>", "<|user|>1<|assistant|>"]
@@ -85,7 +85,7 @@ def call_on(monkeypatch, capsys, script, run, *flags):
 
 def save_lora(model, folder: pathlib.Path, info: dict) -> None:
     """A checkpoint of a LoRA policy, as stage 1 writes it."""
-    with resume.checkpoint(folder, info) as open_folder:
+    with write.atomic_dir(folder, info) as open_folder:
         policy.save(model, None, open_folder)
 
 

@@ -80,7 +80,7 @@ def full_run(empty_run, tmp_path_factory) -> pathlib.Path:
 
 def test_logprobs_and_gradients_of_all_parameters_equal_a_plain_forward_pass(backbone_dir):
     model, tokenizer = policy.load_backbone(str(backbone_dir))
-    policy.train_all(model)
+    model.float().requires_grad_(True)
     prompts, completions = (
         encode(tokenizer, PROMPTS[:2]),
         encode(tokenizer, ["3+9+0=12<|end|>", "\\boxed{19}<|end|>"]),
@@ -217,9 +217,7 @@ def test_sharding_is_refused_in_one_line(backbone_dir, monkeypatch):
     }.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(UserError, match=r"FSDP wants .* --tune lora"):
-        training.place(
-            policy.train_all(policy.load_backbone(str(backbone_dir))[0]), torch.device("cpu")
-        )
+        training.place(policy.load_backbone(str(backbone_dir))[0], torch.device("cpu"))
 
 
 # --------------------------------------------------------------------------------------------------

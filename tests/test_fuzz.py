@@ -413,7 +413,7 @@ def _judge():
 
 def ask_math_verify(place: Place, drawn):
     response, gold = drawn
-    assert _judge().score([f"\\boxed{{{response}}}"], [gold], [True])[0] in (0.0, 1.0)
+    assert _judge().score([f"\\boxed{{{response}}}"], [data.Problem("", gold)], [True])[0] in (0.0, 1.0)
 
 
 MODEL = (

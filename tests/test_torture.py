@@ -291,7 +291,7 @@ def test_a_second_signal_while_a_stage_ends_changes_nothing(monkeypatch):
 
 def test_a_signal_waits_for_the_end_of_a_write(tmp_path):
     def main():
-        with write.writing(tmp_path / "step"), write.atomic_dir(tmp_path / "step") as folder:
+        with write.atomic_dir(tmp_path / "step") as folder:
             write.write_text(folder / "a", "whole")
             os.kill(os.getpid(), signal.SIGTERM)
             write.write_text(folder / "b", "whole")

@@ -46,7 +46,12 @@ def future(known: Known):
     found = series.find_checkpoints(done["config"]["checkpoints"], str(known.run))
     if ahead not in found:
         raise UserError(f"oracle needs the checkpoint of step {ahead}: train on with more --steps")
-    return lambda: known.series.read(found[ahead]), sorted(found[ahead].glob("*.safetensors"))
+
+    def get():
+        one = series.open_series({ahead: found[ahead]}, known.series.backbone, str(known.run))
+        return lambda module: one.weights(module)[1]
+
+    return get, sorted(found[ahead].glob("*.safetensors"))
 
 
 def measuring(cfg, policies: str) -> list[str]:

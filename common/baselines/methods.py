@@ -107,8 +107,7 @@ def sigma_u(m: Matrix) -> torch.Tensor:
 
 def alpharl(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
     """After AlphaRL (Cai et al. 2025, arXiv 2510.00553), without measured accuracy: W_0 + a* v^T,
-    a* the least-squares line of sigma_t u_t at t = c + alpha k. Of the update only rank 1 is
-    left."""
+    a* the least-squares line of sigma_t u_t at t = c + alpha k. Only rank 1 is left."""
     return replaced(m, line_at(sigma_u(m), len(m.steps) + alpha * m.k))
 
 
@@ -170,8 +169,7 @@ def wsm(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
 
 
 def greedy_soup(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
-    """Greedy soup (Wortsman et al. 2022, arXiv 2203.05482): the mean of the checkpoints chosen by
-    `given.soup`. It looks back."""
+    """Greedy soup (Wortsman et al. 2022, arXiv 2203.05482): the mean of those in `given.soup`."""
     return sum(m.W[i] for i in m.given) / len(m.given)
 
 

@@ -9,10 +9,9 @@ The task is the sum of two five-digit numbers. Pre-training shows two ways to an
     guess   (90%)   \boxed{61312}
 
 The careful way takes a column a step, and one column in ten slips. In a guess 35% of the digits are
-replaced. So the model mostly guesses and is mostly wrong, but it can think, as a language model
-before RLVR.
-Reward alone teaches it to think: accuracy and response length rise together. The backbone is an
-ordinary Hugging Face folder and the problems are ordinary JSONL; the six stages know no demo.
+replaced. So the model mostly guesses and is mostly wrong, but it can think. Reward alone teaches it
+to: accuracy and response length rise together. The backbone is an ordinary Hugging Face folder and
+the problems are ordinary JSONL; the six stages know no demo.
 """
 
 import argparse

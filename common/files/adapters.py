@@ -14,7 +14,7 @@ import torch
 
 from common import UserError
 from common.files.read import check_intact, open_tensors, read_json, safe_name
-from common.files.write import atomic_dir, save_tensors, write_text, writing
+from common.files.write import atomic_dir, save_tensors, write_text
 from common.rank1 import LowRank
 
 ANOTHER = "put a good copy there, leave this checkpoint out, or make it again"
@@ -85,7 +85,6 @@ class Adapter:
     others: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # by key of the file
 
     def scale(self, module: str) -> float:
-        """s of `module`, see `module_scale`."""
         return module_scale(self.config, module)
 
     def update(self, module: str) -> LowRank:
@@ -95,7 +94,6 @@ class Adapter:
 
 
 def is_adapter(folder: pathlib.Path) -> bool:
-    """Whether `folder` holds an adapter."""
     return (folder / CONFIG).is_file()
 
 
@@ -155,14 +153,9 @@ def read_header(folder: pathlib.Path) -> Header:
     return Header(config, shapes, dtypes, sorted(key for key in sizes if not _KEY.fullmatch(key)))
 
 
-def _factors(file, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+def factors(file, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B [m, r], A [r, n]) of one module in fp32, from an open file of tensors."""
     return tuple(file.get_tensor(_NAME.format(module, half)).float() for half in "BA")
-
-
-def read_factors(folder: pathlib.Path, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B [m, r], A [r, n]) of one module in fp32. Reads these two tensors and nothing else."""
-    with open_tensors(folder / WEIGHTS, ANOTHER) as file:
-        return _factors(file, module)
 
 
 def read_adapter(folder: pathlib.Path) -> Adapter:
@@ -170,8 +163,8 @@ def read_adapter(folder: pathlib.Path) -> Adapter:
     header = read_header(folder)
     check_intact(folder)
     with open_tensors(folder / WEIGHTS, ANOTHER) as file:
-        factors = {module: _factors(file, module) for module in header.shapes}
-        return Adapter(header.config, factors, {key: file.get_tensor(key) for key in header.others})
+        found = {module: factors(file, module) for module in header.shapes}
+        return Adapter(header.config, found, {key: file.get_tensor(key) for key in header.others})
 
 
 def write_adapter(folder: pathlib.Path, adapter: Adapter, info: dict) -> None:
@@ -182,10 +175,9 @@ def write_adapter(folder: pathlib.Path, adapter: Adapter, info: dict) -> None:
             raise UserError(f"{folder} would not be finite: lower alpha")
         tensors[_NAME.format(module, "A")] = a.float()
         tensors[_NAME.format(module, "B")] = b.float()
-    with writing(folder), atomic_dir(folder) as temporary:
+    with atomic_dir(folder, info) as temporary:
         save_tensors(temporary / WEIGHTS, tensors, {"format": "pt"}, dtype=None)
         write_text(temporary / CONFIG, json.dumps(adapter.config, indent=2))
-        write_text(temporary / "checkpoint.json", json.dumps(info))
 
 
 def extended(last: Adapter, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Adapter:

@@ -13,10 +13,10 @@ from collections.abc import Callable
 import torch
 
 from common import UserError
-from common.files import write
-from common.files.adapters import FLOATS, Adapter, extended, read_adapter, read_info, write_adapter
+from common.files import adapters, write
+from common.files.adapters import FLOATS, Adapter
 from common.files.models import ModelFolder, find_model, open_model
-from common.files.read import HASHES, read_json, sha256
+from common.files.read import HASHES, sha256
 from common.files.series import Series
 from common.rank1 import LowRank
 
@@ -46,8 +46,7 @@ def check(adapter: Adapter, model: ModelFolder) -> None:
 def rounding(weight: torch.Tensor, update: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
     """What rounding W + U to the dtype of W does to U [m, n] in fp32, as four numbers [4].
 
-    They are the entries that U changes, those of them that stay as they were, |U|^2, and the
-    squared error of U.
+    They are the entries that U changes, those that stay as they were, |U|^2, U's squared error.
     """
     error, changed = rounded.float() - weight.float() - update, update != 0
     counts = changed.sum(), (changed & (rounded == weight)).sum()
@@ -56,12 +55,7 @@ def rounding(weight: torch.Tensor, update: torch.Tensor, rounded: torch.Tensor) 
 
 
 def merge(
-    out: pathlib.Path,
-    adapter: Adapter,
-    base: pathlib.Path,
-    fp32: bool,
-    record: dict,
-    change: Callable[[str], torch.Tensor] | None = None,
+    out: pathlib.Path, adapter: Adapter, base: pathlib.Path, fp32: bool, record: dict, change=None
 ) -> None:
     """Writes the model in `base` with `adapter` added to the folder `out`, `record` in merge.json.
 
@@ -73,6 +67,8 @@ def merge(
     check(adapter, model)
 
     def new(name: str) -> torch.Tensor:
+        if write.state["signal"]:  # not at the end: a large model takes minutes
+            raise KeyboardInterrupt(write.state["signal"])
         weight, module = model.tensor(name), name.removesuffix(".weight")
         dtype = torch.float32 if fp32 and model.dtypes[name] in FLOATS else weight.dtype
         if module not in adapter.factors:
@@ -98,12 +94,9 @@ def merge(
         lost = {"entries_lost": kept / max(1, changed), "norm_lost": (error / (size or 1)) ** 0.5}
         write.write_text(folder / "merge.json", json.dumps(record | lost))
     if dtypes:
-        entries, norm = lost.values()
-        print(
-            f"warning: {out}: rounding to {', '.join(sorted(dtypes))} leaves {entries:.1%} of the "
-            f"entries as they were and loses {norm:.1%} of the norm; --merge fp32 loses nothing",
-            file=sys.stderr,
-        )
+        rounded, (entries, norm) = ", ".join(sorted(dtypes)), lost.values()
+        loses = f"leaves {entries:.1%} of the entries as they were, loses {norm:.1%} of the norm"
+        print(f"warning: {out}: rounding to {rounded} {loses}: --merge fp32", file=sys.stderr)
 
 
 def merge_jump(source: pathlib.Path, out: pathlib.Path, cfg) -> None:
@@ -111,53 +104,39 @@ def merge_jump(source: pathlib.Path, out: pathlib.Path, cfg) -> None:
 
     cfg is stage 4's: --merge, --overwrite, and the run directory that {run_dir} stands for.
     """
-    backbone = read_info(source)["backbone"]
-    adapter = sha256(source / "adapter_model.safetensors")
-    record = {"backbone": backbone, "dtype": cfg.merge, "adapter": adapter}
+    backbone = adapters.read_info(source)["backbone"]
+    record = {"backbone": backbone, "dtype": cfg.merge}
+    record["adapter"] = sha256(source / adapters.WEIGHTS)
     write.claim(out)
-    there = (out / "merge.json").is_file() and not cfg.overwrite
-    if there and record.items() <= read_json(out / "merge.json", "04_extrapolate.py").items():
-        return
-    base = find_model(cfg.path(backbone))
-    merge(out, read_adapter(source), base, cfg.merge == "fp32", record)
+    if cfg.overwrite or not write.is_made(out / "merge.json", record):
+        base = find_model(cfg.path(backbone))
+        merge(out, adapters.read_adapter(source), base, cfg.merge == "fp32", record)
 
 
-def save_jump(
-    series: Series,
-    new: Callable[[str], LowRank | torch.Tensor],
-    places: tuple[pathlib.Path, pathlib.Path],
-    info: dict,
-    cfg,
-) -> None:
+def save_jump(series: Series, new: Callable, places: tuple, info: dict, cfg) -> None:
     """Writes new(module), [m, n] of every module, with `info` in checkpoint.json.
 
     places: the folder of the adapter, and that of the whole model. cfg: the options of stage 4.
+    A matrix is a LowRank, or a tensor in fp32.
     """
     began, last = time.perf_counter(), series.last()
     if isinstance(new(series.modules[0]), LowRank):
         factors = {m: new(m).factors(last.scale(m)) for m in series.modules}
         write.claim(places[0])
         info = info | {"seconds": round(time.perf_counter() - began, 3)}
-        write_adapter(places[0], extended(last, factors), info)
+        adapters.write_adapter(places[0], adapters.extended(last, factors), info)
         return
     write.claim(places[1])
     base, fp32 = find_model(cfg.path(info["backbone"])), cfg.merge != "backbone"
     merge(places[1], last, base, fp32, {}, lambda m: new(m) - series.weights(m)[series.base])
-    info = info | _dtype(cfg) | {"seconds": round(time.perf_counter() - began, 3)}
+    info = info | {"dtype": cfg.merge or "fp32", "seconds": round(time.perf_counter() - began, 3)}
     write.write_json(places[1] / "checkpoint.json", info)
-
-
-def _dtype(cfg) -> dict[str, str]:
-    return {"dtype": cfg.merge or "fp32"}  # a whole model's checkpoint.json says it, too
 
 
 def is_made(adapter: pathlib.Path, whole: pathlib.Path, info: dict, cfg) -> bool:
     """Whether one of the two folders is there, whole, and was made from the same."""
-    for folder, wanted in ((adapter, info), (whole, info | _dtype(cfg))):
-        path = folder / "checkpoint.json"
-        if path.is_file() and write.is_complete(folder) and not cfg.overwrite:
+    for folder, record in ((adapter, info), (whole, info | {"dtype": cfg.merge or "fp32"})):
+        if not cfg.overwrite and write.is_made(folder / "checkpoint.json", record):
             write.claim(folder)  # clears what a kill has left
-            before = read_json(path, "04_extrapolate.py")
-            if {**before, "seconds": None} == {**wanted, "seconds": None}:
-                return True
+            return True
     return False

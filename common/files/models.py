@@ -74,8 +74,7 @@ def find_model(name: str) -> pathlib.Path:
     try:
         return pathlib.Path(snapshot_download(name, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError) as error:
-        where = "is no folder, and no hub id in this machine's cache"
-        raise UserError(f"backbone {name} {where}") from error
+        raise UserError(f"backbone {name} is no folder, and not in the hub's cache") from error
 
 
 def linear_layers(model: ModelFolder) -> list[str]:

@@ -6,7 +6,7 @@ import pathlib
 
 from common import UserError
 from common.files import adapters, models
-from common.files.read import check_intact, read_json, sha256
+from common.files.read import check_intact, read_json, safe_name, sha256
 
 
 def find_policies(run: pathlib.Path, patterns: list[str]) -> list[str]:
@@ -43,6 +43,22 @@ def base_of(run: pathlib.Path, policy: str, given: str) -> str:
     if where == wanted or (where.is_dir() and where.is_relative_to(run.resolve())):
         return named
     raise UserError(f"{path} names the backbone {named}, not {given}: to load it, say --backbone")
+
+
+def find_start(cfg) -> tuple[pathlib.Path, int, str]:
+    """(folder, step, base) of what stage 5 goes on from: extrapolated/<start>, or merged/...
+
+    cfg: its options. base is the model that it is an adapter on, or that it is, see `base_of`.
+    """
+    kind = "merged" if cfg.start.startswith("merged/") else "extrapolated"
+    policy = f"{kind}/{safe_name(cfg.start.removeprefix('merged/'), '--start')}"
+    start = pathlib.Path(cfg.run_dir, policy)
+    if not start.is_dir():
+        there = ", ".join(sorted(path.name for path in start.parent.glob("[!.]*")))
+        raise UserError(f"{start} not found: run 04_extrapolate.py first (there: {there})")
+    if (step := adapters.read_info(start).get("step")) is None:
+        raise UserError(f"{start} has no step in a checkpoint.json")
+    return start, step, base_of(pathlib.Path(cfg.run_dir), policy, cfg.backbone)
 
 
 @functools.cache  # a whole model takes its time, and many jumps stand on one

@@ -37,5 +37,4 @@ class RamDisk:
         return folder
 
     def close(self) -> None:
-        """Removes the folder."""
         shutil.rmtree(self.path, ignore_errors=True)

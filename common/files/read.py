@@ -6,6 +6,7 @@ import json
 import pathlib
 import types
 import typing
+from collections.abc import Iterator
 
 import safetensors
 
@@ -61,26 +62,26 @@ def read_json(path: pathlib.Path, made_by: str, wanted: dict | None = None) -> d
     return value
 
 
-def text_lines(path: pathlib.Path):
-    """Yields (number, line with its end) of a UTF-8 text file, one line in memory at a time."""
-    with open(path, encoding="utf-8") as file:
-        try:
-            yield from enumerate(file, 1)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text: {error}") from error
+def json_lines(path: pathlib.Path, is_log: bool = False) -> Iterator[tuple[str, object]]:
+    """Yields (place for messages, value) of a JSONL file; of a log without a last half line."""
+    place = f"{path}, line 1"
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                place = f"{path}, line {number}"
+                if line.endswith("\n") if is_log else line.strip():
+                    yield place, json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{place}: not valid JSON in UTF-8 ({error})") from error
 
 
 def read_jsonl(path: pathlib.Path, wanted: dict | None = None) -> list[dict]:
     """The rows of a JSONL log, without a last line that was cut off. `wanted`: see `read_json`."""
     rows = []
-    for number, line in text_lines(path):
-        if line.endswith("\n"):
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: not valid JSON ({error})") from error
-            if not matches(rows[-1], wanted or {}):
-                raise UserError(f"{path}, line {number}: not a row with {', '.join(wanted or ())}")
+    for place, row in json_lines(path, is_log=True):
+        if not matches(row, wanted or {}):
+            raise UserError(f"{place}: not a row with {', '.join(wanted or ())}")
+        rows.append(row)
     return rows
 
 

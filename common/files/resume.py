@@ -3,7 +3,6 @@
 Both are folders that appear whole or not at all. Two resume states are kept, in case one is spoilt.
 """
 
-import contextlib
 import hashlib
 import json
 import pathlib
@@ -15,9 +14,7 @@ import torch
 
 from common import UserError
 from common.files import write
-from common.files.adapters import read_info
-from common.files.policies import base_of
-from common.files.read import check_intact, read_json, read_jsonl, safe_name
+from common.files.read import check_intact, read_json, read_jsonl
 from common.files.series import step_of
 from common.files.stage import AGAIN, is_writer
 
@@ -38,14 +35,6 @@ def quick_hash(name: str) -> str | None:
     return digest.hexdigest()[:16]
 
 
-@contextlib.contextmanager
-def checkpoint(path: pathlib.Path, info: dict):
-    """Yields an open folder for weights. It becomes `path`, with `info` in checkpoint.json."""
-    with write.writing(path), write.atomic_dir(path) as folder:
-        yield folder
-        write.write_text(folder / "checkpoint.json", json.dumps(info))
-
-
 def states(folder: pathlib.Path) -> list[pathlib.Path]:
     """The resume states in `folder`, the newest last."""
     return sorted((folder / "resume").glob("step_[0-9]*"), key=step_of)
@@ -58,7 +47,7 @@ def save(folder: pathlib.Path, step: int, weights: dict, optimizer, stands_on: d
     path = folder / "resume" / f"step_{step:04d}"
     for old in states(folder)[:-1]:
         write.remove(old)
-    with write.writing(path), write.atomic_dir(path) as state:
+    with write.atomic_dir(path) as state:
         tensors = {name: parameter.detach() for name, parameter in weights.items()}
         write.save_tensors(state / "weights.safetensors", tensors, dtype=None)
         write.save_state(state / "optimizer.pt", optimizer.state_dict())
@@ -99,19 +88,3 @@ def go_on(folder, first_step: int, every: int, stands_on: dict, put_back: Callab
                 write.remove(broken)
         return step_of(state)
     return first_step
-
-
-def find_start(run: pathlib.Path, name: str, backbone: str) -> tuple[pathlib.Path, int, str]:
-    """(folder, step, base) of what stage 5 goes on from: extrapolated/<name>, or merged/... itself.
-
-    base is the model that it is an adapter on, or that it is, see `base_of`.
-    """
-    kind = "merged" if name.startswith("merged/") else "extrapolated"
-    policy = f"{kind}/{safe_name(name.removeprefix('merged/'), '--start')}"
-    start = run / policy
-    if not start.is_dir():
-        there = ", ".join(sorted(path.name for path in start.parent.glob("[!.]*")))
-        raise UserError(f"{start} not found: run 04_extrapolate.py first (there: {there})")
-    if (step := read_info(start).get("step")) is None:
-        raise UserError(f"{start} has no step in a checkpoint.json")
-    return start, step, base_of(run, policy, backbone)

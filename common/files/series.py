@@ -1,8 +1,7 @@
 """A series of checkpoints as one trajectory: LoRA adapters or whole models, by one interface.
 
 `Series.weights(module)` is the sequence W[0] (the backbone), W[1] ... W[c] that Eq. 6 speaks of:
-`LowRank` for adapters, where W[0] is zero, dense tensors for whole models. Tensors stay on the disk
-until they are asked for.
+`LowRank` for adapters, where W[0] is zero, dense tensors for whole models. Read when asked for.
 """
 
 import concurrent.futures
@@ -18,11 +17,9 @@ import torch
 
 from common import UserError
 from common.files import adapters, deltas, models
-from common.files.read import check_intact, sha256
+from common.files.read import check_intact, open_tensors, sha256
 from common.files.stage import within
 from common.rank1 import LowRank
-
-ROUNDED = {"BF16", "F16"}  # too coarse for a step of RL
 
 
 class Weights(Sequence):
@@ -93,17 +90,14 @@ class AdapterSeries(Series):
         if i == 0:
             return LowRank(torch.zeros(m, 0), torch.zeros(0, n))
         path = self.paths[self.steps[i - 1]]
-        b, a = adapters.read_factors(path, module)
+        with open_tensors(path / adapters.WEIGHTS, adapters.ANOTHER) as file:
+            b, a = adapters.factors(file, module)
         _finite(f"{path}: {module}", b, a)
         return LowRank(b.double(), a.double(), self.scales[module])
 
     def last(self) -> adapters.Adapter:
         """What a jump adds its rank to: the last checkpoint's adapter."""
         return adapters.read_adapter(self.paths[self.steps[-1]])
-
-    def read(self, folder: pathlib.Path) -> Callable[[str], LowRank]:
-        """A function module -> W of another checkpoint of this training."""
-        return adapters.read_adapter(folder).update
 
     def info(self, run: pathlib.Path) -> dict:
         """What is known of the last checkpoint, the backbone that it stands on first of all."""
@@ -154,11 +148,6 @@ class ModelSeries(Series):
         config["base_model_name_or_path"] = str(last.path.resolve())
         return adapters.Adapter(config, factors)
 
-    def read(self, folder: pathlib.Path) -> Callable[[str], torch.Tensor]:
-        """A function module -> W of another checkpoint of this training."""
-        model = models.open_model(folder)
-        return lambda module: model.tensor(f"{module}.weight").float()
-
     def info(self, run: pathlib.Path) -> dict:
         """What the jump stands on: the last model."""
         return {"backbone": within(self.models[-1].path, run, "{run_dir}")}
@@ -204,7 +193,7 @@ def warn(series: Series) -> None:
     if others := series.others:
         part = f"{others[0]} and {len(others) - 1} other tensors take no part in the jump"
         print(f"note: {part}", file=sys.stderr)
-    if rounded := ", ".join(sorted(series.dtypes & ROUNDED)):
+    if rounded := ", ".join(sorted(series.dtypes & {"BF16", "F16"})):
         print(f"warning: checkpoints in {rounded}: deltas hold its rounding", file=sys.stderr)
 
 

@@ -12,9 +12,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
-
-import torch
+from collections.abc import Callable
 
 from common import UserError
 from common.files import config as configs
@@ -51,14 +49,7 @@ def is_writer() -> bool:
 class Stage:
     """The folder that a stage writes. Processes open it in `accelerator.main_process_first()`."""
 
-    def __init__(
-        self,
-        folder: pathlib.Path,
-        cfg: configs.StageConfig,
-        inputs: dict[str, str | None],
-        may_change: tuple[str, ...] = (),
-        grows: str = "",
-    ):
+    def __init__(self, folder: pathlib.Path, cfg, inputs: dict, may_change=(), grows: str = ""):
         """Opens `folder`, and writes config.json unless `done.json` says that all is there.
 
         inputs: name -> hash of a file the result depends on. An option of the same name is a path,
@@ -78,24 +69,19 @@ class Stage:
             self._check_same(before, {*may_change, grows})
         elif folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
             raise UserError(f"{folder} has files but no config.json: move it away")
-        self.done = self._is_done(grows)
-        if is_writer() and not self.done:
-            write.write_json(folder / "config.json", {**self.record, "versions": versions()})
-
-    def _is_done(self, grows: str) -> bool:
-        if not (self.folder / "done.json").exists():
-            return False
-        done = read_json(self.folder / "done.json", AGAIN)["config"]
-        if not write.is_complete(self.folder):
+        self.done = (folder / "done.json").exists()
+        if self.done and not write.is_complete(folder):
+            self.done = False
             if is_writer():
-                print(f"{self.folder} has lost files: it is made again", file=sys.stderr)
-                write.remove(self.folder / "done.json")
-            return False
-        if grows and done[grows] < self.record["config"][grows]:
-            return False
-        if is_writer():
-            print(f"{self.folder} is done already; --overwrite makes it again")
-        return True
+                print(f"{folder} has lost files: it is made again", file=sys.stderr)
+                write.remove(folder / "done.json")
+        if self.done and grows:
+            done = read_json(folder / "done.json", AGAIN)["config"]
+            self.done = self.record["config"][grows] <= done[grows]
+        if is_writer() and self.done:
+            print(f"{folder} is done already; --overwrite makes it again")
+        elif is_writer():
+            write.write_json(folder / "config.json", {**self.record, "versions": versions()})
 
     def _check_same(self, before: dict, may_change: set[str]) -> None:
         """Raises UserError where config.json has another option or input than this command."""
@@ -108,24 +94,13 @@ class Stage:
                     made = f"{self.folder} was made with {what} {key} = {old!r}, now it is {new!r}"
                     raise UserError(f"{made}: use another --run-dir, or --overwrite")
 
-    def missing(self, names: Iterable[str]) -> list[str]:
-        """Those of `names` that have no file of tensors yet."""
-        return [name for name in names if not (self.folder / f"{name}.safetensors").is_file()]
-
-    def save(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Writes `tensors` to <name>.safetensors in fp32, all or nothing."""
-        write.save_tensors(self.folder / f"{name}.safetensors", tensors)
-
-    def write_json(self, name: str, value: object) -> None:
-        """Writes `value` to the file `name`, all or nothing."""
-        write.write_json(self.folder / name, value)
-
     def finish(self, **result) -> None:
         """Writes done.json with `result` and the hash of every file of weights in the folder."""
         if is_writer():
             seconds = round(time.perf_counter() - self.began, 2)
             made = {"outputs": write.hashes_of(self.folder), "versions": versions()}
-            self.write_json("done.json", {**self.record, **made, "seconds": seconds, **result})
+            done = {**self.record, **made, "seconds": seconds, **result}
+            write.write_json(self.folder / "done.json", done)
 
 
 class StepLog:
@@ -139,7 +114,6 @@ class StepLog:
             write.write_text(path, "".join(kept))
 
     def append(self, *rows: dict) -> None:
-        """Adds rows at the end."""
         if is_writer():
             write.append_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -165,7 +139,7 @@ def run_stage(main: Callable[[], None], one_process: bool = False) -> None:
         main()
     except BaseException as error:
         # Not the type of the error: a signal within safetensors comes out as a ValueError.
-        number = write.stopped_by()
+        number = write.state["signal"]
         if number or isinstance(error, KeyboardInterrupt):
             for other in numbers:  # a launcher may pass on what the whole group has already
                 signal.signal(other, signal.SIG_IGN)

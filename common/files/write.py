@@ -16,39 +16,34 @@ import safetensors.torch
 import torch
 
 from common import UserError
-from common.files.read import HASHES, sha256, written_hashes
+from common.files.read import HASHES, read_json, sha256, written_hashes
 
 GO_ON = "type the same command without --overwrite to go on"
 
-_state = {"writes": 0, "signal": 0}  # how many are under way, the signal that has come
+state = {"writes": 0, "signal": 0}  # how many are under way, the signal that has come
 _claimed: dict[pathlib.Path, int] = {}  # folder -> its lock file, open
 
 
 def interrupt(number: int, frame: object = None) -> None:
     """Handler of SIGINT and SIGTERM. Raises KeyboardInterrupt(number); a write is ended first."""
-    _state["signal"] = number
-    if not _state["writes"]:
+    state["signal"] = number
+    if not state["writes"]:
         raise KeyboardInterrupt(number)
-
-
-def stopped_by() -> int:
-    """The number of the signal that has come, or 0."""
-    return _state["signal"]
 
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path):
     """While `path` is written, SIGINT and SIGTERM wait, and a full disk becomes one line."""
-    _state["writes"] += 1
+    state["writes"] += 1
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {path} ({reason}): make room, then {GO_ON}") from error
     finally:
-        _state["writes"] -= 1
-    if _state["signal"] and not _state["writes"]:
-        raise KeyboardInterrupt(_state["signal"])
+        state["writes"] -= 1
+    if state["signal"] and not state["writes"]:
+        raise KeyboardInterrupt(state["signal"])
 
 
 def _beside(path: pathlib.Path, mark: str = "") -> pathlib.Path:
@@ -96,7 +91,6 @@ def atomic_file(path: pathlib.Path):
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes `text` to the file `path`."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -108,7 +102,6 @@ def append_text(path: pathlib.Path, text: str) -> None:
 
 
 def write_json(path: pathlib.Path, value: object) -> None:
-    """Writes `value` as JSON to the file `path`."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
@@ -148,27 +141,27 @@ def copy_files(paths: list[pathlib.Path], folder: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_dir(path: pathlib.Path):
+def atomic_dir(path: pathlib.Path, info: dict | None = None):
     """Yields an empty temporary folder, which becomes `path` if the block ends without an error.
 
-    Hashes of the weights in it and of their configs go into its sha256.json, see `check_intact`.
-    It replaces `path`, if that is there: for a moment there is none.
+    Hashes of the weights in it and of their configs go into its sha256.json, see `check_intact`;
+    `info` into its checkpoint.json. If `path` is there it is replaced: for a moment there is none.
     """
     temporary = _beside(path)
     with writing(path):
         _delete(temporary)
         temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        with writing(path):
+        try:
+            yield temporary
+            if info is not None:
+                write_text(temporary / "checkpoint.json", json.dumps(info))
             if hashes := hashes_of(temporary, ("config.json", "adapter_config.json")):
                 write_json(temporary / HASHES, hashes)
             flush(temporary)
             remove(path)
             os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the room
 
 
 def hashes_of(folder: pathlib.Path, also: tuple[str, ...] = ()) -> dict[str, str]:
@@ -181,6 +174,13 @@ def hashes_of(folder: pathlib.Path, also: tuple[str, ...] = ()) -> dict[str, str
 def is_complete(folder: pathlib.Path) -> bool:
     """Whether every file is there whose hash was written when `folder` was."""
     return all((folder / name).is_file() for name in written_hashes(folder))
+
+
+def is_made(path: pathlib.Path, record: dict) -> bool:
+    """Whether the JSON file `path` is there and says `record`, and its folder has lost no file."""
+    if not path.is_file() or not is_complete(path.parent):
+        return False
+    return record.items() <= read_json(path, "the stage that wrote it").items()
 
 
 def claim(folder: pathlib.Path) -> None:
@@ -210,7 +210,7 @@ def claim(folder: pathlib.Path) -> None:
 
 def release() -> None:
     """Gives back every folder that this process has claimed, and forgets the signal."""
-    _state["signal"] = 0
+    state["signal"] = 0
     while _claimed:
         folder, handle = _claimed.popitem()
         with contextlib.suppress(OSError):

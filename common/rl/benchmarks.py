@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 import re
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 import yaml
 
 from common import UserError
-from common.files.read import text_lines
+from common.files.read import json_lines
 from common.rl import in_one_line
 
 DAPO_PREFIX = (
@@ -19,7 +18,6 @@ DAPO_PREFIX = (
 )
 DAPO_SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:".'
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-HUB_ID = r"[\w.-]+/[\w.-]+(:[\w.-]+)?"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -79,12 +77,7 @@ CHOICES = {"gpqa": gpqa, "mmlu_pro": mmlu_pro}  # row -> (prompt, letter)
 def rows(where: str, source: Source, flag: str) -> Iterator:
     """(place for messages, row) of a local file or folder, or of the hub. `flag`: see `_table`."""
     if where.endswith(".jsonl"):  # without `datasets`: at once, with line numbers
-        for number, line in text_lines(pathlib.Path(where)):
-            if line.strip():
-                try:
-                    yield f"{where}, line {number}", json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{where}, line {number}: not valid JSON ({error})") from error
+        yield from json_lines(pathlib.Path(where))
         return
     parts = _table(where, source, flag).with_format("arrow").iter(5000)  # DAPO: 1.8 million rows
     for number, row in enumerate((row for part in parts for row in part.to_pylist()), 1):
@@ -100,7 +93,7 @@ def _table(where: str, source: Source, flag: str):
     if path.is_file():
         what = {"path": FILE_TYPES.get(path.suffix), "data_files": where, "split": "train"}
     elif not path.exists():
-        if not re.fullmatch(HUB_ID, where):
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", where):
             known = ", ".join(SOURCES)
             raise UserError(f"data {where} not found; want a file, a hub id, or one of {known}")
         hub_id, _, config = where.partition(":")

@@ -18,8 +18,9 @@ from common.rl import in_one_line
 from common.rl.benchmarks import CHOICES, FILE_TYPES, SOURCES, Source, dapo_question, rows
 
 # One template for training and evaluation.
-STEP_BY_STEP = "Please reason step by step, and put your final answer within \\boxed{}."
-PROMPT_TEMPLATE = "{prompt}\n" + STEP_BY_STEP
+PROMPT_TEMPLATE = (
+    "{prompt}\nPlease reason step by step, and put your final answer within \\boxed{}."
+)
 # Qwen2.5's own turn where none is given, so the paper's models see the same tokens.
 SYSTEM_PROMPT = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 KINDS = ("number", "latex", "letter")
@@ -159,12 +160,11 @@ def encode_prompts(problems, tokenizer, template, system, limit: int, source) ->
 
 def _warn(texts, encoded, tokenizer, system: str, source) -> None:
     if system == SYSTEM_PROMPT and "Qwen" not in str(tokenizer.chat_template):
-        why = "the system turn is Qwen2.5's, and the backbone is not: set --system-prompt"
-        print(f"warning: {source}: {why}", file=sys.stderr)
+        print("warning: the system turn is Qwen2.5's: set --system-prompt", file=sys.stderr)
     pairs = zip(texts, encoded, strict=False)
     if lost := set().union(*({*"".join(t.split())} - {*tokenizer.decode(i)} for t, i in pairs)):
-        why = f"the tokenizer has no token for {''.join(sorted(lost))!r}"
-        print(f"warning: {source}: {why}: not in the prompts", file=sys.stderr)
+        lost = "".join(sorted(lost))
+        print(f"warning: {source}: the tokenizer has no token for {lost!r}", file=sys.stderr)
 
 
 def template_hash(tokenizer, template: str, system: str) -> str:

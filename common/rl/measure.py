@@ -62,8 +62,8 @@ class Loaded:
             draw = (cfg.max_new_tokens, cfg.temperature, cfg.top_p)
             found = self.engine.generate(prompts, seeds, *draw)
         texts = self.tokenizer.batch_decode([r.tokens for r in found], skip_special_tokens=True)
-        golds, kinds = [problems[i].answer for i, _ in asked], [problems[i].kind for i, _ in asked]
-        scores, rows = judge.score(texts, golds, [r.finished for r in found], kinds), []
+        sampled, finished = [problems[i] for i, _ in asked], [r.finished for r in found]
+        scores, rows = judge.score(texts, sampled, finished), []
         for (i, run), rolled, text, right in zip(asked, found, texts, scores, strict=True):
             row = {"problem": i, "run": run, "prompt": problems[i].prompt, "response": text}
             row |= {"answer": problems[i].answer, "tokens": len(rolled.tokens)}

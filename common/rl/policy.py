@@ -82,11 +82,6 @@ def with_jump(backbone, folder: pathlib.Path):
     return load_lora(backbone, folder).float().merge_and_unload()
 
 
-def train_all(model):
-    """`model` with all parameters trainable, in fp32: a step of RL is lost in bf16's rounding."""
-    return model.float().requires_grad_(True)
-
-
 def save(policy, tokenizer, folder: pathlib.Path) -> None:
     """Saves what is trained, in fp32, to the open `folder`: the adapter, or the whole model."""
     if isinstance(policy, PeftModel):

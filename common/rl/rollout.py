@@ -64,8 +64,7 @@ def vllm_options(text: str) -> dict:
     except ValueError:
         options = None
     if not isinstance(options, dict) or not options.keys() <= {*VLLM_OPTIONS}:
-        known = ", ".join(VLLM_OPTIONS)
-        raise UserError(f"vllm_options {text!r}: want a JSON object with keys of {known}")
+        raise UserError(f"vllm_options {text!r}: want a JSON object of {', '.join(VLLM_OPTIONS)}")
     return options
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from common import demo, predictor
 from common.baselines import given, methods, weighted
-from common.files import adapters, deltas, merge, series, write
+from common.files import adapters, deltas, series, write
 from common.files.read import read_json
 from common.rank1 import LowRank
 from common.rl import policy
@@ -416,7 +416,7 @@ def test_what_stage_3_writes_is_the_prediction_of_the_network_it_saved(run, stag
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--recipes", "alinged"], "unknown recipe 'alinged'; did you mean aligned?"),
+        (["--recipes", "alinged"], "no recipe 'alinged'; did you mean aligned?"),
         (["--inputs", "target"], "inputs must be global, local or both, not target"),
         (["--checkpoints", "2"], "checkpoints must be 3 to 8 with k = 2"),
         (["--holdout", "6"], "holdout must be 2 to 5 with k = 2, not 6"),
@@ -543,7 +543,7 @@ def test_stage_6_measures_the_mean_of_checkpoints(run, stage):
     kept, write_adapter = [], adapters.write_adapter
     with pytest.MonkeyPatch.context() as patch:
         keep = lambda folder, *rest: kept.append(rest[0]) or write_adapter(folder, *rest)  # noqa: E731
-        patch.setattr(merge, "write_adapter", keep)
+        patch.setattr(adapters, "write_adapter", keep)
         accuracy = given.measure_mean(known, [8, 5], "validation/candidate_01", settings)
     found = read_json(run / "validation" / "validation__candidate_01" / "valid.json", "06")
     assert (found["policy"], found["n"], found["settings"]) == (
@@ -596,7 +596,7 @@ BAD = {
     "an unknown method": (
         None,
         ["relax"],
-        "unknown method 'relax'; did you mean relex?",
+        "no method 'relax'; did you mean relex?",
     ),
 }
 

@@ -85,12 +85,7 @@ def load_data(scratch: pathlib.Path) -> None:
             f"Let us see. {len(prompts[i])} tokens ... so it is \\boxed{{{a}}}."
             for i, a in zip(asked, answers, strict=True)
         ]
-        scores = judge.score(
-            responses,
-            [problems[i].answer for i in asked],
-            [True] * len(asked),
-            [problems[i].kind for i in asked],
-        )
+        scores = judge.score(responses, [problems[i] for i in asked], [True] * len(asked))
         correct += sum(scores)
         advantages = grpo.grpo_advantages(torch.tensor(scores).view(-1, ROLLOUTS))
         assert advantages.isfinite().all()

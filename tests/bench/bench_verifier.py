@@ -11,6 +11,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from common.rl import verifier
+from common.rl.data import Problem
 
 # (gold, right answer, wrong answer): the spread of a maths benchmark, two thirds numbers, and no two answers of a row alike
 ROWS = []
@@ -28,7 +29,7 @@ for i in range(100):
     ROWS += [(rf"{i + 2}\sqrt{{3}}", rf"{i + 2} \sqrt{{3}}", rf"{i + 3}\sqrt{{3}}")]
     ROWS += [(rf"x^2+{i}x", rf"{i}x+x^2", rf"x^2-{i + 1}x")]
 random.Random(0).shuffle(ROWS)
-golds = [gold for gold, _, _ in ROWS]
+problems = [Problem("", gold) for gold, _, _ in ROWS]
 right = [random.Random(i).random() < 0.5 for i in range(len(ROWS))]
 responses = [
     rf"Let us see ... so the answer is \boxed{{{row[1] if ok else row[2]}}}."
@@ -37,22 +38,24 @@ responses = [
 
 judge = verifier.Verifier(time_limit=5.0)
 began = time.perf_counter()
-judge.score([r"\boxed{x+y}", r"\boxed{x+z}"], ["y+x", "z+x"], [True] * 2)
+judge.score([r"\boxed{x+y}", r"\boxed{x+z}"], [Problem("", "y+x"), Problem("", "z+x")], [True] * 2)
 print(f"start of the worker         {time.perf_counter() - began:.2f} s (once a run)")
 asked = sum(
-    verifier.quick_verdict(verifier.extract_boxed(r), g) is None
-    for r, g in zip(responses, golds, strict=True)
+    verifier.quick_verdict(verifier.extract_boxed(r), p.answer, p.kind) is None
+    for r, p in zip(responses, problems, strict=True)
 )
 for attempt in ("first", "second"):
     began = time.perf_counter()
-    scores = judge.score(responses, golds, [True] * len(responses))
+    scores = judge.score(responses, problems, [True] * len(responses))
     print(
         f"1,000 answers, {attempt:6} time  {time.perf_counter() - began:.2f} s ({asked} of them asked math-verify)"
     )
     assert [score == 1.0 for score in scores] == right, "a wrong verdict"
 began = time.perf_counter()
 scores = judge.score(
-    [*responses, r"\boxed{9^{9^{9^{9}}}}"], [*golds, "612"], [True] * (len(responses) + 1)
+    [*responses, r"\boxed{9^{9^{9^{9}}}}"],
+    [*problems, Problem("", "612")],
+    [True] * (len(responses) + 1),
 )
 print(
     f"and one power tower         {time.perf_counter() - began:.2f} s (limit {judge.time_limit} s), timeouts {judge.timeouts}"

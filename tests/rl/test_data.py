@@ -363,9 +363,7 @@ TURNS = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
 def test_qwens_system_turn_for_another_backbone_is_a_warning(backbone_dir, capsys):
-    warning = (
-        "warning: sums: the system turn is Qwen2.5's, and the backbone is not: set --system-prompt"
-    )
+    warning = "warning: the system turn is Qwen2.5's: set --system-prompt"
     assert warning in encoded(backbone_dir, capsys, "1+1", TURNS, data.SYSTEM_PROMPT)
     assert warning not in encoded(
         backbone_dir, capsys, "1+1", f"{TURNS}{{# Qwen #}}", data.SYSTEM_PROMPT

@@ -64,9 +64,7 @@ def test_options_are_a_json_object():
     ],
 )
 def test_options_can_load_no_other_code_and_no_other_weights(text):
-    with pytest.raises(
-        UserError, match=r"want a JSON object with keys of gpu_memory_utilization, "
-    ):
+    with pytest.raises(UserError, match=r"want a JSON object of gpu_memory_utilization, "):
         rollout.vllm_options(text)
 
 

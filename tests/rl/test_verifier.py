@@ -10,8 +10,14 @@ import pytest
 
 from common import UserError
 from common.rl import verifier
+from common.rl.data import Problem
 
 BOXED = r"\boxed{%s}"
+
+
+def asked(*golds: str, kind: str = "latex") -> list[Problem]:
+    """Problems with these answers."""
+    return [Problem("", gold, kind) for gold in golds]
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +163,7 @@ def test_walls_of_braces_take_linear_time(text):
     ],
 )
 def test_answers_are_compared_as_what_they_are(judge, kind, gold, answer, want):
-    assert judge.score([BOXED % answer], [gold], [True], [kind]) == [float(want)]
+    assert judge.score([BOXED % answer], asked(gold, kind=kind), [True]) == [float(want)]
 
 
 def test_several_boxes_are_not_joined_and_an_integer_answer_needs_a_box(judge):
@@ -167,7 +173,7 @@ def test_several_boxes_are_not_joined_and_an_integer_answer_needs_a_box(judge):
         "x=204 and then",
         r"\boxed{204} no, \boxed{100}",
     ]
-    assert judge.score(responses, ["204"] * 4, [True] * 4) == [1.0, 0.0, 0.0, 0.0]
+    assert judge.score(responses, asked("204") * 4, [True] * 4) == [1.0, 0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -180,10 +186,8 @@ def test_several_boxes_are_not_joined_and_an_integer_answer_needs_a_box(judge):
     ],
 )
 def test_ten_megabytes_of_rubbish_score_zero(judge, response):
-    scores = [
-        judge.score([response], ["612"], [True], [kind]) for kind in ("latex", "number", "letter")
-    ]
-    assert scores == [[0.0]] * 3
+    for kind in ("latex", "number", "letter"):
+        assert judge.score([response], asked("612", kind=kind), [True]) == [0.0]
 
 
 @pytest.mark.parametrize(
@@ -204,30 +208,30 @@ def test_ten_megabytes_of_rubbish_score_zero(judge, response):
 )
 def test_the_last_number_is_the_answer_where_that_is_the_format(response, gold, want):
     judge = verifier.Verifier(answer_format="last_number")
-    assert judge.score([response], [gold], [True]) == [float(want)]
-    assert judge.score([response], [gold], [False]) == [0.0]  # cut at the limit
+    assert judge.score([response], asked(gold), [True]) == [float(want)]
+    assert judge.score([response], asked(gold), [False]) == [0.0]  # cut at the limit
 
 
 def test_last_number_refuses_a_gold_that_no_number_can_equal():
     with pytest.raises(UserError, match="'Saturday' is not a number"):
         verifier.Verifier(answer_format="last_number").score(
-            ["It is Saturday"], ["Saturday"], [True]
+            ["It is Saturday"], asked("Saturday"), [True]
         )
 
 
 def test_no_box_or_a_cut_response_scores_zero(judge):
     assert judge.score(
-        ["612", r"\boxed{612}", r"\boxed{612}"], ["612"] * 3, [True, False, True]
+        ["612", r"\boxed{612}", r"\boxed{612}"], asked("612") * 3, [True, False, True]
     ) == [0.0, 0.0, 1.0]
 
 
 def test_a_power_tower_costs_its_limit_and_nothing_else():
     judge = verifier.Verifier(time_limit=1.0)
-    judge.score([r"\boxed{x^{2}}"], ["x^2"], [True])  # the worker is up
+    judge.score([r"\boxed{x^{2}}"], asked("x^2"), [True])  # the worker is up
     worker = judge._worker
     scores = judge.score(
         [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{\frac{2}{4}}", r"\boxed{5}"],
-        ["612", r"\frac{1}{2}", "5"],
+        asked("612", r"\frac{1}{2}", "5"),
         [True] * 3,
     )
     judge.close()
@@ -251,10 +255,10 @@ def test_a_worker_that_nobody_waits_for_ends_by_itself_and_no_ctrl_c_reaches_it(
 
 def test_a_worker_that_died_is_replaced():
     judge = verifier.Verifier(time_limit=5.0)
-    assert judge.score([r"\boxed{x^{2}}"], ["x^2"], [True]) == [1.0]
+    assert judge.score([r"\boxed{x^{2}}"], asked("x^2"), [True]) == [1.0]
     judge._worker.kill()
     judge._worker.wait()
-    assert judge.score([r"\boxed{x^{2}}"], ["x^2"], [True]) == [1.0]
+    assert judge.score([r"\boxed{x^{2}}"], asked("x^2"), [True]) == [1.0]
     judge.close()
 
 
@@ -280,7 +284,8 @@ def test_an_answer_whose_worker_was_killed_is_asked_once_more_and_one_that_kills
 ):
     judge = verifier.Verifier()
     started = started_with(monkeypatch, *[DIES] * deaths)
-    assert judge.score([r"\boxed{x^{2}+1}", r"\boxed{y+z}"], ["1+x^2", "z+y"], [True, True]) == want
+    responses = [r"\boxed{x^{2}+1}", r"\boxed{y+z}"]
+    assert judge.score(responses, asked("1+x^2", "z+y"), [True, True]) == want
     assert (judge.timeouts, judge.errors) == (0, deaths - 1)
     assert len(started) == deaths + 1
     judge.close()
@@ -310,7 +315,8 @@ def test_what_a_library_prints_in_a_worker_is_no_answer(monkeypatch, tmp_path, c
         monkeypatch, f"import sys; sys.path.insert(0, {str(tmp_path)!r}); print('hello'); {WORKER}"
     )
     judge = verifier.Verifier()
-    assert judge.score([r"\boxed{x+1}", r"\boxed{y+z}"], ["1+x", "z+y"], [True, True]) == [1.0, 1.0]
+    responses = [r"\boxed{x+1}", r"\boxed{y+z}"]
+    assert judge.score(responses, asked("1+x", "z+y"), [True, True]) == [1.0, 1.0]
     judge.close()
     assert judge.errors == 0
     assert "parsing" in capfd.readouterr().err
@@ -325,20 +331,21 @@ def test_a_verifier_that_fails_on_everything_says_so_instead_of_scoring_zero(mon
         lambda command, **how: popen(broken, **{**how, "stderr": subprocess.DEVNULL}),
     )
     with pytest.raises(UserError, match="math-verify does not work"):
-        verifier.Verifier().score([r"\boxed{x+1}"], ["1+x"], [True])
+        verifier.Verifier().score([r"\boxed{x+1}"], asked("1+x"), [True])
 
 
 def test_garbage_alone_in_a_batch_does_not_stop_the_run(monkeypatch, tmp_path):
     (tmp_path / "math_verify.py").write_text(LOUD + PICKY)
     started_with(monkeypatch, f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {WORKER}")
     judge = verifier.Verifier()
-    assert judge.score([r"\boxed{garbage}"], ["x"], [True]) == [0.0]
+    assert judge.score([r"\boxed{garbage}"], asked("x"), [True]) == [0.0]
     assert (judge.timeouts, judge.errors) == (0, 1)
     judge.close()
 
 
 def test_the_same_answer_is_asked_once(monkeypatch):
-    judge, asked = verifier.Verifier(), []
-    monkeypatch.setattr(judge, "_ask", lambda *question: asked.append(question) or True)
-    assert judge.score([r"\boxed{x+1}"] * 8, ["1+x"] * 8, [True] * 7 + [False]) == [1.0] * 7 + [0.0]
-    assert asked == [("x+1", "1+x")]
+    judge, questions = verifier.Verifier(), []
+    monkeypatch.setattr(judge, "_ask", lambda *question: questions.append(question) or True)
+    scores = judge.score([r"\boxed{x+1}"] * 8, asked("1+x") * 8, [True] * 7 + [False])
+    assert scores == [1.0] * 7 + [0.0]
+    assert questions == [("x+1", "1+x")]
