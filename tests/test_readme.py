@@ -24,7 +24,7 @@ PAGES = {
     + sorted([*(ROOT / "common").rglob("*.md"), ROOT / "tests" / "README.md"])
 }
 README = PAGES["README.md"]
-TABLES = (ROOT / ".github" / "results" / "tables" / "tables.md").read_text(encoding="utf-8")
+TABLES = (ROOT / ".github" / "results" / "rates" / "tables.md").read_text(encoding="utf-8")
 STAGES = {"train": "01_train_lora_grpo", "extract": "02_extract_deltas"}
 STAGES |= {"predict": "03_train_predictor", "extrapolate": "04_extrapolate"}
 STAGES |= {"continue": "05_continue_rl", "eval": "06_eval"}

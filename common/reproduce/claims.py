@@ -5,8 +5,9 @@ A claim whose policies were not measured gets no verdict: the page names it as n
 
 import statistics
 
+from common.reproduce.estimates import Estimate, over_seeds
 from common.reproduce.results import label_of, table_of
-from common.reproduce.runs import MAIN, Estimate, Runs, over_seeds
+from common.reproduce.runs import MAIN, Runs
 from common.reproduce.tables import RECIPES, folder, jump, table
 
 FIG6 = (0.5, 1.0, 1.5, 2.0, 2.5)  # the alphas of which Fig. 6 says that each gains

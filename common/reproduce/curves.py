@@ -10,8 +10,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from common.files.read import read_jsonl
+from common.reproduce.estimates import Estimate
 from common.reproduce.results import LOGGED, METHODS, label_of
-from common.reproduce.runs import MAIN, Estimate, Runs
+from common.reproduce.runs import MAIN, Runs
 from common.reproduce.tables import ended, plain_runs
 
 plt.rcParams |= {
@@ -114,7 +115,8 @@ def training(runs: Runs):
 
 def predictor_loss(runs: Runs):
     """Eq. 9's loss by epoch, relative to predicting zeros: a panel a predictor, a line a family."""
-    found = {name: many for name, many in runs.predictor_reports().items() if many[0]["losses"]}
+    found = {name: [*many.values()] for name, many in runs.predictor_reports().items()}
+    found = {name: many for name, many in found.items() if many[0]["losses"]}
     if not found:
         return None
     columns = min(len(found), 4)

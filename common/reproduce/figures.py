@@ -9,8 +9,9 @@ import matplotlib.pyplot as plt
 from common.files.write import save_figure
 from common.reproduce import curves, rates
 from common.reproduce.curves import CURVES, RUNS, legend_below, series
+from common.reproduce.estimates import Estimate, over_seeds
 from common.reproduce.results import MAIN_ALPHA, label_of
-from common.reproduce.runs import MAIN, Estimate, Runs, over_seeds
+from common.reproduce.runs import MAIN, Runs
 from common.reproduce.tables import RECIPES, folder, place
 
 EDGES = (float("-inf"), -0.5, 0.0, 0.5, 0.9, float("inf"))  # of the bins of R^2 in Fig. 3

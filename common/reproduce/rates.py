@@ -1,11 +1,9 @@
 """Runs at several learning rates side by side: what a jump, and the rate, is worth."""
 
-import math
-import statistics
-
 import matplotlib.pyplot as plt
 
 from common.reproduce.curves import CURVES, legend_below, series
+from common.reproduce.estimates import rank_correlation
 from common.reproduce.results import MAIN_ALPHA, label_of
 from common.reproduce.runs import MAIN, Runs
 from common.reproduce.tables import compared, cosine, folder, jump, place, plain_runs, table
@@ -130,25 +128,6 @@ def points(runs: Runs, method: str, later: bool = False) -> list[tuple[float, fl
             if s in cosines
         ]
     return found
-
-
-def rank_correlation(points: list[tuple[float, float]]) -> str:
-    """Spearman's, with a 95% interval by Fisher's z, whose variance is 1.06 / (n - 3) (Fieller et
-    al. 1957). Empty for less than 5 points.
-
-    >>> rank_correlation([(0.1, 1.0), (0.2, 2.0), (0.3, 4.0), (0.4, 3.0), (0.5, 5.0)])
-    '+0.90 [+0.05, +0.99]'
-    """
-    if len(points) < 5:
-        return ""
-    ranks = [
-        [sorted(side).index(x) + (side.count(x) - 1) / 2 for x in side]
-        for side in zip(*points, strict=True)
-    ]
-    rho = min(max(statistics.correlation(*ranks), -0.999), 0.999)
-    half = 1.96 * math.sqrt(1.06 / (len(points) - 3))
-    low, high = (math.tanh(math.atanh(rho) + side * half) for side in (-1, 1))
-    return f"{rho:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def meter(runs: Runs) -> str:

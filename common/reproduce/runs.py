@@ -7,7 +7,6 @@ With several it is over seeds, paired by seed, with Student's 95% interval.
 
 import collections
 import copy
-import dataclasses
 import json
 import pathlib
 import statistics
@@ -16,60 +15,10 @@ from common.baselines.measures import cosine
 from common.files import adapters, deltas
 from common.files.read import read_json
 from common.reproduce import results
+from common.reproduce.estimates import Estimate, over_problems, over_seeds
 from common.reproduce.results import Result
 
-# Student's t, 97.5%, by degrees of freedom
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-NOT_WORSE = 0.01  # "not worse" holds where the whole interval is above minus this
-REPORT = {"losses": dict, "loss_of_zeros": dict, "loss_stride": int, "backtest": dict | None}
 MAIN = "lora"  # the name of a grid's main run, and of a single one
-
-
-@dataclasses.dataclass
-class Estimate:
-    """A mean, its standard error and half its interval (nan where one seed of several has it)."""
-
-    mean: float
-    error: float = float("nan")
-    half: float = float("nan")
-
-    def points(self) -> str:
-        """In points of accuracy: `+3.0 [+2.1, +3.9]`."""
-        low, high = 100 * (self.mean - self.half), 100 * (self.mean + self.half)
-        return f"{100 * self.mean:+.1f}" + (f" [{low:+.1f}, {high:+.1f}]" if low == low else "")
-
-    def plain(self, scale: float = 1.0, digits: int = 3) -> str:
-        """`0.841 ± 0.003`; without an error where there is none."""
-        error = f" ± {scale * self.error:.{digits}f}" if self.error == self.error else ""
-        return f"{scale * self.mean:.{digits}f}{error}"
-
-    def verdict(self, not_worse: bool = False) -> str:
-        """Of "better" or "not worse": decided where the whole interval is on one side."""
-        bound = -NOT_WORSE if not_worse else 0.0
-        if self.mean + self.half < bound:
-            return "does not hold"
-        return "holds" if self.mean - self.half > bound else "undecided"
-
-
-def over_seeds(values: list[float]) -> Estimate:
-    """Mean and Student's 95% interval of one value a seed.
-
-    >>> round(over_seeds([1.0, 2.0, 3.0]).half, 3)  # 4.303 / sqrt(3)
-    2.484
-    """
-    n = len(values)
-    if n < 2:
-        return Estimate(values[0])
-    error = statistics.stdev(values) / n**0.5
-    return Estimate(statistics.fmean(values), error, error * T975[min(n - 1, len(T975)) - 1])
-
-
-def over_problems(a: Result, b: Result | None = None) -> Estimate:
-    """Accuracy of a, or a minus b paired by problem, with two standard errors on either side."""
-    pairs = zip(a.scores, b.scores if b else [0.0] * len(a.tasks), strict=True)
-    scores = [x - y for x, y in pairs]
-    error = results.standard_error(scores)
-    return Estimate(statistics.fmean(float(s.mean()) for s in scores), error, 2 * error)
 
 
 class Runs:
@@ -199,23 +148,24 @@ class Runs:
         paths = [self.folder(seed, name) / "deltas" / "spectrum.json" for seed in self.seeds]
         return [read_json(path, deltas.STAGE) for path in paths if path.is_file()]
 
-    def predictor_reports(self, name: str = MAIN) -> dict[str, list[dict]]:
-        """Stage 3's report.json of each predictor, of each seed that has it."""
-        found = collections.defaultdict(list)
+    def predictor_reports(self, name: str = MAIN) -> dict[str, dict[int, dict]]:
+        """Stage 3's report.json of each predictor: recipe -> seed -> report."""
+        found = collections.defaultdict(dict)
+        kinds = {"losses": dict, "loss_of_zeros": dict, "loss_stride": int, "backtest": dict | None}
         for seed in self.seeds:
             for path in sorted(self.folder(seed, name).glob("predictor/*/report.json")):
-                found[path.parent.name].append(read_json(path, "03_train_predictor.py", REPORT))
+                report = read_json(path, "03_train_predictor.py", kinds)
+                found[path.parent.name][seed] = report
         return found
 
     def cosines(self, method: str, name: str = MAIN) -> dict[int, float]:
         """Seed -> the cosine of what `method` predicts with a true delta that it has not seen."""
-        network, found = method.startswith("next-"), {}
-        recipe, row = (method.removeprefix("next-"), "predictor") if network else ("*", method)
-        for seed in self.seeds:  # a control stands in the report of every recipe
-            for path in sorted(self.folder(seed, name).glob(f"predictor/{recipe}/report.json"))[:1]:
-                backtest = read_json(path, "03_train_predictor.py", REPORT)["backtest"] or {}
-                found |= {seed: backtest[row]["cosine"]} if row in backtest else {}
-        return found
+        reports, row = self.predictor_reports(name), method
+        found = next(iter(reports.values()), {})  # a control stands in every report
+        if method.startswith("next-"):
+            row, found = "predictor", reports.get(method.removeprefix("next-"), {})
+        tested = {seed: report["backtest"] or {} for seed, report in found.items()}
+        return {seed: rows[row]["cosine"] for seed, rows in tested.items() if row in rows}
 
     def backtest(self, method: str, name: str = MAIN) -> Estimate | None:
         values = [*self.cosines(method, name).values()]

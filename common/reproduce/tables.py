@@ -5,6 +5,7 @@ import statistics
 
 from common.files.deltas import read_index
 from common.reproduce import grids
+from common.reproduce.estimates import Estimate, over_seeds
 from common.reproduce.results import (
     MAIN_ALPHA,
     METHODS,
@@ -14,7 +15,7 @@ from common.reproduce.results import (
     label_of,
     split_name,
 )
-from common.reproduce.runs import MAIN, Estimate, Runs, over_seeds
+from common.reproduce.runs import MAIN, Runs
 
 RECIPES = ("next-paper", "next-aligned", "weighted")  # NExt's own, and the sum without a network
 COST = ("ICER ↓", "length", "wall s")
@@ -192,7 +193,7 @@ def backtests(runs: Runs) -> str:
     """What each predictor is worth on a target it has not seen, beside the controls."""
     rows = []
     for recipe, reports in runs.predictor_reports().items():
-        if tested := [report["backtest"] for report in reports if report["backtest"]]:
+        if tested := [r["backtest"] for r in reports.values() if r["backtest"]]:
             at = f"{recipe} ({tested[0]['at_step']} → {tested[0]['predicts_step']})"
             cosines = [[t[row]["cosine"] for t in tested if row in t] for row in TESTED]
             rows.append([at, *(cosine(many and over_seeds(many)) for many in cosines)])

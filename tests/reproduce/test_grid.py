@@ -17,7 +17,7 @@ from common import UserError
 from common.files import adapters, config
 from common.files import write as run_dir
 from common.reproduce import __main__ as reproduce
-from common.reproduce import claims, grids, plans, report, results, runner, runs, tables
+from common.reproduce import claims, estimates, grids, plans, report, results, runner, runs, tables
 
 PARSED = {
     "01_train_lora_grpo": ("TrainConfig", "train"),
@@ -290,7 +290,7 @@ def test_tasks_have_columns_and_only_those_of_one_suite_are_averaged(tmp_path):
 )
 def test_not_worse_is_an_interval_above_one_point_below(low, high, want):
     assert (
-        runs.Estimate((low + high) / 200, 0.001, (high - low) / 200).verdict(not_worse=True) == want
+        estimates.Estimate((low + high) / 200, 0.001, (high - low) / 200).verdict(not_worse=True) == want
     )
 
 
@@ -391,9 +391,9 @@ def test_differences_are_paired_by_seed_with_students_interval(grid):
     assert found.verdict() == "undecided"  # 2 +- 2.5 points
     assert grid.difference("train/step_0250", "train/step_0400").verdict() == "does not hold"
     assert grid.difference("train/step_0250", "train/step_0250").verdict(not_worse=True) == "holds"
-    assert runs.over_seeds([0.01, 0.02]).verdict() == "undecided"
-    assert runs.over_seeds([0.01, 0.011, 0.012]).verdict() == "holds"
-    assert runs.over_seeds([0.5]).verdict() == "undecided"
+    assert estimates.over_seeds([0.01, 0.02]).verdict() == "undecided"
+    assert estimates.over_seeds([0.01, 0.011, 0.012]).verdict() == "holds"
+    assert estimates.over_seeds([0.5]).verdict() == "undecided"
 
 
 def test_the_main_table_counts_steps_per_point_gained_and_leaves_out_what_was_not_run(grid):

@@ -7,7 +7,7 @@ import pytest
 from test_grid import log, record, share
 
 from common.files import config, write
-from common.reproduce import grids, plans, rates, report, results, runs
+from common.reproduce import estimates, grids, plans, rates, report, results, runs
 
 
 def run_at(folder, rate: float, plain: tuple, jumped: int | None = None, after: int | None = None):
@@ -132,10 +132,10 @@ def test_a_cosine_stands_beside_the_gain_of_its_own_run_and_method(tmp_path):
 
 
 def test_a_rank_correlation_is_that_of_the_ranks_and_too_few_runs_have_none():
-    rho = rates.rank_correlation([(1, 10), (2, 1000), (3, 20), (4, 30), (5, 40), (6, 40)])
+    rho = estimates.rank_correlation([(1, 10), (2, 1000), (3, 20), (4, 30), (5, 40), (6, 40)])
     oracle = np.corrcoef([1, 2, 3, 4, 5, 6], [1, 6, 2, 3, 4.5, 4.5])[0, 1]
     assert rho.startswith(f"{oracle:+.2f} [")
-    assert rates.rank_correlation([(1, 2), (2, 3), (3, 4), (4, 5)]) == ""
+    assert estimates.rank_correlation([(1, 2), (2, 3), (3, 4), (4, 5)]) == ""
 
 
 def test_a_falling_rate_is_a_control_with_a_name_and_a_cost(demo):

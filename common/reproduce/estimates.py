@@ -1,0 +1,77 @@
+"""Means with their errors: over seeds, or over the problems of one run."""
+
+import dataclasses
+import math
+import statistics
+
+from common.reproduce.results import Result, standard_error
+
+# Student's t, 97.5%, by degrees of freedom
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+NOT_WORSE = 0.01  # "not worse" holds where the whole interval is above minus this
+
+
+@dataclasses.dataclass
+class Estimate:
+    """A mean, its standard error and half its interval (nan where one seed of several has it)."""
+
+    mean: float
+    error: float = float("nan")
+    half: float = float("nan")
+
+    def points(self) -> str:
+        """In points of accuracy: `+3.0 [+2.1, +3.9]`."""
+        low, high = 100 * (self.mean - self.half), 100 * (self.mean + self.half)
+        return f"{100 * self.mean:+.1f}" + (f" [{low:+.1f}, {high:+.1f}]" if low == low else "")
+
+    def plain(self, scale: float = 1.0, digits: int = 3) -> str:
+        """`0.841 ± 0.003`; without an error where there is none."""
+        error = f" ± {scale * self.error:.{digits}f}" if self.error == self.error else ""
+        return f"{scale * self.mean:.{digits}f}{error}"
+
+    def verdict(self, not_worse: bool = False) -> str:
+        """Of "better" or "not worse": decided where the whole interval is on one side."""
+        bound = -NOT_WORSE if not_worse else 0.0
+        if self.mean + self.half < bound:
+            return "does not hold"
+        return "holds" if self.mean - self.half > bound else "undecided"
+
+
+def over_seeds(values: list[float]) -> Estimate:
+    """Mean and Student's 95% interval of one value a seed.
+
+    >>> round(over_seeds([1.0, 2.0, 3.0]).half, 3)  # 4.303 / sqrt(3)
+    2.484
+    """
+    n = len(values)
+    if n < 2:
+        return Estimate(values[0])
+    error = statistics.stdev(values) / n**0.5
+    return Estimate(statistics.fmean(values), error, error * T975[min(n - 1, len(T975)) - 1])
+
+
+def over_problems(a: Result, b: Result | None = None) -> Estimate:
+    """Accuracy of a, or a minus b paired by problem, with two standard errors on either side."""
+    pairs = zip(a.scores, b.scores if b else [0.0] * len(a.tasks), strict=True)
+    scores = [x - y for x, y in pairs]
+    error = standard_error(scores)
+    return Estimate(statistics.fmean(float(s.mean()) for s in scores), error, 2 * error)
+
+
+def rank_correlation(points: list[tuple[float, float]]) -> str:
+    """Spearman's, with a 95% interval by Fisher's z, whose variance is 1.06 / (n - 3) (Fieller et
+    al. 1957). Empty for less than 5 points.
+
+    >>> rank_correlation([(0.1, 1.0), (0.2, 2.0), (0.3, 4.0), (0.4, 3.0), (0.5, 5.0)])
+    '+0.90 [+0.05, +0.99]'
+    """
+    if len(points) < 5:
+        return ""
+    ranks = [
+        [sorted(side).index(x) + (side.count(x) - 1) / 2 for x in side]
+        for side in zip(*points, strict=True)
+    ]
+    rho = min(max(statistics.correlation(*ranks), -0.999), 0.999)
+    half = 1.96 * math.sqrt(1.06 / (len(points) - 3))
+    low, high = (math.tanh(math.atanh(rho) + side * half) for side in (-1, 1))
+    return f"{rho:+.2f} [{low:+.2f}, {high:+.2f}]"
