@@ -54,11 +54,11 @@ def full_run(empty_run, tmp_path_factory) -> pathlib.Path:
         "weighted",
         "none",
         "--alphas",
-        "1.5",
+        "3",
         "--merge",
         "fp32",
     )
-    for start in ("weighted_alpha1.5", "none"):
+    for start in ("weighted_alpha3", "none"):
         call("05_continue_rl.py", run, "--start", start, "--more-steps", "1")
     call(
         "06_eval.py",
@@ -188,17 +188,17 @@ def test_the_kl_term_compares_with_the_backbone_as_it_was(backbone_dir, empty_ru
     cfg = stage1.TrainConfig(
         prompts_per_step=4,
         mini_batch=2,
-        rollouts=4,
-        max_new_tokens=48,
+        rollouts=8,
+        max_new_tokens=72,
         train_data=str(run / "data" / "train.jsonl"),
     )
 
     problems = stage1.data.load_problems(cfg.train_data)
     prompts = stage1.data.encode_prompts(problems, tokenizer, "{prompt}", "", 100, "train")
-    order = [index for index in stage1.data.prompt_order(len(problems), 4, 2, 0) for _ in range(4)]
-    seeds = [stage1.rollout.sequence_seed(0, 2, index, i % 4) for i, index in enumerate(order)]
+    order = [index for index in stage1.data.prompt_order(len(problems), 4, 2, 0) for _ in range(8)]
+    seeds = [stage1.rollout.sequence_seed(0, 2, index, i % 8) for i, index in enumerate(order)]
     sampled = stage1.rollout.HFEngine(model, tokenizer).generate(
-        [prompts[index] for index in order], seeds, 48
+        [prompts[index] for index in order], seeds, 72
     )
     gaps = [
         plain_logprobs(m, prompts[index], r.tokens, 1.0).sum() * sign
@@ -258,9 +258,9 @@ def test_going_on_without_a_jump_meets_what_the_uninterrupted_run_meets(full_run
 def test_going_on_from_a_jump_trains_all_parameters_from_the_jumped_weights(full_run):
     last, after = (
         tensors(full_run / name)
-        for name in ("train/step_0006", "continued/weighted_alpha1.5/step_0007")
+        for name in ("train/step_0006", "continued/weighted_alpha3/step_0007")
     )
-    jump = adapters.read_adapter(full_run / "extrapolated" / "weighted_alpha1.5")
+    jump = adapters.read_adapter(full_run / "extrapolated" / "weighted_alpha3")
     step = 1.01 * 2 * RATE  # two updates by a fresh AdamW move an entry by the rate each, at most
     for name, weight in after.items():
         module = name.removesuffix(".weight")
@@ -298,10 +298,10 @@ def test_whole_models_are_measured_as_they_are(full_run):
         "backbone",
         "train/step_0006",
         "train/step_0007",
-        "extrapolated/weighted_alpha1.5",
+        "extrapolated/weighted_alpha3",
         "extrapolated/none",
         "merged/none",
-        "continued/weighted_alpha1.5/step_0007",
+        "continued/weighted_alpha3/step_0007",
         "continued/none/step_0007",
     }
     rows = {
@@ -321,7 +321,7 @@ def test_whole_models_are_measured_as_they_are(full_run):
     seeds = [
         stage6.rollout.sequence_seed(1, 0, r["problem"], r["run"]) for r in rows["train/step_0007"]
     ]
-    sampled = stage6.rollout.HFEngine(model, tokenizer).generate(prompts, seeds, 48)
+    sampled = stage6.rollout.HFEngine(model, tokenizer).generate(prompts, seeds, 72)
     assert [tokenizer.decode(r.tokens, skip_special_tokens=True) for r in sampled] == [
         r["response"] for r in rows["train/step_0007"]
     ]
