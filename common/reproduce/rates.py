@@ -106,7 +106,7 @@ def gains(runs: Runs, found: dict[float, str]) -> list[str]:
     return [
         table([f"right after the jump, − GRPO at {runs.prefix}", *header], after),
         table([f"after {runs.total} RL steps, − GRPO at {runs.total}", *header], late),
-        table([f"right after the jump, − GRPO at {runs.prefix}", *header], far),
+        table([f"by alpha, right after the jump, − GRPO at {runs.prefix}", *header], far),
     ]
 
 
@@ -152,7 +152,7 @@ def accuracy(runs: Runs):
     plain = {"color": "black", "marker": "."}
     shown = {runs.step(s): plain | {"ls": ls, "label": f"GRPO at {s}"} for s, ls in looks}
     label = f"{label_of(DEFAULT)}, at {runs.total}"
-    shown[runs.after(folder(DEFAULT))] = CURVES[DEFAULT] | {"label": label}
+    shown[runs.after(folder(DEFAULT))] = CURVES[DEFAULT] | {"label": label, "ls": ""}
     for policy, look in shown.items():
         if policy not in runs.some():
             continue
