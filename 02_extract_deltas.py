@@ -48,7 +48,9 @@ def select(cfg: ExtractConfig) -> dict[int, pathlib.Path]:
     where = ", ".join(cfg.path(pattern) for pattern in cfg.checkpoints)
     found = series.find_checkpoints(cfg.checkpoints, cfg.run_dir)
     if not found:
-        raise UserError(f"no folder matches {where}: run stage 1 first, or say --checkpoints")
+        raise UserError(
+            f"no folder matches {where}: run 01_train_lora_grpo.py first, or say --checkpoints"
+        )
     last = cfg.last_step or max(found)
     if last not in found:
         raise UserError(f"{where} has no step {last}: train on, or lower last_step")

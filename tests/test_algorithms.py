@@ -9,7 +9,7 @@ from conftest import TINY, call_stage
 from common.files import read as inputs
 
 # large steps on a small batch: half of what there is to learn in a few seconds
-FAST = "--steps 8 --save-every 8 --resume-every 8 --prompts-per-step 8 --rollouts 8"
+FAST = "--steps 16 --save-every 16 --resume-every 16 --prompts-per-step 8 --rollouts 8"
 FAST += " --learning-rate 3e-3"
 LINEAR = "--learning-rate-schedule linear"
 
