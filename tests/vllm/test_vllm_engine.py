@@ -38,11 +38,12 @@ def move(model, seed: int) -> None:
 
 
 def prompts(tokenizer) -> list[list[int]]:
-    """16 prompts in two groups of equals, over two blocks of the prefix cache long."""
-    shown = "".join(f"<|user|>{a}+1<|assistant|>\\boxed{{{a + 1}}}<|end|>" for a in range(111, 117))
-    return tokenizer(
-        [f"{shown}<|user|>123+489<|assistant|>"] * 8 + [f"{shown}<|user|>7+12<|assistant|>"] * 8
-    )["input_ids"]
+    """16 prompts in two groups of equals, over two blocks of the prefix cache long.
+
+    What stands in front leaves the backbone unsure, so that other seeds give other answers.
+    """
+    asked = [f"{'<|user|>' * 67}{sum_}<|assistant|>" for sum_ in ("12345+48967", "70512+18034")]
+    return tokenizer([asked[0]] * 8 + [asked[1]] * 8)["input_ids"]
 
 
 def sample(engine, tokenizer, seed: int = 0) -> list[rollout.Rollout]:
@@ -115,7 +116,7 @@ def test_the_same_seeds_give_the_same_responses(engine, tokenizer):
 
 def test_responses_end_with_the_end_token_or_at_the_limit(engine, tokenizer):
     engine.use(None)
-    prompt = tokenizer("<|user|>123+489<|assistant|>")["input_ids"]
+    prompt = tokenizer("<|user|>12345+48967<|assistant|>")["input_ids"]
     rollouts = engine.generate([prompt] * 64, list(range(64)), NEW)
     assert {r.finished for r in rollouts} == {True, False}
     for response in rollouts:
@@ -193,15 +194,13 @@ def test_an_option_that_vllm_refuses_is_one_line(tokenizer):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """50 steps of the demo by each engine, at a rate raised so that they suffice: {engine: run directory}."""
+    """50 steps of the demo by each engine: {engine: run directory}."""
     runs = {}
     for name in ("hf", "vllm"):
         runs[name] = lay_out(tmp_path_factory.mktemp(name) / "run")
         flags = (
             "--steps",
             "50",
-            "--learning-rate",
-            "2e-4",
             "--engine",
             name,
             "--vllm-options",
@@ -233,7 +232,7 @@ def test_training_with_vllm_learns_like_training_with_hf(trained):
             statistics.mean(row["accuracy"] for row in part) for part in (rows[:3], rows[-10:])
         )
         assert end[name] > start[name] + 0.3
-    error = math.sqrt(2 * 0.85 * 0.15 / 1280)  # of the difference: 128 responses a step, 10 steps
+    error = math.sqrt(2 * 0.5 * 0.5 / 640)  # of the difference: 64 responses a step, 10 steps
     assert abs(end["vllm"] - end["hf"]) < 4 * error
 
 
