@@ -79,9 +79,9 @@ def expo(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
 
 
 def first_update(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
-    """Control: the first update alone, W_0 + alpha (W_1 - W_0), with an alpha of 100 and more.
+    """Control: the first update alone, scaled up. This alpha multiplies the update.
 
-    In a public replication of RELEX on MATH it came as far. This alpha multiplies the update.
+    A public replication of RELEX reports that on MATH it was about as good as RELEX.
     """
     return m.W[0] + alpha * (m.W[1] - m.W[0])
 

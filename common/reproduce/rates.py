@@ -24,7 +24,7 @@ def rates(runs: Runs) -> dict[float, str]:
 
 
 def columns(runs: Runs) -> dict[float, str]:
-    """Those that have jumps."""
+    """Learning rate -> the run, of those runs that have jumps."""
     return {r: n for r, n in rates(runs).items() if runs.get(policy_of(runs, DEFAULT), n)}
 
 
@@ -53,7 +53,7 @@ def shown_steps(runs: Runs) -> list[int]:
 
 
 def sentence(runs: Runs, found: dict[float, str]) -> str:
-    """What the default method is worth at each rate, and what the highest rate is worth alone."""
+    """What a jump is worth at each rate, and what the preset's rate is worth over the lowest."""
     total, worth = runs.step(runs.total), []
     for rate, name in found.items():
         if gap := runs.difference(runs.after(folder(DEFAULT)), total, name):
@@ -122,11 +122,8 @@ def points(runs: Runs, method: str, later: bool = False) -> list[tuple[float, fl
     for name in rates(runs).values():
         cosines = runs.cosines(method, name)
         pairs = runs.pairs(end, runs.step(step), name)
-        found += [
-            (cosines[s], 100 * (a.accuracy - b.accuracy))
-            for s, (a, b) in pairs.items()
-            if s in cosines
-        ]
+        gained = {seed: 100 * (a.accuracy - b.accuracy) for seed, (a, b) in pairs.items()}
+        found += [(cosines[seed], gained[seed]) for seed in cosines if seed in gained]
     return found
 
 
@@ -135,9 +132,8 @@ def meter(runs: Runs) -> str:
     rows = []
     for method in METERED:
         now, later = points(runs, method), points(runs, method, later=True)
-        if len(now) >= 5:
-            row = [label_of(method), str(len(now)), rank_correlation(now)]
-            rows.append([*row, rank_correlation(later) or "–"])
+        if found := rank_correlation(now):
+            rows.append([label_of(method), str(len(now)), found, rank_correlation(later) or "–"])
     gained = f"with the gain at {runs.total} steps [95%]"
     header = ["rank correlation of the held-out cosine", "runs", "with the jump's gain [95%]"]
     return table([*header, gained], rows)
@@ -164,7 +160,7 @@ def accuracy(runs: Runs):
 
 
 def wide(axis) -> None:
-    """An axis of points on which both one point and fifty can be read: linear from -5 to 5."""
+    """Scales the y axis so that a gain of 1 and a loss of 50 can both be read on it."""
     axis.set_yscale("symlog", linthresh=5)
     ticks = (-50, -20, -10, -5, -2, 0, 2, 5, 10)
     axis.set_yticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
