@@ -2,6 +2,7 @@ r"""The demo's task and backbone: a tiny Qwen2 that can add by thinking or by gu
 
     python -m common.demo --run-dir runs/demo    # writes runs/demo/backbone and runs/demo/data
     python -m common.demo --pretrain OUT         # makes the shipped backbone again (minutes)
+    python -m common.demo --pretrain OUT --architecture llama    # one of the same size
 
 The task is the sum of two five-digit numbers. Pre-training shows two ways to answer `12345+48967`:
 
@@ -23,7 +24,7 @@ from collections.abc import Iterable
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common.files.write import atomic_dir, copy_files, save_pretrained, write_text
 
@@ -110,11 +111,11 @@ def pretraining_batch(rng: random.Random, tokenizer, held_out: set[Pair]) -> lis
     return groups
 
 
-def pretrain(out: pathlib.Path, steps: int = STEPS) -> list[float]:
+def pretrain(out: pathlib.Path, architecture: str = "qwen2", steps: int = STEPS) -> list[float]:
     """Pre-trains the backbone into `out`. Returns the loss of each step (mean over tokens, nats).
 
-    Config and tokenizer are those of the shipped one. The schedule is always that of `STEPS`: fewer
-    steps are the start of the whole run.
+    Sizes and tokenizer are those of the shipped one, a Qwen2; a Llama has no biases in its
+    attention. The schedule is always that of `STEPS`: fewer steps are the start of the whole run.
     """
     torch.manual_seed(0)
     test = test_problems()
@@ -122,7 +123,9 @@ def pretrain(out: pathlib.Path, steps: int = STEPS) -> list[float]:
     # 150,000 parameters; heads of 32 dimensions, which vLLM's attention needs. A token is a
     # character, but for one that is `\boxed{`.
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
-    model = Qwen2ForCausalLM(Qwen2Config.from_pretrained(SHIPPED))
+    sizes = json.loads((SHIPPED / "config.json").read_text())
+    del sizes["model_type"], sizes["architectures"]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.01)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS - WARMUP)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARMUP, total_iters=WARMUP)
@@ -155,10 +158,12 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run-dir", type=pathlib.Path, help="write the backbone and problems here")
     what.add_argument("--pretrain", type=pathlib.Path, metavar="OUT", help="the folder to make")
+    kinds = ("qwen2", "llama")
+    parser.add_argument("--architecture", choices=kinds, default="qwen2", help="of --pretrain")
     args = parser.parse_args()
     torch.set_num_threads(1)  # for such small matrices a second thread costs more than it brings
     if args.pretrain:
-        pretrain(args.pretrain)
+        pretrain(args.pretrain, args.architecture)
         return
     if not (args.run_dir / "backbone").exists():
         with atomic_dir(args.run_dir / "backbone") as folder:

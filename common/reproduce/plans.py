@@ -12,7 +12,8 @@ from common.reproduce.results import MAIN_ALPHA, table_of
 
 TABLES = table_of("plans.yaml")
 ALPHA = f"{MAIN_ALPHA:g}"
-FIRST_UPDATE = "4 8 16 32 64"  # alphas of the method `first-update`
+SWEPT = "-0.5 0.5 1 1.5 2.5 4"  # alphas of the grid `learning-rate`; -0.5 looks back
+FIRST_UPDATE = "4 8 16 32 64"  # those of its method `first-update`
 SCRIPTS = ("01_train_lora_grpo.py", "02_extract_deltas.py", "03_train_predictor.py")
 SCRIPTS += ("04_extrapolate.py", "05_continue_rl.py", "06_eval.py")
 
@@ -119,7 +120,7 @@ def at_rate(plan: Plan, rate: str, top: str = "", seed: str = "", parts=()) -> N
     flags = {"rate": f"--learning-rate {rate}" if rate else "", "seed": seed}
     names = ("none", "next-aligned_alpha*", "weighted_alpha*")
     chosen = " ".join(shlex.quote(f"extrapolated/{name}") for name in names)
-    flags |= {"first": FIRST_UPDATE, "to_choose": chosen, "validation": problems}
+    flags |= {"swept": SWEPT, "first": FIRST_UPDATE, "to_choose": chosen, "validation": problems}
     plan.add("single", run, parts, starts=dict.fromkeys(starts), **flags)
 
 

@@ -21,7 +21,8 @@ def table_of(name: str):
 
 METHODS = table_of("methods.yaml")  # name -> label, look; in the order of the tables
 MAIN_ALPHA = 1.5  # the paper's extending coefficient: the alpha of the tables
-MADE = {"": "", "_merged": ", merged restart", "_accepted": ", alpha chosen on validation problems"}
+MADE = {"": "", "_merged": ", merged restart", "_linear": ", then a rate that falls to 0"}
+MADE["_accepted"] = ", alpha chosen on validation problems"
 OWN_ALPHA = {"expo": 0.5}  # methods whose alpha means something else
 FROM_DELTAS = ("next-", "weighted", "repeat-last", "recent-locals")  # methods that need stage 2
 BY_ACCURACY = ("alpharl-pls", "greedy-soup")  # methods that measure every checkpoint
@@ -122,7 +123,8 @@ def label_of(method: str) -> str:
 
 def split_name(method: str) -> tuple[str, str, str]:
     """next-aligned-last8_merged -> (next-aligned, 8, _merged)."""
-    return re.fullmatch(r"(.+?)(?:-last(\d+))?(_merged|_accepted)?", method).groups(default="")
+    pattern = r"(.+?)(?:-last(\d+))?(_merged|_linear|_accepted)?"
+    return re.fullmatch(pattern, method).groups(default="")
 
 
 def load_results(run: pathlib.Path) -> dict[str, Result]:
@@ -187,7 +189,7 @@ def spent(run: pathlib.Path, policy: str, method: str, steps: int) -> dict[str, 
     def seconds(path: pathlib.Path, key: str = "seconds") -> float:
         return read_json(path, "the stage that made it", {key: float})[key]
 
-    train, method = run / "train", re.sub("_merged$|_accepted$", "", method)
+    train, method = run / "train", re.sub("_merged$|_linear$|_accepted$", "", method)
     if not (train / "metrics.jsonl").is_file() or method == "oracle":
         return {}
     if method in ("backbone", "grpo"):
