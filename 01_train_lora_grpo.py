@@ -7,9 +7,10 @@ Reads   the backbone and the problems: a file, a hub id or a name of common/rl/b
 Writes  <run-dir>/train/step_0010 ... step_0150   PEFT adapters in fp32; with --tune full models
         <run-dir>/train/metrics.jsonl, samples.jsonl, config.json, resume/, done.json
 
---tune full --learning-rate 5e-7 trains all parameters (Table 5's "w/o LoRA"), in fp32: 16 bytes
-each. The same command again resumes: each draw is computed from (seed, step, problem, sample). A
-larger --steps extends a run at a constant rate. Left out: critics, multi-turn, packing, warm-up.
+--tune full --learning-rate 5e-7 trains all parameters (Table 5's "w/o LoRA"), in fp32: 16 bytes a
+parameter. The same command again resumes: each draw is computed from (seed, step, problem, sample).
+A larger --steps makes a run longer, if its learning rate is constant. Not here: critics, multi-turn
+answers, packing, warm-up.
 """
 
 import dataclasses
@@ -47,11 +48,11 @@ class TrainConfig(options.RLConfig):
     lora_alpha: float = option(32.0, "scale alpha / r on B A (paper: 32)")
     clip_low: float = option(0.2, "epsilon of Eq. 1 downwards (open)")
     clip_high: float = option(0.2, "epsilon of Eq. 1 upwards (open)")
-    loss_aggregation: Literal["token", "seq"] = option("token", "seq is Eq. 1; token: mean (open)")
+    loss_aggregation: Literal["token", "seq"] = option("token", "seq: a response counts 1 (Eq. 1)")
     kl_coef: float = option(0.0, "beta of Eq. 1, against the backbone; 0 is off (open)")
-    kl_in: Literal["loss", "reward"] = option("loss", "k3 in the loss (Eq. 1), or rewards - k1")
+    kl_in: Literal["loss", "reward"] = option("loss", "beta k3 in the loss, or rewards - beta k1")
     importance_cap: float = option(0.0, "upper limit of pi_trainer / pi_engine; 0 is off (open)")
-    seed: int = option(0, "of LoRA's A, the order of problems, and every rollout")
+    seed: int = option(0, "decides LoRA's A, the order of problems, every rollout")
 
     __post_init__ = options.check
 
@@ -188,7 +189,7 @@ def main() -> None:
     if cfg.tune == "full":
         model = model.float().requires_grad_(True)  # a step of RL is lost in bf16's rounding
     else:
-        model = policy.add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+        model = policy.add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)  # Eq. 4
     train(training.prepare(cfg, accelerator, model, tokenizer, made_of), folder, first_step=0)
     stage.finish()
     accelerator.print(f"done: {cfg.steps} steps, checkpoints in {folder}")

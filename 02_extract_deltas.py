@@ -6,7 +6,7 @@
 Reads   <run-dir>/train/step_0010 ... step_0150, or what --checkpoints names: LoRA adapters (ours,
         TRL's, verl's: whatever PEFT writes), or whole models with --backbone
 Writes  <run-dir>/deltas/<matrix>.safetensors   u, sigma, v of its global, local and target deltas
-        <run-dir>/deltas/index.json             steps, checkpoints, k, matrices
+        <run-dir>/deltas/index.json             steps, checkpoints, k, modules
         <run-dir>/deltas/spectrum.json          energy ratios (Fig. 2), R^2 of lines (Fig. 3)
 
 The mathematics is `trajectory` in common/rank1.py: Eq. 6 and 7 as they stand in the paper, for a
@@ -17,7 +17,6 @@ part: their deltas are zero. The sign of (u, v) is left as it came; stages 3 and
 import concurrent.futures
 import dataclasses
 import datetime
-import functools
 import os
 import pathlib
 
@@ -82,12 +81,13 @@ def main() -> None:
     mine = found.modules[state.process_index :: state.num_processes]
     mine = [module for module in mine if not files[module].is_file()]
     with concurrent.futures.ThreadPoolExecutor(workers, "", torch.set_num_threads, (1,)) as pool:
-        weights = functools.partial(found.weights, keep=cfg.k + 2)
-        work = {m: pool.submit(rank1.trajectory, weights(m), cfg.k) for m in mine}  # Eq. 6, 7
+        # Eq. 6, 7. Of a matrix, W[0] and W[i - k] ... W[i] are in memory at a time.
+        W = {m: found.weights(m, keep=cfg.k + 2) for m in mine}
+        work = {m: pool.submit(rank1.trajectory, W[m], cfg.k) for m in mine}
         try:
             hidden = None if state.is_main_process else True  # None: shown on a terminal
             for module in tqdm(mine, "rank-1 SVDs", disable=hidden):
-                # At once: a killed run resumes here.
+                # Each at once, so that a killed run can go on from here.
                 write.save_tensors(files[module], work.pop(module).result())
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

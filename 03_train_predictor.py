@@ -33,12 +33,12 @@ STRIDE = 5  # epochs between the losses that report.json keeps
 class PredictorConfig(config.StageConfig):
     """What is trained on what."""
 
-    recipes: list[str] = option(["aligned"], "one network each: aligned, paper")
+    recipes: list[str] = option(["aligned"], "what is trained, one after the other: aligned, paper")
     inputs: list[str] = option(["global", "local"], "the deltas that it sees (Table 5)")
     align: bool | None = option(None, "consistent signs of (u, v) [the recipe's]")
     scale_sigma: bool | None = option(None, "divide sigma by the last global one [the recipe's]")
     epochs: int | None = option(None, "full-batch steps of AdamW [the recipe's]")
-    checkpoints: int = option(0, "learn from the last ones alone; 0 takes all (paper: 15)")
+    checkpoints: int = option(0, "learn from the last N alone; 0 takes all (paper: 15)")
     holdout: int = option(0, "checkpoints that the backtest hides; 0 is k, as in a jump")
     name: str = option("", "folder below predictor/ [the recipe's name]")
     seed: int = option(0, "random seed of the initial weights")
@@ -49,7 +49,7 @@ class PredictorConfig(config.StageConfig):
                 raise UserError(f"no recipe '{name}'; {config.nearest(name, predictor.RECIPES)}")
         if self.name and len(self.recipes) > 1:
             raise UserError("--name is for one recipe")
-        if self.inputs not in (["global"], ["local"], ["global", "local"]):
+        if sorted(self.inputs) not in (["global"], ["local"], ["global", "local"]):
             raise UserError(f"inputs must be global, local or both, not {' '.join(self.inputs)}")
 
     def recipe(self, name: str) -> predictor.Recipe:

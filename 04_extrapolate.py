@@ -4,11 +4,11 @@
     accelerate launch 04_extrapolate.py --config demo --run-dir runs/demo --methods weighted none
 
 Reads   <run-dir>/deltas, the checkpoints that these were made from, <run-dir>/predictor/<recipe>
-Writes  <run-dir>/extrapolated/<method>_alpha1.5   an adapter, exact in fp32; `next` once a recipe:
+Writes  <run-dir>/extrapolated/<method>_alpha1.5   an adapter, exact in fp32; `next`: one a recipe,
                                                    next-aligned_alpha1.5, next-paper_alpha1.5
         <run-dir>/extrapolated/<method>_accepted   with --accept: the alpha that is best on
                                                    validation problems, 0 where no jump gains
-        <run-dir>/merged/<method>_alpha1.5         a whole model: --merge, or not low-rank
+        <run-dir>/merged/<method>_alpha1.5         a whole model: by --merge, or what is no adapter
 
 NExt is `jump` below; its rivals and the controls stand in common/baselines/methods.py. PEFT, vLLM
 and the trainer that made the checkpoints load the adapters as they are. After training without LoRA
@@ -50,11 +50,11 @@ class ExtrapolateConfig(config.StageConfig):
             if name not in {"next", *METHODS}:
                 raise UserError(f"no method '{name}'; {config.nearest(name, ['next', *METHODS])}")
         if self.accept and "first-update" in self.methods:
-            raise UserError("--accept: with alpha 0 first-update is the backbone, not no jump")
+            raise UserError("--accept takes alpha 0 for no jump, first-update for the backbone")
 
 
 def jump(m: Matrix, alpha: float) -> LowRank:
-    """NExt, Eq. 10: W_c + alpha sigma u v^T, the prediction of stage 3 from the last checkpoint."""
+    """NExt, Eq. 10: W_c + alpha sigma u v^T. u, sigma and v are stage 3's prediction at W_c."""
     return m.last + alpha * rank1(**m.given[m.name])
 
 
@@ -86,6 +86,7 @@ def make(known: Known, method: Method, given: object, places: tuple, info: dict)
 
 def main() -> None:
     cfg = config.parse(ExtrapolateConfig, "extrapolate", __doc__)
+    torch.set_num_threads(cfg.threads or torch.get_num_threads())
     run = pathlib.Path(cfg.run_dir)
     fingerprint = deltas.fingerprint(run / "deltas")
     trajectory = deltas.load_trajectory(run / "deltas").aligned()

@@ -1,4 +1,4 @@
-"""Stage 5: the remaining RL steps, from the extrapolated policy.      Paper: Alg. 1; Sec. 5.1
+"""Stage 5: the remaining RL steps, from the extrapolated policy.              Paper: Sec. 5.1
 
     accelerate launch 05_continue_rl.py --config demo --run-dir runs/demo
     accelerate launch 05_continue_rl.py --config demo --run-dir runs/demo --restart merged
@@ -32,7 +32,7 @@ class ContinueConfig(stage1.TrainConfig):
 
     start: str = option("next-aligned_alpha1.5", "a folder of extrapolated/, or merged/<name>")
     restart: Literal["adapter", "merged"] = option("adapter", "what becomes of the jump (open)")
-    name: str = option("", "folder of continued/ to write, if not that of the start")
+    name: str = option("", "folder of continued/ to write [after the start]")
     more_steps: int = option(100, "RL steps after the jump (paper: 100)")
     steps: int = option(1, "not an option here: the step of the start plus more_steps")
 
@@ -45,7 +45,7 @@ def main() -> None:
     if cfg.tune == "full" and merge:
         raise UserError("--tune full has no adapter to restart: leave out --restart")
     if cfg.tune == "lora" and not merge and jump.get("r", 0) < 2 and base != cfg.backbone:
-        raise UserError(f"{start} has too little to train: --tune full, or --restart merged")
+        raise UserError(f"{start} is no adapter to train: --tune full, or --restart merged")
     name = cfg.name or cfg.start.replace("/", "__") + ("_merged" if merge else "")
     folder = pathlib.Path(cfg.run_dir) / "continued" / safe_name(name, "--name")
     accelerator = training.start(cfg, folder)

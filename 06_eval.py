@@ -1,18 +1,18 @@
-"""Stage 6: accuracy over repeated runs, ICER, the paper's tables and figures.        Paper: Sec. 5
+r"""Stage 6: accuracy over repeated runs, ICER, the paper's tables and figures.        Paper: Sec. 5
 
     accelerate launch 06_eval.py --config demo --run-dir runs/demo
     accelerate launch 06_eval.py --config demo --run-dir runs/demo --policies 'train/step_*'
-    python 06_eval.py --config demo --run-dir runs/demo --policies 'train/step_*' \\
+    python 06_eval.py --config demo --run-dir runs/demo --policies 'train/step_*' \
         --test-data runs/demo/data/valid.jsonl --output validation
 
 Reads   the policies named, the test problems, and every stage's logs
-Writes  <run-dir>/eval/<policy>/<task>.jsonl   a response a line, with its run and score
+Writes  <run-dir>/eval/<policy>/<task>.jsonl   a response a line, with its number of the run, score
         <run-dir>/eval/<policy>/<task>.json    accuracy, standard error, n, response length
         <run-dir>/report.md, figures/          tables, claims and figures: common/reproduce
 
 A policy is an adapter, measured on the backbone that it was trained on, or a whole model. With
 --output the results go to that folder instead, and there is no report: methods that choose by
-accuracy look there, so that no test problem has a say.
+accuracy look there, and never at test problems.
 
 Every problem is answered `runs` times. The standard error is over problems: the runs of one problem
 are not independent, so their mean is one observation. All policies get the same seeds, so their
@@ -39,8 +39,9 @@ from common.rl import data, measure, rollout, verifier
 from common.rl.options import SamplingConfig
 
 FOLDERS = ("backbone", "data", "train", "deltas", "predictor", "extrapolated", "merged")
+FOLDERS += ("continued", "figures")
 MATHS = ["aime24", "aime25", "amc23", "minerva", "olymmath-en-easy"]
-# No part of how a policy is measured: which, on what (that has its own hash), with how much memory.
+# Options that do not change how a policy is measured. The problems have a hash of their own.
 NOT_SETTINGS = ("policies", "test_data", "prompt_column", "answer_column", "data_split")
 NOT_SETTINGS += ("batch_size", "vllm_options", "backbone", "output")
 
@@ -64,7 +65,7 @@ class EvalConfig(SamplingConfig):
     output: str = option("eval", "folder for the results; only `eval` gets a report")
 
     def __post_init__(self):
-        if safe_name(self.output, "--output") in (*FOLDERS, "continued", "figures"):
+        if safe_name(self.output, "--output") in FOLDERS:
             raise UserError(f"--output {self.output} is another stage's folder: try validation")
         for name in ("runs", "batch_size", "max_new_tokens", "temperature"):
             if getattr(self, name) <= 0:
@@ -104,7 +105,7 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
         now.use(lora)
         trained = {} if name == "backbone" else adapters.read_info(run / name)
         if trained.get("template_hash", now.template_hash) != now.template_hash:
-            bar.write(f"warning: {name} was trained with another prompt template")
+            accelerator.print(f"warning: {name} was trained with another prompt template")
         # `runs` answers to every problem, scored.
         for task in left:
             began = time.perf_counter()

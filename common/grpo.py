@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-LOG_RATIO = 20.0  # log-ratios are clamped to +- this, as in verl; e^20 is far outside of any clip
+LOG_RATIO = 20.0  # log-ratios are clamped to +- this against overflow, as in verl
 
 
 def centred_scores(scores: torch.Tensor) -> torch.Tensor:
@@ -87,21 +87,20 @@ def clipped_loss(logprobs, old_logprobs, advantages, weights, clip_low: float, c
     share of tokens where the clip acts.
     """
     ratio = torch.exp((logprobs - old_logprobs).clamp(-LOG_RATIO, LOG_RATIO))  # r_t
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
-    acts = (clipped * advantages < ratio * advantages).float()
-    return -(weights * surrogate).sum(), (weights * acts).sum().detach()
+    free, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    acts = (clipped < free).float()
+    return -(weights * torch.minimum(free, clipped)).sum(), (weights * acts).sum().detach()
 
 
 def k3_kl(logprobs, reference_logprobs, weights):
     """Eq. 1's D_KL by Schulman's k3: sum_t w_t (exp(d_t) - d_t - 1), d = reference - logp."""
-    # Clamped as in verl. In the scanned paper the term is inside min; this is the usual place.
+    # Clamped as in verl. The paper prints the term inside of min(); this is its usual place.
     gap = (reference_logprobs - logprobs).clamp(-LOG_RATIO, LOG_RATIO)
-    return (weights * (gap.exp() - gap - 1).clamp(-10, 10)).sum()
+    return (weights * (gap.exp() - gap - 1).clamp_max(10)).sum()
 
 
 def rollout_correction(old_logprobs, engine_logprobs, cap: float):
-    """min(pi_trainer / pi_engine, cap), [tokens]: truncated importance sampling of Yao, 2025."""
+    """min(pi_trainer / pi_engine, cap), [tokens]: truncated importance sampling (Yao 2025)."""
     return torch.exp(old_logprobs - engine_logprobs).clamp_max(cap)
 
 
@@ -114,7 +113,7 @@ def micro_batches(lengths: dict[int, int], budget: int, at_least: int = 1) -> li
     [[1, 2], [0], [3]]
     """
     parts: list[list[int]] = []
-    for i in sorted(lengths, key=lengths.__getitem__):
+    for i in sorted(lengths, key=lengths.get):
         if parts and lengths[i] * (len(parts[-1]) + 1) <= budget:
             parts[-1].append(i)
         else:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 HIDDEN = 256  # as in the official code
+ROLES = ("global", "local", "target")
 SIDES = ("u", "sigma", "v")
 
 
@@ -29,7 +30,7 @@ class Recipe:
     align: bool
     scale_sigma: bool
     learning_rate: float
-    epochs: int = 1000  # full-batch steps of AdamW (torch's defaults), cosine to a tenth
+    epochs: int = 1000  # full-batch steps of AdamW (torch's defaults), its rate falls to a tenth
     inputs: tuple[str, ...] = ("global", "local")  # what the network sees (Table 5 leaves one out)
 
 
@@ -56,7 +57,7 @@ class TrajectoryPredictor(nn.Module):
         self.decode = block(len(inputs) * d, d)
 
     def forward(self, s_global: torch.Tensor, s_local: torch.Tensor) -> torch.Tensor:
-        """s_global, s_local [..., d] -> predicted s_target [..., d]. Without an encoder: unseen."""
+        """s_global, s_local [..., d] -> s_target [..., d], predicted. Without encoder: unused."""
         pairs = ((self.encode_global, s_global), (self.encode_local, s_local))
         hidden = [encode(s) for encode, s in pairs if encode is not None]
         return self.decode(torch.cat(hidden, -1))
@@ -92,13 +93,10 @@ def stack_families(trajectory, units: dict) -> dict[str, tuple[torch.Tensor, ...
     for module, roles in trajectory.deltas.items():
         count = len(roles["target"].sigma)
         for side in ("u", "v", "sigma"):
-            rows = [vectors(roles[r], side, units[module])[:count] for r in ("global", "local")]
-            rows.append(vectors(roles["target"], side, units[module]))
+            rows = [vectors(roles[r], side, units[module])[:count] for r in ROLES]
             members[family(side, rows[0])].append(rows)
-    found = {}
-    for name, rows in members.items():
-        found[name] = tuple(torch.stack(parts, 1) for parts in zip(*rows, strict=True))
-    return found
+    stacked = {name: zip(*rows, strict=True) for name, rows in members.items()}
+    return {name: tuple(torch.stack(p, 1) for p in parts) for name, parts in stacked.items()}
 
 
 class Trained(NamedTuple):
@@ -106,7 +104,7 @@ class Trained(NamedTuple):
 
     models: dict[str, TrajectoryPredictor]
     losses: dict[str, list[float]]  # Eq. 9 by epoch
-    zeros: dict[str, float]  # Eq. 9 of a predictor that says 0
+    zeros: dict[str, float]  # Eq. 9 if the prediction were 0
 
 
 def train(trajectory, recipe: Recipe, seed: int, tick: Callable[[], None]) -> Trained:
@@ -120,7 +118,7 @@ def train(trajectory, recipe: Recipe, seed: int, tick: Callable[[], None]) -> Tr
 
 
 def train_family(data: tuple[torch.Tensor, ...], recipe: Recipe, seed: int, tick=lambda: None):
-    """Eq. 9 on one family (global, local, target), [c, l, d] each: the predictor, and the loss of
+    """Eq. 9 on one family (global, local, target), [c - k, l, d] each: the predictor, the loss of
     every epoch: sum over vectors and entries of |pi(s_G, s_L) - s_T|, mean over checkpoints.
 
     Full-batch AdamW from torch's uniform initialisation (Alg. 1).

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 ROLES = ("global", "local", "target")
-MAX_ERROR = 1e-9  # of sigma_1, relative; above it the exact way is taken
+MAX_ERROR = 1e-9  # the largest relative error of sigma_1; above it the exact way is taken
 KEEP, SPARE, ROUNDS = 64, 8, 16  # dense matrices: sigmas kept, spare columns, rounds
 
 
@@ -43,7 +43,7 @@ class LowRank:
 
     @functools.cached_property
     def grams(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """L^T L and R R^T [q, q] of a checkpoint, computed once, and of a difference of two."""
+        """(L^T L, R R^T), [q, q] each, of a checkpoint or the difference of two; else None."""
         if len(self.terms) == 1:
             _, left, right, _ = self.terms[0]
             return left.mT @ left, right @ right.mT
@@ -51,7 +51,7 @@ class LowRank:
     def __add__(self, other):
         if isinstance(other, torch.Tensor):
             return other + self.dense().to(other)
-        return self._of(self.terms + other.terms) if other.terms else self
+        return self._of(self.terms + other.terms) if other.terms else self  # which keeps its grams
 
     def __radd__(self, other):
         return self + other if isinstance(other, torch.Tensor) else self  # sum() begins with 0
@@ -169,8 +169,8 @@ def top_of_grams(gram: torch.Tensor, other: torch.Tensor):
 
 
 def top_of_dense(matrix: torch.Tensor) -> Top:
-    """Of a whole model's delta [m, n] in fp32, with KEEP singular values: subspace iteration from a
-    seeded start (Halko, Martinsson & Tropp 2011, Sec. 4.4)."""
+    """`top` of a whole model's delta [m, n] in fp32, with KEEP singular values: subspace iteration
+    from a seeded start (Halko, Martinsson & Tropp 2011, Algorithm 4.4)."""
     width, generator = min(KEEP + SPARE, *matrix.shape), torch.Generator().manual_seed(0)
     right = torch.randn(matrix.shape[1], width, generator=generator)
     for _ in range(ROUNDS):

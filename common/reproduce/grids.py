@@ -11,6 +11,7 @@ from common.reproduce.plans import ALPHA, Job, Plan, at_rate
 from common.reproduce.results import MAIN_ALPHA
 
 OTHER_K, OTHER_RANKS, FEWER_CHECKPOINTS = (2, 8), (4, 64), 8  # beside the preset's own
+SECOND = "second"  # the run with a second jump
 LOOP_ROUNDS, LOOP_CHECKPOINTS = 5, 5  # of RL-Extra's loop: rounds, and checkpoints in each
 SIDE_SEEDS = 3  # of other algorithms, other ranks and RL-Extra's loop, to save time
 SWEEP_SEEDS = 2  # of rates with GRPO alone in `learning-rate`
@@ -57,6 +58,8 @@ def by_rate(plan: Plan, seeds: list[int], choose: bool) -> None:
     parts = ["grid", "validation" if wanted["validation_data"] else ""]
     for rate, seed in itertools.product(whole, seeds if not choose else []):
         at_rate(plan, rate, f"seed{seed}/", f"--seed {seed}", parts)
+    for rate, seed in itertools.product(wanted["rates"][:1], seeds if not choose else []):
+        second_jump(plan, rate, seed)
     ends = sorted({plan.prefix, plan.prefix + plan.more, plan.reference})
     values = {"policies": " ".join(f"train/step_{end:04d}" for end in ends)}
     problems = shlex.quote(wanted["validation_data"].replace("{run_dir}", plan.root))
@@ -66,6 +69,17 @@ def by_rate(plan: Plan, seeds: list[int], choose: bool) -> None:
         flags = {"rate": f"--learning-rate {rate}" if rate else "", "seed": f"--seed {seed}"}
         run = f"seed{seed}/rate{rate}" if rate else f"seed{seed}/lora"
         plan.add("plain", run, **flags, **values)
+
+
+def second_jump(plan: Plan, rate: str, seed: int) -> None:
+    """Half of the RL after the jump, ten checkpoints of it, another jump, and the other half."""
+    first, start = f"seed{seed}/rate{rate}", f"next-aligned_alpha{ALPHA}"
+    plan.add("first", first)
+    values = {"half": plan.more // 2, "every": max(1, plan.more // 20), "starts": [start, "none"]}
+    values |= {"model": shlex.quote(f"{plan.root}/{first}/merged/{start}")}
+    values["before"] = f"{first} 04 merged"
+    flags = {"rate": f"--learning-rate {rate}", "seed": f"--seed {seed + 1000}"}
+    plan.add("second", f"seed{seed}/{SECOND}", **flags, **values)
 
 
 def main_run(plan: Plan, seed: int, everything: bool) -> None:

@@ -2,6 +2,7 @@
 
 import matplotlib.pyplot as plt
 
+from common.reproduce import grids
 from common.reproduce.curves import CURVES, legend_below, series
 from common.reproduce.estimates import rank_correlation
 from common.reproduce.results import MAIN_ALPHA, label_of
@@ -97,6 +98,12 @@ def gains(runs: Runs, found: dict[float, str]) -> list[str]:
             other = next((n for r, n in found.items() if abs(r / rate / times - 1) < 0.01), "")
             row.append(compared(runs, total, other, (total, name))[1])
         late += [row] if {*row[1:]} - {"–"} else []
+    for r in runs.some(grids.SECOND).values():
+        found_at = at.get(r.trained["learning_rate"])
+        gap = compared(runs, r.policy, grids.SECOND, (total, found_at))[1]
+        label = f"{label_of(DEFAULT)}, merged; after {r.steps // 2} steps "
+        label += "no other jump" if r.method == "none" else "another jump"
+        late.append([label, *(gap if name == found_at else "–" for name in at.values())])
     swept = [r for r in runs.some().values() if r.jumped and r.alpha and r.method in BY_ALPHA]
     far = []
     for r in sorted(swept, key=lambda r: (place(r), r.alpha)):

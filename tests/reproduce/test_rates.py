@@ -73,6 +73,22 @@ def test_every_gain_is_over_the_same_rate_but_for_the_controls_at_a_larger_one(d
     assert numbers(late, "GRPO at four times the rate") == ["+35.0", "–"]
 
 
+def test_a_second_jump_is_compared_with_grpo_at_its_own_rate(tmp_path):
+    for seed in (0, 1):
+        top = tmp_path / f"seed{seed}"
+        run_at(top / "lora", 0.001, (40, 60, 70), 42, 61)
+        run_at(top / "rate0.0005", 0.0005, (10, 20, 30), 15, 26)
+        for start, right in (("next-aligned_alpha1.5", 27), ("none", 24)):
+            policy = f"continued/{start}/step_0002"
+            record(top / "second", policy, share(right + seed), 2)
+            path = (top / "second" / policy).parent / "config.json"
+            write.write_json(path, {"config": {"learning_rate": 0.0005}, "inputs": {}})
+    text = rates.page(runs.Runs(tmp_path, [0, 1]))
+    merged = "NExt, aligned recipe, merged; after 1 steps"
+    assert numbers(text, f"{merged} another jump") == ["+7.5", "–"]
+    assert numbers(text, f"{merged} no other jump") == ["+4.5", "–"]
+
+
 def test_the_page_of_one_rate_says_nothing_of_rates(tmp_path):
     run_at(tmp_path, 0.001, (40, 60, 70), 42, 61)
     assert rates.page(runs.Runs(tmp_path)) == ""
@@ -183,7 +199,7 @@ def test_a_rate_is_chosen_on_validation_problems_and_measured_on_test_problems()
     assert all(line.endswith("--output validation") for line in chosen)
     for seed, alone in ((0, 6), (1, 6), (2, 0)):  # of GRPO alone: fewer seeds
         own = [line for line in lines if f"/seed{seed}/" in line and " 01_" in line]
-        assert len(own) == 6 + alone
+        assert len(own) == 6 + alone + 1  # the last after a jump
 
 
 def test_the_paper_can_be_run_at_four_learning_rates_and_nothing_is_chosen_on_its_test_sets():
