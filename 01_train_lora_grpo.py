@@ -104,7 +104,7 @@ def loss_of(run: Run, batch: Batch, part: list[int], weights: dict[int, torch.Te
     """What the sequences `part` add to the loss of an update and to the share of clipped tokens."""
     cfg = run.cfg
     with run.accelerator.autocast():
-        logprobs, _ = policy.token_logprobs(run.model, *batch.tokens(part), cfg.temperature)
+        logprobs = policy.token_logprobs(run.model, *batch.tokens(part), cfg.temperature)
     columns = (weights, batch.old, batch.advantage)
     weight, old, advantage = (torch.cat([c[i] for i in part]).to(logprobs.device) for c in columns)
     if cfg.importance_cap:
@@ -130,7 +130,7 @@ def train(run: Run, folder: pathlib.Path, first_step: int) -> None:
         timer = metrics.Timer()
         # Rollouts by the policy as it is, and their rewards.
         batch = sample(run, step, timer)
-        # log pi_old of every sampled token, recomputed by the trainer; fills in batch.old.
+        # log pi_old of every sampled token, by the trainer; fills in batch.old.
         with timer("logprob"):
             scored = training.score(run, batch)
         batch.advantage = advantages(run, batch)  # Eq. 2

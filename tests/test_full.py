@@ -87,7 +87,7 @@ def test_logprobs_and_gradients_of_all_parameters_equal_a_plain_forward_pass(bac
     )
     found = []
     for values in (
-        lambda: policy.token_logprobs(model, prompts, completions, 0.7)[0],
+        lambda: policy.token_logprobs(model, prompts, completions, 0.7),
         lambda: torch.cat(
             [plain_logprobs(model, p, c, 0.7) for p, c in zip(prompts, completions, strict=True)]
         ),

@@ -860,7 +860,7 @@ class Canned:
 
     def generate(self, prompts, seeds, max_new_tokens, temperature):
         with torch.no_grad():
-            logprobs, _ = policy.token_logprobs(
+            logprobs = policy.token_logprobs(
                 self.model, prompts, [self.tokens] * len(prompts), temperature
             )
         rows = logprobs.split(len(self.tokens))

@@ -150,12 +150,12 @@ def merged(policy):
             layer.base_layer.weight.data = weight
 
 
-def token_logprobs(policy, prompts, completions, temperature: float, with_entropy=False):
-    """log pi (nats, fp32) of every token of the completions, at the sampling temperature.
+def token_logprobs(policy, prompts, completions, temperature: float) -> torch.Tensor:
+    """log pi (nats, fp32) of every token of the completions [tokens], at the sampling temperature.
 
-    prompts, completions: token ids, a list a sequence. Returns (logprobs, entropies), [tokens];
-    entropies is None unless asked for. The head runs on chunks that the backward pass runs again:
-    no [batch, time, vocabulary] exists. Padding is on the right, where attention never looks.
+    prompts, completions: token ids, a list a sequence. The head runs on chunks that the backward
+    pass runs again: no [batch, time, vocabulary] exists. Padding is on the right, where attention
+    never looks.
     """
     model, device = base_model(policy), policy.device
     rows = [p + c for p, c in zip(prompts, completions, strict=True)]
@@ -168,12 +168,9 @@ def token_logprobs(policy, prompts, completions, temperature: float, with_entrop
     targets, head = ids[row, column + 1], model.get_output_embeddings()
     parts = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
     run = functools.partial(checkpoint, _head, head, use_reentrant=False)
-    found = [run(*part, temperature, with_entropy) for part in parts]
-    logprobs, entropies = zip(*found, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies) if with_entropy else None
+    return torch.cat([run(*part, temperature) for part in parts])
 
 
-def _head(head, hidden, targets, temperature, with_entropy):
+def _head(head, hidden, targets, temperature):
     logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # [tokens, vocabulary]
-    entropy = -(logprobs.exp() * logprobs).sum(-1) if with_entropy else None
-    return logprobs.gather(1, targets[:, None])[:, 0], entropy
+    return logprobs.gather(1, targets[:, None])[:, 0]

@@ -12,10 +12,10 @@ import pathlib
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
+from transformers import DynamicCache, TopPLogitsWarper
 
 from common import UserError
-from common.rl.policy import is_sharded, load_lora, merged
+from common.rl.policy import base_model, is_sharded, load_lora, merged
 
 # Of vLLM: memory and speed; nothing that names code or weights.
 VLLM_OPTIONS = (
@@ -83,41 +83,29 @@ def make_engine(cfg, model, tokenizer, path: str, lora_rank: int, batch_size: in
     return vllm_engine.VLLMEngine(model, tokenizer, path, longest, lora_rank, options)
 
 
-class _SeededSampler(LogitsProcessor):
-    """Draws inside the logits chain: the inverse CDF at one uniform number a (sequence, position).
+def draw(logits: torch.Tensor, uniform: torch.Tensor, top_p: float):
+    """A token of each row and its log-probability: the inverse CDF at a uniform number, [rows].
 
-    It returns scores in which only the drawn token is finite, so greedy `generate` takes it.
+    logits: [rows, vocabulary], at the sampling temperature.
     """
-
-    def __init__(self, seeds, length: int, temperature: float, top_p: float, device):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        draws = [torch.rand(length, generator=g, dtype=torch.float64) for g in generators]
-        self.uniform = torch.stack(draws).to(device)  # [sequences, length]
-        self.temperature = temperature
-        self.warper = TopPLogitsWarper(top_p) if top_p < 1 else None
-        self.logprobs = []  # [sequences] a position
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores = scores.float() / self.temperature  # [sequences, vocabulary]
-        if self.warper:
-            scores = self.warper(input_ids, scores)
-        logprobs = scores.log_softmax(-1)
-        cdf = logprobs.double().exp().cumsum(-1)
-        target = self.uniform[:, len(self.logprobs), None] * cdf[:, -1:]  # its total is nearly 1
-        token = torch.searchsorted(cdf, target, right=True).clamp_max(scores.shape[-1] - 1)
-        self.logprobs.append(logprobs.gather(1, token)[:, 0])
-        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+    if top_p < 1:
+        logits = TopPLogitsWarper(top_p)(None, logits)
+    logprobs = logits.log_softmax(-1)
+    cdf = logprobs.double().exp().cumsum(-1)
+    target = uniform[:, None] * cdf[:, -1:]  # its total is nearly 1
+    token = torch.searchsorted(cdf, target, right=True).clamp_max(logits.shape[-1] - 1)
+    return token[:, 0], logprobs.gather(1, token)[:, 0]
 
 
 class HFEngine:
-    """`transformers.generate` on the very model that is trained: for small models, and to teach."""
+    """Samples from the very model that is trained: for small models, and to teach."""
 
     def __init__(self, policy, tokenizer, batch_size: int = 512):
         self.policy, self.batch_size = policy, batch_size
+        dtypes = {parameter.dtype for parameter in policy.parameters()}
+        self.is_exact = dtypes == {torch.float32} and not is_sharded(policy)
         self.ends = end_tokens(policy, tokenizer)
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.ends[0]
-        # The backbone's sampling defaults (Qwen2.5 has a repetition penalty) would mix into ours.
-        policy.generation_config = GenerationConfig(eos_token_id=self.ends, pad_token_id=self.pad)
 
     def sync(self, policy) -> None:
         """Nothing to do: the policy is the model that is sampled from."""
@@ -137,9 +125,8 @@ class HFEngine:
         with torch.no_grad(), merged(self.policy):
             for start in range(0, len(prompts), self.batch_size):
                 rows = by_length[start : start + self.batch_size]
-                draw = (max_new_tokens, temperature, top_p, self.policy.device)
-                sampler = _SeededSampler([seeds[i] for i in rows], *draw)
-                found = self._generate([prompts[i] for i in rows], sampler)
+                asked = [prompts[i] for i in rows], [seeds[i] for i in rows]
+                found = self._generate(*asked, max_new_tokens, temperature, top_p)
                 rollouts |= zip(rows, found, strict=True)
         self.policy.train(was_training)
         return [rollouts[i] for i in range(len(prompts))]
@@ -148,22 +135,38 @@ class HFEngine:
         """Lets go of the model, so that another can take its memory."""
         self.policy = None
 
-    def _generate(self, prompts: list[list[int]], sampler: _SeededSampler) -> list[Rollout]:
+    def _generate(self, prompts, seeds, length, temperature, top_p) -> list[Rollout]:
         device, width = self.policy.device, max(map(len, prompts))
-        ids = [[self.pad] * (width - len(p)) + p for p in prompts]  # padded on the left
+        # Padded on the left: all go on in the same column.
+        ids = [[self.pad] * (width - len(p)) + p for p in prompts]
         mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
-        output = self.policy.generate(
-            input_ids=torch.tensor(ids, device=device),
-            attention_mask=torch.tensor(mask, device=device),
-            max_new_tokens=sampler.uniform.shape[1],
-            do_sample=False,
-            logits_processor=LogitsProcessorList([sampler]),
-            synced_gpus=is_sharded(self.policy),  # who is done goes on computing for the others
-        )[:, width:]  # [sequences, new tokens]
-        is_end = torch.isin(output, torch.tensor(self.ends, device=device))
+        ids, mask = (torch.tensor(x, device=device) for x in (ids, mask))
+        position = (mask.cumsum(1) - 1).clamp_min(0)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        uniform = [torch.rand(length, generator=g, dtype=torch.float64) for g in generators]
+        uniform = torch.stack(uniform).to(device)  # [sequences, length]
+        tokens = torch.full(uniform.shape, self.pad, device=device)
+        logprobs = torch.zeros(uniform.shape, device=device)
+        model, ends = base_model(self.policy), torch.tensor(self.ends, device=device)
+        cache, rows = DynamicCache(config=model.config), torch.arange(len(prompts), device=device)
+        for t in range(length):
+            seen = {"attention_mask": mask, "position_ids": position, "past_key_values": cache}
+            logits = model(input_ids=ids, **seen, use_cache=True, logits_to_keep=1).logits[:, -1]
+            token, logprob = draw(logits.float() / temperature, uniform[rows, t], top_p)
+            tokens[rows, t], logprobs[rows, t] = token, logprob
+            ids, position = token[:, None], position[:, -1:] + 1
+            mask = torch.cat([mask, torch.ones_like(ids)], 1)
+            going = ~torch.isin(token, ends)
+            if is_sharded(self.policy) or going.all():
+                continue  # the processes of a sharded model run it in step: none stops early
+            if not going.any():
+                break
+            # What has ended leaves the batch.
+            ids, position, mask, rows = (x[going] for x in (ids, position, mask, rows))
+            cache.batch_select_indices(going)
+        is_end = torch.isin(tokens, ends)
         finished = is_end.any(1)
-        lengths = torch.where(finished, is_end.int().argmax(1) + 1, output.shape[1])
-        logprobs = torch.stack(sampler.logprobs, 1)  # [sequences, new tokens]
-        columns = (output.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist())
-        rows = zip(*columns, strict=True)
-        return [Rollout(tokens[:n], logps[:n], done) for tokens, logps, n, done in rows]
+        lengths = torch.where(finished, is_end.int().argmax(1) + 1, length)
+        columns = (tokens.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist())
+        found = zip(*columns, strict=True)
+        return [Rollout(ids[:n], logps[:n], done) for ids, logps, n, done in found]

@@ -147,21 +147,29 @@ def micro_batches(run: Run, batch: Batch, sequences: list[int]) -> list[list[int
 
 @torch.no_grad()
 def score(run: Run, batch: Batch) -> dict:
-    """log pi_old by the trainer, and log pi_backbone if KL counts. Returns sums for the metrics."""
+    """log pi_old by the trainer, and log pi_backbone if KL counts. Returns sums for the metrics.
+
+    hf in fp32 samples from the trainer's own model: its log-probabilities are these, but for
+    rounding, and are not computed again.
+    """
     cfg, count = run.cfg, len(batch.completions)
+    exact = run.engine.is_exact and run.accelerator.mixed_precision == "no"
     batch.old, batch.reference = [None] * count, [None] * count
     sums = {"entropy": 0.0, "gap": 0.0, "gap_max": 0.0, "kl": 0.0}
     for part in micro_batches(run, batch, [*range(count)]):
         tokens, lengths = batch.tokens(part), [len(batch.completions[i]) for i in part]
+        by_engine = torch.cat([batch.engine[i] for i in part])
         with run.accelerator.autocast():
-            old, entropy = policy.token_logprobs(run.model, *tokens, cfg.temperature, True)
+            old = by_engine
+            if not exact:
+                old = policy.token_logprobs(run.model, *tokens, cfg.temperature)
             reference = old  # [tokens]
             if cfg.kl_coef:
                 backbone = run.frozen or run.model
                 with contextlib.nullcontext() if run.frozen else run.model.disable_adapter():
-                    reference, _ = policy.token_logprobs(backbone, *tokens, cfg.temperature)
-        gap = (old - torch.cat([batch.engine[i] for i in part])).abs()
-        sums["entropy"] += entropy.sum().item()
+                    reference = policy.token_logprobs(backbone, *tokens, cfg.temperature)
+        gap = (old - by_engine).abs()
+        sums["entropy"] -= old.sum().item()  # sampled from pi_old: -log pi_old is unbiased
         sums["gap"] += gap.sum().item()
         sums["gap_max"] = max(sums["gap_max"], gap.max().item())
         sums["kl"] += (old - reference).sum().item()

@@ -45,6 +45,8 @@ class VLLMEngine:
     the backbone's dtype; it is never rounded into the weights. Any other policy travels whole.
     """
 
+    is_exact = False  # its kernels round otherwise than the trainer's
+
     def __init__(self, model, tokenizer, path: str, max_tokens: int, lora_rank: int, options: dict):
         """`model` gives dtype and end tokens and is not kept; else see `rollout.make_engine`."""
         self.ends, self.ram = end_tokens(model, tokenizer), RamDisk()

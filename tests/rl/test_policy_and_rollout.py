@@ -19,9 +19,7 @@ def test_token_logprobs_equal_a_plain_forward_pass(lora_policy, temperature, mon
         encode(tokenizer, PROMPTS),
         encode(tokenizer, ["3+9+0=12<|end|>", "\\boxed{19}<|end|>", "8"]),
     )
-    logprobs, entropy = policy.token_logprobs(
-        model, prompts, completions, temperature, with_entropy=True
-    )
+    logprobs = policy.token_logprobs(model, prompts, completions, temperature)
     expected = torch.cat(
         [
             plain_logprobs(model, p, c, temperature)
@@ -29,8 +27,6 @@ def test_token_logprobs_equal_a_plain_forward_pass(lora_policy, temperature, mon
         ]
     )
     torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
-    assert len(entropy) == sum(map(len, completions))
-    assert entropy.min() > 0
 
 
 def test_gradients_equal_a_plain_forward_pass(lora_policy, monkeypatch):
@@ -42,7 +38,7 @@ def test_gradients_equal_a_plain_forward_pass(lora_policy, monkeypatch):
     )
     gradients = []
     for values in (
-        lambda: policy.token_logprobs(model, prompts, completions, 1.0)[0],
+        lambda: policy.token_logprobs(model, prompts, completions, 1.0),
         lambda: torch.cat(
             [plain_logprobs(model, p, c, 1.0) for p, c in zip(prompts, completions, strict=True)]
         ),
@@ -66,7 +62,7 @@ def test_gradient_checkpointing_runs_layers_twice_and_changes_nothing(lora_polic
     )
     for _ in range(2):
         model.zero_grad()
-        policy.token_logprobs(model, prompts, completions, 1.0)[0].sum().backward()
+        policy.token_logprobs(model, prompts, completions, 1.0).sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
         policy.checkpoint_gradients(model)
     assert len(runs) == 1 + 2
@@ -77,7 +73,7 @@ def test_gradient_checkpointing_runs_layers_twice_and_changes_nothing(lora_polic
 def test_the_end_token_gets_a_gradient(lora_policy):
     model, tokenizer = lora_policy
     prompt, completion = encode(tokenizer, [PROMPTS[0]]), encode(tokenizer, ["\\boxed{6}<|end|>"])
-    logprobs, _ = policy.token_logprobs(model, prompt, completion, 1.0)
+    logprobs = policy.token_logprobs(model, prompt, completion, 1.0)
     assert completion[0][-1] == tokenizer.eos_token_id
     logprobs[-1].backward()
     assert any(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
@@ -93,13 +89,25 @@ def test_sampled_logprobs_equal_the_trainers(lora_policy):
     model, tokenizer = lora_policy
     texts = PROMPTS[:2] * 8
     rollouts = sample(model, tokenizer, texts, list(range(16)))
-    trainer, _ = policy.token_logprobs(
+    trainer = policy.token_logprobs(
         model, encode(tokenizer, texts), [r.tokens for r in rollouts], 0.9
     )
     engine = torch.tensor([x for r in rollouts for x in r.logprobs])
     assert (trainer - engine).abs().max() < 2e-5
     assert (trainer - engine).abs().mean() < 2e-6
     assert {len(r.tokens) for r in rollouts} != {40}  # some ended by themselves
+
+
+def test_at_a_low_temperature_the_tokens_are_those_of_greedy_generate(lora_policy):
+    """Prompts of several lengths, responses that end at several places: the loop's own oracle."""
+    model, tokenizer = lora_policy
+    prompts = encode(tokenizer, [*PROMPTS, "7+8"])
+    ours = rollout.HFEngine(model, tokenizer).generate(prompts, range(4), 40, temperature=1e-6)
+    assert len({len(response.tokens) for response in ours}) > 1
+    for prompt, response in zip(prompts, ours, strict=True):
+        ids = torch.tensor([prompt])
+        theirs = model.generate(input_ids=ids, max_new_tokens=40, do_sample=False)
+        assert response.tokens == theirs[0, len(prompt) :].tolist()
 
 
 def test_what_is_sampled_does_not_depend_on_the_batch(lora_policy):
@@ -218,9 +226,9 @@ def test_dropout_of_another_trainers_adapter_is_off(lora_policy, tmp_path, backb
     assert "theirs: lora_dropout is set to 0" in capsys.readouterr().err
     loaded.train()
     prompts, completions = encode(tokenizer, PROMPTS[:1]), encode(tokenizer, ["3+9+0=12<|end|>"])
-    found, again = (policy.token_logprobs(loaded, prompts, completions, 1.0)[0] for _ in range(2))
+    found, again = (policy.token_logprobs(loaded, prompts, completions, 1.0) for _ in range(2))
     assert torch.equal(found, again)
-    assert torch.equal(found, policy.token_logprobs(model, prompts, completions, 1.0)[0])
+    assert torch.equal(found, policy.token_logprobs(model, prompts, completions, 1.0))
 
 
 def test_the_seed_of_a_problem_that_comes_again_in_a_step_is_another():

@@ -54,7 +54,7 @@ def sample(engine, tokenizer, seed: int = 0) -> list[rollout.Rollout]:
 
 def gap(model, tokenizer, rollouts) -> float:
     """The largest |log-prob by engine - log-prob by trainer| over all sampled tokens."""
-    trainer, _ = policy.token_logprobs(
+    trainer = policy.token_logprobs(
         model, prompts(tokenizer), [r.tokens for r in rollouts], TEMPERATURE
     )
     return (trainer - torch.tensor([x for r in rollouts for x in r.logprobs])).abs().max().item()
