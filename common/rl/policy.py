@@ -143,11 +143,12 @@ def merged(policy):
     try:
         for layer, weight in frozen.items():
             layer.base_layer.weight.data = weight + layer.get_delta_weight("default")
-        with policy.disable_adapter():
-            yield
+            layer.enable_adapters(False)
+        yield
     finally:
         for layer, weight in frozen.items():
             layer.base_layer.weight.data = weight
+            layer.enable_adapters(True)
 
 
 def token_logprobs(policy, prompts, completions, temperature: float) -> torch.Tensor:
