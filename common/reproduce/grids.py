@@ -14,7 +14,7 @@ OTHER_K, OTHER_RANKS, FEWER_CHECKPOINTS = (2, 8), (4, 64), 8  # beside the prese
 SECOND = "second"  # the run with a second jump
 LOOP_ROUNDS, LOOP_CHECKPOINTS = 5, 5  # of RL-Extra's loop: rounds, and checkpoints in each
 SIDE_SEEDS = 3  # of other algorithms, other ranks and RL-Extra's loop, to save time
-SWEEP_SEEDS = 2  # of rates with GRPO alone in `learning-rate`
+SWEEP_SEEDS = 2  # of the rates of `sweep` in `learning-rate`
 GRIDS = ("main", "tables", "rl-extra", "learning-rate", "sweep")
 
 
@@ -22,7 +22,7 @@ def grid(kind: str, preset_name: str, preset: dict, root: str, seeds: list[int])
     """`main`: what the preset does, for several seeds. `tables`: everything, the main rows first.
 
     `rl-extra`: RL-Extra's alternating loop alone, which is a part of `tables`. `learning-rate`:
-    jumps at the preset's rate and its `rates`, and plain GRPO at those of its `sweep`. `sweep`:
+    everything at the preset's rate and its `rates`, jumps alone at those of its `sweep`. `sweep`:
     plain GRPO at all of them, measured on validation problems: to choose a rate.
     """
     plan, everything = Plan(preset_name, preset, root), kind == "tables"
@@ -62,13 +62,14 @@ def by_rate(plan: Plan, seeds: list[int], choose: bool) -> None:
         second_jump(plan, rate, seed)
     ends = sorted({plan.prefix, plan.prefix + plan.more, plan.reference})
     values = {"policies": " ".join(f"train/step_{end:04d}" for end in ends)}
+    values["policies"] += "" if choose else " 'extrapolated/*'"
     problems = shlex.quote(wanted["validation_data"].replace("{run_dir}", plan.root))
     values["measured_on"] = f"--test-data {problems}" if choose else ""
     alone = wanted["sweep"] + (whole if choose else [])
     for rate, seed in itertools.product(alone, seeds if choose else seeds[:SWEEP_SEEDS]):
         flags = {"rate": f"--learning-rate {rate}" if rate else "", "seed": f"--seed {seed}"}
         run = f"seed{seed}/rate{rate}" if rate else f"seed{seed}/lora"
-        plan.add("plain", run, **flags, **values)
+        plan.add("plain", run, [] if choose else ["jumps"], **flags, **values)
 
 
 def second_jump(plan: Plan, rate: str, seed: int) -> None:

@@ -25,8 +25,8 @@ def rates(runs: Runs) -> dict[float, str]:
 
 
 def columns(runs: Runs) -> dict[float, str]:
-    """Learning rate -> the run, of those runs that have jumps."""
-    return {r: n for r, n in rates(runs).items() if runs.get(policy_of(runs, DEFAULT), n)}
+    """Learning rate -> the run, of those runs that have RL after a jump."""
+    return {r: n for r, n in rates(runs).items() if runs.get(runs.after(folder(DEFAULT)), n)}
 
 
 def jumped(runs: Runs) -> list[str]:
@@ -81,7 +81,7 @@ def levels(runs: Runs, found: dict[float, str]) -> str:
 
 
 def gains(runs: Runs, found: dict[float, str]) -> list[str]:
-    """The gain of every jump at once, and after more RL; a column a rate that has jumps."""
+    """The gain of every jump at once, and after more RL; a column a rate that has both."""
     at = columns(runs)
     before, total, after, late = runs.step(runs.prefix), runs.step(runs.total), [], []
     for method in jumped(runs):
@@ -120,8 +120,10 @@ def gains(runs: Runs, found: dict[float, str]) -> list[str]:
 def points(runs: Runs, method: str, later: bool = False) -> list[tuple[float, float]]:
     """(cosine of stage 3's backtest, points that the jump gains) of every run that has both.
 
-    later: what is gained after more RL, not right after the jump.
+    later: what is gained after more RL, not right after the jump. A run that training has left
+    below the backbone says nothing of jumps.
     """
+    base = max((r.accuracy for r in runs.get("backbone").values()), default=0.0)
     end, step = policy_of(runs, method), runs.prefix
     if later:
         end, step = runs.after(folder(method)), runs.total
@@ -129,7 +131,8 @@ def points(runs: Runs, method: str, later: bool = False) -> list[tuple[float, fl
     for name in rates(runs).values():
         cosines = runs.cosines(method, name)
         pairs = runs.pairs(end, runs.step(step), name)
-        gained = {seed: 100 * (a.accuracy - b.accuracy) for seed, (a, b) in pairs.items()}
+        pairs = {seed: (a.accuracy, b.accuracy) for seed, (a, b) in pairs.items()}
+        gained = {seed: 100 * (a - b) for seed, (a, b) in pairs.items() if b >= base}
         found += [(cosines[seed], gained[seed]) for seed in cosines if seed in gained]
     return found
 
@@ -176,9 +179,9 @@ def wide(axis) -> None:
 
 def gain(runs: Runs):
     """The gain by rate, a line a method with a colour: right after the jump, and after more RL."""
-    found = columns(runs)
-    if len(found) < 2:
+    if len(columns(runs)) < 2:
         return None
+    found = rates(runs)
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     ends = {r.method: r.policy for r in runs.some().values() if r.policy.startswith("continued/")}
     jumps = {method: policy_of(runs, method) for method in jumped(runs)}

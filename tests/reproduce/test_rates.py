@@ -147,6 +147,14 @@ def test_a_cosine_stands_beside_the_gain_of_its_own_run_and_method(tmp_path):
     assert "figures/rates_cosine.png" in report.page(found, "made by a test")
 
 
+def test_a_run_that_training_broke_says_nothing_of_jumps(tmp_path):
+    record(tmp_path, "backbone", share(10), 0)
+    for folder, rate, before in ((tmp_path, 0.001, 40), (tmp_path / "rate0.004", 0.004, 5)):
+        run_at(folder, rate, (before, 60, 70), before + 2, 61)
+        backtest(folder, 0.3)
+    assert rates.points(runs.Runs(tmp_path), "next-aligned") == [pytest.approx((0.3, 2.0))]
+
+
 def test_a_rank_correlation_is_that_of_the_ranks_and_too_few_runs_have_none():
     rho = estimates.rank_correlation([(1, 10), (2, 1000), (3, 20), (4, 30), (5, 40), (6, 40)])
     oracle = np.corrcoef([1, 2, 3, 4, 5, 6], [1, 6, 2, 3, 4.5, 4.5])[0, 1]
