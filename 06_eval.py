@@ -111,7 +111,7 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
             began = time.perf_counter()
             rows = now.answers(task, judge)
             record = {"policy": name, **made[task], "template_hash": now.template_hash}
-            record |= measure.summarise(rows, len(tasks[task]))
+            record |= measure.summarise(rows, len(now.tasks[task][0]))
             record["seconds"] = round(time.perf_counter() - began, 2)
             if accelerator.is_main_process:
                 lines = "".join(json.dumps(row) + "\n" for row in rows)

@@ -194,7 +194,9 @@ def test_the_kl_term_compares_with_the_backbone_as_it_was(backbone_dir, empty_ru
     )
 
     problems = stage1.data.load_problems(cfg.train_data)
-    prompts = stage1.data.encode_prompts(problems, tokenizer, "{prompt}", "", 100, "train")
+    problems, prompts = stage1.data.encode_prompts(
+        problems, tokenizer, "{prompt}", "", 100, "train"
+    )
     order = [index for index in stage1.data.prompt_order(len(problems), 4, 2, 1) for _ in range(8)]
     seeds = [stage1.rollout.sequence_seed(1, 2, index, i % 8) for i, index in enumerate(order)]
     sampled = stage1.rollout.HFEngine(model, tokenizer).generate(

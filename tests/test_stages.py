@@ -797,7 +797,7 @@ def test_a_spoilt_run_is_named_and_left_alone(copy, monkeypatch, capsys, name):
     ("flags", "message"),
     [
         (["--backbone", "runs/none"], "backbone folder runs/none not found"),
-        (["--max-prompt-tokens", "3"], "over the limit of 3"),
+        (["--max-prompt-tokens", "3"], "nothing but prompts of more than 3 tokens"),
         (["--top-p", "0.9"], "biases the importance ratio"),
         (["--mini-batch", "3"], "must be a multiple of mini_batch"),
         (["--steps", "0"], "steps must be positive"),

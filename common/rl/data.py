@@ -140,22 +140,24 @@ def render_chats(prompts: list[str], tokenizer, template: str, system: str) -> l
         return tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
 
 
-def encode_prompts(problems, tokenizer, template, system, limit: int, source) -> list[list[int]]:
-    """Token ids of every prompt. `source` is the name of the data, for messages.
-
-    Raises UserError for a prompt over `limit` tokens: a question that is cut is another question.
-    """
+def encode_prompts(problems, tokenizer, template, system, limit: int, source):
+    """(problems, token ids of their prompts), without prompts of more than `limit` tokens: a
+    question that is cut is another question. `source` is the name of the data, for messages."""
     texts = render_chats([problem.prompt for problem in problems], tokenizer, template, system)
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    for number, ids in enumerate(encoded, 1):
-        if not ids:
-            raise UserError(f"{source}, problem {number} has no tokens: see the chat template")
-        if len(ids) > limit:
-            over = f"{len(ids)} tokens, over the limit of {limit}: raise max_prompt_tokens"
-            raise UserError(f"{source}, problem {number} has {over}")
+    if [] in encoded:
+        number = encoded.index([]) + 1
+        raise UserError(f"{source}, problem {number} has no tokens: see the chat template")
     if is_writer():
         _warn(texts[:CHECKED], encoded, tokenizer, system, source)
-    return encoded
+    kept = [i for i, ids in enumerate(encoded) if len(ids) <= limit]
+    over = f"of more than {limit} tokens (max_prompt_tokens)"
+    if not kept:
+        raise UserError(f"{source} has nothing but prompts {over}")
+    if len(kept) < len(problems) and is_writer():
+        left = f"{len(problems) - len(kept)} of {len(problems)} problems"
+        print(f"note: {source}: left out are {left}, with prompts {over}", file=sys.stderr)
+    return [problems[i] for i in kept], [encoded[i] for i in kept]
 
 
 def _warn(texts, encoded, tokenizer, system: str, source) -> None:

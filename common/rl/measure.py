@@ -24,16 +24,14 @@ class Loaded:
 
     def __init__(self, cfg, base: str, tasks: dict, rank: int, accelerator):
         """cfg: stage 6's EvalConfig. rank: the highest of the adapters to come."""
-        self.cfg, self.base, self.tasks, self.accelerator = cfg, base, tasks, accelerator
+        self.cfg, self.base, self.accelerator = cfg, base, accelerator
         model, self.tokenizer = policy.load_backbone(cfg.path(base))
         model = model.to(accelerator.device) if cfg.engine == "hf" else model
         self.fingerprint = policy.fingerprint(model)
         turns = (self.tokenizer, cfg.prompt_template, cfg.system_prompt)
         self.template_hash = data.template_hash(*turns)
-        self.prompts = {
-            task: data.encode_prompts(problems, *turns, cfg.max_prompt_tokens, task)
-            for task, problems in tasks.items()
-        }
+        limit = cfg.max_prompt_tokens
+        self.tasks = {t: data.encode_prompts(found, *turns, limit, t) for t, found in tasks.items()}
         where = (cfg.path(base), rank, cfg.batch_size)
         self.engine = rollout.make_engine(cfg, model, self.tokenizer, *where)
 
@@ -41,7 +39,7 @@ class Loaded:
         """A line a task, for whoever wants to see what the model is asked."""
         return "\n".join(
             f"{task}: {len(prompts)} problems; first prompt: {self.tokenizer.decode(prompts[0])!r}"
-            for task, prompts in self.prompts.items()
+            for task, (_, prompts) in self.tasks.items()
         )
 
     def use(self, lora: pathlib.Path | None) -> None:
@@ -52,11 +50,11 @@ class Loaded:
 
     def answers(self, task: str, judge) -> list[dict]:
         """cfg.runs answers to every problem, scored, a row each. A process samples its share."""
-        cfg, problems, accelerator = self.cfg, self.tasks[task], self.accelerator
+        cfg, (problems, prompts), accelerator = self.cfg, self.tasks[task], self.accelerator
         asked = [(i, run) for run in range(cfg.runs) for i in range(len(problems))]
         asked = asked[accelerator.process_index :: accelerator.num_processes]
         seeds = [rollout.sequence_seed(cfg.seed, 0, i, run) for i, run in asked]
-        prompts = [self.prompts[task][i] for i, _ in asked]
+        prompts = [prompts[i] for i, _ in asked]
         # vLLM sees to its own precision.
         with accelerator.autocast() if cfg.engine == "hf" else contextlib.nullcontext():
             draw = (cfg.max_new_tokens, cfg.temperature, cfg.top_p)

@@ -107,7 +107,8 @@ def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str
     columns["english_only"] = cfg.english_only
     problems = data.load_problems(cfg.path(cfg.train_data), **columns)
     turns = (tokenizer, cfg.prompt_template, cfg.system_prompt)
-    prompts = data.encode_prompts(problems, *turns, cfg.max_prompt_tokens, cfg.train_data)
+    limit = cfg.max_prompt_tokens
+    problems, prompts = data.encode_prompts(problems, *turns, limit, cfg.train_data)
     model, frozen = place(model, accelerator.device), None
     if cfg.gradient_checkpointing:
         policy.checkpoint_gradients(model)

@@ -65,7 +65,7 @@ def load_data(scratch: pathlib.Path) -> None:
     began, before = time.perf_counter(), now()
     problems = data.load_problems(scratch / "p.jsonl")
     read = time.perf_counter()
-    prompts = data.encode_prompts(problems, tokenizer, "{prompt}", "", 100, "p")
+    problems, prompts = data.encode_prompts(problems, tokenizer, "{prompt}", "", 100, "p")
     encoded = time.perf_counter()
     print(
         f"{len(problems)} problems read in {read - began:.1f} s, prompts encoded in {encoded - read:.1f} s, {now() - before:.0f} MB more"

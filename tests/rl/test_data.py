@@ -359,6 +359,17 @@ def encoded(backbone_dir, capsys, prompt: str, template: str, system: str) -> st
     return capsys.readouterr().err
 
 
+def test_prompts_over_the_limit_are_left_out_and_counted(backbone_dir, capsys):
+    _, tokenizer = policy.load_backbone(str(backbone_dir))
+    problems = [data.Problem(prompt, "1") for prompt in ("1+1", "12345+12345", "2+2")]
+    kept, prompts = data.encode_prompts(problems, tokenizer, "{prompt}", "", 6, "sums")
+    assert kept == [problems[0], problems[2]]
+    assert [len(ids) for ids in prompts] == [5, 5]
+    assert "left out are 1 of 3 problems, with prompts of more than 6" in capsys.readouterr().err
+    with pytest.raises(UserError, match="sums has nothing but prompts of more than 4 tokens"):
+        data.encode_prompts(problems, tokenizer, "{prompt}", "", 4, "sums")
+
+
 TURNS = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
