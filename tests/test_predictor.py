@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from common import predictor
 from common.baselines import weighted
-from common.baselines.backtest import backtest, controls
+from common.baselines.backtest import backtest, controls, describe
 from common.files.deltas import Trajectory, Triples
 from common.rank1 import LowRank
 
@@ -346,3 +346,16 @@ def test_the_controls_of_a_straight_run_are_all_right():
             wanted = dense(trajectory.deltas[module]["target"], 0)
             found = matrix.dense().double()
             torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5, msg=row)
+
+
+@pytest.mark.parametrize(
+    ("cosine", "says"),
+    [(0.84, "Expect a jump to help, and a larger"), (0.3, "undecided"), (0.05, "do not jump")],
+)
+def test_the_backtest_ends_in_advice(cosine, says):
+    tested = {"at_step": 100, "predicts_step": 150}
+    tested |= {"predictor": {"cosine": cosine}, "repeat-last": {"cosine": 0.2}}
+    lines = describe("aligned", tested).splitlines()
+    assert lines[2].startswith(f"   cosine {cosine:.2f}: ")
+    assert says in lines[2]
+    assert (len(lines) == 4) == (cosine < 0.2)  # it loses to repeating the last target

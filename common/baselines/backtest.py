@@ -13,6 +13,10 @@ from common.baselines import methods, weighted
 from common.baselines.measures import cosine
 from common.rank1 import LowRank, rank1, top
 
+# Cosines of the predictor above which no jump lost much, and below which all lost, on the demo at
+# eight learning rates (.github/results, "a meter"). Of other tasks nothing is known.
+PREDICTABLE, UNPREDICTABLE = 0.4, 0.15
+
 
 def controls(trajectory) -> dict[str, dict[str, LowRank]]:
     """What the next target would be without a network: name -> module -> matrix. Signs aligned.
@@ -74,11 +78,22 @@ def backtest(trajectory, series, holdout: int, predict: Callable) -> dict:
     }
 
 
+def advice(cosine: float) -> str:
+    """What our demo's runs say of a predictor with this cosine."""
+    if cosine >= PREDICTABLE:
+        text = "this trajectory is predictable. Expect a jump to help, and a larger learning rate "
+        return text + "to help more"
+    if cosine < UNPREDICTABLE:
+        return "do not jump"
+    return "undecided; measure `none` and `next` with stage 6 before you train on"
+
+
 def describe(name: str, tested: dict) -> str:
-    """The backtest in two lines, and a third where it goes against the predictor."""
+    """The backtest in three lines, and a fourth where it goes against the predictor."""
     cosines = {row: found["cosine"] for row, found in tested.items() if isinstance(found, dict)}
     lines = [f"{name}: backtest, step {tested['at_step']} -> {tested['predicts_step']}, cosines"]
     lines.append("   " + "  ".join(f"{row} {cosine:.3f}" for row, cosine in cosines.items()))
+    lines.append(f"   cosine {cosines['predictor']:.2f}: {advice(cosines['predictor'])}")
     if cosines["predictor"] <= cosines["repeat-last"]:
         lines.append("   this predictor does not beat repeating the last target")
     return "\n".join(lines)
