@@ -118,7 +118,7 @@ def test_a_checkpoint_is_an_ordinary_model_folder_in_fp32(full_run, backbone_dir
         AutoTokenizer.from_pretrained(folder)("123")["input_ids"]
         == AutoTokenizer.from_pretrained(backbone_dir)("123")["input_ids"]
     )
-    assert after.generation_config.eos_token_id == [1]
+    assert after.generation_config.eos_token_id == 1
     info = json.loads((folder / "checkpoint.json").read_text())
     assert (info["step"], info["backbone"]) == (6, "{run_dir}/backbone")
     assert info["backbone_fingerprint"] == policy.fingerprint(before)
@@ -360,7 +360,7 @@ def test_changed_weights_are_measured_again(full_run, tmp_path, monkeypatch):
     ("flags", "message"),
     [
         (["--restart", "merged"], "--tune full has no adapter to restart"),
-        (["--tune", "lora"], "has too little to train: --tune full, or --restart merged"),
+        (["--tune", "lora"], "is no adapter to train: --tune full, or --restart merged"),
     ],
 )
 def test_a_restart_that_means_nothing_is_refused(full_run, flags, message):

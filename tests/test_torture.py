@@ -851,6 +851,8 @@ class Canned:
     """An engine that gives every prompt the same response, with the policy's own
     log-probabilities."""
 
+    is_exact = False
+
     def __init__(self, text: str, finished: bool):
         self.text, self.finished = text, finished
 

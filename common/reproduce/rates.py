@@ -117,13 +117,17 @@ def gains(runs: Runs, found: dict[float, str]) -> list[str]:
     ]
 
 
+def backbone(runs: Runs) -> float:
+    """The accuracy that every run began with; 0 where it was not measured."""
+    return max((r.accuracy for r in runs.get("backbone").values()), default=0.0)
+
+
 def points(runs: Runs, method: str, later: bool = False) -> list[tuple[float, float]]:
     """(cosine of stage 3's backtest, points that the jump gains) of every run that has both.
 
     later: what is gained after more RL, not right after the jump. A run that training has left
     below the backbone says nothing of jumps.
     """
-    base = max((r.accuracy for r in runs.get("backbone").values()), default=0.0)
     end, step = policy_of(runs, method), runs.prefix
     if later:
         end, step = runs.after(folder(method)), runs.total
@@ -132,7 +136,7 @@ def points(runs: Runs, method: str, later: bool = False) -> list[tuple[float, fl
         cosines = runs.cosines(method, name)
         pairs = runs.pairs(end, runs.step(step), name)
         pairs = {seed: (a.accuracy, b.accuracy) for seed, (a, b) in pairs.items()}
-        gained = {seed: 100 * (a - b) for seed, (a, b) in pairs.items() if b >= base}
+        gained = {s: 100 * (a - b) for s, (a, b) in pairs.items() if b >= backbone(runs)}
         found += [(cosines[seed], gained[seed]) for seed in cosines if seed in gained]
     return found
 
@@ -172,16 +176,17 @@ def accuracy(runs: Runs):
 def wide(axis) -> None:
     """Scales the y axis so that a gain of 1 and a loss of 50 can both be read on it."""
     axis.set_yscale("symlog", linthresh=5)
-    ticks = (-50, -20, -10, -5, -2, 0, 2, 5, 10)
+    ticks = (-50, -20, -10, -5, -2, 0, 2, 5, 10, 20)
     axis.set_yticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
-    axis.set_ylim(top=10)
+    axis.set_ylim(top=20)
 
 
 def gain(runs: Runs):
     """The gain by rate, a line a method with a colour: right after the jump, and after more RL."""
     if len(columns(runs)) < 2:
         return None
-    found = rates(runs)
+    before = {rate: runs.accuracy(runs.step(runs.prefix), n) for rate, n in rates(runs).items()}
+    found = {r: n for r, n in rates(runs).items() if before[r] and before[r].mean >= backbone(runs)}
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     ends = {r.method: r.policy for r in runs.some().values() if r.policy.startswith("continued/")}
     jumps = {method: policy_of(runs, method) for method in jumped(runs)}

@@ -151,10 +151,10 @@ def score(run: Run, batch: Batch) -> dict:
     """log pi_old by the trainer, and log pi_backbone if KL counts. Returns sums for the metrics.
 
     hf in fp32 samples from the trainer's own model: its log-probabilities are these, but for
-    rounding, and are not computed again.
+    rounding. They are computed again only beside those of the backbone.
     """
     cfg, count = run.cfg, len(batch.completions)
-    exact = run.engine.is_exact and run.accelerator.mixed_precision == "no"
+    exact = run.engine.is_exact and run.accelerator.mixed_precision == "no" and not cfg.kl_coef
     batch.old, batch.reference = [None] * count, [None] * count
     sums = {"entropy": 0.0, "gap": 0.0, "gap_max": 0.0, "kl": 0.0}
     for part in micro_batches(run, batch, [*range(count)]):
