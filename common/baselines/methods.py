@@ -168,27 +168,6 @@ def wsm(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
     return sum(recent_ones) / len(recent_ones)
 
 
-def means(m: Matrix) -> tuple[LowRank | torch.Tensor, LowRank | torch.Tensor]:
-    """The mean of the last checkpoints, and how far it moves over k checkpoints: as much as it did
-    since the ones before."""
-    n = min(WSM_CHECKPOINTS, len(m.steps) // 2)
-    new, old = (sum(part) / n for part in (m.W[-n:], m.W[-2 * n : -n]))
-    return new, m.k / n * (new - old)
-
-
-def mean_jump(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
-    """Ours: a jump from the mean of the last checkpoints, by rank 1 of how that mean moves."""
-    mean, moved = means(m)
-    found = top(moved)
-    return mean + alpha * rank1(found.u, found.sigma[0], found.v)
-
-
-def mean_line(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
-    """Ours: the same jump by all ranks."""
-    mean, moved = means(m)
-    return mean + alpha * moved
-
-
 def greedy_soup(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
     """Greedy soup (Wortsman et al. 2022, arXiv 2203.05482): the mean of those in `given.soup`."""
     return sum(m.W[i] for i in m.given) / len(m.given)
@@ -225,8 +204,6 @@ METHODS = {
     "alpharl-pls": Method(alpharl_pls, given.accuracies),
     "relex": Method(relex),
     "wsm": Method(wsm, has_alpha=False),
-    "mean-jump": Method(mean_jump),
-    "mean-line": Method(mean_line),
     "greedy-soup": Method(greedy_soup, given.soup, has_alpha=False),
     "dare": Method(dare, has_alpha=False),
 }

@@ -107,10 +107,6 @@ def dense_relex(W):
     return W[0] + (line(rows @ direction) * direction).reshape(W[0].shape)
 
 
-def mean(W):
-    return torch.stack(list(W)).mean(0)
-
-
 def dense_decay(W):
     """WSM as its authors put it: each update counts by a linear decay."""
     return W[0] + sum((1 - j / 5) * (W[j] - W[j - 1]) for j in range(1, 5))
@@ -131,8 +127,6 @@ DENSE = {  # of W[0] ... W[c] and the future, all dense; c = 6, K = 2, alpha 1.5
     "alpharl-pls": lambda W, future: dense_alpharl(W, PLS),
     "relex": lambda W, future: dense_relex(W),
     "wsm": lambda W, future: dense_decay(W[2:]),
-    "mean-jump": lambda W, future: mean(W[4:]) + 1.5 * 2 / 3 * rank_1(mean(W[4:]) - mean(W[1:4])),
-    "mean-line": lambda W, future: mean(W[4:]) + 1.5 * 2 / 3 * (mean(W[4:]) - mean(W[1:4])),
     "greedy-soup": lambda W, future: (W[6] + W[2] + W[4]) / 3,
 }
 
@@ -161,7 +155,6 @@ def test_every_method_is_tested_against_a_dense_formula():
 
 
 ALPHA_IS_SOMETHING_ELSE = {"none", "expo", "first-update", "wsm", "greedy-soup"}
-ALPHA_IS_SOMETHING_ELSE |= {"mean-jump", "mean-line"}  # from the mean, which lies behind W_c
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "whole"])
