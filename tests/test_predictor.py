@@ -356,6 +356,6 @@ def test_the_backtest_ends_in_advice(cosine, says):
     tested = {"at_step": 100, "predicts_step": 150}
     tested |= {"predictor": {"cosine": cosine}, "repeat-last": {"cosine": 0.2}}
     lines = describe("aligned", tested).splitlines()
-    assert lines[2].startswith(f"   cosine {cosine:.2f}: ")
+    assert f"of our demo, cosine {cosine:.2f}: " in lines[2]
     assert says in lines[2]
     assert (len(lines) == 4) == (cosine < 0.2)  # it loses to repeating the last target

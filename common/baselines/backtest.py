@@ -93,7 +93,8 @@ def describe(name: str, tested: dict) -> str:
     cosines = {row: found["cosine"] for row, found in tested.items() if isinstance(found, dict)}
     lines = [f"{name}: backtest, step {tested['at_step']} -> {tested['predicts_step']}, cosines"]
     lines.append("   " + "  ".join(f"{row} {cosine:.3f}" for row, cosine in cosines.items()))
-    lines.append(f"   cosine {cosines['predictor']:.2f}: {advice(cosines['predictor'])}")
+    found = cosines["predictor"]
+    lines.append(f"   by the runs of our demo, cosine {found:.2f}: {advice(found)}")
     if cosines["predictor"] <= cosines["repeat-last"]:
         lines.append("   this predictor does not beat repeating the last target")
     return "\n".join(lines)
