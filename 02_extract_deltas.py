@@ -81,9 +81,9 @@ def main() -> None:
     mine = found.modules[state.process_index :: state.num_processes]
     mine = [module for module in mine if not files[module].is_file()]
     with concurrent.futures.ThreadPoolExecutor(workers, "", torch.set_num_threads, (1,)) as pool:
-        # Eq. 6, 7. Of a matrix, W[0] and W[i - k] ... W[i] are in memory at a time.
-        W = {m: found.weights(m, keep=cfg.k + 2) for m in mine}
-        work = {m: pool.submit(rank1.trajectory, W[m], cfg.k) for m in mine}
+        # Eq. 6, 7. Of a matrix, W[0] and W[i - k] ... W[i] are in memory, while it is worked on.
+        k, keep = cfg.k, cfg.k + 2
+        work = {m: pool.submit(rank1.trajectory, found.weights(m, keep), k) for m in mine}
         try:
             hidden = None if state.is_main_process else True  # None: shown on a terminal
             for module in tqdm(mine, "rank-1 SVDs", disable=hidden):
