@@ -121,12 +121,6 @@ def save_state(path: pathlib.Path, state: dict) -> None:
             raise OSError("the file was cut short") from error
 
 
-def save_pretrained(folder: pathlib.Path, *parts) -> None:
-    """Saves models and tokenizers as Hugging Face does. Use it within `atomic_dir`."""
-    for part in parts:
-        part.save_pretrained(folder)
-
-
 def save_figure(path: pathlib.Path, figure) -> None:
     """Writes a matplotlib figure to the picture `path`."""
     with atomic_file(path) as temporary:

@@ -1,15 +1,20 @@
 """The demo's task and backbone."""
 
+import importlib.util
 import json
 import random
 
 import pytest
 import torch
+from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import demo
 from common.files import read as inputs
 from common.rl import verifier
+
+spec = importlib.util.spec_from_file_location("b", ROOT / "tests/bench/demo_backbone.py")
+spec.loader.exec_module(backbone := importlib.util.module_from_spec(spec))
 
 
 def test_the_shipped_backbone_is_an_ordinary_small_qwen2():
@@ -20,12 +25,12 @@ def test_the_shipped_backbone_is_an_ordinary_small_qwen2():
 
 
 def test_the_program_still_makes_the_shipped_backbone(tmp_path):
-    """Its first 60 steps, against the loss that was logged when the shipped weights were made (the
-    whole run is in tests/bench)."""
+    """Its first 50 steps, against the loss that was logged when the shipped weights were made. Other
+    processors round otherwise: one drifts by 1e-5 in 50 steps, by 2e-3 in 60."""
     shipped = json.loads((demo.SHIPPED / "pretraining_loss.json").read_text())
-    losses = demo.pretrain(tmp_path / "out", steps=60)
-    assert losses == pytest.approx(shipped[:60], rel=2e-3)
-    assert len(shipped) == demo.STEPS
+    losses = backbone.pretrain(tmp_path / "out", steps=50)
+    assert losses == pytest.approx(shipped[:50], rel=1e-3)
+    assert len(shipped) == backbone.STEPS
     for name in ("tokenizer.json", "chat_template.jinja", "config.json"):
         assert (tmp_path / "out" / name).read_text() == (demo.SHIPPED / name).read_text()
 
@@ -46,23 +51,23 @@ def test_careful_answers_are_right_and_slips_are_as_frequent_as_said():
     rng = random.Random(0)
     pairs = demo.problems(3000, seed=5)
     assert all(
-        verifier.extract_boxed(demo.careful_answer(a, b, rng, slip=0)) == str(a + b)
+        verifier.extract_boxed(backbone.careful_answer(a, b, rng, slip=0)) == str(a + b)
         for a, b in pairs
     )
     right = sum(
-        verifier.extract_boxed(demo.careful_answer(a, b, rng)) == str(a + b) for a, b in pairs
+        verifier.extract_boxed(backbone.careful_answer(a, b, rng)) == str(a + b) for a, b in pairs
     ) / len(pairs)
-    assert right == pytest.approx((1 - demo.SLIP) ** 5, abs=0.03)
+    assert right == pytest.approx((1 - backbone.SLIP) ** 5, abs=0.03)
 
 
 def test_guesses_are_as_wrong_as_said():
     rng = random.Random(0)
     pairs = [(a, b) for a, b in demo.problems(3000, seed=6) if a + b > demo.HIGH]
-    right = sum(demo.guessed_answer(a, b, rng) == f"\\boxed{{{a + b}}}" for a, b in pairs) / len(
+    right = sum(backbone.guessed_answer(a, b, rng) == f"\\boxed{{{a + b}}}" for a, b in pairs) / len(
         pairs
     )
     assert right == pytest.approx(
-        (1 - 0.9 * demo.WRONG_DIGIT) ** 6, abs=0.04
+        (1 - 0.9 * backbone.WRONG_DIGIT) ** 6, abs=0.04
     )  # one wrong draw in ten is the right digit
 
 
@@ -98,7 +103,7 @@ class OddSums:
 
 def test_pretraining_never_sees_a_test_problem():
     tokenizer, held_out = AutoTokenizer.from_pretrained(demo.SHIPPED), OddSums()
-    for ids, labels in demo.pretraining_batch(random.Random(1), tokenizer, held_out):
+    for ids, labels in backbone.pretraining_batch(random.Random(1), tokenizer, held_out):
         for row, label in zip(ids, labels, strict=True):
             a, b = (
                 tokenizer.decode(row[: int((label == -100).int().cumprod(0).sum())])
