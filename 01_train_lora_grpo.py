@@ -107,11 +107,11 @@ def loss_of(run: Run, batch: Batch, part: list[int], weights: dict[int, torch.Te
         logprobs = policy.token_logprobs(run.model, *batch.tokens(part), cfg.temperature)
     columns = (weights, batch.old, batch.advantage)
     weight, old, advantage = (torch.cat([c[i] for i in part]).to(logprobs.device) for c in columns)
+    corrected, clip = weight, (cfg.clip_low, cfg.clip_high)
     if cfg.importance_cap:
         engine = torch.cat([batch.engine[i] for i in part])
-        weight = weight * grpo.rollout_correction(old, engine, cfg.importance_cap)
-    clip = (cfg.clip_low, cfg.clip_high)
-    loss, clipped = grpo.clipped_loss(logprobs, old, advantage, weight, *clip)  # Eq. 1
+        corrected = weight * grpo.rollout_correction(old, engine, cfg.importance_cap)
+    loss, clipped = grpo.clipped_loss(logprobs, old, advantage, corrected, *clip)  # Eq. 1
     if cfg.kl_coef and cfg.kl_in == "loss":
         reference = torch.cat([batch.reference[i] for i in part])
         loss = loss + cfg.kl_coef * grpo.k3_kl(logprobs, reference, weight)

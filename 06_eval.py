@@ -35,7 +35,7 @@ from common.files.policies import base_of, find_policies, weights_hash
 from common.files.read import safe_name
 from common.files.stage import run_stage, versions
 from common.reproduce import report
-from common.rl import data, measure, rollout, verifier
+from common.rl import data, measure, policy, rollout, verifier
 from common.rl.options import SamplingConfig
 
 FOLDERS = ("backbone", "data", "train", "deltas", "predictor", "extrapolated", "merged")
@@ -127,8 +127,7 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
 def main() -> None:
     cfg = config.parse(EvalConfig, "eval", __doc__)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    mixed = "bf16" if torch.cuda.is_available() else "no"
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=mixed)
+    accelerator = policy.start_processes("auto")
     if accelerator.num_processes > 1:
         accelerator.print(f"{accelerator.num_processes} processes")
     cfg.engine, run = rollout.choose_engine(cfg.engine), pathlib.Path(cfg.run_dir)

@@ -20,21 +20,20 @@ KEEP, SPARE, ROUNDS = 64, 8, 16  # dense matrices: sigmas kept, spare columns, r
 
 
 class Term(NamedTuple):
-    """weight * left @ right; `unit` if left and right are unit vectors."""
+    """weight * left @ right; `balanced` if both are of equal norm, as unit vectors are."""
     weight: float
     left: torch.Tensor  # [m, q]
     right: torch.Tensor  # [q, n]
-    unit: bool = False
+    balanced: bool = False
 
 
 class LowRank:
     """A matrix [m, n] as a sum of terms, never formed. Sums are exact: terms stand side by side.
-
     LowRank(left [m, q], right [q, n], weight) is weight * left @ right, zero where q is 0."""
 
-    def __init__(self, left: torch.Tensor, right: torch.Tensor, weight: float = 1.0, unit=False):
+    def __init__(self, left: torch.Tensor, right: torch.Tensor, weight=1.0, balanced=False):
         self.shape = (left.shape[0], right.shape[1])
-        self.terms = [Term(weight, left, right, unit)] if left.shape[1] else []
+        self.terms = [Term(weight, left, right, balanced)] if left.shape[1] else []
 
     def _of(self, terms: list[Term]) -> "LowRank":
         new = object.__new__(LowRank)
@@ -71,10 +70,8 @@ class LowRank:
                 # B A - B' A' = (B - B') A + B' (A - A'): no large products that nearly cancel.
                 d_b, d_a = now.left - old.left, now.right - old.right
                 new = self._of([Term(now.weight, d_b, now.right), Term(now.weight, old.left, d_a)])
-                new.grams = (
-                    blocks(d_b.mT @ d_b, d_b.mT @ old.left, other.grams[0]),
-                    blocks(self.grams[1], now.right @ d_a.mT, d_a @ d_a.mT),
-                )
+                left = blocks(d_b.mT @ d_b, d_b.mT @ old.left, other.grams[0])
+                new.grams = left, blocks(self.grams[1], now.right @ d_a.mT, d_a @ d_a.mT)
                 return new
         return self + -1.0 * other
 
@@ -85,30 +82,32 @@ class LowRank:
         """The matrix itself, [m, n]."""
         return sum((t.weight * (t.left @ t.right) for t in self.terms), torch.zeros(self.shape))
 
-    def svd(self) -> "Top":
-        """The exact way, O((m + n) q^2): with left = Q1 R1 and right^T = Q2 R2, the singular values
-        are those of the small R1 R2^T. A zero matrix has no direction: u and v are zeros."""
+    def svd(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """U [m, q], sigma [q], V^T [q, n] the exact way, O((m + n) q^2): with left = Q1 R1 and
+        right^T = Q2 R2, the singular values are those of the small R1 R2^T."""
         q1, r1 = torch.linalg.qr(torch.cat([t.weight * t.left for t in self.terms], 1))
         q2, r2 = torch.linalg.qr(torch.cat([t.right for t in self.terms]).mT)
         u, sigma, vh = torch.linalg.svd(r1 @ r2.mT, full_matrices=False)
-        moved = (sigma[:1] > 0).to(u.dtype)
-        return Top((q1 @ u[:, :1])[:, 0] * moved, sigma, (q2 @ vh[:1].mT)[:, 0] * moved)
+        return q1 @ u, sigma, vh @ q2.mT
+
+    def nearest(self, rank: int) -> tuple["LowRank", float]:
+        """The nearest matrix of at most this rank, and the share of the norm that it lacks."""
+        if sum(t.left.shape[1] for t in self.terms) <= rank:
+            return self, 0.0
+        u, sigma, vh = self.svd()
+        root, lost = sigma[:rank].sqrt(), sigma[rank:].norm() / sigma.norm()
+        return LowRank(u[:, :rank] * root, root[:, None] * vh[:rank], balanced=True), float(lost)
 
     def factors(self, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B [m, r], A [r, n]) in fp32 with scale * B A = this matrix, r from 1 to min(m, n).
-
-        LoRA's own B and A come back as they were. Unit vectors get c = sqrt(weight / scale) each:
-        training goes on with both factors."""
+        """(B [m, r], A [r, n]) in fp32, scale * B A = this matrix, r from 1 to min(m, n). LoRA's
+        come back as they were, balanced ones times sqrt(weight / scale): both will be trained."""
         if not self.terms:
             return torch.zeros(self.shape[0], 1), torch.zeros(1, self.shape[1])
-        if sum(t.left.shape[1] for t in self.terms) > min(self.shape):
-            u, sigma, vh = torch.linalg.svd(self.dense().double() / scale, full_matrices=False)
-            return (u * sigma.sqrt()).float(), (sigma.sqrt()[:, None] * vh).float()
         lefts, rights = [], []
-        for t in self.terms:
+        for t in self.nearest(min(self.shape))[0].terms:
             amount = t.weight / scale
-            c = abs(amount) ** 0.5 if t.unit else 1.0
-            lefts.append((math.copysign(c, amount) if t.unit else amount) * t.left.float())
+            c = abs(amount) ** 0.5 if t.balanced else 1.0
+            lefts.append((math.copysign(c, amount) if t.balanced else amount) * t.left.float())
             rights.append(c * t.right.float())
         return torch.cat(lefts, 1), torch.cat(rights)
 
@@ -120,7 +119,7 @@ def blocks(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
 
 def rank1(u: torch.Tensor, sigma: float | torch.Tensor, v: torch.Tensor) -> LowRank:
     """sigma u v^T, for unit vectors u [m] and v [n]."""
-    return LowRank(u[:, None], v[None], float(sigma), unit=True)
+    return LowRank(u[:, None], v[None], float(sigma), balanced=True)
 
 
 class Top(NamedTuple):
@@ -136,11 +135,12 @@ def top(matrix: LowRank | torch.Tensor) -> Top:
     if isinstance(matrix, torch.Tensor):
         return top_of_dense(matrix.float())
     terms, scale = matrix.terms, matrix.terms[0].weight
-    if matrix.grams is None or scale <= 0:
-        return matrix.svd()
-    x, sigma, y, bound = top_of_grams(*matrix.grams)
+    *found, bound = top_of_grams(*matrix.grams) if matrix.grams and scale > 0 else [math.inf]
     if not bound <= MAX_ERROR:  # in fp32 it never is
-        return matrix.svd()
+        u, sigma, vh = matrix.svd()
+        moved = (sigma[0] > 0).to(u.dtype)  # a zero matrix has no direction: u and v are zeros
+        return Top(u[:, 0] * moved, sigma, vh[0] * moved)
+    x, sigma, y = found
     u = sum(t.left @ part for t, part in zip(terms, x.chunk(len(terms)), strict=True))
     v = sum(part @ t.right for t, part in zip(terms, y.chunk(len(terms)), strict=True))
     return Top(u, sigma[: min(matrix.shape)] * scale, v)

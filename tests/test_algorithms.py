@@ -1,12 +1,17 @@
 """Every algorithm of stage 1 learns, and KL goes where it is told to."""
 
+import contextlib
+import importlib
 import shutil
+import types
 
 import pytest
 import torch
 from conftest import TINY, call_stage
 
+from common import grpo
 from common.files import read as inputs
+from common.rl import policy, training
 
 # large steps on a small batch: half of what there is to learn in a few seconds
 FAST = "--steps 16 --save-every 16 --resume-every 16 --prompts-per-step 8 --rollouts 8"
@@ -56,6 +61,26 @@ def test_kl_in_the_reward_adds_nothing_to_the_loss(trained):
         )
     )
     assert in_reward == plain != in_loss
+
+
+def test_the_cap_on_importance_weighs_the_objective_and_not_the_kl_term(monkeypatch):
+    """As in TRL and verl, which multiply the clipped loss and add beta k3 afterwards."""
+    stage1 = importlib.import_module("01_train_lora_grpo")
+    now, engine = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.5, -1.0, -1.0])
+    old, reference = now - 0.1, now + 0.3
+    one = [torch.tensor([0.5, -1.0, 2.0])]
+    monkeypatch.setattr(policy, "token_logprobs", lambda *args: now)
+    batch = training.Batch([], [[1]], [[2, 3, 4]], [], [], None, [engine], [old], [reference], one)
+    weights = {0: torch.tensor([0.2, 0.3, 0.5])}
+    cfg = stage1.TrainConfig(kl_coef=0.7, importance_cap=1.2)
+    place = types.SimpleNamespace(autocast=contextlib.nullcontext)
+    run = types.SimpleNamespace(cfg=cfg, accelerator=place, model=None)
+    found, _ = stage1.loss_of(run, batch, [0], weights)
+    ratio = (old - engine).exp().clamp_max(1.2)
+    objective, _ = grpo.clipped_loss(now, old, one[0], weights[0] * ratio, 0.2, 0.2)
+    assert found.item() == pytest.approx(
+        float(objective + 0.7 * grpo.k3_kl(now, reference, weights[0])), rel=1e-6
+    )
 
 
 # --------------------------------------------------------------------------------------------------

@@ -205,7 +205,7 @@ def test_the_weighted_prediction_is_rank_1_of_the_dense_sum():
         found = weighted.predict(roles, trajectory.steps, 2, weights)
         whole = sum(w * term for w, term in zip(weights, dense_terms(roles, 5), strict=True))
         torch.testing.assert_close(found.dense(), rank_1(2 * whole), atol=1e-5, rtol=1e-4)
-        assert found.terms[0].unit
+        assert found.terms[0].balanced
 
 
 def rank_1(matrix):

@@ -141,17 +141,31 @@ SIZES = [(64, 64, 4), (192, 64, 32), (32, 64, 16), (300, 200, 128), (16, 200, 32
 @pytest.mark.parametrize(("m", "n", "q"), SIZES)
 def test_the_svd_equals_a_dense_one(m, n, q):
     left, right = factors(m, n, q, decay=0.97)
-    found, wanted = LowRank(left, right, 0.5).svd(), 0.5 * left @ right
-    assert_leading(found, wanted)
-    sigma = torch.linalg.svdvals(wanted)[: len(found.sigma)]
-    torch.testing.assert_close(found.sigma, sigma, rtol=1e-9, atol=1e-9 * float(sigma[0]))
+    (u, sigma, vh), wanted = LowRank(left, right, 0.5).svd(), 0.5 * left @ right
+    assert_leading(rank1.Top(u[:, 0], sigma, vh[0]), wanted)
+    exact = torch.linalg.svdvals(wanted)[: len(sigma)]
+    torch.testing.assert_close(sigma, exact, rtol=1e-9, atol=1e-9 * float(sigma[0]))
+    torch.testing.assert_close(u * sigma @ vh, wanted, rtol=1e-9, atol=1e-9 * float(sigma[0]))
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5, 9])
+def test_the_nearest_matrix_of_a_rank_is_the_truncated_svd(rank):
+    low, wanted = pair(m=12, n=9, q=3, seed=1)
+    other, more = pair(m=12, n=9, q=4, seed=2)
+    found, lost = (low - 0.5 * other).nearest(rank)
+    u, sigma, vh = torch.linalg.svd(wanted - 0.5 * more, full_matrices=False)
+    truncated = (u[:, :rank] * sigma[:rank]) @ vh[:rank]
+    torch.testing.assert_close(found.dense().double(), truncated, rtol=1e-6, atol=1e-6)
+    assert lost == pytest.approx(float(sigma[rank:].norm() / sigma.norm()), abs=1e-9)
+    assert (lost == 0) == (rank >= 7)
+    left, right = found.factors(2.0)
+    torch.testing.assert_close(2.0 * left @ right, truncated.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_factors_of_lower_rank_than_columns_still_give_the_dense_answer():
     left, right = factors(50, 30, 3)
     left = torch.cat([left, left, torch.zeros(50, 2).double()], 1)
     right = torch.cat([right, right, right[:2]])
-    assert_leading(LowRank(left, right).svd(), left @ right)
     assert_leading(top(LowRank(left, right)), left @ right)
 
 
@@ -159,7 +173,8 @@ def test_a_near_tie_keeps_sigma_and_stays_in_the_leading_plane():
     q1, q2 = (torch.linalg.qr(factors(size, 1, 2)[0])[0] for size in (40, 30))
     left = q1 * torch.tensor([1.0, 1.0 - 1e-9], dtype=torch.float64)
     matrix = LowRank(left, q2.T.contiguous())
-    for found in (matrix.svd(), top(matrix)):
+    u, sigma, vh = matrix.svd()
+    for found in (rank1.Top(u[:, 0], sigma, vh[0]), top(matrix)):
         assert found.sigma[0].item() == pytest.approx(1.0, abs=1e-12)
         assert (q1.T @ found.u).norm().item() == pytest.approx(1.0, abs=1e-9)
 
@@ -239,7 +254,7 @@ def test_an_adapter_that_was_never_trained_has_no_direction():
     b, a = torch.zeros(40, 4), torch.randn(4, 30)
     found = rank1.trajectory(weights([(b, a)] * 3), 1)
     assert not any(tensor.any() for tensor in found.values())
-    assert not any(part.any() for part in LowRank(b, a).svd())
+    assert not any(part.any() for part in top(LowRank(b, a)))
 
 
 def test_a_rank_1_delta_is_found_and_the_rest_of_its_spectrum_is_zero():

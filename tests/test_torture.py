@@ -924,6 +924,20 @@ def vllm_engine(monkeypatch, tmp_path):
     sys.modules.pop("common.rl.vllm_engine", None)
 
 
+def test_an_adapter_travels_over_the_disk_where_the_ram_disk_is_small(monkeypatch, tmp_path):
+    (tmp_path / "ram").mkdir()
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(ram, "DISK", str(tmp_path / "ram"))
+    monkeypatch.setattr(ram.tempfile, "gettempdir", lambda: str(tmp_path / "disk"))
+    free = shutil.disk_usage(tmp_path).free
+    for needed, name in ((free // 2, "ram"), (2 * free, "disk")):
+        place = ram.RamDisk(needed)
+        assert place.path.parent == tmp_path / name
+        place.close()
+    monkeypatch.setattr(ram, "DISK", str(tmp_path / "nowhere"))
+    assert ram.RamDisk().path.parent == tmp_path / "disk"
+
+
 def response(*completions: list[int]) -> types.SimpleNamespace:
     made = [
         types.SimpleNamespace(

@@ -41,7 +41,7 @@ def repeat_last(m: Matrix, alpha: float) -> LowRank:
 def recent(deltas: dict, k: int) -> LowRank:
     """Rank 1 of k times the mean of one matrix's last two local deltas."""
     local = deltas["local"]
-    found = (k / 2 * (local[-2] + local[-1])).svd()
+    found = top(k / 2 * (local[-2] + local[-1]))
     return rank1(found.u, found.sigma[0], found.v)
 
 

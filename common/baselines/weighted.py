@@ -6,7 +6,7 @@ were chosen on demo runs of seeds 10 to 14, by the cosine of stage 3's backtest.
 
 import torch
 
-from common.rank1 import LowRank, rank1
+from common.rank1 import LowRank, rank1, top
 
 WINDOW = 3  # local deltas in the mean that is the second term
 DECAY = 0.5  # a regression pair counts this much less than the one a checkpoint later
@@ -69,5 +69,5 @@ def predict(roles: dict, steps: list[int], k: int, weights: torch.Tensor) -> Low
     amounts = k * weights @ terms(steps)[-1]  # [2 c]
     u, sigma, v = known(roles)
     used = amounts.nonzero()[:, 0].tolist()
-    found = sum(float(amounts[j]) * rank1(u[j], sigma[j], v[j]) for j in used).svd()
+    found = top(sum(float(amounts[j]) * rank1(u[j], sigma[j], v[j]) for j in used))
     return rank1(found.u.float(), found.sigma[0].float(), found.v.float())

@@ -21,6 +21,7 @@ ANOTHER = "put a good copy there, leave this checkpoint out, or make it again"
 TRAINING = "the training that writes it (here: 01_train_lora_grpo.py)"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FLOATS = {"F64", "F32", "BF16", "F16"}
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM reserves room for one of these ranks
 
 # With these options of PEFT a module is not W + s B A with one B and one A. The last one makes PEFT
 # import a module that the file names.

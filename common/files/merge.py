@@ -21,6 +21,7 @@ from common.files.series import Series
 from common.rank1 import LowRank
 
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # configs, tokenizers and the index
+MAX_LOST = 1e-3  # of the norm of an update: above it an adapter is not cut to a lower rank
 _OWN = ("config.json", "checkpoint.json", HASHES)  # not copied
 
 
@@ -117,18 +118,32 @@ def save_jump(series: Series, new: Callable, places: tuple, info: dict, cfg) -> 
     """Writes new(module), [m, n] of every module, with `info` in checkpoint.json.
 
     places: the folder of the adapter, and that of the whole model. cfg: the options of stage 4.
-    A matrix is a LowRank, or a tensor in fp32.
+    A matrix is a LowRank, or a tensor in fp32. An adapter of a higher rank than vLLM takes is cut
+    to that by its SVD, and merged where that would lose more than MAX_LOST.
     """
-    began, last = time.perf_counter(), series.last()
+    began, last, factors, lost = time.perf_counter(), series.last(), {}, 0.0
     if isinstance(new(series.modules[0]), LowRank):
-        factors = {m: new(m).factors(last.scale(m)) for m in series.modules}
+        for module in series.modules:
+            matrix, share = new(module).nearest(adapters.VLLM_RANKS[-1])
+            factors[module], lost = matrix.factors(last.scale(module)), max(lost, share)
+    if lost:
+        cut = f"rank {adapters.VLLM_RANKS[-1]}, the highest of vLLM, loses {lost:.0e} of the norm"
+        cut += ": it is merged" if lost > MAX_LOST else ""
+        print(f"note: {places[0].name}: {cut}", file=sys.stderr)
+    if factors and lost <= MAX_LOST:
         write.claim(places[0])
-        info = info | {"seconds": round(time.perf_counter() - began, 3)}
+        info = info | {"seconds": round(time.perf_counter() - began, 3), "norm_lost": lost}
         adapters.write_adapter(places[0], adapters.extended(last, factors), info)
         return
+
+    def change(module: str) -> torch.Tensor:
+        """What becomes of the matrix that `last` stands on."""
+        update = new(module) - series.weights(module)[series.base]
+        return update.dense().float() if isinstance(update, LowRank) else update
+
     write.claim(places[1])
     base, fp32 = find_model(cfg.path(info["backbone"])), cfg.merge != "backbone"
-    merge(places[1], last, base, fp32, {}, lambda m: new(m) - series.weights(m)[series.base])
+    merge(places[1], last, base, fp32, {}, change)
     info = info | {"dtype": cfg.merge or "fp32", "seconds": round(time.perf_counter() - began, 3)}
     write.write_json(places[1] / "checkpoint.json", info)
 

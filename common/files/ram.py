@@ -8,24 +8,29 @@ import tempfile
 
 from common.files.write import writing
 
-DISK = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
+DISK = "/dev/shm"
 PREFIX = f"next-lora-{socket.gethostname()}-"  # containers may share the disk, not the processes
 
 
 class RamDisk:
-    """A new folder on the RAM disk, named after this process. Those of ended ones are removed."""
+    """A new folder on the RAM disk, named after this process. Those of ended ones are removed.
 
-    def __init__(self):
-        self.saved = 0
-        for left in pathlib.Path(DISK).glob(f"{PREFIX}[0-9]*"):
+    Where that has no room for `needed` bytes (in a container it may have 64 MB) it is on the disk.
+    """
+
+    def __init__(self, needed: int = 0):
+        self.saved, place = 0, DISK
+        if not os.path.isdir(DISK) or shutil.disk_usage(DISK).free < needed:
+            place = tempfile.gettempdir()
+        for left in pathlib.Path(place).glob(f"{PREFIX}[0-9]*"):
             try:
                 os.kill(int(left.name.removeprefix(PREFIX).split("-")[0]), 0)
             except ProcessLookupError:
                 shutil.rmtree(left, ignore_errors=True)
             except PermissionError:  # another user's process
                 continue
-        with writing(pathlib.Path(DISK, PREFIX)):
-            self.path = pathlib.Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=DISK))
+        with writing(pathlib.Path(place, PREFIX)):
+            self.path = pathlib.Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=place))
 
     def save(self, model) -> pathlib.Path:
         """Saves an adapter to a folder of a new name, and removes the one before it."""

@@ -1,12 +1,14 @@
 """The policy: a frozen backbone with LoRA on its linear layers, or a model trained whole."""
 
 import contextlib
+import datetime
 import functools
 import hashlib
 import pathlib
 import sys
 
 import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch.distributed.fsdp import FSDPModule
@@ -22,6 +24,18 @@ from common.rl import in_one_line
 
 HEAD_CHUNK = 4096  # tokens whose [tokens, vocabulary] logits exist at one time
 WANTED = "want a Hugging Face folder with safetensors weights, or a hub id"
+
+
+def start_processes(mixed_precision: str, **options) -> Accelerator:
+    """The processes that `accelerate launch` has started, or this one. "auto": bf16 on GPUs."""
+    auto = "bf16" if torch.cuda.is_available() else "no"
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else CPU processes do not find each other
+        mixed_precision=auto if mixed_precision == "auto" else mixed_precision,
+        # The others wait while one writes a large model: longer than NCCL's ten minutes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))],
+        **options,
+    )
 
 
 def load_backbone(name: str, dtype: torch.dtype | str = "auto"):

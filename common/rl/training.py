@@ -67,13 +67,8 @@ def start(cfg, folder) -> Accelerator:
     """Threads, engine, process group, device, precision and tracker."""
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     cfg.engine = rollout.choose_engine(cfg.engine)  # a run goes on with the engine it began with
-    auto = "bf16" if torch.cuda.is_available() else "no"
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else CPU processes do not find each other
-        mixed_precision=auto if cfg.mixed_precision == "auto" else cfg.mixed_precision,
-        log_with=cfg.report_to or None,
-        project_dir=folder,
-    )
+    tracker = {"log_with": cfg.report_to or None, "project_dir": folder}
+    accelerator = policy.start_processes(cfg.mixed_precision, **tracker)
     if cfg.mini_batch % (processes := accelerator.num_processes):
         raise UserError(f"mini_batch {cfg.mini_batch} must be a multiple of {processes} processes")
     return accelerator
@@ -200,8 +195,14 @@ def descend(run: Run, step: int, losses: list[tuple[float, float]]) -> dict:
     """
     parameters, reduce = [*policy.trained(run.model).values()], run.accelerator.reduce
     if run.accelerator.num_processes > 1:  # the weights add up to 1 over processes: so do gradients
-        for parameter in parameters:
-            parameter.grad = reduce(parameter.grad, "sum")
+        size = len(parameters) if isinstance(run.model, PeftModel) else 1  # LoRA's are many, small
+        for start in range(0, len(parameters), size):
+            some = parameters[start : start + size]
+            found = [torch.zeros_like(p) if p.grad is None else p.grad for p in some]
+            total = reduce(torch.cat([grad.flatten() for grad in found]), "sum")
+            parts = total.split([p.numel() for p in some])
+            for parameter, part in zip(some, parts, strict=True):
+                parameter.grad = part.view_as(parameter)
     norm = torch.nn.utils.clip_grad_norm_(parameters, run.cfg.max_grad_norm).item()
     local = torch.tensor([sum(column) for column in zip(*losses, strict=True)])
     loss, clipped = reduce(local.to(run.accelerator.device), "sum").tolist()

