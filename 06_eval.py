@@ -60,7 +60,6 @@ class EvalConfig(SamplingConfig):
     )
     data_split: str = option("test", "of a hub id: its split")
     runs: int = option(8, "answers to every problem (paper: 8)")
-    batch_size: int = option(512, "sequences that hf samples at a time: memory, not results")
     seed: int = option(1, "of the sampled responses")
     output: str = option("eval", "folder for the results; only `eval` gets a report")
 

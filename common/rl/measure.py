@@ -32,8 +32,7 @@ class Loaded:
         self.template_hash = data.template_hash(*turns)
         limit = cfg.max_prompt_tokens
         self.tasks = {t: data.encode_prompts(found, *turns, limit, t) for t, found in tasks.items()}
-        where = (cfg.path(base), rank, cfg.batch_size)
-        self.engine = rollout.make_engine(cfg, model, self.tokenizer, *where)
+        self.engine = rollout.make_engine(cfg, model, self.tokenizer, cfg.path(base), rank)
 
     def first_prompts(self) -> str:
         """A line a task, for whoever wants to see what the model is asked."""

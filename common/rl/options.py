@@ -30,6 +30,7 @@ class SamplingConfig(StageConfig):
     engine: Literal["auto", "hf", "vllm"] = option(
         "auto", "what samples; auto is vllm where it is installed and a GPU is there, else hf"
     )
+    batch_size: int = option(512, "sequences that hf samples at a time: memory, not results")
     vllm_options: str = option(
         "{}", "options of vLLM's LLM class, a JSON object: '{\"gpu_memory_utilization\": 0.4}'"
     )
@@ -58,12 +59,12 @@ class RLConfig(SamplingConfig):
 # What may differ when a run goes on: it changes no result.
 MAY_CHANGE = (
     *("resume_every", "log_every", "report_to", "micro_tokens", "max_logprob_gap"),
-    *("vllm_options", "verifier_seconds", "gradient_checkpointing"),
+    *("vllm_options", "batch_size", "verifier_seconds", "gradient_checkpointing"),
     "more_steps",  # stage 5 has the sum in `steps`
 )
 POSITIVE = (
     *("steps", "save_every", "prompts_per_step", "mini_batch", "rollouts", "max_new_tokens"),
-    *("lora_rank", "resume_every", "log_every", "temperature", "more_steps"),
+    *("lora_rank", "batch_size", "resume_every", "log_every", "temperature", "more_steps"),
 )
 
 

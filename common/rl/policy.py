@@ -22,7 +22,7 @@ from common.files.models import open_model
 from common.files.read import check_intact
 from common.rl import in_one_line
 
-HEAD_CHUNK = 4096  # tokens whose [tokens, vocabulary] logits exist at one time
+HEAD_CHUNK = 1024  # tokens whose [tokens, vocabulary] logits exist at one time
 WANTED = "want a Hugging Face folder with safetensors weights, or a hub id"
 
 
@@ -140,6 +140,16 @@ def checkpoint_gradients(policy) -> None:
 def is_sharded(policy) -> bool:
     """Whether all processes must run the policy's layers in step."""
     return isinstance(base_model(policy).get_decoder(), FSDPModule)
+
+
+def keep_dtypes(policy) -> None:
+    """For a policy that computes under autocast alone, which casts the inputs of LoRA's factors.
+
+    PEFT would cast them to fp32 before that, and these copies stay until the backward pass.
+    """
+    for layer in policy.modules():
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = False
 
 
 @contextlib.contextmanager

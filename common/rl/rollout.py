@@ -17,6 +17,7 @@ from transformers import DynamicCache, TopPLogitsWarper
 from common import UserError
 from common.rl.policy import base_model, is_sharded, load_lora, merged
 
+SHARED = 0.4  # of the device's memory, for vLLM's weights and KV cache beside the trainer
 # Of vLLM: memory and speed; nothing that names code or weights.
 VLLM_OPTIONS = (
     *("gpu_memory_utilization", "cpu_offload_gb", "kv_cache_memory_bytes", "max_model_len"),
@@ -68,14 +69,14 @@ def vllm_options(text: str) -> dict:
     return options
 
 
-def make_engine(cfg, model, tokenizer, path: str, lora_rank: int, batch_size: int = 512):
+def make_engine(cfg, model, tokenizer, path: str, lora_rank: int):
     """The engine cfg.engine for `model`, whose backbone is at `path`, a folder or hub id.
 
-    lora_rank is the largest to come, 0 without adapters. hf samples `batch_size` sequences at a
-    time from `model` itself; vLLM has a copy of the backbone.
+    lora_rank is the largest to come, 0 without adapters. hf samples from `model` itself; vLLM has a
+    copy of the backbone.
     """
     if cfg.engine == "hf":
-        return HFEngine(model, tokenizer, batch_size)
+        return HFEngine(model, tokenizer, cfg.batch_size)
     from common.rl import vllm_engine  # here: vLLM is optional, and takes seconds to import
 
     longest = cfg.max_prompt_tokens + cfg.max_new_tokens

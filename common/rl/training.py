@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from common import UserError, grpo
 from common.files.config import as_dict
-from common.rl import data, metrics, policy, rollout, verifier
+from common.rl import data, memory, metrics, policy, rollout, verifier
 
 
 @dataclasses.dataclass
@@ -104,6 +104,10 @@ def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str
     turns = (tokenizer, cfg.prompt_template, cfg.system_prompt)
     limit = cfg.max_prompt_tokens
     problems, prompts = data.encode_prompts(problems, *turns, limit, cfg.train_data)
+    if accelerator.device.type == "cuda":
+        memory.check(policy.base_model(model).config, cfg, accelerator)
+    if cfg.engine == "vllm" and accelerator.mixed_precision != "no":
+        policy.keep_dtypes(model)
     model, frozen = place(model, accelerator.device), None
     if cfg.gradient_checkpointing:
         policy.checkpoint_gradients(model)

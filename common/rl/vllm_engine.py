@@ -22,9 +22,8 @@ from common.files import adapters
 from common.files.ram import RamDisk
 from common.rl import in_one_line
 from common.rl.policy import trained
-from common.rl.rollout import Rollout, end_tokens
+from common.rl.rollout import SHARED, Rollout, end_tokens
 
-MEMORY_SHARE = 0.4  # of the device, for weights and KV cache; the trainer lives on the same one
 GO_ON = "type the same command again to go on"
 
 
@@ -52,6 +51,7 @@ class VLLMEngine:
         """`model` gives dtype and end tokens and is not kept; else see `rollout.make_engine`."""
         self.ends, self.lora, self.synced = end_tokens(model, tokenizer), None, 0
         lora = trained(model).values() if isinstance(model, PeftModel) else ()
+        alone = torch.cuda.is_available() and not trained(model)  # no trainer on the same device
         self.ram = RamDisk(2 * sum(parameter.nbytes for parameter in lora))  # this one and the last
         settings = {
             "dtype": dtype_of(model),
@@ -59,7 +59,7 @@ class VLLMEngine:
             "logprobs_mode": "processed_logprobs",  # those that tokens are drawn with
             "generation_config": "vllm",  # no sampling defaults from the backbone's folder
             "enable_prefix_caching": True,
-            "gpu_memory_utilization": MEMORY_SHARE,
+            "gpu_memory_utilization": 0.9 if alone else SHARED,
         }
         if lora_rank:
             room = min((r for r in adapters.VLLM_RANKS if r >= lora_rank), default=lora_rank)

@@ -15,6 +15,7 @@ from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import EngineArgs
 
 from common import UserError, demo
+from common.files import adapters
 from common.files import read as inputs
 from common.rl import options, policy, rollout, vllm_engine
 
@@ -82,7 +83,7 @@ def engine(tokenizer):
 
 
 def test_allowed_ranks_are_those_of_this_vllm():
-    assert typing.get_args(MaxLoRARanks) == vllm_engine.LORA_RANKS
+    assert typing.get_args(MaxLoRARanks) == adapters.VLLM_RANKS
 
 
 @pytest.mark.parametrize("rank", [4, 17, 65])

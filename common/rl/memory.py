@@ -1,0 +1,84 @@
+"""What stages 1 and 5 need of a GPU's memory, found before anything is on it."""
+
+import os
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+
+from common import UserError
+from common.rl import policy, rollout
+
+TRAINED = 16  # bytes a trained parameter: itself in fp32, its gradient, AdamW's two moments
+HEAD = 3.5  # tensors [HEAD_CHUNK, vocabulary] in fp32 at one time; on a CPU 3.0 were measured
+
+
+def on_paper(config, cfg):
+    """The policy of stage 1's options without its numbers. config: its backbone's."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+        if cfg.tune == "full":
+            return model.float()
+        return policy.add_lora(model.requires_grad_(False), cfg.lora_rank, cfg.lora_alpha, 0)
+
+
+def kept(model, rows: int, time: int, mixed: bool) -> int:
+    """Bytes that the layers keep for the backward pass of `rows` sequences of `time` tokens.
+
+    The model's own code runs on tensors that have a shape and no numbers; it cannot be used again.
+    """
+    found, owned = {}, set()
+
+    def key(tensor: torch.Tensor) -> int:
+        return tensor.untyped_storage()._cdata
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, old in [*tensors.items()]:
+                    if old is not None:
+                        new = torch.empty(old.shape, dtype=old.dtype)
+                        tensors[name] = new.requires_grad_(old.requires_grad)
+                        owned.add(key(new))
+        ids = torch.zeros(rows, time, dtype=torch.long)
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda x: found.setdefault(key(x), x), lambda x: x
+        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed), hooks:
+            policy.base_model(model).get_decoder()(input_ids=ids, use_cache=False)
+        return sum(x.untyped_storage().nbytes() for k, x in found.items() if k not in owned)
+
+
+def plan(config, cfg, processes: int = 1, mixed: bool = True) -> dict[str, float]:
+    """Bytes on each GPU by part, without vLLM. config: the backbone's; cfg: stage 1's options."""
+    model = on_paper(config, cfg)
+    layers = policy.base_model(model).get_decoder().layers
+    backbone = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        whole = sum(p.nbytes for p in layers.parameters() if not p.requires_grad)
+        backbone -= whole * (1 - 1 / processes - 2 / len(layers))  # two at a time are whole
+    trained = TRAINED * sum(p.numel() for p in policy.trained(model).values())
+    if mixed and cfg.engine == "vllm":
+        policy.keep_dtypes(model)
+    longest = cfg.max_prompt_tokens + cfg.max_new_tokens
+    rows = max(1, cfg.micro_tokens // longest)
+    activations = kept(model, rows, longest, mixed)
+    if cfg.gradient_checkpointing:  # the input of each layer, and one layer, which runs again
+        inputs = rows * longest * config.hidden_size * (2 if mixed else 4)
+        activations = activations / len(layers) + len(layers) * inputs
+    head = HEAD * 4 * min(policy.HEAD_CHUNK, rows * longest) * config.vocab_size
+    return {"backbone": backbone, "trained": trained, "activations": activations, "head": head}
+
+
+def check(config, cfg, accelerator) -> None:
+    """Prints what this GPU will hold. Raises UserError where it is too small."""
+    parts = plan(config, cfg, accelerator.num_processes, accelerator.mixed_precision != "no")
+    total = torch.cuda.mem_get_info()[1]
+    if cfg.engine == "vllm":
+        options = rollout.vllm_options(cfg.vllm_options)
+        parts["vLLM"] = total * options.get("gpu_memory_utilization", rollout.SHARED)
+    listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+    needed = f"{sum(parts.values()) / 1e9:.1f} GB of a GPU's {total / 1e9:.1f} ({listed})"
+    if sum(parts.values()) > total:
+        raise UserError(f"needs {needed}: --gradient-checkpointing true, or fewer --micro-tokens")
+    accelerator.print(f"memory: {needed}")

@@ -1,0 +1,111 @@
+"""The plan of a GPU's memory against what is really kept, and the paper's presets against 80 GB."""
+
+import importlib
+import json
+import types
+
+import pytest
+import torch
+from transformers import AutoConfig, Qwen2Config
+
+from common import UserError, demo
+from common.files import config
+from common.rl import memory, policy
+
+stage1 = importlib.import_module("01_train_lora_grpo")
+# hidden, intermediate, layers, heads, heads of keys and values; the head of 1.5B, 3B is tied
+QWEN = {"1.5b": (1536, 8960, 28, 12, 2), "3b": (2048, 11008, 36, 16, 2)}
+QWEN |= {"7b": (3584, 18944, 28, 28, 4), "14b": (5120, 13824, 48, 40, 8)}
+GPU = 80e9
+
+
+def qwen(size: str) -> Qwen2Config:
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes = dict(zip((*keys, "num_key_value_heads"), QWEN[size], strict=True))
+    tied = {"tie_word_embeddings": size in ("1.5b", "3b"), "vocab_size": 152_064}
+    return Qwen2Config(**sizes, **tied, dtype="bfloat16")
+
+
+def options(preset: str, **changes):
+    cfg = config.parse(stage1.TrainConfig, "train", "", ["--config", preset])
+    return types.SimpleNamespace(**{**vars(cfg), **changes})
+
+
+def really_kept(model, mixed: bool) -> int:
+    """Bytes of the storages that a forward pass on numbers keeps, without the parameters."""
+    found = {}
+    owned = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+
+    def note(x):
+        found[x.untyped_storage().data_ptr()] = x
+        return x
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda x: x)
+    ids = torch.zeros(3, 40, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed), hooks:
+        policy.base_model(model).get_decoder()(input_ids=ids, use_cache=False)
+    return sum(x.untyped_storage().nbytes() for at, x in found.items() if at not in owned)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_what_is_counted_without_numbers_is_what_is_kept_with_them(tune, mixed):
+    cfg = options("demo", tune=tune)
+    model = policy.load_backbone(str(demo.SHIPPED))[0]
+    model = policy.add_lora(model, cfg.lora_rank, cfg.lora_alpha, 0) if tune == "lora" else model
+    model.requires_grad_(True) if tune == "full" else None
+    paper = memory.on_paper(AutoConfig.from_pretrained(demo.SHIPPED), cfg)
+    assert {n: p.shape for n, p in policy.trained(paper).items()} == {
+        n: p.shape for n, p in policy.trained(model).items()
+    }
+    found, wanted = memory.kept(paper, 3, 40, mixed), really_kept(model, mixed)
+    assert found == pytest.approx(wanted, rel=0.05)
+    assert wanted > 100_000
+
+
+@pytest.mark.parametrize("size", QWEN)
+def test_the_papers_experiments_fit_on_gpus_of_80_gb(size, monkeypatch):
+    cfg = options(f"paper_qwen2.5_{size}", engine="vllm")
+    if size == "14b":  # its preset launches with fsdp2.yaml
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    parts = memory.plan(qwen(size), cfg, processes=8)
+    assert parts["backbone"] / 1e9 == pytest.approx(
+        {"1.5b": 3.1, "3b": 6.2, "7b": 15.2, "14b": 7.5}[size], abs=0.1
+    )
+    vllm = GPU * json.loads(cfg.vllm_options).get("gpu_memory_utilization", 0.4)
+    assert sum(parts.values()) + vllm < GPU
+    weights = 2 * sum(p.numel() for p in memory.on_paper(qwen(size), cfg).parameters())
+    assert vllm - weights > 10e9  # room for the KV cache
+
+
+def test_a_gpu_that_is_too_small_is_refused_with_what_would_help(monkeypatch, capsys):
+    place = types.SimpleNamespace(num_processes=1, mixed_precision="bf16", print=print)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, int(GPU)), raising=False)
+    memory.check(qwen("1.5b"), options("paper_qwen2.5_1.5b", engine="vllm"), place)
+    assert " GB of a GPU's 80.0 (backbone 3.1, trained 1.2, activations " in capsys.readouterr().out
+    cfg = options("paper_qwen2.5_1.5b", engine="vllm", micro_tokens=16384)
+    with pytest.raises(UserError, match=r"vLLM 32.0.*--gradient-checkpointing true, or fewer"):
+        memory.check(qwen("1.5b"), cfg, place)
+    cfg.gradient_checkpointing = True
+    memory.check(qwen("1.5b"), cfg, place)
+
+
+def test_lora_without_peft_s_casts_has_the_same_bits_under_autocast_and_keeps_less():
+    found = []
+    for lean in (False, True):
+        backbone, _ = policy.load_backbone(str(demo.SHIPPED), torch.bfloat16)
+        model = policy.add_lora(backbone, 8, 16.0, seed=0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data += 0.02
+        if lean:
+            policy.keep_dtypes(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            logprobs = policy.token_logprobs(model, [[1, 2, 3]] * 2, [[4, 5, 6]] * 2, 1.0)
+        logprobs.sum().backward()
+        grads = [p.grad for p in policy.trained(model).values()]
+        found.append((logprobs, *grads, really_kept(model, mixed=True)))
+    (*plain, more), (*lean, less) = found
+    assert all(torch.equal(a, b) for a, b in zip(plain, lean, strict=True))
+    assert any(x.any() for x in plain[1:])
+    assert less < 0.95 * more
