@@ -48,11 +48,14 @@ def parse() -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--preset", default="demo", help="a name in common/presets or a YAML file")
-    kinds = "main: the preset's methods for several seeds; tables: everything; rl-extra: its loop;"
-    kinds += " sweep: to choose a learning rate; learning-rate: jumps at several"
+    kinds = "paper: its rows; main: the preset's methods for several seeds; tables: everything;"
+    kinds += " rl-extra: its loop; sweep: to choose a learning rate; learning-rate: jumps at more"
     parser.add_argument("--grid", choices=grids.GRIDS, help=f"{kinds} [one run]")
     five = "training seeds of the grid [0 1 2 3 4]"
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help=five)
+    rows = "of the grid paper: the paper's tables to make [all]"
+    every = {"type": int, "nargs": "+", "choices": range(3, 9), "default": range(3, 9)}
+    parser.add_argument("--tables", **every, help=rows)
     parser.add_argument("--run-dir", help="[runs/<preset>, of a grid runs/<preset>_<grid>]")
     parser.add_argument("--jobs", type=int, help="commands at a time [the preset's]")
     only = "of a grid: only write its tables from the runs that are there"
@@ -70,11 +73,15 @@ def main() -> None:
     name = pathlib.Path(args.preset).name.removesuffix(".yaml")
     root = pathlib.Path(args.run_dir or f"runs/{name}{f'_{args.grid}' if args.grid else ''}")
     if args.grid:
-        jobs = grids.grid(args.grid, args.preset, preset, str(root), args.seeds)
+        jobs = grids.grid(args.grid, args.preset, preset, str(root), args.seeds, args.tables)
     else:
         jobs = plans.single(args.preset, preset, str(root))
     if args.print:
+        steps = sum(job.work for job in jobs if {"01", "05"} & {*job.name.split()})
+        hours = steps * preset.get("reproduce", {}).get("gpu_hours_per_step", 0)
         print("\n".join(job.line for job in jobs))
+        told = f", {hours:.0f} GPU hours and the evaluation" if hours else ""
+        print(f"# {len(jobs)} commands, {steps:.0f} RL steps{told}")
         return
     record, logs = root / "reproduce.json", root / "logs" if args.grid else None
     claim(record)

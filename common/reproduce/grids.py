@@ -15,11 +15,13 @@ SECOND = "second"  # the run with a second jump
 LOOP_ROUNDS, LOOP_CHECKPOINTS = 5, 5  # of RL-Extra's loop: rounds, and checkpoints in each
 SIDE_SEEDS = 3  # of other algorithms, other ranks and RL-Extra's loop, to save time
 SWEEP_SEEDS = 2  # of the rates of `sweep` in `learning-rate`
-GRIDS = ("main", "tables", "rl-extra", "learning-rate", "sweep")
+GRIDS = ("paper", "main", "tables", "rl-extra", "learning-rate", "sweep")
+SIDE = ("next weighted repeat-last", ("weighted", "next-paper"))  # jumps of side runs, RL after
 
 
-def grid(kind: str, preset_name: str, preset: dict, root: str, seeds: list[int]) -> list[Job]:
-    """`main`: what the preset does, for several seeds. `tables`: everything, the main rows first.
+def grid(kind: str, preset_name: str, preset: dict, root: str, seeds, wanted=()) -> list[Job]:
+    """`paper`: the rows of the paper's tables `wanted`. `main`: what the preset does, for several
+    seeds. `tables`: everything, the main rows first.
 
     `rl-extra`: RL-Extra's alternating loop alone, which is a part of `tables`. `learning-rate`:
     everything at the preset's rate and its `rates`, jumps alone at those of its `sweep`. `sweep`:
@@ -29,12 +31,14 @@ def grid(kind: str, preset_name: str, preset: dict, root: str, seeds: list[int])
     if kind in ("learning-rate", "sweep"):
         by_rate(plan, seeds, choose=kind == "sweep")
         return plan.jobs
+    if kind == "paper":
+        for seed in seeds:
+            paper(plan, seed, {*wanted})
+        return plan.jobs
     for seed in seeds if kind != "rl-extra" else []:
         main_run(plan, seed, everything)
     for seed in seeds if everything else []:
-        other = plan.wanted["full_preset"]
-        rate = load_preset(other)["train"]["learning_rate"] if other else 5e-7
-        side_run(plan, seed, "full", f"--tune full --learning-rate {rate}", plan.reference)
+        full_run(plan, seed)
         for k in OTHER_K:  # jumps of the same length in RL steps
             alpha = f"{MAIN_ALPHA * plan.values['extract']['k'] / k:g}"
             plan.add("other_k", f"seed{seed}/k{k}", seed=seed, k=k, alpha=alpha)
@@ -108,10 +112,42 @@ def main_run(plan: Plan, seed: int, everything: bool) -> None:
     )
 
 
-def side_run(plan: Plan, seed: int, name: str, flags: str, reference: int) -> None:
-    """GRPO with other settings, and jumps from its first steps. With `reference` 0 no RL after."""
+def paper(plan: Plan, seed: int, wanted: set[int]) -> None:
+    """The rows of the paper's tables: 3 and 4 with Fig. 5 and 6, 5, 6, 7 and 8 with Fig. 7."""
+    total, starts = plan.prefix + plan.more, [f"next-paper_alpha{ALPHA}"]
+    merged = ["next-paper"] + (["alpharl", "rl-extra"] if wanted & {3, 4, 7, 8} else [])
+    merged += ["next-paper-no-global", "next-paper-no-local"] if 5 in wanted else []
+    starts += [f"{method}_alpha{ALPHA}_merged" for method in merged]
+    ends = [f"train/step_{step:04d}" for step in (plan.prefix, total, plan.reference)]
+    policies = " ".join(["backbone", *ends, f"'continued/*/step_{total:04d}'"])
+    others = shlex.join(name.replace("{run_dir}", plan.root) for name in plan.wanted["domains"])
+    words = {"methods": {3, 4, 7, 8}, "ablations": {5}, "domains": {7, 8}}
+    parts = [word for word, tables in words.items() if tables & wanted]
+    flags = {"seed": seed, "policies": policies, "starts": starts, "domains": others}
+    plan.add("paper", f"seed{seed}/lora", parts, **flags)
+    if wanted & {3, 4, 5}:
+        rivals = ("merged/alpharl", "merged/rl-extra") if wanted & {3, 4} else ()
+        full_run(plan, seed, ("next alpharl rl-extra", ("next-paper", *rivals)))
+    for algorithm in ("rloo", "reinforce++") if 6 in wanted else ():
+        jumps = ("next", ("next-paper",))
+        side_run(plan, seed, algorithm, f"--algorithm {algorithm}", plan.reference, jumps)
+
+
+def full_run(plan: Plan, seed: int, jumps: tuple = SIDE) -> None:
+    """All parameters trained: Table 5's "w/o LoRA", and rows of Tables 3 and 4."""
+    other = plan.wanted["full_preset"]
+    rate = load_preset(other)["train"]["learning_rate"] if other else 5e-7
+    flags = f"--tune full --learning-rate {rate}"
+    side_run(plan, seed, "full", flags, plan.reference, jumps)
+
+
+def side_run(plan: Plan, seed: int, name: str, flags: str, reference: int, jumps=SIDE) -> None:
+    """GRPO with other settings, and jumps from its first steps. With `reference` 0 no RL after.
+
+    jumps: stage 4's methods, and those that RL follows.
+    """
     total = plan.prefix + plan.more
-    starts = [f"weighted_alpha{ALPHA}", f"next-paper_alpha{ALPHA}"] if reference else []
+    starts = [f"{method}_alpha{ALPHA}" for method in jumps[1]] if reference else []
     ends = sorted({plan.prefix, total, reference}) if reference else [plan.prefix]
     policies = [*(f"train/step_{end:04d}" for end in ends), "'extrapolated/*'"]
     policies += [f"'continued/*/step_{total:04d}'"] if reference else []
@@ -120,6 +156,7 @@ def side_run(plan: Plan, seed: int, name: str, flags: str, reference: int) -> No
         f"seed{seed}/{name}",
         **{"seed": seed, "flags": flags, "network": "paper" if reference else "aligned"},
         **{"starts": starts, "ends": ends[1:], "policies": " ".join(policies)},
+        methods=jumps[0],
         longer=(ends[-1] - plan.prefix) / max(len(ends) - 1, 1),
     )
 

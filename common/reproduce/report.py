@@ -32,6 +32,7 @@ def page(runs: Runs, made_with: str) -> str:
     parts = {
         "What the learning rate is worth, and the jump at each": rates.page(runs),
         f"Tables 3 and 4: {after}": tables.main_table(runs),
+        "Beside the paper's numbers": tables.beside_paper(runs),
         "Right after the jump": tables.jumps_table(runs),
         "Every task": tables.by_task(runs),
         **{title: claims.page(one) for title, one in verdicts.items()},

@@ -4,6 +4,7 @@ import itertools
 import statistics
 
 from common.files.deltas import read_index
+from common.files.read import read_json
 from common.reproduce import grids
 from common.reproduce.estimates import Estimate, over_seeds
 from common.reproduce.results import (
@@ -14,12 +15,14 @@ from common.reproduce.results import (
     Result,
     label_of,
     split_name,
+    table_of,
 )
 from common.reproduce.runs import MAIN, Runs
 
 RECIPES = ("next-paper", "next-aligned", "weighted")  # NExt's own, and the sum without a network
 COST = ("ICER ↓", "length", "wall s")
 ALGORITHMS = {MAIN: "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++"}  # of Table 6, by run
+SIZES = ("1.5B", "3B", "7B", "14B")  # of the models in paper.yaml
 TESTED = ("predictor", "copy-global", "repeat-last", "recent-locals", "linear-fit", "weighted")
 TESTED += ("oracle",)  # rows of stage 3's backtest
 
@@ -106,6 +109,23 @@ def main_table(runs: Runs) -> str:
     header = ["policy", "RL steps", runs.counted, "accuracy % ± s.e."]
     header += [f"− GRPO{f' at {a}' if a else ', equal steps'} {runs.interval}" for a in against]
     return table([*header, *COST], rows)
+
+
+def beside_paper(runs: Runs) -> str:
+    """Our accuracies beside the paper's. Empty for a model that is not in it."""
+    path = runs.folder(runs.seeds[0]) / "train" / "config.json"
+    model = read_json(path, "stage 1")["config"].get("backbone", "") if path.is_file() else ""
+    sizes = [i for i, size in enumerate(SIZES) if f"Qwen2.5-{size}-Instruct" in model]
+    names = {"grpo": runs.step(runs.total), "longest": runs.step(runs.reference)}
+    names["end"], rows = f"step_{runs.total:04d}", []
+    for (number, name, policy, *printed), size in itertools.product(table_of("paper.yaml"), sizes):
+        policy = policy.format(**names)
+        if (found := runs.accuracy(policy, name)) and size < len(printed):
+            result, run = runs.some(name)[policy], {"full": "full parameters", **ALGORITHMS}[name]
+            what = "no jump" if result.method == "grpo" else result.label
+            cells = [str(result.steps), found.plain(100, 1), f"{printed[size]:.1f}"]
+            rows.append([f"Table {number}: {run}, {what}", *cells])
+    return table(["policy", "RL steps", "ours, % ± s.e.", "the paper's"], rows)
 
 
 def jumps_table(runs: Runs) -> str:

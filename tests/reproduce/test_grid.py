@@ -36,13 +36,14 @@ PARSED = {
         ("demo", "tables"),
         ("smollm2", "main"),
         ("paper_qwen2.5_7b", None),
+        ("paper_qwen2.5_7b", "paper"),
         (TINY, "rl-extra"),
     ],
 )
 def test_every_planned_line_is_one_its_stage_accepts_and_comes_after_what_it_needs(preset, kind):
     loaded = config.load_preset(preset)
     jobs = (
-        grids.grid(kind, preset, loaded, "runs/x", [0])
+        grids.grid(kind, preset, loaded, "runs/x", [0], range(3, 9))
         if kind
         else plans.single(preset, loaded, "runs/x")
     )
@@ -88,6 +89,25 @@ def test_the_rounds_of_rl_extra_each_start_on_the_merged_model_of_the_round_befo
         "runs/x/backbone",
         *merged,
     ]  # 50 steps are 5 checkpoints of 10: alpha 5 at k = 1 is as far again
+
+
+@pytest.mark.parametrize(
+    ("tables_", "runs_", "steps"),
+    [
+        ([3], ["lora", "full"], 400 + 4 * 100 + 400 + 3 * 100),
+        ([5], ["lora", "full"], 400 + 4 * 100 + 500),
+        ([6], ["lora", "rloo", "reinforce++"], 400 + 2 * 100 + 2 * 500),
+        ([8], ["lora"], 400 + 4 * 100),
+        ([3, 4, 5, 6, 7, 8], ["lora", "full", "rloo", "reinforce++"], 2700),
+    ],
+)
+def test_the_papers_rows_are_made_once_and_share_every_prefix(tables_, runs_, steps):
+    preset = config.load_preset("paper_qwen2.5_1.5b")
+    jobs = grids.grid("paper", "paper_qwen2.5_1.5b", preset, "runs/x", [0], tables_)
+    assert [*dict.fromkeys(job.name.split()[0] for job in jobs)] == [f"seed0/{r}" for r in runs_]
+    assert sum(job.work for job in jobs if {"01", "05"} & {*job.name.split()}) == steps
+    assert any("mmlu-pro" in job.argv for job in jobs) == (8 in tables_)
+    assert any("paper-no-local" in job.argv for job in jobs) == (5 in tables_)
 
 
 def jobs_of(*commands: tuple[str, str, list[str]]) -> list[plans.Job]:
@@ -282,6 +302,31 @@ def test_tasks_have_columns_and_only_those_of_one_suite_are_averaged(tmp_path):
     )
     assert (cells["mean of mmlu-pro (2) |"], cells["mean of maths (3)"]) == ("70.0 |", "43.3")
     assert "plain mean of aime24, amc23" in report.page(found, "")
+
+
+@pytest.mark.parametrize(("size", "numbers"), [("1.5B", "11.9 20.3 21.6"), ("14B", "20.8 25.8 28.3")])
+def test_the_papers_numbers_stand_beside_ours(tmp_path, size, numbers):
+    model, main = f"Qwen/Qwen2.5-{size}-Instruct", tmp_path / "seed0" / "lora"
+    run_dir.write_json(main / "train" / "config.json", {"config": {"backbone": model}, "inputs": {}})
+    record(main, "backbone", share(10))
+    for policy, step in (("train/step_0150", 150), ("train/step_0250", 250)):
+        record(main, policy, share(30), step)
+    record(main, "extrapolated/next-paper_alpha1.5", share(31), 150)
+    record(main, "continued/next-paper_alpha1.5_merged/step_0250", share(40), 250)
+    record(tmp_path / "seed0" / "rloo", "train/step_0250", share(12), 250)
+    found = tables.beside_paper(runs.Runs(tmp_path, [0])).splitlines()[2:]
+    cells = [[cell.strip() for cell in row.strip("| ").split("|")] for row in found]
+    assert " ".join(c[-1] for c in cells if c[0].startswith("Table 3, 4")) == numbers
+    rows = {cell[0]: cell[1:] for cell in cells}
+    assert rows["Table 3, 4: GRPO, no jump"][:2] == ["250", "30.0 ± 4.6"]
+    assert rows["Table 3, 4: GRPO, NExt, published recipe, merged restart"][1] == "40.0 ± 4.9"
+    # Tables 5 and 6 are of the two small models.
+    assert rows.get("Table 6: RLOO, no jump", ["", "", "–"])[2] == {"1.5B": "13.7", "14B": "–"}[size]
+    assert len(rows) == (5 if size == "1.5B" else 3)
+
+
+def test_another_model_has_no_numbers_of_the_paper(tmp_path):
+    assert tables.beside_paper(one_run(tmp_path, 55)) == ""
 
 
 @pytest.mark.parametrize(
