@@ -71,11 +71,11 @@ def sample(run: Run, step: int, timer: metrics.Timer) -> Batch:
         run.engine.sync(run.model)
     with timer("rollout"):
         found = run.engine.generate(prompts, seeds, cfg.max_new_tokens, cfg.temperature)
-    # 1 where the answer is right; 0 where it is wrong, or the response was cut at the limit.
+    # The verifier's: 1 where the answer is right; 0 where it is wrong, or cut at the limit.
     with timer("reward"):
         texts = run.tokenizer.batch_decode([r.tokens for r in found], skip_special_tokens=True)
         problems, finished = [run.problems[i] for i, _, _ in asked], [r.finished for r in found]
-        rewards = run.judge.score(texts, problems, finished)
+        rewards = run.rewards.score(texts, problems, finished)
     return Batch(
         problems=problems,
         prompts=prompts,
@@ -161,7 +161,7 @@ def train(run: Run, folder: pathlib.Path, first_step: int) -> None:
             samples.keep()
             resume.save(folder, step, policy.trained(run.model), run.optimizer, run.stands_on)
         training.show(run, line)
-    run.judge.close()
+    run.rewards.verifier.close()
     run.engine.close()
 
 

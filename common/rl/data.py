@@ -35,6 +35,7 @@ class Problem:
     prompt: str
     answer: str
     kind: str = "latex"
+    columns: dict = dataclasses.field(default_factory=dict, compare=False)  # the row's others
 
 
 def load_problems(spec, **options) -> list[Problem]:
@@ -103,7 +104,7 @@ def content_hash(spec: str) -> str | None:
 
 def fingerprint(problems: list[Problem]) -> str:
     """16 hex digits that change with any prompt, answer or kind."""
-    text = json.dumps([dataclasses.astuple(problem) for problem in problems])
+    text = json.dumps([(problem.prompt, problem.answer, problem.kind) for problem in problems])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -117,7 +118,8 @@ def _problem(row: dict, source: Source, place: str) -> Problem:
     kind = row.get("kind") or source.kind
     if kind not in KINDS:
         raise UserError(f"{place}: kind {kind!r} is not one of {', '.join(KINDS)}")
-    return Problem(_text(row, source.prompt), _text(row, source.answer), kind)
+    others = {key: row[key] for key in row.keys() - {"prompt", "prompts", "completions"}}
+    return Problem(_text(row, source.prompt), _text(row, source.answer), kind, others)
 
 
 def _text(value: object, column: str) -> str | None:

@@ -40,7 +40,7 @@ def of_step(run, batch, scored: dict, updates: list[dict]) -> dict:
 
     `scored` is what `training.score` returns, `updates` what `training.descend` does of each.
     """
-    cfg, accelerator, judge = run.cfg, run.accelerator, run.judge
+    cfg, accelerator, judge = run.cfg, run.accelerator, run.rewards.verifier
     spread = batch.rewards.max(1).values - batch.rewards.min(1).values
     sums = {
         "tokens": sum(map(len, batch.completions)),
@@ -52,16 +52,20 @@ def of_step(run, batch, scored: dict, updates: list[dict]) -> dict:
         "timeouts": judge.timeouts,
         "errors": judge.errors,
         **scored,
+        **{f"reward_{name}": value for name, value in run.rewards.sums.items()},
     }
     local = torch.tensor([*sums.values()], dtype=torch.float32, device=accelerator.device)
     total = dict(zip(sums, accelerator.reduce(local, "sum").tolist(), strict=True))
     gap_max = torch.tensor([scored["gap_max"]], device=accelerator.device)
     tokens, sequences = total["tokens"], total["sequences"]
     mean = {key: sum(update[key] for update in updates) / len(updates) for key in updates[0]}
+    each = {key: total[key] / sequences for key in sums if key.startswith("reward_")}
     penalty = cfg.kl_coef * total["kl"] if cfg.kl_in == "reward" else 0
     values = {
         "reward": (total["reward"] - penalty) / sequences,
-        "accuracy": total["reward"] / sequences,
+        # The verifier's share of right answers; without the verifier the reward.
+        "accuracy": each.get("reward_verifier", total["reward"] / sequences),
+        **(each if len(each) > 1 else {}),
         "response_length": tokens / sequences,
         "truncated_share": total["cut"] / sequences,
         "zero_variance_groups": total["flat"] / total["groups"],

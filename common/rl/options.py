@@ -41,6 +41,9 @@ class SamplingConfig(StageConfig):
 class RLConfig(SamplingConfig):
     """Stage 1's options of data, optimizer, memory, precision and logging."""
 
+    reward: list[str] = option(
+        ["verifier"], "verifier, or file.py:function with TRL's signature; several are added"
+    )
     english_only: bool = option(False, "leave out problems with Chinese characters (open)")
     learning_rate_schedule: Literal["constant", "linear"] = option(
         "constant", "linear falls to 0 over the steps of this stage (open)"

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from common import UserError, grpo
 from common.files.config import as_dict
-from common.rl import data, memory, metrics, policy, rollout, verifier
+from common.rl import data, memory, metrics, policy, rewards, rollout, verifier
 
 
 @dataclasses.dataclass
@@ -27,7 +27,7 @@ class Run:
     frozen: torch.nn.Module | None  # the backbone, where it is not the model without its adapter
     optimizer: torch.optim.Optimizer
     engine: object  # rollout.HFEngine or vllm_engine.VLLMEngine
-    judge: verifier.Verifier
+    rewards: rewards.Rewards
     problems: list[data.Problem]
     prompts: list[list[int]]  # token ids
     backbone: str  # what the policy is an adapter on, or began as
@@ -122,10 +122,12 @@ def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str
     trained = policy.trained(model).values()
     optimizer = torch.optim.AdamW(trained, cfg.learning_rate, weight_decay=cfg.weight_decay)
     judge = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format)
+    judge = rewards.Rewards(cfg.reward, judge)
     stands_on = {
         "backbone_fingerprint": backbone[1],
         "template_hash": data.template_hash(*turns),
         "data_hash": data.fingerprint(problems),
+        **judge.files,
     }
     ready = (cfg, accelerator, model, tokenizer, frozen, optimizer, engine, judge)
     return Run(*ready, problems, prompts, backbone[0], stands_on)

@@ -1,0 +1,70 @@
+"""The reward of a response: the verifier's 0 or 1, functions of the user's, or a weighted sum.
+
+A function has TRL's signature, so those of TRL work as they are: score(prompts, completions,
+**columns) -> a number for each response (None counts 0). Prompts and completions are chats,
+[{"role": ..., "content": ...}]; columns are lists: `answer`, the data's other columns, `finished`.
+"""
+
+import importlib.util
+import pathlib
+from collections.abc import Callable
+
+from common import UserError
+from common.files.read import sha256
+from common.rl import in_one_line
+from common.rl.verifier import Verifier
+
+ADVICE = "it gets prompts, completions, **columns and returns a number for each response"
+
+
+def load(name: str) -> Callable:
+    """The function of `file.py:function`. Its file is run: it is the user's own."""
+    path, _, function = name.rpartition(":")
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"reward {name}: want verifier, or file.py:function of an existing file")
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+    with in_one_line(f"cannot load reward {name}", "see the file"):
+        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        return getattr(module, function)
+
+
+class Rewards:
+    """All of `--reward`: each is `verifier` or `file.py:function`, perhaps with =weight behind it.
+
+    `sums`: by name, the unweighted sums of the last call. `files`: the hashes of the functions'.
+    """
+
+    def __init__(self, wanted: list[str], verifier: Verifier):
+        self.verifier, self.parts, self.sums, self.files = verifier, {}, {}, {}
+        for spec in wanted:
+            name, _, weight = spec.partition("=")
+            with in_one_line(f"reward {spec}", "want a number behind ="):
+                weight = float(weight or 1)
+            path, _, key = name.rpartition(":")
+            self.parts[key] = (weight, load(name) if name != "verifier" else None)
+            if path:
+                self.files[f"reward {key}"] = sha256(pathlib.Path(path))
+
+    def score(self, texts: list[str], problems: list, finished: list[bool]) -> list[float]:
+        """The reward of each response: the sum of weight times value."""
+        total = [0.0] * len(texts)
+        for name, (weight, function) in self.parts.items():
+            if function is None:
+                values = self.verifier.score(texts, problems, finished)
+            else:
+                values = self._call(name, function, texts, problems, finished)
+            self.sums[name] = sum(values)
+            total = [sum_ + weight * value for sum_, value in zip(total, values, strict=True)]
+        return total
+
+    def _call(self, name: str, function: Callable, texts, problems, finished) -> list[float]:
+        columns = {key: [p.columns.get(key) for p in problems] for key in problems[0].columns}
+        columns |= {"answer": [p.answer for p in problems], "finished": finished}
+        prompts = [[{"role": "user", "content": p.prompt}] for p in problems]
+        completions = [[{"role": "assistant", "content": text}] for text in texts]
+        with in_one_line(f"reward {name} failed", ADVICE):
+            values = function(prompts=prompts, completions=completions, **columns)
+            values = [float(value or 0) for value in values]
+        if len(values) != len(texts):
+            raise UserError(f"reward {name} returned {len(values)} for {len(texts)} responses")
+        return values

@@ -1,0 +1,108 @@
+"""One's own reward functions, alone and beside the verifier."""
+
+import json
+import shutil
+
+import pytest
+from conftest import TINY, call_stage
+
+from common import UserError
+from common.files.read import read_jsonl
+from common.rl import rewards
+from common.rl.data import Problem
+from common.rl.verifier import Verifier
+
+MINE = """
+def short(prompts, completions, **columns):
+    return [-len(chat[0]["content"]) / 100 for chat in completions]
+
+def seen(prompts, completions, answer, level, finished, **columns):
+    rows = zip(prompts, completions, answer, level, finished, strict=True)
+    return [len(p[0]["content"]) + 10 * a.count("4") + n + done for p, _, a, n, done in rows]
+
+def two(completions, **columns):
+    return [1.0, None]
+
+def one(completions, **columns):
+    return [1.0]
+
+def broken(completions, **columns):
+    return [1 / 0 for _ in completions]
+"""
+PROBLEMS = [Problem("1+2", "3", "number", {"level": 100}), Problem("20+22", "42", "number", {})]
+PROBLEMS[1].columns["level"] = 200
+TEXTS = ["\\boxed{3}", "\\boxed{41}"]
+
+
+@pytest.fixture
+def mine(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    return str(tmp_path / "mine.py")
+
+
+def scored(*wanted: str):
+    made = rewards.Rewards(list(wanted), Verifier())
+    return made.score(TEXTS, PROBLEMS, [True, False]), made
+
+
+def test_the_verifier_is_the_default_and_a_weight_multiplies():
+    assert scored("verifier")[0] == [1.0, 0.0]
+    assert scored("verifier=2.5")[0] == [2.5, 0.0]
+
+
+def test_a_function_gets_the_chats_the_answers_and_the_datas_other_columns(mine):
+    assert scored(f"{mine}:seen")[0] == [3 + 100 + 1, 5 + 10 + 200 + 0]
+
+
+def test_several_are_added_and_each_has_its_own_sum(mine):
+    found, made = scored("verifier", f"{mine}:short=0.5", f"{mine}:two")
+    assert found == pytest.approx([1 - 0.045 + 1, 0 - 0.05 + 0])
+    assert made.sums == pytest.approx({"verifier": 1.0, "short": -0.19, "two": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "line"),
+    [
+        ("{}:broken", r"reward broken failed \(ZeroDivisionError: division by zero\): it gets prompts"),
+        ("{}:one", "reward one returned 1 for 2 responses"),
+        ("{}:none", r"cannot load reward .*AttributeError"),
+        ("{}:two=much", r"want a number behind ="),
+        ("nowhere.py:two", "want verifier, or file.py:function of an existing file"),
+        ("verifyer", "want verifier, or file.py:function"),
+    ],
+)
+def test_what_is_wrong_with_a_reward_is_one_line(mine, wanted, line):
+    with pytest.raises(UserError, match=line):
+        scored(wanted.format(mine))
+
+
+def test_training_by_ones_own_reward_follows_it_and_goes_on_only_with_the_same(
+    empty_run, tmp_path, mine, monkeypatch, capsys
+):
+    """The reward is to be short, without a verifier: the responses get shorter."""
+    run = shutil.copytree(empty_run, tmp_path / "run")
+    flags = ["01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(run)]
+    flags += ["--reward", f"{mine}:short", "--rollouts", "16", "--learning-rate", "3e-3"]
+    flags += ["--prompts-per-step", "8", "--save-every", "6", "--resume-every", "6"]
+    assert call_stage(monkeypatch, capsys, *flags, "--steps", "12")[0] == 0
+    rows = read_jsonl(run / "train" / "metrics.jsonl")
+    assert rows[0]["reward"] == rows[0]["accuracy"] < 0
+    assert rows[-1]["reward"] > rows[0]["reward"] + 0.02
+    assert rows[-1]["response_length"] < rows[0]["response_length"]
+    (tmp_path / "mine.py").write_text(MINE + "\n")
+    code, line = call_stage(monkeypatch, capsys, *flags, "--steps", "13")
+    assert (code, "was begun with reward short = " in line) == (2, True)
+
+
+def test_each_reward_is_in_the_metrics_and_accuracy_stays_the_verifiers(
+    empty_run, tmp_path, mine, monkeypatch, capsys
+):
+    run = shutil.copytree(empty_run, tmp_path / "run")
+    flags = ["01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(run), "--steps", "1"]
+    assert call_stage(monkeypatch, capsys, *flags, "--reward", "verifier", f"{mine}:short=2")[0] == 0
+    (row,) = read_jsonl(run / "train" / "metrics.jsonl")
+    assert row["accuracy"] == row["reward_verifier"] > 0 > row["reward_short"]
+    both = row["reward_verifier"] + 2 * row["reward_short"]
+    assert row["reward"] == pytest.approx(both, rel=1e-4)
+    sample = json.loads((run / "train" / "samples.jsonl").read_text().splitlines()[0])
+    assert sample["reward"] not in (0.0, 1.0)
