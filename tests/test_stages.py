@@ -825,6 +825,14 @@ def test_a_bad_training_option_stops_before_training(
     assert message in line
 
 
+def test_what_a_preset_must_prepare_first_is_named(tmp_path, monkeypatch, capsys):
+    command = ["01_train_lora_grpo.py", "--config", "demo", "--run-dir", str(tmp_path / "new")]
+    wanted = f"not found: run python -m common.demo --run-dir {tmp_path}/new first"
+    code, line = call_stage(monkeypatch, capsys, *command)
+    assert (code, line.endswith(wanted)) == (2, True)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_problem_without_an_answer_names_file_and_line(empty_run, tmp_path, monkeypatch, capsys):
     shutil.copytree(empty_run, tmp_path / "run")
     path = tmp_path / "run" / "data" / "train.jsonl"

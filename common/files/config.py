@@ -5,6 +5,7 @@ every stage that has the key. The dataclass gives the types (transformers.HfArgu
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -41,6 +42,7 @@ class StageConfig:
     run_dir: str = option("runs/default", "the run directory, read and written by all stages")
     overwrite: bool = option(False, "do this stage again, discarding what it made before")
     threads: int = option(0, "CPU threads of torch; 0 leaves it to torch. Small models want 1")
+    prepare = ""  # the preset's command that makes what it has in {run_dir}/
 
     def path(self, value: str) -> str:
         """`value` with the run directory filled in: {run_dir}/backbone -> runs/demo/backbone."""
@@ -104,6 +106,9 @@ def preset_values(cls: type, preset: dict, sections: tuple[str, ...], source: st
                 known = nearest(key, kinds)
                 raise UserError(f"{source}: unknown key '{key}' in section {section}; {known}")
     for key, value in values.items():
+        if kinds[key] is float and isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                values[key] = value = float(value)  # YAML takes 1e-4, which has no dot, for a text
         if not matches(value, kinds[key]):
             wanted = inspect.formatannotation(kinds[key])
             raise UserError(f"{source}: {key} must be {wanted}, not {value!r}")
@@ -121,14 +126,17 @@ def parse(cls: type, sections: str | tuple[str, ...], doc: str, argv=None) -> St
             action.metavar = action.dest.split("_")[-1].upper()
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
+    preset = {}
     if name := early.parse_known_args(argv)[0].config:
         sections = (sections,) if isinstance(sections, str) else sections
-        values = preset_values(cls, load_preset(name), sections, f"preset {name}")
+        preset = load_preset(name)
+        values = preset_values(cls, preset, sections, f"preset {name}")
         parser.set_defaults(**values)
     config, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
     if unknown:
         flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
         raise UserError(f"unknown option {unknown[0]}; {nearest(unknown[0].split('=')[0], flags)}")
+    config.prepare = preset.get("reproduce", {}).get("prepare", "")
     return config
 
 

@@ -81,7 +81,7 @@ def main() -> None:
         hours = steps * preset.get("reproduce", {}).get("gpu_hours_per_step", 0)
         print("\n".join(job.line for job in jobs))
         told = f", {hours:.0f} GPU hours and the evaluation" if hours else ""
-        print(f"# {len(jobs)} commands, {steps:.0f} RL steps{told}")
+        print(f"# {len(jobs)} commands, {steps:.0f} RL steps{told}", file=sys.stderr)
         return
     record, logs = root / "reproduce.json", root / "logs" if args.grid else None
     claim(record)

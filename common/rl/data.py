@@ -114,7 +114,9 @@ def _problem(row: dict, source: Source, place: str) -> Problem:
             return Problem(*CHOICES[source.template](row), source.kind)
     for column in (source.prompt, source.answer):
         if _text(row, column) is None:
-            raise UserError(f"{place}: no usable '{column}', want a text or a number")
+            there = ", ".join(row) if isinstance(row, dict) else "none"
+            which = f"say --prompt-column, --answer-column; there are {there}"
+            raise UserError(f"{place}: no usable '{column}', want a text or a number: {which}")
     kind = row.get("kind") or source.kind
     if kind not in KINDS:
         raise UserError(f"{place}: kind {kind!r} is not one of {', '.join(KINDS)}")

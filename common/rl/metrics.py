@@ -86,11 +86,12 @@ def of_step(run, batch, scored: dict, updates: list[dict]) -> dict:
 
 def console_line(line: dict, last: int) -> str:
     """A line of metrics.jsonl for the console."""
+    flat = "" if line["grad_norm"] else "  no gradient: equal rewards in every group"
     phases = " ".join(f"{name} {value:.2f}" for name, value in line["seconds_by_phase"].items())
     return (
         f"step {line['step']}/{last}  accuracy {line['accuracy']:.3f}  "
         f"length {line['response_length']:.1f}  cut {line['truncated_share']:.2f}  "
         f"flat {line['zero_variance_groups']:.2f}  clip {line['clip_share']:.3f}  "
         f"entropy {line['entropy']:.2f}  gap {line['logprob_gap_mean']:.0e}  "
-        f"grad {line['grad_norm']:.2f}  {line['seconds']:.2f} s ({phases})"
+        f"grad {line['grad_norm']:.2f}  {line['seconds']:.2f} s ({phases}){flat}"
     )

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import sys
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +15,8 @@ from tqdm import tqdm
 from common import UserError, grpo
 from common.files.config import as_dict
 from common.rl import data, memory, metrics, policy, rewards, rollout, verifier
+
+FLAT = 5  # steps without a gradient after which a warning comes
 
 
 @dataclasses.dataclass
@@ -32,6 +35,7 @@ class Run:
     prompts: list[list[int]]  # token ids
     backbone: str  # what the policy is an adapter on, or began as
     stands_on: dict  # hashes of backbone, template and data
+    flat: int = 0  # steps without a gradient, one after another
 
 
 @dataclasses.dataclass
@@ -65,6 +69,10 @@ class Batch:
 
 def start(cfg, folder) -> Accelerator:
     """Threads, engine, process group, device, precision and tracker."""
+    for given in (cfg.backbone, cfg.train_data) if cfg.prepare else ():
+        if "{run_dir}" in given and not os.path.exists(cfg.path(given)):
+            first = f"run {cfg.prepare} --run-dir {cfg.run_dir} first"
+            raise UserError(f"{cfg.path(given)} not found: {first}")
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     cfg.engine = rollout.choose_engine(cfg.engine)  # a run goes on with the engine it began with
     tracker = {"log_with": cfg.report_to or None, "project_dir": folder}
@@ -224,6 +232,10 @@ def show(run: Run, line: dict) -> None:
     """A line of metrics for the console and the tracker."""
     numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
     run.accelerator.log(numbers, step=line["step"])
+    run.flat = 0 if line["grad_norm"] else run.flat + 1
+    if run.flat == FLAT and run.accelerator.is_main_process:
+        why = "every problem's responses have equal rewards; see common/rl/README.md"
+        tqdm.write(f"warning: {FLAT} steps without a gradient: {why}", file=sys.stderr)
     is_due = line["step"] % run.cfg.log_every == 0 or line["step"] == run.cfg.steps
     if run.accelerator.is_main_process and is_due:
         tqdm.write(metrics.console_line(line, run.cfg.steps))

@@ -37,7 +37,8 @@ _LAST_NUMBER = re.compile(
     r"(?:(?<![\w)\]}.])-)?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3}\b)?"
 )
 _LOOKS = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\$|(?<!\d)(\\[,!;]|\s)+|(\\[,!;]|\s)+(?!\d)")
-_LETTER = re.compile(r"[\s$({\[]*([A-Za-z])[\s$)}\].]*")
+_LETTER = re.compile(r"[\s$({\[]*([A-Za-z])(?:[\s$)}\].]*$|\s*[).:}\]]+[\s\\]*(.+)$)", re.DOTALL)
+_FACE = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|boldsymbol)\s*(?=\{)")
 
 
 def extract_boxed(response: str) -> str | None:
@@ -81,9 +82,12 @@ def plain_number(text: str) -> fractions.Fraction | None:
 
 
 def _number_answer(answer: str) -> fractions.Fraction | None:
-    # A plain number or a fraction of two, perhaps after "x =" or before a percent sign.
-    answer = re.sub(r"^[\s$]*[A-Za-z]\s*=", "", answer[:1001]).strip().strip("$").strip()
+    # A plain number or a fraction of two, perhaps after "m + n =" or before a percent sign.
+    answer = re.sub(r"^[\s$]*[A-Za-z](?:\s*[+-]\s*[A-Za-z])*\s*=", "", answer[:1001])
+    answer = re.sub(r"(?:\\[ ,;!]|\s)+$|\\(?=\$)", "", answer).strip().strip("$").strip()
     answer = answer.removesuffix("%").removesuffix("\\")
+    if face := _FACE.match(answer):
+        answer = answer[face.end() :].removeprefix("{").removesuffix("}")
     if not (fraction := _FRACTION.fullmatch(answer)):
         return plain_number(answer)
     above, below = (plain_number(fraction[i] or fraction[i + 2]) for i in (2, 3))
@@ -93,10 +97,14 @@ def _number_answer(answer: str) -> fractions.Fraction | None:
 
 
 def letter(text: str) -> str | None:
-    r"""The one letter of "B", "(b)", "\text{B}" or "B."; None for anything else."""
-    bare = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*(?=\{)", "", text[:100])
-    match = _LETTER.fullmatch(bare)
-    return match[1].upper() if match and len(text) <= 100 else None
+    r"""The one letter of "B", "(b)", "\text{B}", "B." or "B: its option"; else None."""
+    match = _LETTER.match(_FACE.sub("", text[:1000]))
+    if not match:
+        return None
+    # What follows the letter is its option, unless that names another letter: "A) or B)".
+    case = "A-Z" if match[1].isupper() else "a-z"
+    named = re.search(rf"(?<![A-Za-z])[{case}](?![A-Za-z])", match[2] or "")
+    return None if named else match[1].upper()
 
 
 def normalise(text: str) -> str:

@@ -70,6 +70,10 @@ def test_a_preset_holds_only_what_differs_from_its_base(tmp_path):
     assert (cfg.steps, cfg.rate, cfg.threads) == (7, 1.0, 3)
 
 
+def test_a_rate_that_yaml_takes_for_a_text_is_a_number(tmp_path):
+    assert parse(tmp_path, "train: {rate: 1e-4}").rate == 1e-4
+
+
 WRONG_PRESETS = {
     "train: {stepz: 7}": "unknown key 'stepz' in section train; did you mean steps?",
     "trian: {steps: 7}": "unknown section 'trian'; did you mean train?",
@@ -133,6 +137,7 @@ def test_help_gives_an_option_a_line_with_the_presets_value(tmp_path, capsys):
 BAD_PROBLEMS = {
     '{"prompt": "1+1"}': "no usable 'answer'",
     '{"answer": "2"}': "no usable 'prompt'",
+    '{"question": "2", "answer": "2"}': "say --prompt-column, --answer-column; there are question, a",
     "[1]": "no usable 'prompt'",
     '{"prompt": "1", "answer": null}': "no usable 'answer'",
     '{"prompt": "1", "answer": NaN}': "no usable 'answer'",

@@ -1,10 +1,11 @@
 """One's own reward functions, alone and beside the verifier."""
 
+import importlib
 import json
 import shutil
 
 import pytest
-from conftest import TINY, call_stage
+from conftest import ROOT, TINY, call_stage
 
 from common import UserError
 from common.files.read import read_jsonl
@@ -25,6 +26,9 @@ def two(completions, **columns):
 
 def one(completions, **columns):
     return [1.0]
+
+def equal(completions, **columns):
+    return [0.5 for _ in completions]
 
 def broken(completions, **columns):
     return [1 / 0 for _ in completions]
@@ -92,6 +96,22 @@ def test_training_by_ones_own_reward_follows_it_and_goes_on_only_with_the_same(
     (tmp_path / "mine.py").write_text(MINE + "\n")
     code, line = call_stage(monkeypatch, capsys, *flags, "--steps", "13")
     assert (code, "was begun with reward short = " in line) == (2, True)
+
+
+def test_steps_without_a_gradient_are_said_and_five_are_a_warning(
+    empty_run, tmp_path, mine, monkeypatch, capsys
+):
+    run = shutil.copytree(empty_run, tmp_path / "run")
+    flags = ["01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(run), "--steps", "5"]
+    main = importlib.import_module("01_train_lora_grpo").main
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", [*flags, "--reward", f"{mine}:equal"])
+    main()
+    out, err = capsys.readouterr()
+    assert out.count("no gradient: equal rewards in every group") == 5
+    assert err.count("warning: 5 steps without a gradient") == 1
+    rows = read_jsonl(run / "train" / "metrics.jsonl")
+    assert {(row["grad_norm"], row["zero_variance_groups"]) for row in rows} == {(0.0, 1.0)}
 
 
 def test_each_reward_is_in_the_metrics_and_accuracy_stays_the_verifiers(
