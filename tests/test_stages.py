@@ -19,7 +19,7 @@ from conftest import ROOT, TINY, call_stage, run_stage, start_two
 from peft import PeftModel
 
 from common import grpo, predictor, rank1
-from common.files import adapters
+from common.files import adapters, config
 from common.files import deltas as delta_files
 from common.files import read as inputs
 from common.files import series as adapter_series
@@ -823,6 +823,21 @@ def test_a_bad_training_option_stops_before_training(
     )
     assert code == 2
     assert message in line
+
+
+def test_help_has_each_option_once_and_the_stages_own_come_first(monkeypatch, capsys):
+    cls = importlib.import_module("05_continue_rl").ContinueConfig
+    with pytest.raises(SystemExit):
+        config.parse(cls, "train", "", ["--help"])
+    shown = capsys.readouterr().out
+    names = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(cls)]
+    flags = [line.split()[0] for line in shown.splitlines() if line.startswith("  --")]
+    assert sorted(flags) == sorted(names)
+    assert {*flags[:5]} == {"--start", "--restart", "--name", "--more-steps", "--steps"}
+    assert flags[-1] == "--threads"
+    titles = ("Stage 1's options, and where to start:", "Table 2 of the paper", "How responses are")
+    places = [shown.index(title) for title in titles]
+    assert places == sorted(places)
 
 
 def test_what_a_preset_must_prepare_first_is_named(tmp_path, monkeypatch, capsys):

@@ -118,7 +118,13 @@ def preset_values(cls: type, preset: dict, sections: tuple[str, ...], source: st
 def parse(cls: type, sections: str | tuple[str, ...], doc: str, argv=None) -> StageConfig:
     """The options of a stage: defaults of `cls`, the preset's `sections`, the flags in `argv`."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = _Parser(cls, description=doc, formatter_class=_Help, allow_abbrev=False)
+    usage = "%(prog)s [--config PRESET] [--run-dir DIR] [options]"
+    parser = _Parser(cls, usage=usage, description=doc, formatter_class=_Help, allow_abbrev=False)
+    left = parser._optionals._group_actions
+    for base in cls.__mro__[:-1]:  # in --help a group a class, the stage's own options first
+        own = [action for action in left if action.dest in vars(base).get("__annotations__", {})]
+        parser.add_argument_group(base.__doc__.split("\n")[0].rstrip("."))._group_actions = own
+        left[:] = [action for action in left if action not in own]
     for action in parser._actions:  # show --run-dir, not --run_dir, which works too
         dashed = [flag for flag in action.option_strings if "_" not in flag]
         action.option_strings = dashed or action.option_strings
