@@ -49,7 +49,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--preset", default="demo", help="a name in common/presets or a YAML file")
     kinds = "paper: its rows; main: the preset's methods for several seeds; tables: everything;"
-    kinds += " rl-extra: its loop; sweep: to choose a learning rate; learning-rate: jumps at more"
+    kinds += " sweep: to choose a learning rate; learning-rate: jumps at several"
     parser.add_argument("--grid", choices=grids.GRIDS, help=f"{kinds} [one run]")
     five = "training seeds of the grid [0 1 2 3 4]"
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help=five)

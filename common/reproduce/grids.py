@@ -15,7 +15,7 @@ SECOND = "second"  # the run with a second jump
 LOOP_ROUNDS, LOOP_CHECKPOINTS = 5, 5  # of RL-Extra's loop: rounds, and checkpoints in each
 SIDE_SEEDS = 3  # of other algorithms, other ranks and RL-Extra's loop, to save time
 SWEEP_SEEDS = 2  # of the rates of `sweep` in `learning-rate`
-GRIDS = ("paper", "main", "tables", "rl-extra", "learning-rate", "sweep")
+GRIDS = ("paper", "main", "tables", "learning-rate", "sweep")
 SIDE = ("next weighted repeat-last", ("weighted", "next-paper"))  # jumps of side runs, RL after
 
 
@@ -23,28 +23,25 @@ def grid(kind: str, preset_name: str, preset: dict, root: str, seeds, wanted=())
     """`paper`: the rows of the paper's tables `wanted`. `main`: what the preset does, for several
     seeds. `tables`: everything, the main rows first.
 
-    `rl-extra`: RL-Extra's alternating loop alone, which is a part of `tables`. `learning-rate`:
-    everything at the preset's rate and its `rates`, jumps alone at those of its `sweep`. `sweep`:
-    plain GRPO at all of them, measured on validation problems: to choose a rate.
+    `learning-rate`: everything at the preset's rate and its `rates`, jumps alone at those of its
+    `sweep`. `sweep`: plain GRPO at all of them, measured on validation problems: to choose a rate.
     """
-    plan, everything = Plan(preset_name, preset, root), kind == "tables"
+    plan = Plan(preset_name, preset, root)
     if kind in ("learning-rate", "sweep"):
         by_rate(plan, seeds, choose=kind == "sweep")
+    for seed in seeds if kind == "paper" else []:
+        paper(plan, seed, {*wanted})
+    for seed in seeds if kind in ("main", "tables") else []:
+        main_run(plan, seed, everything=kind == "tables")
+    if kind != "tables":
         return plan.jobs
-    if kind == "paper":
-        for seed in seeds:
-            paper(plan, seed, {*wanted})
-        return plan.jobs
-    for seed in seeds if kind != "rl-extra" else []:
-        main_run(plan, seed, everything)
-    for seed in seeds if everything else []:
+    for seed in seeds:
         full_run(plan, seed)
         for k in OTHER_K:  # jumps of the same length in RL steps
             alpha = f"{MAIN_ALPHA * plan.values['extract']['k'] / k:g}"
             plan.add("other_k", f"seed{seed}/k{k}", seed=seed, k=k, alpha=alpha)
-    for seed in (seeds[:SIDE_SEEDS] if everything else seeds) if kind != "main" else []:
+    for seed in seeds[:SIDE_SEEDS]:
         rl_extra_loop(plan, seed)
-    for seed in seeds[:SIDE_SEEDS] if everything else []:
         for algorithm in ("rloo", "reinforce++"):
             total = plan.prefix + plan.more
             side_run(plan, seed, algorithm, f"--algorithm {algorithm}", total)

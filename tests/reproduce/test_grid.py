@@ -37,7 +37,7 @@ PARSED = {
         ("smollm2", "main"),
         ("paper_qwen2.5_7b", None),
         ("paper_qwen2.5_7b", "paper"),
-        (TINY, "rl-extra"),
+        (TINY, "tables"),
     ],
 )
 def test_every_planned_line_is_one_its_stage_accepts_and_comes_after_what_it_needs(preset, kind):
