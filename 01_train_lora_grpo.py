@@ -75,7 +75,7 @@ def sample(run: Run, step: int, timer: metrics.Timer) -> Batch:
     with timer("reward"):
         texts = run.tokenizer.batch_decode([r.tokens for r in found], skip_special_tokens=True)
         problems, finished = [run.problems[i] for i, _, _ in asked], [r.finished for r in found]
-        rewards = run.rewards.score(texts, problems, finished)
+        rewards = run.rewards.score(texts, problems, finished, [r.tokens for r in found])
     return Batch(
         problems=problems,
         prompts=prompts,
@@ -121,8 +121,8 @@ def loss_of(run: Run, batch: Batch, part: list[int], weights: dict[int, torch.Te
 def train(run: Run, folder: pathlib.Path, first_step: int) -> None:
     """RL steps first_step + 1 ... cfg.steps, those not yet done. Stage 5 calls it too."""
     cfg, processes = run.cfg, run.accelerator.num_processes
-    put_back = functools.partial(policy.put_back, run.model, run.optimizer)
-    begin = resume.go_on(folder, first_step, cfg.resume_every, run.stands_on, put_back)
+    state = (run.stands_on, run.model, run.optimizer)
+    begin = resume.go_on(folder, first_step, cfg.resume_every, *state)
     log = StepLog(folder / "metrics.jsonl", keep_to=begin)
     samples = StepLog(folder / "samples.jsonl", keep_to=begin)
     hidden = None if is_writer() else True  # None: shown on a terminal
@@ -157,8 +157,6 @@ def train(run: Run, folder: pathlib.Path, first_step: int) -> None:
         if step % cfg.save_every == 0:
             samples.append(*batch.samples(step))
         if step % cfg.resume_every == 0 or step == cfg.steps:
-            log.keep()
-            samples.keep()
             resume.save(folder, step, policy.trained(run.model), run.optimizer, run.stands_on)
         training.show(run, line)
     run.rewards.verifier.close()

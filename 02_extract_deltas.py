@@ -20,6 +20,7 @@ import datetime
 import os
 import pathlib
 
+import safetensors.torch
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
@@ -99,10 +100,11 @@ def main() -> None:
     paths = {step: within(path, run) for step, path in found.paths.items()}
     index = {"steps": found.steps, "checkpoints": paths, "k": cfg.k, "modules": found.modules}
     write.write_json(stage.folder / "index.json", {**index, "backbone": found.backbone})
-    spectra = deltas.load_spectra(stage.folder)
+    trajectory = deltas.load_trajectory(stage.folder)  # refuses a file that is broken
+    spectra = {m: safetensors.torch.load_file(path)["spectrum"] for m, path in files.items()}
     if not any(sigma[-1, 0] > 0 for sigma in spectra.values()):
         raise UserError("no matrix has moved: every reward was the same, or the rate is 0")
-    seen = measures.measure(deltas.load_trajectory(stage.folder), spectra, cfg.fit_checkpoints)
+    seen = measures.measure(trajectory, spectra, cfg.fit_checkpoints)
     write.write_json(stage.folder / "spectrum.json", seen)
     stage.finish()
     energy, below = seen["energy_ratio"], [row["held_out"] < 0 for row in seen["linear_fit"]]

@@ -99,8 +99,9 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
             if now:
                 now.engine.close()  # the next model needs its memory
             before, now = now, measure.Loaded(cfg, base, tasks, max(ranks, default=0), accelerator)
-            if before is None:
-                accelerator.print(now.first_prompts())
+            for task, (_, prompts) in now.tasks.items() if before is None else ():
+                first = f"first prompt: {now.tokenizer.decode(prompts[0])!r}"
+                accelerator.print(f"{task}: {len(prompts)} problems; {first}")
         now.use(lora)
         trained = {} if name == "backbone" else adapters.read_info(run / name)
         if trained.get("template_hash", now.template_hash) != now.template_hash:

@@ -342,14 +342,12 @@ def read_index(place: Place, content: bytes):
     place.write("deltas/index.json", content)
     safetensors.torch.save_file(DELTAS, place.run / "deltas" / "q.safetensors")
     deltas.load_trajectory(place.run / "deltas").aligned()
-    deltas.load_spectra(place.run / "deltas")
 
 
 def read_deltas(place: Place, content: bytes):
     place.write("deltas/index.json", INDEX)
     place.write("deltas/q.safetensors", content)
     deltas.load_trajectory(place.run / "deltas").aligned()
-    deltas.load_spectra(place.run / "deltas")
 
 
 @dataclasses.dataclass

@@ -12,6 +12,7 @@ import torch
 from conftest import TINY, call_stage
 from test_stages import metrics, weights
 
+from common import UserError
 from common.files import resume
 from common.files import stage as stages
 from common.files import write as run_dir
@@ -233,9 +234,11 @@ def test_options_that_stage_6_does_not_know_stop_the_soup(run, stage, setting, v
     assert (code, "stage 6 failed on" in line) == (2, True)
 
 
-def test_a_resume_state_with_other_tensors_is_not_put_back(lora_policy):
+def test_a_resume_state_with_other_tensors_is_not_put_back(lora_policy, tmp_path):
     model = lora_policy[0]
+    optimizer = torch.optim.AdamW(model.parameters())
     weights = {name: p.detach() for name, p in policy.trained(model).items()}
     weights.pop(next(iter(weights)))
-    with pytest.raises(ValueError, match="not of this policy"):
-        policy.put_back(model, torch.optim.AdamW(model.parameters()), weights, {})
+    resume.save(tmp_path, 1, weights, optimizer, {})
+    with pytest.raises(UserError, match="not of this policy"):
+        resume.go_on(tmp_path, 0, 1, {}, model, optimizer)

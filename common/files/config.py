@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import inspect
 import pathlib
-import sys
 from collections.abc import Iterable
 from typing import get_type_hints
 
@@ -117,7 +116,6 @@ def preset_values(cls: type, preset: dict, sections: tuple[str, ...], source: st
 
 def parse(cls: type, sections: str | tuple[str, ...], doc: str, argv=None) -> StageConfig:
     """The options of a stage: defaults of `cls`, the preset's `sections`, the flags in `argv`."""
-    argv = sys.argv[1:] if argv is None else argv
     usage = "%(prog)s [--config PRESET] [--run-dir DIR] [options]"
     parser = _Parser(cls, usage=usage, description=doc, formatter_class=_Help, allow_abbrev=False)
     left = parser._optionals._group_actions
@@ -132,12 +130,10 @@ def parse(cls: type, sections: str | tuple[str, ...], doc: str, argv=None) -> St
             action.metavar = action.dest.split("_")[-1].upper()
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
-    preset = {}
-    if name := early.parse_known_args(argv)[0].config:
-        sections = (sections,) if isinstance(sections, str) else sections
-        preset = load_preset(name)
-        values = preset_values(cls, preset, sections, f"preset {name}")
-        parser.set_defaults(**values)
+    name = early.parse_known_args(argv)[0].config
+    preset = load_preset(name) if name else {}
+    sections = (sections,) if isinstance(sections, str) else sections
+    parser.set_defaults(**preset_values(cls, preset, sections, f"preset {name}"))
     config, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
     if unknown:
         flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]

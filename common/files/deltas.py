@@ -111,15 +111,6 @@ def fingerprint(folder: pathlib.Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def load_spectra(folder: pathlib.Path) -> dict[str, torch.Tensor]:
-    """module -> the singular values of its global deltas [c, q] that stage 2 left in `folder`."""
-    found = {}
-    for module in read_index(folder)["modules"]:
-        with open_tensors(folder / f"{module}.safetensors", AGAIN) as file:
-            found[module] = file.get_tensor("spectrum")
-    return found
-
-
 def read_index(folder: pathlib.Path) -> dict:
     """index.json of the deltas in `folder`: steps, checkpoints (step -> path), k, modules."""
     return read_json(folder / "index.json", STAGE)

@@ -142,6 +142,7 @@ def save_jump(series: Series, new: Callable, places: tuple, info: dict, cfg) -> 
         return update.dense().float() if isinstance(update, LowRank) else update
 
     write.claim(places[1])
+    write.remove(places[0])  # made otherwise before
     base, fp32 = find_model(cfg.path(info["backbone"])), cfg.merge != "backbone"
     merge(places[1], last, base, fp32, {}, change)
     info = info | {"dtype": cfg.merge or "fp32", "seconds": round(time.perf_counter() - began, 3)}

@@ -53,6 +53,8 @@ def find_start(cfg) -> tuple[pathlib.Path, int, str]:
     kind = "merged" if cfg.start.startswith("merged/") else "extrapolated"
     policy = f"{kind}/{safe_name(cfg.start.removeprefix('merged/'), '--start')}"
     start = pathlib.Path(cfg.run_dir, policy)
+    if not start.is_dir() and models.is_model(whole := start.parents[1] / "merged" / start.name):
+        start, policy = whole, f"merged/{start.name}"  # a jump that is no adapter
     if not start.is_dir():
         there = ", ".join(sorted(path.name for path in start.parent.glob("[!.]*")))
         raise UserError(f"{start} not found: run 04_extrapolate.py first (there: {there})")

@@ -7,7 +7,6 @@ import hashlib
 import json
 import pathlib
 import sys
-from collections.abc import Callable
 
 import safetensors.torch
 import torch
@@ -45,6 +44,8 @@ def save(folder: pathlib.Path, step: int, weights: dict, optimizer, stands_on: d
     if not is_writer():
         return
     path = folder / "resume" / f"step_{step:04d}"
+    for log in folder.glob("*.jsonl"):  # this state counts on their rows
+        write.flush(log)
     for old in states(folder)[:-1]:
         write.remove(old)
     with write.atomic_dir(path) as state:
@@ -54,8 +55,8 @@ def save(folder: pathlib.Path, step: int, weights: dict, optimizer, stands_on: d
         write.write_text(state / "info.json", json.dumps(stands_on))
 
 
-def go_on(folder, first_step: int, every: int, stands_on: dict, put_back: Callable) -> int:
-    """Calls put_back(weights, optimizer) with the newest whole state; returns its step.
+def go_on(folder, first_step: int, every: int, stands_on: dict, model, optimizer) -> int:
+    """Puts the newest whole state back into model and optimizer; returns its step.
 
     Returns first_step where nothing has been trained. `every` is the interval of the states. Raises
     UserError where no state is whole, where all are gone, or where one stands on something else.
@@ -71,7 +72,10 @@ def go_on(folder, first_step: int, every: int, stands_on: dict, put_back: Callab
             check_intact(state)
             weights = safetensors.torch.load_file(state / "weights.safetensors")
             moments = torch.load(state / "optimizer.pt", weights_only=True, map_location="cpu")
-            put_back(weights, moments)
+            if weights.keys() != {n for n, p in model.named_parameters() if p.requires_grad}:
+                raise ValueError("it is not of this policy")
+            model.load_state_dict(weights, strict=False)
+            optimizer.load_state_dict(moments)
         except Exception as error:  # whatever the libraries raise on a broken file
             reason = f"cannot load resume state {state}: {error}"
             if not found:

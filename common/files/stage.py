@@ -117,11 +117,6 @@ class StepLog:
         if is_writer():
             write.append_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
-    def keep(self) -> None:
-        """Flushes the rows so far to the disk, before a resume state counts on them."""
-        if is_writer():
-            write.flush(self.path)
-
 
 def run_stage(main: Callable[[], None], one_process: bool = False) -> None:
     """Calls a stage's `main` and turns what the user can put right into one line.

@@ -25,6 +25,7 @@ from common.files.stage import run_stage
 from common.files.write import claim, writing
 from common.reproduce import grids, plans, report
 from common.reproduce.runner import Runner
+from common.reproduce.runs import Runs
 
 
 def lanes_of(preset: dict, jobs: int | None, grid: bool) -> list[str | None]:
@@ -92,7 +93,8 @@ def main() -> None:
         stamp = hashlib.sha256(json.dumps(preset, sort_keys=True).encode()).hexdigest()[:16]
         Runner(jobs, lanes_of(preset, args.jobs, bool(args.grid)), record, stamp, logs).run()
     if args.grid:
-        print(report.write_grid(root, args.seeds, made_with()))
+        files = (root / "tables.md", root / "results.json")
+        print(report.write_page(Runs(root, args.seeds), made_with(), *files))
 
 
 if __name__ == "__main__":

@@ -59,14 +59,14 @@ def over_problems(a: Result, b: Result | None = None) -> Estimate:
 
 
 def rank_correlation(points: list[tuple[float, float]]) -> str:
-    """Spearman's rank correlation and its 95% interval; empty for fewer than 5 points.
+    """Spearman's rank correlation and its 95% interval; empty for too few or equal points.
 
     The interval is Fisher's, with the variance 1.06 / (n - 3) of Fieller et al. 1957.
 
     >>> rank_correlation([(0.1, 1.0), (0.2, 2.0), (0.3, 4.0), (0.4, 3.0), (0.5, 5.0)])
     '+0.90 [+0.05, +0.99]'
     """
-    if len(points) < 5:
+    if len(points) < 5 or any(len({*side}) == 1 for side in zip(*points, strict=True)):
         return ""
     ranks = [
         [sorted(side).index(x) + (side.count(x) - 1) / 2 for x in side]

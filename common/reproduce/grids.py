@@ -111,30 +111,35 @@ def main_run(plan: Plan, seed: int, everything: bool) -> None:
 
 def paper(plan: Plan, seed: int, wanted: set[int]) -> None:
     """The rows of the paper's tables: 3 and 4 with Fig. 5 and 6, 5, 6, 7 and 8 with Fig. 7."""
-    total, starts = plan.prefix + plan.more, [f"next-paper_alpha{ALPHA}"]
-    merged = ["next-paper"] + (["alpharl", "rl-extra"] if wanted & {3, 4, 7, 8} else [])
-    merged += ["next-paper-no-global", "next-paper-no-local"] if 5 in wanted else []
-    starts += [f"{method}_alpha{ALPHA}_merged" for method in merged]
+    total = plan.prefix + plan.more
+    starts = [f"next-paper_alpha{ALPHA}_merged", f"next-paper_alpha{ALPHA}"]
+    # AlphaRL's adapter has rank 1 and would stay so: a new LoRA on the merged model.
+    rivals = [f"alpharl_alpha{ALPHA}_merged", f"rl-extra_alpha{ALPHA}"]
+    starts += rivals if wanted & {3, 4, 7, 8} else []
+    fewer = [f"next-paper-no-{role}_alpha{ALPHA}" for role in ("global", "local")]
+    starts += fewer if 5 in wanted else []
     ends = [f"train/step_{step:04d}" for step in (plan.prefix, total, plan.reference)]
     policies = " ".join(["backbone", *ends, f"'continued/*/step_{total:04d}'"])
-    others = shlex.join(name.replace("{run_dir}", plan.root) for name in plan.wanted["domains"])
-    words = {"methods": {3, 4, 7, 8}, "ablations": {5}, "domains": {7, 8}}
+    words = {"methods": {3, 4, 7, 8}, "ablations": {5}}
     parts = [word for word, tables in words.items() if tables & wanted]
-    flags = {"seed": seed, "policies": policies, "starts": starts, "domains": others}
-    plan.add("paper", f"seed{seed}/lora", parts, **flags)
-    if wanted & {3, 4, 5}:
-        rivals = ("merged/alpharl", "merged/rl-extra") if wanted & {3, 4} else ()
-        full_run(plan, seed, ("next alpharl rl-extra", ("next-paper", *rivals)))
+    plan.add("paper", f"seed{seed}/lora", parts, seed=seed, policies=policies, starts=starts)
+    jumps = ("next", ("next-paper",))
     for algorithm in ("rloo", "reinforce++") if 6 in wanted else ():
-        jumps = ("next", ("next-paper",))
         side_run(plan, seed, algorithm, f"--algorithm {algorithm}", plan.reference, jumps)
+    if wanted & {3, 4}:
+        jumps = ("next alpharl rl-extra", ("next-paper", "merged/alpharl", "merged/rl-extra"))
+    if wanted & {3, 4, 5} and plan.wanted["full"]:
+        full_run(plan, seed, jumps)
+    if wanted & {7, 8} and plan.wanted["domains"]:
+        others = shlex.join(name.replace("{run_dir}", plan.root) for name in plan.wanted["domains"])
+        plan.add("domains", f"seed{seed}/lora", policies=policies, domains=others)
 
 
 def full_run(plan: Plan, seed: int, jumps: tuple = SIDE) -> None:
     """All parameters trained: Table 5's "w/o LoRA", and rows of Tables 3 and 4."""
     other = plan.wanted["full_preset"]
     rate = load_preset(other)["train"]["learning_rate"] if other else 5e-7
-    flags = f"--tune full --learning-rate {rate}"
+    flags = f"--tune full --learning-rate {rate} {plan.wanted['full_flags']}".strip()
     side_run(plan, seed, "full", flags, plan.reference, jumps)
 
 

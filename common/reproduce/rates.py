@@ -21,7 +21,7 @@ def rates(runs: Runs) -> dict[float, str]:
     for name in {name for _, name, _ in runs.all() if name == MAIN or name.startswith("rate")}:
         plain = [r.trained for r in runs.some(name).values() if r.method == "grpo"]
         found |= {options["learning_rate"]: name for options in plain if options}
-    return dict(sorted(found.items())) if len(found) > 1 else {}
+    return dict(sorted(found.items())) if len(found) > 1 and MAIN in found.values() else {}
 
 
 def columns(runs: Runs) -> dict[float, str]:
@@ -82,16 +82,15 @@ def levels(runs: Runs, found: dict[float, str]) -> str:
 
 def gains(runs: Runs, found: dict[float, str]) -> list[str]:
     """The gain of every jump at once, and after more RL; a column a rate that has both."""
-    at = columns(runs)
-    before, total, after, late = runs.step(runs.prefix), runs.step(runs.total), [], []
-    for method in jumped(runs):
-        pairs = [(policy_of(runs, method), name) for name in at.values()]
-        gaps = [compared(runs, policy, name, (before, name))[1] for policy, name in pairs]
-        after.append([label_of(method), *gaps])
+    at, before, total = columns(runs), runs.step(runs.prefix), runs.step(runs.total)
+
+    def line(label: str, policy: str, base: str) -> list[str]:
+        return [label, *(compared(runs, policy, n, (base, n))[1] for n in at.values())]
+
+    after = [line(label_of(m), policy_of(runs, m), before) for m in jumped(runs)]
     ends = {r.method: r.policy for r in runs.some().values() if r.policy.startswith("continued/")}
-    for method in sorted(ends, key=lambda m: place(runs.some()[ends[m]])):
-        gaps = [compared(runs, ends[method], n, (total, n))[1] for n in at.values()]
-        late.append([label_of(method), *gaps])
+    in_order = sorted(ends, key=lambda m: place(runs.some()[ends[m]]))
+    late = [line(label_of(m), ends[m], total) for m in in_order]
     for times, label in TIMES.items():
         row = [label]
         for rate, name in at.items():
@@ -105,10 +104,8 @@ def gains(runs: Runs, found: dict[float, str]) -> list[str]:
         label += "no other jump" if r.method == "none" else "another jump"
         late.append([label, *(gap if name == found_at else "–" for name in at.values())])
     swept = [r for r in runs.some().values() if r.jumped and r.alpha and r.method in BY_ALPHA]
-    far = []
-    for r in sorted(swept, key=lambda r: (place(r), r.alpha)):
-        gaps = [compared(runs, r.policy, n, (before, n))[1] for n in at.values()]
-        far.append([f"{r.label}, alpha {r.alpha:g}", *gaps])
+    swept.sort(key=lambda r: (place(r), r.alpha))
+    far = [line(f"{r.label}, alpha {r.alpha:g}", r.policy, before) for r in swept]
     header = [f"learning rate {rate:g} {runs.interval}" for rate in at]
     return [
         table([f"right after the jump, − GRPO at {runs.prefix}", *header], after),

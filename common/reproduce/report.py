@@ -16,10 +16,6 @@ NOTES = {
 }
 KEYS = ("policy", "label", "method", "alpha", "steps", "accuracy", "error", "n", "length")
 KEYS += ("seconds",)  # in results.json
-COSINE = (
-    "Cosine of the predicted rank-1 delta with the whole true one, mean over matrices, with "
-    "everything later hidden.\n\n"
-)
 
 
 def page(runs: Runs, made_with: str) -> str:
@@ -28,7 +24,6 @@ def page(runs: Runs, made_with: str) -> str:
     verdicts = {f"The paper's claims, at learning rate {r:g}": runs.of(n) for r, n in at.items()}
     verdicts = verdicts or {"The paper's claims": runs}
     after = f"what {runs.total} RL steps come to" if runs.total else "what was measured"
-    backtests = tables.backtests(runs)
     parts = {
         "What the learning rate is worth, and the jump at each": rates.page(runs),
         f"Tables 3 and 4: {after}": tables.main_table(runs),
@@ -39,7 +34,7 @@ def page(runs: Runs, made_with: str) -> str:
         "Table 5: what the jump needs": tables.table5(runs),
         "Table 6: other algorithms": tables.table6(runs),
         "Other settings": tables.settings_table(runs),
-        "Is the predictor worth its place?": backtests and COSINE + backtests,
+        "Is the predictor worth its place?": tables.backtests(runs),
     }
     mean = "Accuracy is the plain mean of" if len(runs.tasks) > 1 else "Accuracy is that on"
     note = NOTES[runs.over].format(seeds=", ".join(map(str, runs.seeds)))
@@ -68,8 +63,3 @@ def write_run(run: pathlib.Path) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in stage.versions().items())
     results = run / "eval" / "results.json"
     return write_page(Runs(run), f"Made with {versions}.", run / "report.md", results)
-
-
-def write_grid(root: pathlib.Path, seeds: list[int], made_with: str) -> str:
-    """The page of a grid of runs: tables.md, figures/, results.json."""
-    return write_page(Runs(root, seeds), made_with, root / "tables.md", root / "results.json")

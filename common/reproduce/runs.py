@@ -76,7 +76,8 @@ class Runs:
         why, trained = collections.defaultdict(list), {}
         for task in sorted({task for *_, r in found for task in r.records}):
             having = [r for *_, r in found if task in r.records]
-            usual = most_common([measured(r.records[task]) for r in having])
+            ways = [json.dumps(measured(r.records[task]), sort_keys=True) for r in having]
+            usual = json.loads(statistics.mode(ways))
             for r in having:
                 if odd := differing(measured(r.records[task]), usual):
                     del r.records[task]
@@ -84,7 +85,7 @@ class Runs:
         # The accuracy is the mean of one suite, over those tasks of it on which most were measured:
         # the first suite on which half were measured, else the one on which most were.
         sets = [[t for *_, r in found if (t := r.of_suite(suite))] for suite in results.SUITES]
-        self.tasks = most_common(max(sets, key=lambda tasks: min(len(tasks), len(found) / 2)))
+        self.tasks = statistics.mode(max(sets, key=lambda tasks: min(len(tasks), len(found) / 2)))
         for seed, name, r in found:
             reasons, r.tasks = why[id(r)], self.tasks
             missing = [task for task in self.tasks if task not in r.records]
@@ -196,12 +197,6 @@ def measured(record: dict) -> dict:
     data = f"{record.get('data')}, {len(record['by_problem'])} problems"
     template = record.get("template_hash")
     return {**(record.get("settings") or {}), "template_hash": template, "data": data}
-
-
-def most_common(values: list):
-    """The value that most have; of several such the first."""
-    keys = [json.dumps(value, sort_keys=True) for value in values]
-    return values[keys.index(collections.Counter(keys).most_common(1)[0][0])]
 
 
 def differing(options: dict, usual: dict) -> str:

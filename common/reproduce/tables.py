@@ -217,7 +217,9 @@ def backtests(runs: Runs) -> str:
             at = f"{recipe} ({tested[0]['at_step']} → {tested[0]['predicts_step']})"
             cosines = [[t[row]["cosine"] for t in tested if row in t] for row in TESTED]
             rows.append([at, *(cosine(many and over_seeds(many)) for many in cosines)])
-    return table(["recipe", *TESTED], rows)
+    text = "Cosine of the predicted rank-1 delta with the whole true one, mean over matrices, with "
+    text += "everything later hidden.\n\n"
+    return text + table(["recipe", *TESTED], rows) if rows else ""
 
 
 def by_task(runs: Runs) -> str:

@@ -34,13 +34,6 @@ class Loaded:
         self.tasks = {t: data.encode_prompts(found, *turns, limit, t) for t, found in tasks.items()}
         self.engine = rollout.make_engine(cfg, model, self.tokenizer, cfg.path(base), rank)
 
-    def first_prompts(self) -> str:
-        """A line a task, for whoever wants to see what the model is asked."""
-        return "\n".join(
-            f"{task}: {len(prompts)} problems; first prompt: {self.tokenizer.decode(prompts[0])!r}"
-            for task, (_, prompts) in self.tasks.items()
-        )
-
     def use(self, lora: pathlib.Path | None) -> None:
         """Samples from the model with this adapter. Raises UserError for another model's."""
         if lora:

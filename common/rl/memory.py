@@ -27,19 +27,14 @@ def kept(model, rows: int, time: int, mixed: bool) -> int:
 
     The model's own code runs on tensors that have a shape and no numbers; it cannot be used again.
     """
-    found, owned = {}, set()
+    found = {}
 
     def key(tensor: torch.Tensor) -> int:
         return tensor.untyped_storage()._cdata
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
-                for name, old in [*tensors.items()]:
-                    if old is not None:
-                        new = torch.empty(old.shape, dtype=old.dtype)
-                        tensors[name] = new.requires_grad_(old.requires_grad)
-                        owned.add(key(new))
+        model.to_empty(device="cpu")
+        owned = {key(tensor) for tensor in (*model.parameters(), *model.buffers())}
         ids = torch.zeros(rows, time, dtype=torch.long)
         hooks = torch.autograd.graph.saved_tensors_hooks(
             lambda x: found.setdefault(key(x), x), lambda x: x
@@ -57,6 +52,9 @@ def plan(config, cfg, processes: int = 1, mixed: bool = True) -> dict[str, float
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         whole = sum(p.nbytes for p in layers.parameters() if not p.requires_grad)
         backbone -= whole * (1 - 1 / processes - 2 / len(layers))  # two at a time are whole
+    if cfg.tune == "full" and cfg.kl_coef:  # the backbone again, frozen
+        stored = (config.dtype or model.dtype).itemsize
+        backbone += stored * sum(p.numel() for p in model.parameters())
     trained = TRAINED * sum(p.numel() for p in policy.trained(model).values())
     if mixed and cfg.engine == "vllm":
         policy.keep_dtypes(model)
@@ -64,18 +62,24 @@ def plan(config, cfg, processes: int = 1, mixed: bool = True) -> dict[str, float
     rows = max(1, cfg.micro_tokens // longest)
     activations = kept(model, rows, longest, mixed)
     if cfg.gradient_checkpointing:  # the input of each layer, and one layer, which runs again
-        inputs = rows * longest * config.hidden_size * (2 if mixed else 4)
+        inputs = rows * longest * config.hidden_size * model.dtype.itemsize
         activations = activations / len(layers) + len(layers) * inputs
     head = HEAD * 4 * min(policy.HEAD_CHUNK, rows * longest) * config.vocab_size
     return {"backbone": backbone, "trained": trained, "activations": activations, "head": head}
 
 
-def check(config, cfg, accelerator) -> None:
-    """Prints what this GPU will hold. Raises UserError where it is too small."""
-    parts = plan(config, cfg, accelerator.num_processes, accelerator.mixed_precision != "no")
-    total = torch.cuda.mem_get_info()[1]
-    if cfg.engine == "vllm":
-        options = rollout.vllm_options(cfg.vllm_options)
+def check(model, cfg, accelerator) -> None:
+    """Prints what this GPU will hold. Raises UserError where it is too small for the policy."""
+    mixed, total = accelerator.mixed_precision != "no", torch.cuda.mem_get_info()[1]
+    try:
+        parts = plan(policy.base_model(model).config, cfg, accelerator.num_processes, mixed)
+    except Exception as error:  # noqa: BLE001  (whatever raises where shapes are not enough)
+        accelerator.print(f"memory: not known before the first step ({type(error).__name__})")
+        return
+    # The adapter of a jump has more ranks than the options say.
+    parts["trained"] = TRAINED * sum(p.numel() for p in policy.trained(model).values())
+    options = rollout.vllm_options(cfg.vllm_options)
+    if cfg.engine == "vllm" and "kv_cache_memory_bytes" not in options:
         parts["vLLM"] = total * options.get("gpu_memory_utilization", rollout.SHARED)
     listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
     needed = f"{sum(parts.values()) / 1e9:.1f} GB of a GPU's {total / 1e9:.1f} ({listed})"

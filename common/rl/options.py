@@ -32,7 +32,7 @@ class SamplingConfig(StageConfig):
     )
     batch_size: int = option(512, "sequences that hf samples at a time: memory, not results")
     vllm_options: str = option(
-        "{}", "options of vLLM's LLM class, a JSON object: '{\"gpu_memory_utilization\": 0.4}'"
+        "{}", "of vLLM's LLM class, in JSON: '{\"gpu_memory_utilization\": 0.4}' (0.8 in stage 6)"
     )
     verifier_seconds: float = option(5.0, "time limit for one answer")
 

@@ -117,14 +117,6 @@ def trained(policy) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
 
-def put_back(policy, optimizer, weights: dict[str, torch.Tensor], state: dict) -> None:
-    """Loads a resume state. Raises ValueError where its tensors are not those that are trained."""
-    if weights.keys() != trained(policy).keys():
-        raise ValueError("it is not of this policy")
-    policy.load_state_dict(weights, strict=False)
-    optimizer.load_state_dict(state)
-
-
 def base_model(policy):
     """The Hugging Face model below the LoRA; without a LoRA the policy itself."""
     return policy.get_base_model() if isinstance(policy, PeftModel) else policy

@@ -1,12 +1,14 @@
 """The reward of a response: the verifier's 0 or 1, functions of the user's, or a weighted sum.
 
-A function has TRL's signature, so those of TRL work as they are: score(prompts, completions,
-**columns) -> a number for each response (None counts 0). Prompts and completions are chats,
-[{"role": ..., "content": ...}]; columns are lists: `answer`, the data's other columns, `finished`.
+A function has TRL's signature, so those of TRL work as they are, but for async ones: score(prompts,
+completions, **columns) -> a number for each response (None counts 0). Prompts and completions are
+chats, [{"role": ..., "content": ...}]; columns are lists: `answer`, the data's other columns,
+`completion_ids`, `finished`.
 """
 
 import importlib.util
 import pathlib
+import sys
 from collections.abc import Callable
 
 from common import UserError
@@ -22,9 +24,11 @@ def load(name: str) -> Callable:
     path, _, function = name.rpartition(":")
     if not pathlib.Path(path).is_file():
         raise UserError(f"reward {name}: want verifier, or file.py:function of an existing file")
-    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+    spec = importlib.util.spec_from_file_location(f"reward_{pathlib.Path(path).stem}", path)
+    sys.path.append(str(pathlib.Path(path).resolve().parent))  # it may import what stands beside it
     with in_one_line(f"cannot load reward {name}", "see the file"):
-        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
         return getattr(module, function)
 
 
@@ -41,25 +45,28 @@ class Rewards:
             with in_one_line(f"reward {spec}", "want a number behind ="):
                 weight = float(weight or 1)
             path, _, key = name.rpartition(":")
+            if key in self.parts or (path and key == "verifier"):
+                raise UserError(f"reward {spec}: there is another {key}, give it another name")
             self.parts[key] = (weight, load(name) if name != "verifier" else None)
             if path:
                 self.files[f"reward {key}"] = sha256(pathlib.Path(path))
 
-    def score(self, texts: list[str], problems: list, finished: list[bool]) -> list[float]:
-        """The reward of each response: the sum of weight times value."""
+    def score(self, texts, problems, finished, tokens) -> list[float]:
+        """The reward of each response: the sum of weight times value. tokens: its ids."""
         total = [0.0] * len(texts)
         for name, (weight, function) in self.parts.items():
             if function is None:
                 values = self.verifier.score(texts, problems, finished)
             else:
-                values = self._call(name, function, texts, problems, finished)
+                extra = {"finished": finished, "completion_ids": tokens}
+                values = self._call(name, function, texts, problems, extra)
             self.sums[name] = sum(values)
             total = [sum_ + weight * value for sum_, value in zip(total, values, strict=True)]
         return total
 
-    def _call(self, name: str, function: Callable, texts, problems, finished) -> list[float]:
+    def _call(self, name: str, function: Callable, texts, problems, extra) -> list[float]:
         columns = {key: [p.columns.get(key) for p in problems] for key in problems[0].columns}
-        columns |= {"answer": [p.answer for p in problems], "finished": finished}
+        columns |= {"answer": [p.answer for p in problems], **extra}
         prompts = [[{"role": "user", "content": p.prompt}] for p in problems]
         completions = [[{"role": "assistant", "content": text}] for text in texts]
         with in_one_line(f"reward {name} failed", ADVICE):

@@ -113,7 +113,7 @@ def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str
     limit = cfg.max_prompt_tokens
     problems, prompts = data.encode_prompts(problems, *turns, limit, cfg.train_data)
     if accelerator.device.type == "cuda":
-        memory.check(policy.base_model(model).config, cfg, accelerator)
+        memory.check(model, cfg, accelerator)
     if cfg.engine == "vllm" and accelerator.mixed_precision != "no":
         policy.keep_dtypes(model)
     model, frozen = place(model, accelerator.device), None

@@ -52,14 +52,15 @@ class VLLMEngine:
         self.ends, self.lora, self.synced = end_tokens(model, tokenizer), None, 0
         lora = trained(model).values() if isinstance(model, PeftModel) else ()
         alone = torch.cuda.is_available() and not trained(model)  # no trainer on the same device
-        self.ram = RamDisk(2 * sum(parameter.nbytes for parameter in lora))  # this one and the last
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes, which share the RAM disk
+        self.ram = RamDisk(2 * here * sum(p.nbytes for p in lora))  # this adapter and the last one
         settings = {
             "dtype": dtype_of(model),
             "max_model_len": max_tokens,
             "logprobs_mode": "processed_logprobs",  # those that tokens are drawn with
             "generation_config": "vllm",  # no sampling defaults from the backbone's folder
             "enable_prefix_caching": True,
-            "gpu_memory_utilization": 0.9 if alone else SHARED,
+            "gpu_memory_utilization": 0.8 if alone else SHARED,
         }
         if lora_rank:
             room = min((r for r in adapters.VLLM_RANKS if r >= lora_rank), default=lora_rank)

@@ -98,7 +98,7 @@ def test_the_rounds_of_rl_extra_each_start_on_the_merged_model_of_the_round_befo
         ([5], ["lora", "full"], 400 + 4 * 100 + 500),
         ([6], ["lora", "rloo", "reinforce++"], 400 + 2 * 100 + 2 * 500),
         ([8], ["lora"], 400 + 4 * 100),
-        ([3, 4, 5, 6, 7, 8], ["lora", "full", "rloo", "reinforce++"], 2700),
+        ([3, 4, 5, 6, 7, 8], ["lora", "rloo", "reinforce++", "full"], 2700),
     ],
 )
 def test_the_papers_rows_are_made_once_and_share_every_prefix(tables_, runs_, steps):
@@ -107,6 +107,7 @@ def test_the_papers_rows_are_made_once_and_share_every_prefix(tables_, runs_, st
     assert [*dict.fromkeys(job.name.split()[0] for job in jobs)] == [f"seed0/{r}" for r in runs_]
     assert sum(job.work for job in jobs if {"01", "05"} & {*job.name.split()}) == steps
     assert any("mmlu-pro" in job.argv for job in jobs) == (8 in tables_)
+    assert any("merged/alpharl_alpha1.5" in job.argv for job in jobs) == (3 in tables_)
     assert any("paper-no-local" in job.argv for job in jobs) == (5 in tables_)
 
 

@@ -160,6 +160,7 @@ def test_a_rank_correlation_is_that_of_the_ranks_and_too_few_runs_have_none():
     oracle = np.corrcoef([1, 2, 3, 4, 5, 6], [1, 6, 2, 3, 4.5, 4.5])[0, 1]
     assert rho.startswith(f"{oracle:+.2f} [")
     assert estimates.rank_correlation([(1, 2), (2, 3), (3, 4), (4, 5)]) == ""
+    assert estimates.rank_correlation([(x, 2) for x in range(6)]) == ""
 
 
 def test_a_falling_rate_is_a_control_with_a_name_and_a_cost(demo):

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shlex
 import types
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoConfig, Qwen2Config
 
 from common import UserError, demo
 from common.files import config
+from common.reproduce import plans
 from common.rl import memory, policy
 
 stage1 = importlib.import_module("01_train_lora_grpo")
@@ -63,6 +65,22 @@ def test_what_is_counted_without_numbers_is_what_is_kept_with_them(tune, mixed):
     assert wanted > 100_000
 
 
+@pytest.mark.parametrize("size", ["1.5b", "3b"])
+def test_the_papers_runs_with_all_parameters_fit_too(size):
+    wanted = plans.values_of("", config.load_preset(f"paper_qwen2.5_{size}"))["reproduce"]
+    cls, flags = stage1.TrainConfig, shlex.split(wanted["full_flags"])
+    cfg = config.parse(cls, "train", "", ["--config", f"paper_qwen2.5_{size}", *flags])
+    cfg.tune, cfg.engine = "full", "vllm"
+    parts = memory.plan(qwen(size), cfg, processes=8)
+    vllm = GPU * json.loads(cfg.vllm_options)["gpu_memory_utilization"]
+    assert sum(parts.values()) + vllm < GPU
+    weights = sum(p.numel() for p in memory.on_paper(qwen(size), cfg).parameters())
+    assert parts["backbone"] == 2 * weights  # for the KL term
+    assert vllm - 2 * weights > 8e9
+    assert wanted["full"]
+    assert not config.load_preset("paper_qwen2.5_7b")["reproduce"]["full"]
+
+
 @pytest.mark.parametrize("size", QWEN)
 def test_the_papers_experiments_fit_on_gpus_of_80_gb(size, monkeypatch):
     cfg = options(f"paper_qwen2.5_{size}", engine="vllm")
@@ -81,13 +99,24 @@ def test_the_papers_experiments_fit_on_gpus_of_80_gb(size, monkeypatch):
 def test_a_gpu_that_is_too_small_is_refused_with_what_would_help(monkeypatch, capsys):
     place = types.SimpleNamespace(num_processes=1, mixed_precision="bf16", print=print)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, int(GPU)), raising=False)
-    memory.check(qwen("1.5b"), options("paper_qwen2.5_1.5b", engine="vllm"), place)
+    cfg = options("paper_qwen2.5_1.5b", engine="vllm")
+    model = memory.on_paper(qwen("1.5b"), cfg)
+    memory.check(model, cfg, place)
     assert " GB of a GPU's 80.0 (backbone 3.1, trained 1.2, activations " in capsys.readouterr().out
     cfg = options("paper_qwen2.5_1.5b", engine="vllm", micro_tokens=16384)
     with pytest.raises(UserError, match=r"vLLM 32.0.*--gradient-checkpointing true, or fewer"):
-        memory.check(qwen("1.5b"), cfg, place)
+        memory.check(model, cfg, place)
     cfg.gradient_checkpointing = True
-    memory.check(qwen("1.5b"), cfg, place)
+    memory.check(model, cfg, place)
+
+
+def test_a_model_that_cannot_run_without_numbers_is_not_refused(monkeypatch, capsys):
+    place = types.SimpleNamespace(num_processes=1, mixed_precision="bf16", print=print)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 1), raising=False)
+    monkeypatch.setattr(memory, "kept", lambda *args: torch.zeros(0).nonexistent)
+    cfg = options("demo", engine="vllm")
+    memory.check(memory.on_paper(AutoConfig.from_pretrained(demo.SHIPPED), cfg), cfg, place)
+    assert "memory: not known before the first step" in capsys.readouterr().out
 
 
 def test_lora_without_peft_s_casts_has_the_same_bits_under_autocast_and_keeps_less():

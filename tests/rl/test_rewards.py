@@ -21,6 +21,9 @@ def seen(prompts, completions, answer, level, finished, **columns):
     rows = zip(prompts, completions, answer, level, finished, strict=True)
     return [len(p[0]["content"]) + 10 * a.count("4") + n + done for p, _, a, n, done in rows]
 
+def ids(completions, completion_ids, **columns):
+    return [len(ids) for ids in completion_ids]
+
 def two(completions, **columns):
     return [1.0, None]
 
@@ -46,7 +49,7 @@ def mine(tmp_path):
 
 def scored(*wanted: str):
     made = rewards.Rewards(list(wanted), Verifier())
-    return made.score(TEXTS, PROBLEMS, [True, False]), made
+    return made.score(TEXTS, PROBLEMS, [True, False], [[1, 2], [3]]), made
 
 
 def test_the_verifier_is_the_default_and_a_weight_multiplies():
@@ -56,6 +59,19 @@ def test_the_verifier_is_the_default_and_a_weight_multiplies():
 
 def test_a_function_gets_the_chats_the_answers_and_the_datas_other_columns(mine):
     assert scored(f"{mine}:seen")[0] == [3 + 100 + 1, 5 + 10 + 200 + 0]
+
+
+def test_trls_column_of_token_ids_is_there(mine):
+    assert scored(f"{mine}:ids")[0] == [2.0, 1.0]
+
+
+def test_a_file_may_import_its_neighbour_and_have_dataclasses(tmp_path):
+    (tmp_path / "beside.py").write_text("VALUE = 7.0")
+    lines = "from __future__ import annotations\nimport dataclasses\nimport beside\n"
+    lines += "@dataclasses.dataclass\nclass A:\n    x: float = beside.VALUE\n"
+    lines += "def score(completions, **columns):\n    return [A().x for _ in completions]\n"
+    (tmp_path / "data_class.py").write_text(lines)
+    assert scored(f"{tmp_path}/data_class.py:score")[0] == [7.0, 7.0]
 
 
 def test_several_are_added_and_each_has_its_own_sum(mine):
@@ -70,6 +86,7 @@ def test_several_are_added_and_each_has_its_own_sum(mine):
         ("{}:broken", r"reward broken failed \(ZeroDivisionError: division by zero\): it gets prompts"),
         ("{}:one", "reward one returned 1 for 2 responses"),
         ("{}:none", r"cannot load reward .*AttributeError"),
+        ("{0}:two {0}:two", "there is another two, give it another name"),
         ("{}:two=much", r"want a number behind ="),
         ("nowhere.py:two", "want verifier, or file.py:function of an existing file"),
         ("verifyer", "want verifier, or file.py:function"),
@@ -77,7 +94,7 @@ def test_several_are_added_and_each_has_its_own_sum(mine):
 )
 def test_what_is_wrong_with_a_reward_is_one_line(mine, wanted, line):
     with pytest.raises(UserError, match=line):
-        scored(wanted.format(mine))
+        scored(*wanted.format(mine).split())
 
 
 def test_training_by_ones_own_reward_follows_it_and_goes_on_only_with_the_same(
