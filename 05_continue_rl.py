@@ -7,8 +7,8 @@ Reads   <run-dir>/extrapolated/<start>, the backbone, and the preset's section `
 Writes  <run-dir>/continued/<start>, <start>_merged or <name>, like train/, with steps to 250
 
 --restart adapter trains the jumped adapter on, of rank r + 1; --restart merged adds it to the
-backbone in fp32 and starts a new LoRA, likely the paper's way. The optimizer starts afresh;
-problems and seeds are those of the uninterrupted run.
+backbone in fp32 and starts a new LoRA, likely the paper's way: a KL term is then against the jump.
+The optimizer starts afresh; problems and seeds are those of the uninterrupted run.
 """
 
 import dataclasses
