@@ -23,16 +23,17 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A data set on the hub; benchmarks.yaml explains the fields."""
+    """Where problems are and what their columns are; benchmarks.yaml explains the fields."""
 
     hub_id: str
-    split: str = "train"
+    split: str = "train"  # of a hub id that is not in benchmarks.yaml
     kind: str = "latex"
     prompt: str = "prompt"  # columns; "a.b" is the key b of column a
     answer: str = "answer"
-    file: str = "its data file"
+    file: str = ""
+    rows: int = 0
     revision: str | None = None
-    config: str | None = None
+    gated: bool = False
     template: str | None = None
     part: str = ""  # column; rows with one value of it are a task of their own
 
@@ -75,30 +76,49 @@ CHOICES = {"gpqa": gpqa, "mmlu_pro": mmlu_pro}  # row -> (prompt, letter)
 
 
 def rows(where: str, source: Source, flag: str) -> Iterator:
-    """(place for messages, row) of a local file or folder, or of the hub. `flag`: see `_table`."""
-    if where.endswith(".jsonl"):  # without `datasets`: at once, with line numbers
-        yield from json_lines(pathlib.Path(where))
+    """(place for messages, row) of a local file or folder, or of the hub.
+
+    `flag` is how to name a copy on the command line: --test-data aime24.
+    """
+    path = pathlib.Path(where)
+    if source.file and not path.is_file():  # of a known data set one file is read
+        path = path / source.file if path.is_dir() else _fetch(source, flag)
+    if path.suffix == ".jsonl":  # without `datasets`: at once, with line numbers
+        yield from json_lines(path)
         return
-    parts = _table(where, source, flag).with_format("arrow").iter(5000)  # DAPO: 1.8 million rows
+    place = str(path) if path.is_file() else where
+    parts = _table(place, source.split, flag).with_format("arrow").iter(5000)  # DAPO: 1.8 million
     for number, row in enumerate((row for part in parts for row in part.to_pylist()), 1):
-        yield f"{where}, row {number}", row
+        yield f"{place}, row {number}", row
 
 
-def _table(where: str, source: Source, flag: str):
-    """A datasets.Dataset. `flag` is how to name a copy on the command line: --test-data aime24."""
+def _fetch(source: Source, flag: str) -> pathlib.Path:
+    """The file of a known data set at its pinned revision, from the hub or the hub's cache."""
+    from huggingface_hub import hf_hub_download
+
+    advice = f"fetch {source.file} from https://huggingface.co/datasets/{source.hub_id}, give it "
+    advice += f"as {flag}=/path/to/{pathlib.Path(source.file).name}"
+    advice += " (gated: accept its terms there, set HF_TOKEN)" if source.gated else ""
+    what = {"repo_type": "dataset", "revision": source.revision}
+    with in_one_line(f"cannot load {source.hub_id}", advice):
+        return pathlib.Path(hf_hub_download(source.hub_id, source.file, **what))
+
+
+def _table(where: str, split: str, flag: str):
+    """A datasets.Dataset of a file, a folder or a hub id, "owner/name" or "owner/name:config"."""
     import datasets  # here: it takes a second, and JSONL does not need it
 
     path, advice = pathlib.Path(where), f"want {', '.join(FILE_TYPES)}, or a copy of the hub's"
-    what = {"path": where, "name": source.config, "split": source.split}
+    what = {"path": where, "split": split}
     if path.is_file():
         what = {"path": FILE_TYPES.get(path.suffix), "data_files": where, "split": "train"}
     elif not path.exists():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", where):
             known = ", ".join(SOURCES)
             raise UserError(f"data {where} not found; want a file, a hub id, or one of {known}")
-        hub_id, _, config = where.partition(":")
-        what |= {"path": hub_id, "name": config or source.config, "revision": source.revision}
-        advice = f"fetch {source.file} from https://huggingface.co/datasets/{hub_id}, give it as "
-        advice += f"{flag}=/path/to/{pathlib.Path(source.file).name} (gated: set HF_TOKEN)"
+        what["path"], _, config = where.partition(":")
+        what["name"] = config or None
+        advice = f"fetch its file from https://huggingface.co/datasets/{what['path']}, give it "
+        advice += f"as {flag}=/path/to/it"
     with in_one_line(f"cannot load {where}", advice):  # a script in a folder is not run
         return datasets.load_dataset(**what)

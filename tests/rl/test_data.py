@@ -140,16 +140,21 @@ def test_a_benchmark_reads_a_local_file_in_the_hubs_layout(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, "gpqa-diamond", "mmlu-pro"])
-def test_a_benchmark_reads_a_copy_of_the_hubs_repository(tmp_path, name):
-    """The call that reads the hub, on a folder with the repository's files; its card names config and split, as on the hub."""
+def test_a_benchmark_is_one_file_at_one_revision_in_a_copy_of_the_repository_or_on_the_hub(
+    tmp_path, monkeypatch, name
+):
     source = benchmarks.SOURCES[name]
     rows = {"gpqa-diamond": GPQA, "mmlu-pro": MMLU_PRO}.get(name) or LAYOUTS[name][0]
-    write(tmp_path / "repo" / source.file, rows)
-    card = f"configs:\n- config_name: {source.config or 'default'}\n  data_files:\n  - split: {source.split}\n    path: {source.file}\n"
-    (tmp_path / "repo" / "README.md").write_text(f"---\n{card}---\n")
-    tasks = data.load_tasks([f"{name}={tmp_path / 'repo'}"])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / f"datasets--{source.hub_id.replace('/', '--')}" / "snapshots"
+    write(cached / source.revision / source.file, rows)
+    tasks = data.load_tasks([name])
     assert all(problem.kind == source.kind for problems in tasks.values() for problem in problems)
     assert sum(map(len, tasks.values())) == (3 if name == "dapo-math-17k" else len(rows))
+    assert data.load_tasks([f"{name}={cached / source.revision}"]) == tasks
+    (cached / source.revision).rename(cached / ("0" * 40))  # another revision is another data set
+    with pytest.raises(UserError, match=f"cannot load {source.hub_id}"):
+        data.load_tasks([name])
 
 
 def test_dapo_is_deduplicated_and_loses_its_answer_template(tmp_path):
@@ -243,31 +248,20 @@ def test_offline_the_error_names_id_file_and_flag(name):
         error.value
     )
     assert f"--test-data {name}=/path/to/{source.file.split('/')[-1]}" in str(error.value)
+    assert ("HF_TOKEN" in str(error.value)) == (name == "gpqa-diamond")
     assert "\n" not in str(error.value)
 
 
-def test_hub_is_asked_for_the_pinned_revision_and_for_the_named_split(monkeypatch):
+def test_any_other_hub_id_is_asked_for_its_config_and_split(monkeypatch):
     asked = []
 
     def load_dataset(**what):
         asked.append(what)
-        return datasets.Dataset.from_list([{"prompt": "p", "problem": "p", "answer": "1"}])
+        return datasets.Dataset.from_list([{"prompt": "p", "answer": "1"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    data.load_problems("olymmath-en-easy")
     data.load_problems("someone/sums:hard", split="validation")
-    assert asked[0] == {
-        "path": "RUC-AIBOX/OlymMATH",
-        "name": "en-easy",
-        "split": "test",
-        "revision": "5f83d12e63ee3267f35044461a6cebad58ec3be1",
-    }
-    assert asked[1] == {
-        "path": "someone/sums",
-        "name": "hard",
-        "split": "validation",
-        "revision": None,
-    }
+    assert asked == [{"path": "someone/sums", "name": "hard", "split": "validation"}]
 
 
 @pytest.mark.parametrize(
