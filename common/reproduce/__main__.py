@@ -23,7 +23,7 @@ from common import UserError
 from common.files import config
 from common.files.stage import run_stage
 from common.files.write import claim, writing
-from common.reproduce import grids, plans, report
+from common.reproduce import check, grids, plans, report
 from common.reproduce.runner import Runner
 from common.reproduce.runs import Runs
 
@@ -62,6 +62,8 @@ def parse() -> argparse.Namespace:
     only = "of a grid: only write its tables from the runs that are there"
     parser.add_argument("--report", action="store_true", help=only)
     parser.add_argument("--print", action="store_true", help="show the commands, run nothing")
+    fetched = "fetch model and problems, count them, say what the runs need; run nothing"
+    parser.add_argument("--check", action="store_true", help=fetched)
     args = parser.parse_args()
     if args.report and not args.grid:
         raise UserError("--report writes the tables of a grid: say which with --grid")
@@ -78,11 +80,11 @@ def main() -> None:
     else:
         jobs = plans.single(args.preset, preset, str(root))
     if args.print:
-        steps = sum(job.work for job in jobs if {"01", "05"} & {*job.name.split()})
-        hours = steps * preset.get("reproduce", {}).get("gpu_hours_per_step", 0)
         print("\n".join(job.line for job in jobs))
-        told = f", {hours:.0f} GPU hours and the evaluation" if hours else ""
-        print(f"# {len(jobs)} commands, {steps:.0f} RL steps{told}", file=sys.stderr)
+        print(f"# {plans.summary(jobs, preset.get('reproduce', {}))}", file=sys.stderr)
+        return
+    if args.check:
+        check.check(args.preset, preset, str(root), jobs)
         return
     record, logs = root / "reproduce.json", root / "logs" if args.grid else None
     claim(record)

@@ -48,6 +48,14 @@ def values_of(name: str, preset: dict) -> dict[str, dict]:
     return found
 
 
+def summary(jobs: list[Job], wanted: dict) -> str:
+    """How much there is to do. wanted: the preset's section `reproduce`."""
+    steps = sum(job.work for job in jobs if {"01", "05"} & {*job.name.split()})
+    hours = steps * wanted.get("gpu_hours_per_step", 0)
+    told = f", {hours:.0f} GPU hours and the evaluation" if hours else ""
+    return f"{len(jobs)} commands, {steps:.0f} RL steps{told}"
+
+
 class Plan:
     """The jobs of one root directory, whose runs share a backbone and problems."""
 

@@ -1,0 +1,74 @@
+"""`--check`: fetches the model and the problems of a preset, and says what the runs will need."""
+
+import importlib
+
+from common import UserError
+from common.files import config
+from common.reproduce import plans
+from common.rl import benchmarks, data, memory, policy
+
+COPIES = 6  # two resume states, each with the weights and AdamW's two moments
+
+
+def check(name: str, preset: dict, root: str, jobs: list[plans.Job]) -> None:
+    """Prints it. Raises UserError, at the end, for all that is missing or unlike what we know."""
+    flags, wanted = ["--config", name, "--run-dir", root], plans.values_of(name, preset)
+    wanted, wrong, tokenizer = wanted["reproduce"], [], None
+    stage1, stage6 = map(importlib.import_module, ("01_train_lora_grpo", "06_eval"))
+    train = config.parse(stage1.TrainConfig, "train", "", flags)
+    test = config.parse(stage6.EvalConfig, "eval", "", flags)
+    try:
+        model, tokenizer = policy.load_backbone(train.path(train.backbone))
+        print(needs(model, train, jobs))
+    except UserError as error:
+        wrong.append(f"missing: {error}")
+    validation = [wanted["validation_data"]] if wanted["validation_data"] else []
+    tests = dict.fromkeys([*test.test_data, *wanted["domains"], *validation])
+    specs = [("--train-data", train.train_data, train)]
+    for flag, spec, cfg in [*specs, *(("--test-data", spec, test) for spec in tests)]:
+        try:
+            wrong += counted(flag, cfg.path(spec), cfg, tokenizer)
+        except UserError as error:
+            wrong.append(f"missing: {error}")
+    print("\n".join([plans.summary(jobs, wanted), *wrong]))
+    if wrong:
+        raise UserError(f"of model and data, {len(wrong)} are not as they should be, see above")
+
+
+def counted(flag: str, spec: str, cfg, tokenizer) -> list[str]:
+    """Prints how many problems `spec` has; returns in what it is not as benchmarks.yaml says."""
+    columns = {"prompt": cfg.prompt_column, "answer": cfg.answer_column, "split": cfg.data_split}
+    tasks = data.load_tasks([spec], flag, **columns)
+    problems = [problem for some in tasks.values() for problem in some]
+    print(f"{spec}: {len(problems)} problems")
+    if tokenizer:  # which says on stderr what is too long
+        turns = (cfg.prompt_template, cfg.system_prompt, cfg.max_prompt_tokens)
+        data.encode_prompts(problems, tokenizer, *turns, spec)
+    source = benchmarks.SOURCES.get(data.parse_spec(spec)[0])
+    known = source.rows if source else len(problems)
+    odd = f"unlike what is known: {spec} has {len(problems)} problems, not {known}"
+    return [odd] if len(problems) != known else []
+
+
+def needs(model, cfg, jobs: list[plans.Job]) -> str:
+    """What a GPU will hold, and all checkpoints on the disk. cfg: the options of stage 1."""
+    parts, size = memory.plan(model.config, cfg), sum(p.numel() for p in model.parameters())
+    listed = ", ".join(f"{part} {share / 1e9:.1f}" for part, share in parts.items())
+    adapter = 4 * parts["trained"] / memory.TRAINED
+    kept = disk(jobs, cfg.save_every, adapter, 4 * size)
+    text = f"memory of a GPU: {sum(parts.values()) / 1e9:.1f} GB ({listed}), and vLLM's share\n"
+    return f"{text}disk: {kept / 1e9:.1f} GB of checkpoints"
+
+
+def disk(jobs: list[plans.Job], every: int, adapter: float, whole: float) -> float:
+    """Bytes of all checkpoints and resume states. adapter, whole: of a checkpoint in fp32."""
+    total, folders = 0.0, {}
+    for job in jobs:
+        if {"01", "05"} & {*job.name.split()}:
+            size = whole if "full" in job.argv else adapter
+            total += size * job.work / every
+            # Stage 1 goes on in one folder, stage 5 has one a start; the merged model is in it.
+            run = job.argv[job.argv.index("--run-dir") + 1]
+            folder = job.name if "--start" in job.argv else run
+            folders[folder] = COPIES * size + (whole if "merged" in job.argv else 0)
+    return total + sum(folders.values())

@@ -1,0 +1,56 @@
+"""`python -m common.reproduce --check`: what is fetched, counted and computed before anything runs."""
+
+import pytest
+import yaml
+from conftest import TINY, lay_out
+
+from common import UserError
+from common.files import config
+from common.reproduce import check, plans
+
+
+def checked(tmp_path, **sections) -> None:
+    """`--check` on the tiny preset with other sections."""
+    name = tmp_path / "mine.yaml"
+    name.write_text(yaml.safe_dump({"base": TINY, **sections}))
+    preset = config.load_preset(str(name))
+    check.check(str(name), preset, str(tmp_path), plans.single(str(name), preset, str(tmp_path)))
+
+
+def test_everything_that_is_there_is_counted(tmp_path, capsys):
+    lay_out(tmp_path)
+    checked(tmp_path)
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/data/train.jsonl: 4096 problems" in out
+    assert f"{tmp_path}/data/test.jsonl: 256 problems" in out
+    assert "memory of a GPU:" in out
+    assert "commands, 12 RL steps" in out  # 6, 2 more for reference, 2 after each of two starts
+
+
+def test_everything_that_is_not_there_is_named_at_once(tmp_path, capsys, monkeypatch):
+    hub = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    cached = hub / "datasets--math-ai--minervamath" / "snapshots"
+    cached = cached / "ee46ddc498933b1977577953250ca5c66be64f96"
+    cached.mkdir(parents=True)
+    (cached / "test.jsonl").write_text('{"question": "How many ergs?", "answer": "4.5e33"}\n')
+    tests = {"test_data": ["minerva", "amc23"], "max_prompt_tokens": 1024}
+    with pytest.raises(UserError, match="4 are not as they should be"):
+        checked(tmp_path, eval=tests)
+    out = capsys.readouterr().out
+    assert "missing: backbone folder" in out
+    assert f"missing: data file {tmp_path}/data/train.jsonl not found" in out
+    assert "unlike what is known: minerva has 1 problems, not 272" in out
+    assert "missing: cannot load math-ai/amc23" in out
+
+
+def test_the_disk_that_is_told_is_the_disk_that_is_used(finished_run):
+    kept = [*(finished_run / "train").rglob("*"), *(finished_run / "continued").rglob("*")]
+    files = [path for path in kept if path.suffix in (".safetensors", ".pt")]
+    adapter = (finished_run / "train" / "step_0006" / "adapter_model.safetensors").stat().st_size
+    whole = (finished_run / "backbone" / "model.safetensors").stat().st_size
+    jobs = plans.single(TINY, config.load_preset(TINY), str(finished_run))
+    told = check.disk(jobs, 1, adapter, whole)
+    assert told == pytest.approx(
+        sum(path.stat().st_size for path in files), rel=0.15
+    )  # of the jump: rank 5
