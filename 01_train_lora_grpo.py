@@ -148,6 +148,7 @@ def train(run: Run, folder: pathlib.Path, first_step: int) -> None:
                 updates.append(training.descend(run, step, losses))
         line = {"step": step, **metrics.of_step(run, batch, scored, updates)}
         metrics.check_gap(line, cfg.max_logprob_gap)  # stops if engine and trainer disagree
+        line |= training.evaluate(run, step, timer)  # on --eval-data, where it is due
         # A checkpoint, the logs, and then a state that an interrupted run goes on from.
         with timer("save"):
             if step % cfg.save_every == 0 or step == cfg.steps:

@@ -21,8 +21,8 @@ class Timer:
         self.seconds[phase] = round(time.perf_counter() - start, 4)
 
     def line(self, tokens: int) -> dict:
-        """Seconds and tokens a second since this timer was made."""
-        seconds = time.perf_counter() - self.began
+        """Seconds and tokens a second since this timer was made, without those of `eval`."""
+        seconds = time.perf_counter() - self.began - self.seconds.get("eval", 0.0)
         line = {"seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds, 1)}
         return {**line, "seconds_by_phase": self.seconds}
 
@@ -49,6 +49,7 @@ def of_step(run, batch, scored: dict, updates: list[dict]) -> dict:
         "cut": batch.finished.count(False),
         "flat": (spread == 0).sum().item(),
         "reward": batch.rewards.sum().item(),
+        "squares": batch.rewards.square().sum().item(),
         "timeouts": judge.timeouts,
         "errors": judge.errors,
         **scored,
@@ -61,11 +62,13 @@ def of_step(run, batch, scored: dict, updates: list[dict]) -> dict:
     mean = {key: sum(update[key] for update in updates) / len(updates) for key in updates[0]}
     each = {key: total[key] / sequences for key in sums if key.startswith("reward_")}
     penalty = cfg.kl_coef * total["kl"] if cfg.kl_in == "reward" else 0
+    variance = max(0.0, total["squares"] - total["reward"] ** 2 / sequences) / max(1, sequences - 1)
     values = {
         "reward": (total["reward"] - penalty) / sequences,
         # The verifier's share of right answers; without the verifier the reward.
         "accuracy": each.get("reward_verifier", total["reward"] / sequences),
         **(each if len(each) > 1 else {}),
+        "reward_std": variance**0.5,
         "response_length": tokens / sequences,
         "truncated_share": total["cut"] / sequences,
         "zero_variance_groups": total["flat"] / total["groups"],
@@ -87,9 +90,10 @@ def of_step(run, batch, scored: dict, updates: list[dict]) -> dict:
 def console_line(line: dict, last: int) -> str:
     """A line of metrics.jsonl for the console."""
     flat = "" if line["grad_norm"] else "  no gradient: equal rewards in every group"
+    held_out = f"eval {line['eval_accuracy']:.3f}  " if "eval_accuracy" in line else ""
     phases = " ".join(f"{name} {value:.2f}" for name, value in line["seconds_by_phase"].items())
     return (
-        f"step {line['step']}/{last}  accuracy {line['accuracy']:.3f}  "
+        f"step {line['step']}/{last}  accuracy {line['accuracy']:.3f}  {held_out}"
         f"length {line['response_length']:.1f}  cut {line['truncated_share']:.2f}  "
         f"flat {line['zero_variance_groups']:.2f}  clip {line['clip_share']:.3f}  "
         f"entropy {line['entropy']:.2f}  gap {line['logprob_gap_mean']:.0e}  "

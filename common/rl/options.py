@@ -56,13 +56,17 @@ class RLConfig(SamplingConfig):
     mixed_precision: Literal["auto", "no", "bf16"] = option("auto", "auto is bf16 on GPUs alone")
     resume_every: int = option(10, "steps between states that an interrupted run goes on from")
     log_every: int = option(1, "steps between console lines; metrics.jsonl has every step")
-    report_to: str = option("", "an accelerate tracker (tensorboard, wandb), none if empty")
+    eval_every: int = option(0, "steps between accuracies on --eval-data; 0 is never")
+    eval_data: str = option("", "validation problems, each answered once; never test problems")
+    report_to: str = option("", "a tracker of accelerate: trackio, tensorboard, wandb ...")
+    project: str = option("next", "name of the project there")
 
 
 # What may differ when a run goes on: it changes no result.
 MAY_CHANGE = (
-    *("resume_every", "log_every", "report_to", "micro_tokens", "max_logprob_gap"),
+    *("resume_every", "log_every", "report_to", "project", "micro_tokens", "max_logprob_gap"),
     *("vllm_options", "batch_size", "verifier_seconds", "gradient_checkpointing"),
+    *("eval_every", "eval_data"),
     "more_steps",  # stage 5 has the sum in `steps`
 )
 POSITIVE = (
@@ -95,5 +99,7 @@ def check(cfg) -> None:
         raise UserError(f"top_p {cfg.top_p} biases the importance ratio in training: set it to 1.0")
     if cfg.rollouts == 1 and cfg.algorithm != "reinforce++":
         raise UserError(f"{cfg.algorithm} compares responses: rollouts must be 2 or more")
+    if cfg.eval_every and not cfg.eval_data:
+        raise UserError("eval_every wants --eval-data: problems for validation")
     if cfg.kl_in == "reward" and not cfg.kl_coef:
         raise UserError("kl_in reward takes nothing from the reward with kl_coef 0: set kl_coef")

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import pathlib
 import sys
 
 import torch
@@ -33,6 +34,7 @@ class Run:
     rewards: rewards.Rewards
     problems: list[data.Problem]
     prompts: list[list[int]]  # token ids
+    held_out: tuple[list[data.Problem], list[list[int]]]  # the same of --eval-data
     backbone: str  # what the policy is an adapter on, or began as
     stands_on: dict  # hashes of backbone, template and data
     flat: int = 0  # steps without a gradient, one after another
@@ -105,13 +107,17 @@ def place(model, device: torch.device):
 def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str, str]) -> Run:
     """Problems, optimizer, engine, verifier. `backbone`: what the policy is on, its fingerprint."""
     if cfg.report_to:
-        accelerator.init_trackers("next", config=as_dict(cfg))
+        start_tracker(cfg, accelerator)
     columns = {"prompt": cfg.prompt_column, "answer": cfg.answer_column, "split": cfg.data_split}
-    columns["english_only"] = cfg.english_only
-    problems = data.load_problems(cfg.path(cfg.train_data), **columns)
     turns = (tokenizer, cfg.prompt_template, cfg.system_prompt)
-    limit = cfg.max_prompt_tokens
+    limit, held_out = cfg.max_prompt_tokens, ([], [])
+    problems = data.load_problems(
+        cfg.path(cfg.train_data), **columns, english_only=cfg.english_only
+    )
     problems, prompts = data.encode_prompts(problems, *turns, limit, cfg.train_data)
+    if cfg.eval_every:
+        others = data.load_problems(cfg.path(cfg.eval_data), **columns)
+        held_out = data.encode_prompts(others, *turns, limit, cfg.eval_data)
     if accelerator.device.type == "cuda":
         memory.check(model, cfg, accelerator)
     if cfg.engine == "vllm" and accelerator.mixed_precision != "no":
@@ -138,7 +144,15 @@ def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str
         **judge.files,
     }
     ready = (cfg, accelerator, model, tokenizer, frozen, optimizer, engine, judge)
-    return Run(*ready, problems, prompts, backbone[0], stands_on)
+    return Run(*ready, problems, prompts, held_out, backbone[0], stands_on)
+
+
+def start_tracker(cfg, accelerator: Accelerator) -> None:
+    """Begins this run in its tracker, or goes on with it there."""
+    folder = pathlib.Path(accelerator.project_dir)
+    run = {"name": f"{pathlib.Path(cfg.run_dir).name}-{folder.name}", "resume": "allow"}
+    own = {"trackio": run, "wandb": {**run, "id": run["name"]}}
+    accelerator.init_trackers(cfg.project, config=as_dict(cfg), init_kwargs=own)
 
 
 def micro_batches(run: Run, batch: Batch, sequences: list[int]) -> list[list[int]]:
@@ -226,6 +240,25 @@ def descend(run: Run, step: int, losses: list[tuple[float, float]]) -> dict:
     run.optimizer.step()
     run.optimizer.zero_grad()
     return {"loss": loss, "clip_share": clipped, "grad_norm": norm}
+
+
+def evaluate(run: Run, step: int, timer: metrics.Timer) -> dict:
+    """{"eval_accuracy": that on --eval-data} where it is due. The seeds are always the same."""
+    cfg, accelerator, (problems, prompts) = run.cfg, run.accelerator, run.held_out
+    if not cfg.eval_every or step % cfg.eval_every:
+        return {}
+    whole = len(problems) // accelerator.num_processes * accelerator.num_processes
+    mine = range(accelerator.process_index, whole, accelerator.num_processes)  # as many in each
+    seeds = [rollout.sequence_seed(cfg.seed, 0, i, 0) for i in mine]
+    asked = [prompts[i] for i in mine]
+    with timer("eval"):
+        run.engine.sync(run.model)
+        found = run.engine.generate(asked, seeds, cfg.max_new_tokens, cfg.temperature)
+        texts = run.tokenizer.batch_decode([r.tokens for r in found], skip_special_tokens=True)
+        answered, finished = [problems[i] for i in mine], [r.finished for r in found]
+        right = sum(run.rewards.verifier.score(texts, answered, finished))
+        total = accelerator.reduce(torch.tensor([right], device=accelerator.device), "sum")
+    return {"eval_accuracy": round(total.item() / whole, 6)}
 
 
 def show(run: Run, line: dict) -> None:

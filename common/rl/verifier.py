@@ -137,7 +137,7 @@ def quick_verdict(answer: str, gold: str, kind: str) -> bool | None:
 
 
 class Verifier:
-    """Scores answers. `timeouts` and `errors` count those that math-verify could not decide.
+    """Scores answers. `timeouts` and `errors` of the last call: what math-verify did not decide.
 
     `answer_format` says where the answer is: "boxed", or "last_number" of the response. The worker
     process is started when an answer needs it, and ended by `close`.
@@ -153,7 +153,7 @@ class Verifier:
 
         A response that was cut (not finished) gets 0.0. UserError: math-verify does not work.
         """
-        verdicts = []
+        self.timeouts, self.errors, verdicts = 0, 0, []
         for response, problem, whole in zip(responses, problems, finished, strict=True):
             gold = problem.answer
             answer = self._extract(response, gold) if whole else None

@@ -1,0 +1,72 @@
+"""What is seen of a run while it trains: accuracy on problems held out, the tracker, the timer."""
+
+import importlib
+import json
+import shutil
+import types
+
+from conftest import TINY, call_stage
+
+from common.files.read import read_jsonl
+from common.rl import metrics, training
+
+
+def rows_of(run, monkeypatch, capsys, *flags) -> list[dict]:
+    """The metrics of four steps, without wall times."""
+    flags = ["--config", TINY, "--run-dir", str(run), "--steps", "4", *flags]
+    assert call_stage(monkeypatch, capsys, "01_train_lora_grpo.py", *flags)[0] == 0
+    rows = read_jsonl(run / "train" / "metrics.jsonl")
+    timed = ("seconds", "seconds_by_phase", "tokens_per_second")
+    return [{key: value for key, value in row.items() if key not in timed} for row in rows]
+
+
+def test_accuracy_held_out_is_that_of_stage_6_and_changes_nothing_else(
+    empty_run, tmp_path, monkeypatch, capsys
+):
+    plain, watched = (shutil.copytree(empty_run, tmp_path / name) for name in ("a", "b"))
+    data = str(watched / "data" / "valid.jsonl")
+    without = rows_of(plain, monkeypatch, capsys)
+    rows = rows_of(watched, monkeypatch, capsys, "--eval-every", "2", "--eval-data", data)
+    found = [row.pop("eval_accuracy", None) for row in rows]
+    assert rows == without
+    assert (found[0], found[2]) == (None, None)
+    flags = ["--config", TINY, "--run-dir", str(watched), "--output", "validation", "--seed", "1"]
+    flags += ["--test-data", data, "--policies", "train/step_0002", "train/step_0004"]
+    assert call_stage(monkeypatch, capsys, "06_eval.py", *flags)[0] == 0
+    paths = sorted((watched / "validation").glob("*/valid.json"))
+    assert found[1::2] == [round(json.loads(p.read_text())["accuracy"], 6) for p in paths]
+
+
+def test_accuracy_held_out_wants_problems(empty_run, monkeypatch, capsys):
+    flags = ["--config", TINY, "--run-dir", str(empty_run), "--eval-every", "2"]
+    code, line = call_stage(monkeypatch, capsys, "01_train_lora_grpo.py", *flags)
+    assert (code, "eval_every wants --eval-data" in line) == (2, True)
+
+
+def test_the_seconds_of_a_step_are_those_of_training(monkeypatch):
+    times = iter([0.0, 1.0, 4.0, 4.0, 9.0, 10.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(times))
+    timer = metrics.Timer()
+    for phase in ("update", "eval"):
+        with timer(phase):
+            pass
+    line = timer.line(tokens=10)
+    assert line["seconds_by_phase"] == {"update": 3.0, "eval": 5.0}
+    assert (line["seconds"], line["tokens_per_second"]) == (5.0, 2.0)
+
+
+def test_a_tracker_gets_the_name_of_the_run_and_goes_on_with_it(tmp_path):
+    asked = {}
+
+    def init_trackers(project, config, init_kwargs):
+        asked.update(project=project, options=config, **init_kwargs)
+
+    place = str(tmp_path / "demo" / "train")
+    accelerator = types.SimpleNamespace(project_dir=place, init_trackers=init_trackers)
+    options = importlib.import_module("01_train_lora_grpo").TrainConfig
+    cfg = options(project="mine", run_dir=str(tmp_path / "demo"))
+    training.start_tracker(cfg, accelerator)
+    assert asked["project"] == "mine"
+    assert asked["options"]["algorithm"] == "grpo"
+    assert asked["trackio"] == {"name": "demo-train", "resume": "allow"}
+    assert asked["wandb"] == {"name": "demo-train", "id": "demo-train", "resume": "allow"}
