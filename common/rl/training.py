@@ -264,7 +264,7 @@ def evaluate(run: Run, step: int, timer: metrics.Timer) -> dict:
 def show(run: Run, line: dict) -> None:
     """A line of metrics for the console and the tracker."""
     numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
-    run.accelerator.log(numbers, step=line["step"])
+    run.accelerator.log(numbers, step=numbers.pop("step"))
     run.flat = 0 if line["grad_norm"] else run.flat + 1
     if run.flat == FLAT and run.accelerator.is_main_process:
         why = "every problem's responses have equal rewards; see common/rl/README.md"
