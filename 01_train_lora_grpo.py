@@ -148,7 +148,7 @@ def train(run: Run, folder: pathlib.Path, first_step: int) -> None:
                 updates.append(training.descend(run, step, losses))
         line = {"step": step, **metrics.of_step(run, batch, scored, updates)}
         metrics.check_gap(line, cfg.max_logprob_gap)  # stops if engine and trainer disagree
-        line |= training.evaluate(run, step, timer)  # on --eval-data, where it is due
+        line |= metrics.evaluate(run, step, timer)  # on --eval-data, where it is due
         # A checkpoint, the logs, and then a state that an interrupted run goes on from.
         with timer("save"):
             if step % cfg.save_every == 0 or step == cfg.steps:
@@ -159,7 +159,7 @@ def train(run: Run, folder: pathlib.Path, first_step: int) -> None:
             samples.append(*batch.samples(step))
         if step % cfg.resume_every == 0 or step == cfg.steps:
             resume.save(folder, step, policy.trained(run.model), run.optimizer, run.stands_on)
-        training.show(run, line)
+        metrics.show(run, line)
     run.rewards.verifier.close()
     run.engine.close()
 

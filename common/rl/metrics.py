@@ -1,11 +1,18 @@
-"""What a step of RL writes of itself: its line of metrics.jsonl and its line on the console."""
+"""What is seen of a run while it trains: metrics.jsonl, the console, the tracker."""
 
 import contextlib
+import pathlib
+import sys
 import time
 
 import torch
+from tqdm import tqdm
 
 from common import UserError
+from common.files.config import as_dict
+from common.rl import rollout
+
+FLAT = 5  # steps without a gradient after which a warning comes
 
 
 class Timer:
@@ -99,3 +106,43 @@ def console_line(line: dict, last: int) -> str:
         f"entropy {line['entropy']:.2f}  gap {line['logprob_gap_mean']:.0e}  "
         f"grad {line['grad_norm']:.2f}  {line['seconds']:.2f} s ({phases}){flat}"
     )
+
+
+def start_tracker(cfg, accelerator) -> None:
+    """Begins this run in its tracker, or goes on with it there."""
+    folder = pathlib.Path(accelerator.project_dir)
+    run = {"name": f"{pathlib.Path(cfg.run_dir).name}-{folder.name}", "resume": "allow"}
+    own = {"trackio": run, "wandb": {**run, "id": run["name"]}}
+    accelerator.init_trackers(cfg.project, config=as_dict(cfg), init_kwargs=own)
+
+
+def evaluate(run, step: int, timer: Timer) -> dict:
+    """{"eval_accuracy": that on --eval-data} where it is due. The seeds are always the same."""
+    cfg, accelerator, (problems, prompts) = run.cfg, run.accelerator, run.held_out
+    if not cfg.eval_every or step % cfg.eval_every:
+        return {}
+    whole = len(problems) // accelerator.num_processes * accelerator.num_processes
+    mine = range(accelerator.process_index, whole, accelerator.num_processes)  # as many in each
+    seeds = [rollout.sequence_seed(cfg.seed, 0, i, 0) for i in mine]
+    asked = [prompts[i] for i in mine]
+    with timer("eval"):
+        run.engine.sync(run.model)
+        found = run.engine.generate(asked, seeds, cfg.max_new_tokens, cfg.temperature)
+        texts = run.tokenizer.batch_decode([r.tokens for r in found], skip_special_tokens=True)
+        answered, finished = [problems[i] for i in mine], [r.finished for r in found]
+        right = sum(run.rewards.verifier.score(texts, answered, finished))
+        total = accelerator.reduce(torch.tensor([right], device=accelerator.device), "sum")
+    return {"eval_accuracy": round(total.item() / whole, 6)}
+
+
+def show(run, line: dict) -> None:
+    """A line of metrics for the console and the tracker."""
+    numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
+    run.accelerator.log(numbers, step=numbers.pop("step"))
+    run.flat = 0 if line["grad_norm"] else run.flat + 1
+    if run.flat == FLAT and run.accelerator.is_main_process:
+        why = "every problem's responses have equal rewards; see common/rl/README.md"
+        tqdm.write(f"warning: {FLAT} steps without a gradient: {why}", file=sys.stderr)
+    is_due = line["step"] % run.cfg.log_every == 0 or line["step"] == run.cfg.steps
+    if run.accelerator.is_main_process and is_due:
+        tqdm.write(console_line(line, run.cfg.steps))

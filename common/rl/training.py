@@ -4,20 +4,14 @@ import contextlib
 import dataclasses
 import math
 import os
-import pathlib
-import sys
 
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch.distributed.fsdp import fully_shard
-from tqdm import tqdm
 
 from common import UserError, grpo
-from common.files.config import as_dict
 from common.rl import data, memory, metrics, policy, rewards, rollout, verifier
-
-FLAT = 5  # steps without a gradient after which a warning comes
 
 
 @dataclasses.dataclass
@@ -107,7 +101,7 @@ def place(model, device: torch.device):
 def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str, str]) -> Run:
     """Problems, optimizer, engine, verifier. `backbone`: what the policy is on, its fingerprint."""
     if cfg.report_to:
-        start_tracker(cfg, accelerator)
+        metrics.start_tracker(cfg, accelerator)
     columns = {"prompt": cfg.prompt_column, "answer": cfg.answer_column, "split": cfg.data_split}
     turns = (tokenizer, cfg.prompt_template, cfg.system_prompt)
     limit, held_out = cfg.max_prompt_tokens, ([], [])
@@ -145,14 +139,6 @@ def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str
     }
     ready = (cfg, accelerator, model, tokenizer, frozen, optimizer, engine, judge)
     return Run(*ready, problems, prompts, held_out, backbone[0], stands_on)
-
-
-def start_tracker(cfg, accelerator: Accelerator) -> None:
-    """Begins this run in its tracker, or goes on with it there."""
-    folder = pathlib.Path(accelerator.project_dir)
-    run = {"name": f"{pathlib.Path(cfg.run_dir).name}-{folder.name}", "resume": "allow"}
-    own = {"trackio": run, "wandb": {**run, "id": run["name"]}}
-    accelerator.init_trackers(cfg.project, config=as_dict(cfg), init_kwargs=own)
 
 
 def micro_batches(run: Run, batch: Batch, sequences: list[int]) -> list[list[int]]:
@@ -240,35 +226,3 @@ def descend(run: Run, step: int, losses: list[tuple[float, float]]) -> dict:
     run.optimizer.step()
     run.optimizer.zero_grad()
     return {"loss": loss, "clip_share": clipped, "grad_norm": norm}
-
-
-def evaluate(run: Run, step: int, timer: metrics.Timer) -> dict:
-    """{"eval_accuracy": that on --eval-data} where it is due. The seeds are always the same."""
-    cfg, accelerator, (problems, prompts) = run.cfg, run.accelerator, run.held_out
-    if not cfg.eval_every or step % cfg.eval_every:
-        return {}
-    whole = len(problems) // accelerator.num_processes * accelerator.num_processes
-    mine = range(accelerator.process_index, whole, accelerator.num_processes)  # as many in each
-    seeds = [rollout.sequence_seed(cfg.seed, 0, i, 0) for i in mine]
-    asked = [prompts[i] for i in mine]
-    with timer("eval"):
-        run.engine.sync(run.model)
-        found = run.engine.generate(asked, seeds, cfg.max_new_tokens, cfg.temperature)
-        texts = run.tokenizer.batch_decode([r.tokens for r in found], skip_special_tokens=True)
-        answered, finished = [problems[i] for i in mine], [r.finished for r in found]
-        right = sum(run.rewards.verifier.score(texts, answered, finished))
-        total = accelerator.reduce(torch.tensor([right], device=accelerator.device), "sum")
-    return {"eval_accuracy": round(total.item() / whole, 6)}
-
-
-def show(run: Run, line: dict) -> None:
-    """A line of metrics for the console and the tracker."""
-    numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
-    run.accelerator.log(numbers, step=numbers.pop("step"))
-    run.flat = 0 if line["grad_norm"] else run.flat + 1
-    if run.flat == FLAT and run.accelerator.is_main_process:
-        why = "every problem's responses have equal rewards; see common/rl/README.md"
-        tqdm.write(f"warning: {FLAT} steps without a gradient: {why}", file=sys.stderr)
-    is_due = line["step"] % run.cfg.log_every == 0 or line["step"] == run.cfg.steps
-    if run.accelerator.is_main_process and is_due:
-        tqdm.write(metrics.console_line(line, run.cfg.steps))

@@ -8,7 +8,7 @@ import types
 from conftest import TINY, call_stage
 
 from common.files.read import read_jsonl
-from common.rl import metrics, training
+from common.rl import metrics
 
 
 def rows_of(run, monkeypatch, capsys, *flags) -> list[dict]:
@@ -65,7 +65,7 @@ def test_a_tracker_gets_the_name_of_the_run_and_goes_on_with_it(tmp_path):
     accelerator = types.SimpleNamespace(project_dir=place, init_trackers=init_trackers)
     options = importlib.import_module("01_train_lora_grpo").TrainConfig
     cfg = options(project="mine", run_dir=str(tmp_path / "demo"))
-    training.start_tracker(cfg, accelerator)
+    metrics.start_tracker(cfg, accelerator)
     assert asked["project"] == "mine"
     assert asked["options"]["algorithm"] == "grpo"
     assert asked["trackio"] == {"name": "demo-train", "resume": "allow"}
