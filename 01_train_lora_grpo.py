@@ -19,12 +19,11 @@ import pathlib
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 from common import grpo
 from common.files import resume, write
 from common.files.config import option, parse
-from common.files.stage import Stage, StepLog, is_writer, run_stage
+from common.files.stage import Stage, StepLog, is_writer, progress, run_stage
 from common.rl import data, metrics, options, policy, rollout, training
 from common.rl.training import Batch, Run
 
@@ -125,8 +124,7 @@ def train(run: Run, folder: pathlib.Path, first_step: int) -> None:
     begin = resume.go_on(folder, first_step, cfg.resume_every, *state)
     log = StepLog(folder / "metrics.jsonl", keep_to=begin)
     samples = StepLog(folder / "samples.jsonl", keep_to=begin)
-    hidden = None if is_writer() else True  # None: shown on a terminal
-    for step in tqdm(range(begin + 1, cfg.steps + 1), folder.name, unit="step", disable=hidden):
+    for step in progress(range(begin + 1, cfg.steps + 1), folder.name, unit="step"):
         timer = metrics.Timer()
         # Rollouts by the policy as it is, and their rewards.
         batch = sample(run, step, timer)

@@ -23,13 +23,12 @@ import pathlib
 import safetensors.torch
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
 
 from common import UserError, rank1
 from common.baselines import measures
 from common.files import config, deltas, series, write
 from common.files.config import option
-from common.files.stage import Stage, run_stage, within
+from common.files.stage import Stage, progress, run_stage, within
 
 
 @dataclasses.dataclass
@@ -86,8 +85,7 @@ def main() -> None:
         k, keep = cfg.k, cfg.k + 2
         work = {m: pool.submit(rank1.trajectory, found.weights(m, keep), k) for m in mine}
         try:
-            hidden = None if state.is_main_process else True  # None: shown on a terminal
-            for module in tqdm(mine, "rank-1 SVDs", disable=hidden):
+            for module in progress(mine, "rank-1 SVDs"):
                 # Each at once, so that a killed run can go on from here.
                 write.save_tensors(files[module], work.pop(module).result())
         except BaseException:

@@ -18,13 +18,12 @@ import pathlib
 import time
 
 import torch
-from tqdm import tqdm
 
 from common import UserError, predictor
 from common.baselines.backtest import backtest, describe
 from common.files import config, deltas, series, write
 from common.files.config import option
-from common.files.stage import Stage, run_stage
+from common.files.stage import Stage, progress, run_stage
 
 STRIDE = 5  # epochs between the losses that report.json keeps
 
@@ -65,10 +64,12 @@ class PredictorConfig(config.StageConfig):
         return self.name or recipe + missing + last
 
 
-def fit(cfg: PredictorConfig, recipe: predictor.Recipe, known: deltas.Trajectory, bar: tqdm):
+def fit(cfg: PredictorConfig, recipe: predictor.Recipe, known: deltas.Trajectory):
     """Trains on what is known (Eq. 8, 9) and predicts the next target (Eq. 11)."""
     known = known.last(cfg.checkpoints or len(known.steps))
-    trained = predictor.train(known, recipe, cfg.seed, bar.update)
+    families = predictor.stack_families(*predictor.prepare(known, recipe))
+    with progress(desc="training", unit="epoch", total=len(families) * recipe.epochs) as bar:
+        trained = predictor.train(known, recipe, cfg.seed, bar.update)
     return predictor.predict(trained.models, known, recipe), trained
 
 
@@ -97,12 +98,11 @@ def main() -> None:
         stage = Stage(folder, own, {"deltas": deltas.fingerprint(run / "deltas")})
         if stage.done:
             continue
-        with tqdm(desc=folder.name, unit="epoch", disable=None) as bar:
-            predict = functools.partial(fit, cfg, recipe, bar=bar)
-            tested = backtest(trajectory, checkpoints, holdout, predict) if holdout else None
-            began = time.perf_counter()
-            predicted, trained = predict(trajectory)
-            seconds = round(time.perf_counter() - began, 2)
+        predict = functools.partial(fit, cfg, recipe)
+        tested = backtest(trajectory, checkpoints, holdout, predict) if holdout else None
+        began = time.perf_counter()
+        predicted, trained = predict(trajectory)
+        seconds = round(time.perf_counter() - began, 2)
         networks = {f: model.state_dict() for f, model in trained.models.items()}
         write.save_tensors(folder / "model.safetensors", flat(networks))
         write.save_tensors(folder / "predicted.safetensors", flat(predicted))

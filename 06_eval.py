@@ -26,14 +26,13 @@ import time
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from common import UserError
 from common.files import adapters, config, write
 from common.files.config import option
 from common.files.policies import base_of, find_policies, weights_hash
 from common.files.read import safe_name
-from common.files.stage import run_stage, versions
+from common.files.stage import progress, run_stage, versions
 from common.reproduce import report
 from common.rl import data, measure, policy, rollout, verifier
 from common.rl.options import SamplingConfig
@@ -82,7 +81,7 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
     ranks = [adapters.highest_rank(adapters.read_config(lora)) for lora in loras.values()]
     settings = config.as_dict(cfg, leave_out=NOT_SETTINGS)
     judge = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format)
-    bar = tqdm(names, desc="evaluating", disable=None if accelerator.is_main_process else True)
+    bar = progress(names, "evaluating")
     for number, name in enumerate(bar, 1):
         # What the result depends on. Where all of it is the same, it was measured before.
         base, lora = base_of(run, name, cfg.backbone), loras.get(name)

@@ -14,6 +14,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from tqdm import tqdm
+
 from common import UserError
 from common.files import config as configs
 from common.files import write
@@ -44,6 +46,12 @@ def within(path: pathlib.Path, run: pathlib.Path, name: str = "") -> str:
 def is_writer() -> bool:
     """Whether this process is the first one, which alone writes what the processes share."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def progress(iterable=None, desc: str = "", **options) -> tqdm:
+    """A bar by the first process: on a terminal at once, in a log file once a minute."""
+    slow = {} if sys.stderr.isatty() else {"mininterval": 60, "delay": 60}
+    return tqdm(iterable, desc, disable=not is_writer(), **slow, **options)
 
 
 class Stage:

@@ -42,6 +42,7 @@ def load_backbone(name: str, dtype: torch.dtype | str = "auto"):
     """(model, tokenizer) of a folder or hub id; frozen, safetensors only. "auto": as stored."""
     if pathlib.Path(name).is_dir():
         open_model(pathlib.Path(name))
+        logging.disable_progress_bar()  # loading is short; a download's bar stays
     elif name.startswith((".", "/", "runs/")) or name.count("/") > 1:
         raise UserError(f"backbone folder {name} not found; {WANTED}")
     safe = {"use_safetensors": True, "trust_remote_code": False}

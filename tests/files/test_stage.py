@@ -167,3 +167,20 @@ def test_paths_inside_the_run_directory_are_relative_to_it(tmp_path, monkeypatch
     assert stage.within(run / "train" / "step_1", run) == "train/step_1"
     assert stage.within("run/train/../deltas", run, "{run_dir}") == "{run_dir}/deltas"
     assert stage.within(tmp_path / "elsewhere", run) == str(tmp_path / "elsewhere")
+
+
+def test_in_a_log_file_progress_is_shown_once_a_minute_and_by_the_first_process(
+    capsys, monkeypatch
+):
+    now = iter(range(0, 10**6, 20))  # seconds: twenty a step
+    monkeypatch.setattr("tqdm.std.time", lambda: next(now))
+    assert list(stage.progress(range(30), "training")) == [*range(30)]
+    shown = capsys.readouterr().err.count("training")
+    assert 5 <= shown <= 15
+    monkeypatch.setenv("RANK", "1")
+    assert list(stage.progress(range(30), "training")) == [*range(30)]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.undo()
+    list(stage.progress(range(30), "training"))  # at once
+    assert "training" not in capsys.readouterr().err
