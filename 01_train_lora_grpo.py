@@ -158,6 +158,7 @@ def train(run: Run, folder: pathlib.Path, first_step: int) -> None:
         if step % cfg.resume_every == 0 or step == cfg.steps:
             resume.save(folder, step, policy.trained(run.model), run.optimizer, run.stands_on)
         metrics.show(run, line)
+    metrics.check_moved(folder / "metrics.jsonl")
     run.rewards.verifier.close()
     run.engine.close()
 

@@ -10,9 +10,11 @@ from tqdm import tqdm
 
 from common import UserError
 from common.files.config import as_dict
+from common.files.read import read_jsonl
 from common.rl import rollout
 
 FLAT = 5  # steps without a gradient after which a warning comes
+WHY = "every problem's responses have equal rewards; see common/rl/README.md"
 
 
 class Timer:
@@ -40,6 +42,13 @@ def check_gap(line: dict, limit: float) -> None:
     if not gap <= limit:  # nan is no agreement either
         what = f"step {line['step']}: engine and trainer disagree by {gap:.3f} nats a token"
         raise UserError(f"{what}: stale weights, or another temperature or template")
+
+
+def check_moved(log: pathlib.Path) -> None:
+    """Raises UserError where no step of a run had a gradient: nothing can follow from it."""
+    rows = read_jsonl(log, {"grad_norm": float})
+    if len(rows) >= FLAT and not any(row["grad_norm"] for row in rows):
+        raise UserError(f"no step had a gradient: {WHY}")
 
 
 def of_step(run, batch, scored: dict, updates: list[dict]) -> dict:
@@ -141,8 +150,7 @@ def show(run, line: dict) -> None:
     run.accelerator.log(numbers, step=numbers.pop("step"))
     run.flat = 0 if line["grad_norm"] else run.flat + 1
     if run.flat == FLAT and run.accelerator.is_main_process:
-        why = "every problem's responses have equal rewards; see common/rl/README.md"
-        tqdm.write(f"warning: {FLAT} steps without a gradient: {why}", file=sys.stderr)
+        tqdm.write(f"warning: {FLAT} steps without a gradient: {WHY}", file=sys.stderr)
     is_due = line["step"] % run.cfg.log_every == 0 or line["step"] == run.cfg.steps
     if run.accelerator.is_main_process and is_due:
         tqdm.write(console_line(line, run.cfg.steps))

@@ -123,7 +123,8 @@ def test_steps_without_a_gradient_are_said_and_five_are_a_warning(
     main = importlib.import_module("01_train_lora_grpo").main
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", [*flags, "--reward", f"{mine}:equal"])
-    main()
+    with pytest.raises(UserError, match="no step had a gradient: every problem's responses have"):
+        main()
     out, err = capsys.readouterr()
     assert out.count("no gradient: equal rewards in every group") == 5
     assert err.count("warning: 5 steps without a gradient") == 1
