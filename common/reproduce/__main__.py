@@ -86,6 +86,8 @@ def main() -> None:
     if args.check:
         check.check(args.preset, preset, str(root), jobs)
         return
+    if not args.report:
+        check.options(args.preset, str(root))
     record, logs = root / "reproduce.json", root / "logs" if args.grid else None
     claim(record)
     if logs:

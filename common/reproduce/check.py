@@ -1,22 +1,49 @@
-"""`--check`: fetches the model and the problems of a preset, and says what the runs will need."""
+"""What can be wrong is found before the first command runs, and not hours later.
+
+`--check` also fetches the model and the problems, and says what the runs will need.
+"""
 
 import importlib
+import pathlib
 
 from common import UserError
 from common.files import config
 from common.reproduce import plans
 from common.rl import benchmarks, data, memory, policy
 
+STAGES = {  # class of the options -> the preset's sections
+    "01_train_lora_grpo.TrainConfig": ("train",),
+    "02_extract_deltas.ExtractConfig": ("extract",),
+    "03_train_predictor.PredictorConfig": ("predict",),
+    "04_extrapolate.ExtrapolateConfig": ("extrapolate",),
+    "05_continue_rl.ContinueConfig": ("train", "continue"),
+    "06_eval.EvalConfig": ("eval",),
+}
 COPIES = 6  # two resume states, each with the weights and AdamW's two moments
+
+
+def options(name: str, root: str) -> list:
+    """The options of the six stages. Raises UserError for what a stage would not take."""
+    found = []
+    for path, sections in STAGES.items():
+        module, cls = path.split(".")
+        kind = getattr(importlib.import_module(module), cls)
+        found.append(config.parse(kind, sections, "", ["--config", name, "--run-dir", root]))
+    test = found[-1]
+    for spec in map(test.path, test.test_data):
+        if pathlib.Path(spec).is_file():
+            data.load_tasks([spec], **columns(test))
+    return found
+
+
+def columns(cfg) -> dict[str, str]:
+    return {"prompt": cfg.prompt_column, "answer": cfg.answer_column, "split": cfg.data_split}
 
 
 def check(name: str, preset: dict, root: str, jobs: list[plans.Job]) -> None:
     """Prints it. Raises UserError, at the end, for all that is missing or unlike what we know."""
-    flags, wanted = ["--config", name, "--run-dir", root], plans.values_of(name, preset)
-    wanted, wrong, tokenizer = wanted["reproduce"], [], None
-    stage1, stage6 = map(importlib.import_module, ("01_train_lora_grpo", "06_eval"))
-    train = config.parse(stage1.TrainConfig, "train", "", flags)
-    test = config.parse(stage6.EvalConfig, "eval", "", flags)
+    train, *_, test = options(name, root)
+    wanted, wrong, tokenizer = plans.values_of(name, preset)["reproduce"], [], None
     try:
         model, tokenizer = policy.load_backbone(train.path(train.backbone))
         print(needs(model, train, jobs))
@@ -37,8 +64,7 @@ def check(name: str, preset: dict, root: str, jobs: list[plans.Job]) -> None:
 
 def counted(flag: str, spec: str, cfg, tokenizer) -> list[str]:
     """Prints how many problems `spec` has; returns in what it is not as benchmarks.yaml says."""
-    columns = {"prompt": cfg.prompt_column, "answer": cfg.answer_column, "split": cfg.data_split}
-    tasks = data.load_tasks([spec], flag, **columns)
+    tasks = data.load_tasks([spec], flag, **columns(cfg))
     problems = [problem for some in tasks.values() for problem in some]
     print(f"{spec}: {len(problems)} problems")
     if tokenizer:  # which says on stderr what is too long

@@ -17,6 +17,23 @@ def checked(tmp_path, **sections) -> None:
     check.check(str(name), preset, str(tmp_path), plans.single(str(name), preset, str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("sections", "line"),
+    [
+        ({"eval": {"run": 4}}, "unknown key 'run' in section eval"),
+        ({"extrapolate": {"methods": ["nxt"]}}, "no method 'nxt'"),
+        ({"eval": {"answer_column": "solution"}}, "no usable 'solution'"),
+    ],
+)
+def test_a_late_stages_mistake_is_found_before_the_first_command(
+    empty_run, tmp_path, sections, line
+):
+    name = tmp_path / "mine.yaml"
+    name.write_text(yaml.safe_dump({"base": TINY, **sections}))
+    with pytest.raises(UserError, match=line):
+        check.options(str(name), str(empty_run))
+
+
 def test_everything_that_is_there_is_counted(tmp_path, capsys):
     lay_out(tmp_path)
     checked(tmp_path)
