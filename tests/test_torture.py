@@ -289,18 +289,21 @@ def test_a_second_signal_while_a_stage_ends_changes_nothing(monkeypatch):
     assert (stop.type, stop.value.code) == (SystemExit, 130)
 
 
-def test_a_signal_waits_for_the_end_of_a_write(tmp_path):
+def test_a_signal_within_a_write_leaves_nothing_half_made(tmp_path):
+    write.write_text(tmp_path / "log", "old")
+
     def main():
-        with write.atomic_dir(tmp_path / "step") as folder:
-            write.write_text(folder / "a", "whole")
+        with write.atomic_dir(tmp_path / "step") as folder, write.atomic_file(tmp_path / "log") as new:
+            (folder / "a").write_text("half")
+            new.write_text("half")
             os.kill(os.getpid(), signal.SIGTERM)
-            write.write_text(folder / "b", "whole")
-        raise AssertionError("went on after the write")
+            raise AssertionError("went on after the signal")
 
     with pytest.raises(SystemExit) as stop:
         stage.run_stage(main)
     assert stop.value.code == 143
-    assert contents(tmp_path) == {"step/a": "whole", "step/b": "whole"}
+    assert contents(tmp_path) == {"log": "old"}
+    assert not (tmp_path / "step").exists()
 
 
 def test_reproduce_passes_a_signal_on_and_waits_for_the_stage_behind_its_launcher(

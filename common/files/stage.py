@@ -127,25 +127,28 @@ def run_stage(main: Callable[[], None], one_process: bool = False) -> None:
     if one_process and not is_writer():
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    came = []  # the signals. Within safetensors the error that they raise becomes a ValueError
+
+    def stop(number: int, frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt(number)
+
     # A shell that starts us in the background has SIGINT ignored.
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, write.interrupt) for number in numbers]
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         main()
     except BaseException as error:
-        # Not the type of the error: a signal within safetensors comes out as a ValueError.
-        number = write.state["signal"]
-        if number or isinstance(error, KeyboardInterrupt):
-            for other in numbers:  # a launcher may pass on what the whole group has already
-                signal.signal(other, signal.SIG_IGN)
+        if came or isinstance(error, KeyboardInterrupt):
+            for number in before:  # a launcher may pass on what the whole group has already
+                signal.signal(number, signal.SIG_IGN)
             if is_writer():
                 print(f"\nstopped: {write.GO_ON}", file=sys.stderr)
-            raise SystemExit(128 + (number or signal.SIGINT)) from None
+            raise SystemExit(128 + (came[0] if came else signal.SIGINT)) from None
         if not isinstance(error, UserError):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         write.release()
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)

@@ -20,30 +20,17 @@ from common.files.read import HASHES, read_json, sha256, written_hashes
 
 GO_ON = "type the same command without --overwrite to go on"
 
-state = {"writes": 0, "signal": 0}  # how many are under way, the signal that has come
 _claimed: dict[pathlib.Path, int] = {}  # folder -> its lock file, open
-
-
-def interrupt(number: int, frame: object = None) -> None:
-    """Handler of SIGINT and SIGTERM. Raises KeyboardInterrupt(number); a write is ended first."""
-    state["signal"] = number
-    if not state["writes"]:
-        raise KeyboardInterrupt(number)
 
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path):
-    """While `path` is written, SIGINT and SIGTERM wait, and a full disk becomes one line."""
-    state["writes"] += 1
+    """Within the block, while `path` is written, a full disk becomes one line."""
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {path} ({reason}): make room, then {GO_ON}") from error
-    finally:
-        state["writes"] -= 1
-    if state["signal"] and not state["writes"]:
-        raise KeyboardInterrupt(state["signal"])
 
 
 def _beside(path: pathlib.Path, mark: str = "") -> pathlib.Path:
@@ -203,8 +190,7 @@ def claim(folder: pathlib.Path) -> None:
 
 
 def release() -> None:
-    """Gives back every folder that this process has claimed, and forgets the signal."""
-    state["signal"] = 0
+    """Gives back every folder that this process has claimed."""
     while _claimed:
         folder, handle = _claimed.popitem()
         with contextlib.suppress(OSError):
