@@ -12,9 +12,9 @@ import sys
 import pytest
 from conftest import ROOT, TINY, call_stage
 
-# write: the folders of a run; ram: vLLM's adapter; policy: in an open folder; given: runs stage 6.
+# write: the folders of a run, vLLM's adapter; policy: in an open folder; given: runs stage 6.
 ALLOWED = re.compile(
-    r"common/(files/(write|ram)|rl/(policy|verifier\w*|rollout|vllm_engine)|baselines/given"
+    r"common/(files/write|rl/(policy|verifier\w*|rollout|vllm_engine)|baselines/given"
     r"|reproduce/(__main__|run\w*))\.py"
 )
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "common").rglob("*.py")])

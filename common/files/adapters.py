@@ -130,7 +130,10 @@ class Header:
 
 
 def read_header(folder: pathlib.Path) -> Header:
-    """The header of the adapter in `folder`. Raises UserError where it does not fit its config."""
+    """The header of the adapter in `folder`.
+
+    Raises UserError where it does not fit its config, or is not as we wrote it.
+    """
     config, path = read_config(folder), folder / WEIGHTS
     if not path.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
@@ -151,6 +154,7 @@ def read_header(folder: pathlib.Path) -> Header:
         shapes[safe_name(module, str(path))] = (b[0], r, a[1])  # files of deltas have this name
     if not shapes:
         raise UserError(f"{path} holds no lora_A and lora_B")
+    check_intact(folder)
     return Header(config, shapes, dtypes, sorted(key for key in sizes if not _KEY.fullmatch(key)))
 
 
@@ -160,9 +164,8 @@ def factors(file, module: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def read_adapter(folder: pathlib.Path) -> Adapter:
-    """The adapter in `folder`, if it is intact. Factors in fp32, other tensors as they are."""
+    """The adapter in `folder`. Factors in fp32, other tensors as they are."""
     header = read_header(folder)
-    check_intact(folder)
     with open_tensors(folder / WEIGHTS, ANOTHER) as file:
         found = {module: factors(file, module) for module in header.shapes}
         return Adapter(header.config, found, {key: file.get_tensor(key) for key in header.others})

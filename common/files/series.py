@@ -17,7 +17,7 @@ import torch
 
 from common import UserError
 from common.files import adapters, deltas, models
-from common.files.read import check_intact, open_tensors, sha256
+from common.files.read import open_tensors, sha256
 from common.files.stage import within
 from common.rank1 import LowRank
 
@@ -70,7 +70,6 @@ class AdapterSeries(Series):
         first, dtypes = None, set()
         for path in paths.values():
             header, info = adapters.read_header(path), adapters.read_info(path)
-            check_intact(path)
             named = info.get("backbone_fingerprint") or header.config.get("base_model_name_or_path")
             facts = {
                 "backbone": named,

@@ -10,8 +10,11 @@ import json
 import os
 import pathlib
 import shutil
+import socket
 import sys
+import tempfile
 
+import psutil
 import safetensors.torch
 import torch
 
@@ -19,6 +22,9 @@ from common import UserError
 from common.files.read import HASHES, read_json, sha256, written_hashes
 
 GO_ON = "type the same command without --overwrite to go on"
+RAM_DISK = "/dev/shm"
+# Containers may share that, and not the processes.
+RAM_PREFIX = f"next-lora-{socket.gethostname()}-"
 
 _claimed: dict[pathlib.Path, int] = {}  # folder -> its lock file, open
 
@@ -196,3 +202,34 @@ def release() -> None:
         with contextlib.suppress(OSError):
             folder.with_name(f".{folder.name}.lock").unlink()  # while it is still locked
         os.close(handle)
+
+
+class RamDisk:
+    """A folder in memory, named after this process: how an adapter travels to another engine.
+
+    Those of ended processes are removed. Where there is no RAM disk, or no room on it for `needed`
+    bytes (in a container it may have 64 MB), the folder is on the disk.
+    """
+
+    def __init__(self, needed: int = 0):
+        self.saved, place = 0, RAM_DISK
+        if not os.path.isdir(RAM_DISK) or shutil.disk_usage(RAM_DISK).free < needed:
+            place = tempfile.gettempdir()
+        for left in pathlib.Path(place).glob(f"{RAM_PREFIX}[0-9]*"):
+            if not psutil.pid_exists(int(left.name.removeprefix(RAM_PREFIX).split("-")[0])):
+                shutil.rmtree(left, ignore_errors=True)
+        name = f"{RAM_PREFIX}{os.getpid()}-"
+        with writing(pathlib.Path(place, name)):
+            self.path = pathlib.Path(tempfile.mkdtemp(prefix=name, dir=place))
+
+    def save(self, model) -> pathlib.Path:
+        """Saves an adapter to a folder of a new name, and removes the one before it."""
+        self.saved += 1
+        folder = self.path / str(self.saved)
+        with writing(folder):
+            model.save_pretrained(folder, save_embedding_layers=False)
+            shutil.rmtree(self.path / str(self.saved - 1), ignore_errors=True)
+        return folder
+
+    def close(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
