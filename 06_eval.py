@@ -31,7 +31,7 @@ from tqdm import tqdm
 from common import UserError
 from common.files import adapters, config, write
 from common.files.config import option
-from common.files.policies import base_of, find_policies, weights_hash
+from common.files.models import base_of, find_policies, weights_hash
 from common.files.read import safe_name
 from common.files.stage import run_stage, versions
 from common.reproduce import report

@@ -107,7 +107,7 @@ figure.savefig(x)|np.savez(x)|frame.to_csv(x)|np.memmap(x)|json.dump(x, file)|pa
 """
 HARMLESS = """
 open('x')|open('x', 'rb')|open('x', encoding='utf-8')|path.open()|'a'.replace('b', 'c')|model.eval()
-os.path.join(a)|write.remove(x)|from common.files.write import save_state; save_state(x, {})
+os.path.join(a)|write.remove(x)|from common.files.write import save_tensors; save_tensors(x, {})
 dataclasses.replace(config)|names.remove(x)|json.dumps(x)|os.environ.get('X')|stage.save(x, y)
 """
 

@@ -9,7 +9,6 @@ import functools
 import glob
 import os
 import pathlib
-import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -18,7 +17,7 @@ import torch
 from common import UserError
 from common.files import adapters, deltas, models
 from common.files.read import open_tensors, sha256
-from common.files.stage import within
+from common.files.stage import step_of, within
 from common.rank1 import LowRank
 
 
@@ -194,13 +193,6 @@ def warn(series: Series) -> None:
         print(f"note: {part}", file=sys.stderr)
     if rounded := ", ".join(sorted(series.dtypes & {"BF16", "F16"})):
         print(f"warning: checkpoints in {rounded}: deltas hold its rounding", file=sys.stderr)
-
-
-def step_of(path: pathlib.Path) -> int | None:
-    """The last number in the last part of `path` that has one: checkpoint-20, step_0020,
-    global_step_20/actor/lora_adapter."""
-    numbers = [re.findall(r"\d+", part) for part in path.parts]
-    return next((int(found[-1]) for found in reversed(numbers) if found), None)
 
 
 def find_checkpoints(patterns: list[str], run: str) -> dict[int, pathlib.Path]:

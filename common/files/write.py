@@ -105,7 +105,7 @@ def save_tensors(path: pathlib.Path, tensors: dict, metadata=None, dtype=torch.f
         safetensors.torch.save_file(made, temporary, metadata=metadata)
 
 
-def save_state(path: pathlib.Path, state: dict) -> None:
+def save_optimizer(path: pathlib.Path, state: dict) -> None:
     """Writes an optimizer's state to the file `path`. It loads with weights_only=True."""
     with atomic_file(path) as temporary:
         try:
