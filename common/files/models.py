@@ -135,17 +135,16 @@ def find_start(cfg) -> tuple[pathlib.Path, int, str]:
 
     cfg: its options. base is the model that it is an adapter on, or that it is, see `base_of`.
     """
-    kind = "merged" if cfg.start.startswith("merged/") else "extrapolated"
-    policy = f"{kind}/{safe_name(cfg.start.removeprefix('merged/'), '--start')}"
-    start = pathlib.Path(cfg.run_dir, policy)
-    if not start.is_dir() and is_model(whole := start.parents[1] / "merged" / start.name):
-        start, policy = whole, f"merged/{start.name}"  # a jump that is no adapter
-    if not start.is_dir():
+    run, name = pathlib.Path(cfg.run_dir), safe_name(cfg.start.removeprefix("merged/"), "--start")
+    policy = f"merged/{name}" if cfg.start.startswith("merged/") else f"extrapolated/{name}"
+    if not (run / policy).is_dir() and is_model(run / "merged" / name):
+        policy = f"merged/{name}"  # a jump that is no adapter
+    if not (start := run / policy).is_dir():
         there = ", ".join(sorted(path.name for path in start.parent.glob("[!.]*")))
         raise UserError(f"{start} not found: run 04_extrapolate.py first (there: {there})")
     if (step := adapters.read_info(start).get("step")) is None:
         raise UserError(f"{start} has no step in a checkpoint.json")
-    return start, step, base_of(pathlib.Path(cfg.run_dir), policy, cfg.backbone)
+    return start, step, base_of(run, policy, cfg.backbone)
 
 
 @functools.cache  # a whole model takes its time, and many jumps stand on one

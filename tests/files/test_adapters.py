@@ -379,7 +379,8 @@ def test_the_oracle_looks_for_its_future_where_the_checkpoints_are(
 
 def test_a_uniform_adapter_gets_a_plain_config_without_patterns():
     config = {"r": 4, "lora_alpha": 8, "use_rslora": True, "rank_pattern": {}, "alpha_pattern": {}}
-    grown = adapters.with_ranks(config, {"a.q_proj": 5, "b.q_proj": 5})
+    factors = dict.fromkeys(("a.q_proj", "b.q_proj"), (torch.ones(6, 5), torch.ones(5, 6)))
+    grown = adapters.extended(adapters.Adapter(config, {}), factors).config
     assert (grown["r"], grown["rank_pattern"], grown["alpha_pattern"]) == (5, {}, {})
     assert grown["lora_alpha"] == pytest.approx(4 * 5**0.5)
 
