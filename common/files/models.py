@@ -152,6 +152,6 @@ def weights_hash(folder: pathlib.Path) -> str:
     """The hash of the adapter or model in `folder`. Raises UserError where it is broken."""
     if adapters.is_adapter(folder):
         adapters.read_header(folder)  # refuses what is more than a LoRA in safetensors
-        return sha256(folder / "adapter_model.safetensors")
+        return sha256(folder / adapters.WEIGHTS)
     files = sorted({*open_model(folder).files.values()})
     return hashlib.sha256(" ".join(map(sha256, files)).encode()).hexdigest()[:16]

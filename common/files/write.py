@@ -122,9 +122,8 @@ def save_figure(path: pathlib.Path, figure) -> None:
 
 def copy_files(paths: list[pathlib.Path], folder: pathlib.Path) -> None:
     """Copies files into `folder`. Use it within `atomic_dir`."""
-    with writing(folder):
-        for path in paths:
-            shutil.copyfile(path, folder / path.name)
+    for path in paths:
+        shutil.copyfile(path, folder / path.name)
 
 
 @contextlib.contextmanager
