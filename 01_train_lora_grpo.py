@@ -21,9 +21,10 @@ from typing import Literal
 import torch
 
 from common import grpo
-from common.files import resume, write
+from common.files import write
 from common.files.config import option, parse
-from common.files.stage import Stage, StepLog, is_writer, progress, run_stage
+from common.files.read import quick_hash
+from common.files.stage import Stage, StepLog, go_on, is_writer, progress, run_stage, save_state
 from common.rl import data, metrics, options, policy, rollout, training
 from common.rl.training import Batch, Run
 
@@ -121,7 +122,7 @@ def train(run: Run, folder: pathlib.Path, first_step: int) -> None:
     """RL steps first_step + 1 ... cfg.steps, those not yet done. Stage 5 calls it too."""
     cfg, processes = run.cfg, run.accelerator.num_processes
     state = (run.stands_on, run.model, run.optimizer)
-    begin = resume.go_on(folder, first_step, cfg.resume_every, *state)
+    begin = go_on(folder, first_step, cfg.resume_every, *state)
     log = StepLog(folder / "metrics.jsonl", keep_to=begin)
     samples = StepLog(folder / "samples.jsonl", keep_to=begin)
     for step in progress(range(begin + 1, cfg.steps + 1), folder.name, unit="step"):
@@ -156,7 +157,7 @@ def train(run: Run, folder: pathlib.Path, first_step: int) -> None:
         if step % cfg.save_every == 0:
             samples.append(*batch.samples(step))
         if step % cfg.resume_every == 0 or step == cfg.steps:
-            resume.save(folder, step, policy.trained(run.model), run.optimizer, run.stands_on)
+            save_state(folder, step, policy.trained(run.model), run.optimizer, run.stands_on)
         metrics.show(run, line)
     metrics.check_moved(folder / "metrics.jsonl")
     run.rewards.verifier.close()
@@ -177,7 +178,7 @@ def main() -> None:
     folder = pathlib.Path(cfg.run_dir) / "train"
     accelerator = training.start(cfg, folder)
     inputs = {"train_data": data.content_hash(cfg.path(cfg.train_data))}
-    inputs["backbone"] = resume.quick_hash(cfg.path(cfg.backbone))
+    inputs["backbone"] = quick_hash(cfg.path(cfg.backbone))
     with accelerator.main_process_first():
         stage = Stage(folder, cfg, inputs, options.MAY_CHANGE, options.grows(cfg))
         if stage.done:

@@ -17,9 +17,9 @@ import pathlib
 from typing import Literal
 
 from common import UserError
-from common.files import adapters, models, policies, resume, write
+from common.files import adapters, models, write
 from common.files.config import option, parse
-from common.files.read import safe_name
+from common.files.read import quick_hash, safe_name
 from common.files.stage import Stage, is_writer, run_stage
 from common.rl import data, options, policy, training
 
@@ -39,7 +39,7 @@ class ContinueConfig(stage1.TrainConfig):
 
 def main() -> None:
     cfg = parse(ContinueConfig, ("train", "continue"), __doc__)
-    start, first_step, base = policies.find_start(cfg)
+    start, first_step, base = models.find_start(cfg)
     jump = {} if models.is_model(start) else adapters.read_config(start)
     merge, cfg.steps = cfg.restart == "merged", first_step + cfg.more_steps
     if cfg.tune == "full" and merge:
@@ -50,7 +50,7 @@ def main() -> None:
     folder = pathlib.Path(cfg.run_dir) / "continued" / safe_name(name, "--name")
     accelerator = training.start(cfg, folder)
     made_from = {"backbone": cfg.path(cfg.backbone), "base": cfg.path(base), "start": str(start)}
-    inputs = {key: resume.quick_hash(path) for key, path in made_from.items()}
+    inputs = {key: quick_hash(path) for key, path in made_from.items()}
     inputs["train_data"] = data.content_hash(cfg.path(cfg.train_data))
     with accelerator.main_process_first():
         stage = Stage(folder, cfg, inputs, options.MAY_CHANGE, options.grows(cfg))

@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from common import UserError
 from common.files import adapters, config, write
 from common.files.config import option
-from common.files.policies import base_of, find_policies, weights_hash
+from common.files.models import base_of, find_policies, weights_hash
 from common.files.read import safe_name
 from common.files.stage import progress, run_stage, versions
 from common.reproduce import report

@@ -13,7 +13,6 @@ from conftest import TINY, call_stage
 from test_stages import metrics, weights
 
 from common import UserError
-from common.files import resume
 from common.files import stage as stages
 from common.files import write as run_dir
 from common.rl import metrics as step_metrics
@@ -119,7 +118,7 @@ def test_a_stage_that_was_to_overwrite_is_gone_on_with_without(run, stage, monke
         143,
         "stopped: type the same command without --overwrite to go on",
     )
-    assert sorted(path.name for path in resume.states(run / "train"))[-1] == "step_0002"
+    assert sorted(path.name for path in stages.states(run / "train"))[-1] == "step_0002"
     assert stage("01_train_lora_grpo.py")[0] == 0
     assert [row["step"] for row in metrics(run / "train")] == list(range(1, 7))
 
@@ -239,6 +238,28 @@ def test_a_resume_state_with_other_tensors_is_not_put_back(lora_policy, tmp_path
     optimizer = torch.optim.AdamW(model.parameters())
     weights = {name: p.detach() for name, p in policy.trained(model).items()}
     weights.pop(next(iter(weights)))
-    resume.save(tmp_path, 1, weights, optimizer, {})
+    stages.save_state(tmp_path, 1, weights, optimizer, {})
     with pytest.raises(UserError, match="not of this policy"):
-        resume.go_on(tmp_path, 0, 1, {}, model, optimizer)
+        stages.go_on(tmp_path, 0, 1, {}, model, optimizer)
+
+
+def test_a_state_whose_reading_is_interrupted_is_not_a_broken_one(
+    lora_policy, tmp_path, monkeypatch
+):
+    model = lora_policy[0]
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in (1, 2):
+        stages.save_state(tmp_path, step, policy.trained(model), optimizer, {})
+
+    def load_file(path):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape of object type") from None
+
+    monkeypatch.setattr(stages.safetensors.torch, "load_file", load_file)
+    with pytest.raises(SystemExit) as stop:
+        stages.run_stage(lambda: stages.go_on(tmp_path, 0, 1, {}, model, optimizer))
+    assert stop.value.code == 143
+    assert [path.name for path in stages.states(tmp_path)] == ["step_0001", "step_0002"]

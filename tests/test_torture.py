@@ -23,7 +23,7 @@ from conftest import ROOT, TINY, call_stage, start_two
 from test_stages import metrics, weights
 
 from common import UserError
-from common.files import config, ram, read, stage, write
+from common.files import config, read, stage, write
 from common.reproduce import __main__ as reproduce
 from common.reproduce import plans, runner
 from common.rl import policy, rollout
@@ -289,18 +289,21 @@ def test_a_second_signal_while_a_stage_ends_changes_nothing(monkeypatch):
     assert (stop.type, stop.value.code) == (SystemExit, 130)
 
 
-def test_a_signal_waits_for_the_end_of_a_write(tmp_path):
+def test_a_signal_within_a_write_leaves_nothing_half_made(tmp_path):
+    write.write_text(tmp_path / "log", "old")
+
     def main():
         with write.atomic_dir(tmp_path / "step") as folder:
             write.write_text(folder / "a", "whole")
-            os.kill(os.getpid(), signal.SIGTERM)
-            write.write_text(folder / "b", "whole")
-        raise AssertionError("went on after the write")
+            with write.atomic_file(tmp_path / "log") as new:
+                new.write_text("half")
+                os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(SystemExit) as stop:
         stage.run_stage(main)
     assert stop.value.code == 143
-    assert contents(tmp_path) == {"step/a": "whole", "step/b": "whole"}
+    assert contents(tmp_path) == {"log": "old"}
+    assert not (tmp_path / "step").exists()
 
 
 def test_reproduce_passes_a_signal_on_and_waits_for_the_stage_behind_its_launcher(
@@ -697,7 +700,7 @@ def test_what_fails_while_the_optimizer_is_saved_is_one_line(tmp_path, monkeypat
     with pytest.raises(
         UserError, match=r"cannot write .*optimizer.pt \(the file was cut short\): make room"
     ):
-        write.save_state(tmp_path / "optimizer.pt", {})
+        write.save_optimizer(tmp_path / "optimizer.pt", {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -918,8 +921,8 @@ def vllm_engine(monkeypatch, tmp_path):
     module = importlib.import_module("common.rl.vllm_engine")
     engine = object.__new__(module.VLLMEngine)
     engine.ends, engine.lora, engine.synced = [1], None, 0
-    monkeypatch.setattr(ram, "DISK", str(tmp_path))
-    engine.ram = ram.RamDisk()
+    monkeypatch.setattr(write, "RAM_DISK", str(tmp_path))
+    engine.ram = write.RamDisk()
     yield engine
     sys.modules.pop("common.rl.vllm_engine", None)
 
@@ -927,15 +930,15 @@ def vllm_engine(monkeypatch, tmp_path):
 def test_an_adapter_travels_over_the_disk_where_the_ram_disk_is_small(monkeypatch, tmp_path):
     (tmp_path / "ram").mkdir()
     (tmp_path / "disk").mkdir()
-    monkeypatch.setattr(ram, "DISK", str(tmp_path / "ram"))
-    monkeypatch.setattr(ram.tempfile, "gettempdir", lambda: str(tmp_path / "disk"))
+    monkeypatch.setattr(write, "RAM_DISK", str(tmp_path / "ram"))
+    monkeypatch.setattr(write.tempfile, "gettempdir", lambda: str(tmp_path / "disk"))
     free = shutil.disk_usage(tmp_path).free
     for needed, name in ((free // 2, "ram"), (2 * free, "disk")):
-        place = ram.RamDisk(needed)
+        place = write.RamDisk(needed)
         assert place.path.parent == tmp_path / name
         place.close()
-    monkeypatch.setattr(ram, "DISK", str(tmp_path / "nowhere"))
-    assert ram.RamDisk().path.parent == tmp_path / "disk"
+    monkeypatch.setattr(write, "RAM_DISK", str(tmp_path / "nowhere"))
+    assert write.RamDisk().path.parent == tmp_path / "disk"
 
 
 def response(*completions: list[int]) -> types.SimpleNamespace:
@@ -1009,18 +1012,18 @@ def test_a_full_ram_disk_is_one_line(vllm_engine, lora_policy):
 def test_what_a_killed_engine_left_on_the_ram_disk_goes_and_nothing_else(vllm_engine, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("")
-    (tmp_path / f"{ram.PREFIX}x").mkdir()  # another's
+    (tmp_path / f"{write.RAM_PREFIX}x").mkdir()  # another's
     stay = {*tmp_path.iterdir()}
     if (pid := os.fork()) == 0:
         try:
-            disk = ram.RamDisk()
+            disk = write.RamDisk()
             (disk.path / "1").mkdir()
             (disk.path / "link").symlink_to(tmp_path / "mine")
         finally:
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(pid, 0)
     assert len({*tmp_path.iterdir()} - stay) == 1
-    disk = ram.RamDisk()
+    disk = write.RamDisk()
     # The folder of vllm_engine, which lives, is among those that stay.
     assert {*tmp_path.iterdir()} == stay | {disk.path}
     assert (tmp_path / "mine" / "file").exists()

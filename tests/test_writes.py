@@ -12,9 +12,9 @@ import sys
 import pytest
 from conftest import ROOT, TINY, call_stage
 
-# write: the folders of a run; ram: vLLM's adapter; policy: in an open folder; given: runs stage 6.
+# write: the folders of a run, vLLM's adapter; policy: in an open folder; given: runs stage 6.
 ALLOWED = re.compile(
-    r"common/(files/(write|ram)|rl/(policy|verifier\w*|rollout|vllm_engine)|baselines/given"
+    r"common/(files/write|rl/(policy|verifier\w*|rollout|vllm_engine)|baselines/given"
     r"|reproduce/(__main__|run\w*))\.py"
 )
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "common").rglob("*.py")])
@@ -107,7 +107,7 @@ figure.savefig(x)|np.savez(x)|frame.to_csv(x)|np.memmap(x)|json.dump(x, file)|pa
 """
 HARMLESS = """
 open('x')|open('x', 'rb')|open('x', encoding='utf-8')|path.open()|'a'.replace('b', 'c')|model.eval()
-os.path.join(a)|write.remove(x)|from common.files.write import save_state; save_state(x, {})
+os.path.join(a)|write.remove(x)|from common.files.write import save_tensors; save_tensors(x, {})
 dataclasses.replace(config)|names.remove(x)|json.dumps(x)|os.environ.get('X')|stage.save(x, y)
 """
 

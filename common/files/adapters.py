@@ -62,21 +62,6 @@ def module_scale(config: dict, module: str) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if rank else 1.0
 
 
-def with_ranks(config: dict, ranks: dict[str, int]) -> dict:
-    """`config` with new ranks by module, at the scales it has. Patterns name the rarer ones."""
-    divisor = math.sqrt if config.get("use_rslora") else float
-    alphas = {m: module_scale(config, m) * divisor(rank) for m, rank in ranks.items()}
-    r = statistics.mode(ranks.values())
-    alpha = statistics.mode(alphas[module] for module in ranks if ranks[module] == r)
-    # PEFT compares the end of a name only, unless the pattern begins with ^.
-    other_ranks = {f"^{re.escape(m)}": rank for m, rank in ranks.items() if rank != r}
-    others = {f"^{re.escape(m)}": x for m, x in alphas.items() if not math.isclose(x, alpha)}
-    patterns = {"rank_pattern": other_ranks, "alpha_pattern": others}
-    # The file's tensors replace any initialisation, and some kinds of it do not work at every rank.
-    new = {**config, "r": r, "lora_alpha": alpha, "init_lora_weights": True}
-    return new | {key: found for key, found in patterns.items() if found or config.get(key)}
-
-
 @dataclasses.dataclass
 class Adapter:
     """A LoRA: factors[module] = (B [m, r], A [r, n]) in fp32. A module's update is s B A."""
@@ -130,7 +115,10 @@ class Header:
 
 
 def read_header(folder: pathlib.Path) -> Header:
-    """The header of the adapter in `folder`. Raises UserError where it does not fit its config."""
+    """The header of the adapter in `folder`.
+
+    Raises UserError where it does not fit its config, or is not as we wrote it.
+    """
     config, path = read_config(folder), folder / WEIGHTS
     if not path.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
@@ -151,6 +139,7 @@ def read_header(folder: pathlib.Path) -> Header:
         shapes[safe_name(module, str(path))] = (b[0], r, a[1])  # files of deltas have this name
     if not shapes:
         raise UserError(f"{path} holds no lora_A and lora_B")
+    check_intact(folder)
     return Header(config, shapes, dtypes, sorted(key for key in sizes if not _KEY.fullmatch(key)))
 
 
@@ -160,9 +149,8 @@ def factors(file, module: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def read_adapter(folder: pathlib.Path) -> Adapter:
-    """The adapter in `folder`, if it is intact. Factors in fp32, other tensors as they are."""
+    """The adapter in `folder`. Factors in fp32, other tensors as they are."""
     header = read_header(folder)
-    check_intact(folder)
     with open_tensors(folder / WEIGHTS, ANOTHER) as file:
         found = {module: factors(file, module) for module in header.shapes}
         return Adapter(header.config, found, {key: file.get_tensor(key) for key in header.others})
@@ -186,4 +174,16 @@ def extended(last: Adapter, factors: dict[str, tuple[torch.Tensor, torch.Tensor]
     ranks = {module: b.shape[1] for module, (b, _) in factors.items()}
     for match in filter(None, map(_EMBEDDING.fullmatch, last.others)):
         ranks[match[1]] = module_rank(last.config, match[1])
-    return Adapter(with_ranks(last.config, ranks), factors, last.others)
+    divisor = math.sqrt if last.config.get("use_rslora") else float
+    alphas = {module: last.scale(module) * divisor(rank) for module, rank in ranks.items()}
+    # The commonest rank and alpha stand for all modules, patterns name the others. PEFT compares
+    # the end of a name only, unless the pattern begins with ^.
+    r = statistics.mode(ranks.values())
+    alpha = statistics.mode(alphas[module] for module in ranks if ranks[module] == r)
+    rare = {f"^{re.escape(m)}": rank for m, rank in ranks.items() if rank != r}
+    others = {f"^{re.escape(m)}": x for m, x in alphas.items() if not math.isclose(x, alpha)}
+    patterns = {"rank_pattern": rare, "alpha_pattern": others}
+    # The file's tensors replace any initialisation, and some kinds of it do not work at every rank.
+    config = {**last.config, "r": r, "lora_alpha": alpha, "init_lora_weights": True}
+    config |= {key: found for key, found in patterns.items() if found or config.get(key)}
+    return Adapter(config, factors, last.others)

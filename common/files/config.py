@@ -19,8 +19,7 @@ from transformers import HfArgumentParser
 from common import UserError
 from common.files.read import matches
 
-STAGES = ("train", "extract", "predict", "extrapolate", "continue", "eval")
-SECTIONS = ("shared", *STAGES, "reproduce")
+SECTIONS = ("shared", "train", "extract", "predict", "extrapolate", "continue", "eval", "reproduce")
 COMMAND_LINE_ONLY = {"config", "run_dir", "overwrite"}  # a preset, maybe another's, cannot set them
 WHERE_AND_HOW = {*COMMAND_LINE_ONLY, "threads"}  # does not change what is computed
 PRESETS = pathlib.Path(__file__).parents[1] / "presets"

@@ -68,8 +68,6 @@ def merge(
     check(adapter, model)
 
     def new(name: str) -> torch.Tensor:
-        if write.state["signal"]:  # not at the end: a large model takes minutes
-            raise KeyboardInterrupt(write.state["signal"])
         weight, module = model.tensor(name), name.removesuffix(".weight")
         dtype = torch.float32 if fp32 and model.dtypes[name] in FLOATS else weight.dtype
         if module not in adapter.factors:

@@ -13,6 +13,7 @@ import safetensors
 from common import UserError
 
 HASHES = "sha256.json"  # beside weights that we write: file -> its hash
+ENDS = 1 << 20  # bytes at either end of a file of weights that its quick hash covers
 
 
 def safe_name(name: str, what: str) -> str:
@@ -99,6 +100,20 @@ def sha256(path: pathlib.Path) -> str:
     """The first 16 hex digits of a file's SHA-256."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def quick_hash(name: str) -> str | None:
+    """16 hex digits of config.json and both ends of every file of weights; None for a hub id."""
+    if not pathlib.Path(name).is_dir():
+        return None
+    digest, folder = hashlib.sha256(), pathlib.Path(name)
+    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
+        with open(path, "rb") as file:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode() + file.read(ENDS))
+            file.seek(max(size - ENDS, 0))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
 
 
 def written_hashes(folder: pathlib.Path) -> dict[str, str]:

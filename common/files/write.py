@@ -10,7 +10,9 @@ import json
 import os
 import pathlib
 import shutil
+import socket
 import sys
+import tempfile
 
 import safetensors.torch
 import torch
@@ -19,31 +21,21 @@ from common import UserError
 from common.files.read import HASHES, read_json, sha256, written_hashes
 
 GO_ON = "type the same command without --overwrite to go on"
+RAM_DISK = "/dev/shm"
+# Containers may share that, and not the processes.
+RAM_PREFIX = f"next-lora-{socket.gethostname()}-"
 
-state = {"writes": 0, "signal": 0}  # how many are under way, the signal that has come
 _claimed: dict[pathlib.Path, int] = {}  # folder -> its lock file, open
-
-
-def interrupt(number: int, frame: object = None) -> None:
-    """Handler of SIGINT and SIGTERM. Raises KeyboardInterrupt(number); a write is ended first."""
-    state["signal"] = number
-    if not state["writes"]:
-        raise KeyboardInterrupt(number)
 
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path):
-    """While `path` is written, SIGINT and SIGTERM wait, and a full disk becomes one line."""
-    state["writes"] += 1
+    """Within the block, while `path` is written, a full disk becomes one line."""
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {path} ({reason}): make room, then {GO_ON}") from error
-    finally:
-        state["writes"] -= 1
-    if state["signal"] and not state["writes"]:
-        raise KeyboardInterrupt(state["signal"])
 
 
 def _beside(path: pathlib.Path, mark: str = "") -> pathlib.Path:
@@ -112,7 +104,7 @@ def save_tensors(path: pathlib.Path, tensors: dict, metadata=None, dtype=torch.f
         safetensors.torch.save_file(made, temporary, metadata=metadata)
 
 
-def save_state(path: pathlib.Path, state: dict) -> None:
+def save_optimizer(path: pathlib.Path, state: dict) -> None:
     """Writes an optimizer's state to the file `path`. It loads with weights_only=True."""
     with atomic_file(path) as temporary:
         try:
@@ -129,9 +121,8 @@ def save_figure(path: pathlib.Path, figure) -> None:
 
 def copy_files(paths: list[pathlib.Path], folder: pathlib.Path) -> None:
     """Copies files into `folder`. Use it within `atomic_dir`."""
-    with writing(folder):
-        for path in paths:
-            shutil.copyfile(path, folder / path.name)
+    for path in paths:
+        shutil.copyfile(path, folder / path.name)
 
 
 @contextlib.contextmanager
@@ -203,10 +194,44 @@ def claim(folder: pathlib.Path) -> None:
 
 
 def release() -> None:
-    """Gives back every folder that this process has claimed, and forgets the signal."""
-    state["signal"] = 0
+    """Gives back every folder that this process has claimed."""
     while _claimed:
         folder, handle = _claimed.popitem()
         with contextlib.suppress(OSError):
             folder.with_name(f".{folder.name}.lock").unlink()  # while it is still locked
         os.close(handle)
+
+
+class RamDisk:
+    """A folder in memory, named after this process: how an adapter travels to another engine.
+
+    Those of ended processes are removed. Where there is no RAM disk, or no room on it for `needed`
+    bytes (in a container it may have 64 MB), the folder is on the disk.
+    """
+
+    def __init__(self, needed: int = 0):
+        self.saved, place = 0, RAM_DISK
+        if not os.path.isdir(RAM_DISK) or shutil.disk_usage(RAM_DISK).free < needed:
+            place = tempfile.gettempdir()
+        for left in pathlib.Path(place).glob(f"{RAM_PREFIX}[0-9]*"):
+            try:
+                os.kill(int(left.name.removeprefix(RAM_PREFIX).split("-")[0]), 0)
+            except ProcessLookupError:
+                shutil.rmtree(left, ignore_errors=True)
+            except PermissionError:  # another user's process
+                continue
+        name = f"{RAM_PREFIX}{os.getpid()}-"
+        with writing(pathlib.Path(place, name)):
+            self.path = pathlib.Path(tempfile.mkdtemp(prefix=name, dir=place))
+
+    def save(self, model) -> pathlib.Path:
+        """Saves an adapter to a folder of a new name, and removes the one before it."""
+        self.saved += 1
+        folder = self.path / str(self.saved)
+        with writing(folder):
+            model.save_pretrained(folder, save_embedding_layers=False)
+            shutil.rmtree(self.path / str(self.saved - 1), ignore_errors=True)
+        return folder
+
+    def close(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)

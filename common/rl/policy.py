@@ -19,7 +19,6 @@ from transformers.utils import logging
 from common import UserError
 from common.files import adapters
 from common.files.models import open_model
-from common.files.read import check_intact
 from common.rl import in_one_line
 
 HEAD_CHUNK = 1024  # tokens whose [tokens, vocabulary] logits exist at one time
@@ -75,7 +74,6 @@ def load_lora(backbone, folder: pathlib.Path):
     Raises UserError for an adapter that is broken, or was trained on another backbone.
     """
     refuse_foreign(folder, fingerprint(backbone))
-    check_intact(folder)
     with in_one_line(f"cannot load adapter {folder}", adapters.ANOTHER):
         config = LoraConfig.from_pretrained(folder)
         if config.lora_dropout:  # the policy that is trained would not be the one that sampled

@@ -19,7 +19,7 @@ from peft import PeftModel
 from vllm.lora.request import LoRARequest
 
 from common.files import adapters
-from common.files.ram import RamDisk
+from common.files.write import RamDisk
 from common.rl import in_one_line
 from common.rl.policy import trained
 from common.rl.rollout import SHARED, Rollout, end_tokens

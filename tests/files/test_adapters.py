@@ -13,7 +13,7 @@ from conftest import call_on, extract_from
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from common import UserError
-from common.files import adapters, series
+from common.files import adapters, series, stage
 from common.files import deltas as delta_files
 from common.rl import policy
 
@@ -302,7 +302,7 @@ def test_a_pattern_that_matches_no_whole_name_changes_no_scale(small_series, tmp
     ],
 )
 def test_the_step_is_the_last_number_of_the_last_name_that_has_one(name, step):
-    assert series.step_of(pathlib.Path(name)) == step
+    assert stage.step_of(pathlib.Path(name)) == step
 
 
 def test_patterns_are_relative_to_the_current_folder_and_know_the_home_folder(
@@ -379,7 +379,8 @@ def test_the_oracle_looks_for_its_future_where_the_checkpoints_are(
 
 def test_a_uniform_adapter_gets_a_plain_config_without_patterns():
     config = {"r": 4, "lora_alpha": 8, "use_rslora": True, "rank_pattern": {}, "alpha_pattern": {}}
-    grown = adapters.with_ranks(config, {"a.q_proj": 5, "b.q_proj": 5})
+    factors = dict.fromkeys(("a.q_proj", "b.q_proj"), (torch.ones(6, 5), torch.ones(5, 6)))
+    grown = adapters.extended(adapters.Adapter(config, {}), factors).config
     assert (grown["r"], grown["rank_pattern"], grown["alpha_pattern"]) == (5, {}, {})
     assert grown["lora_alpha"] == pytest.approx(4 * 5**0.5)
 

@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 
 from common import UserError
-from common.files import config, resume, write
+from common.files import config, read, write
 from common.files.config import option
 from common.reproduce import plans
 from common.rl import data
@@ -199,14 +199,14 @@ def test_the_quick_hash_of_a_model_is_of_its_content(backbone_dir, tmp_path):
     copy = tmp_path / "copy"
     with write.atomic_dir(copy) as folder:
         write.copy_files(backbone_dir.iterdir(), folder)
-    wanted = resume.quick_hash(str(backbone_dir))
-    assert resume.quick_hash(str(copy)) == wanted != ""
+    wanted = read.quick_hash(str(backbone_dir))
+    assert read.quick_hash(str(copy)) == wanted != ""
     (copy / "README.md").write_text("no part of the model")
-    assert resume.quick_hash(str(copy)) == wanted
+    assert read.quick_hash(str(copy)) == wanted
     for name in ("config.json", "model.safetensors"):
         raw = bytearray((copy / name).read_bytes())
         raw[-1 if name == "config.json" else 9000] ^= 1
         (copy / name).write_bytes(raw)
-        assert resume.quick_hash(str(copy)) != wanted
-        wanted = resume.quick_hash(str(copy))
-    assert resume.quick_hash("some/model-that-is-not-cached") is None
+        assert read.quick_hash(str(copy)) != wanted
+        wanted = read.quick_hash(str(copy))
+    assert read.quick_hash("some/model-that-is-not-cached") is None

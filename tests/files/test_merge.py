@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 
 import pytest
 import torch
@@ -236,21 +235,3 @@ def test_a_hub_id_is_found_in_the_cache(backbone_dir, tmp_path, monkeypatch):
     shutil.copytree(backbone_dir, repo / "snapshots" / ("0" * 40))
     found = models.open_model(models.find_model("some/model"))
     assert found.shapes == models.open_model(backbone_dir).shapes
-
-
-def test_a_signal_stops_a_merge_at_the_next_tensor(backbone_dir, adapter_dir, tmp_path):
-    merged = []
-
-    def change(module):
-        merged.append(module)
-        write.interrupt(signal.SIGINT)
-        return torch.zeros_like(adapter.update(module).dense(), dtype=torch.float32)
-
-    adapter = adapters.read_adapter(adapter_dir)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            merge.merge(tmp_path / "out", adapter, backbone_dir, True, {}, change)
-    finally:
-        write.release()
-    assert len(merged) == 1
-    assert not (tmp_path / "out").exists()
