@@ -121,12 +121,16 @@ def base_of(run: pathlib.Path, policy: str, given: str) -> str:
         return given
     if not adapters.is_adapter(path.parent):
         return f"{{run_dir}}/{policy}"
-    named = read_json(path, "the stage").get("backbone", given) if path.is_file() else given
+    known = read_json(path, "the stage") if path.is_file() else {}
+    named = known.get("backbone", given)
     where, wanted = (
         pathlib.Path(x.replace("{run_dir}", str(run))).resolve() for x in (named, given)
     )
-    if where == wanted or (where.is_dir() and where.is_relative_to(run.resolve())):
+    if where.is_dir() and where.is_relative_to(run.resolve()):
         return named
+    # A backbone may be moved: whether this is the one is seen by its fingerprint, when it is loaded.
+    if where == wanted or "backbone_fingerprint" in known:
+        return given
     raise UserError(f"{path} names the backbone {named}, not {given}: to load it, say --backbone")
 
 

@@ -83,11 +83,13 @@ class Stage:
             write.claim(folder)
         if is_writer() and cfg.overwrite:
             write.remove(folder)
-        if (folder / "config.json").exists():
-            before = read_json(folder / "config.json", AGAIN)
+        # What has ended before its first file, by a wrong path or so, has settled nothing.
+        made = [p for p in folder.glob("[!.]*") if p.is_dir() or p.stat().st_size]
+        if (noted := folder / "config.json") in made and len(made) > 1:
+            before = read_json(noted, AGAIN)
             before["config"] = configs.as_dict(type(cfg)()) | before["config"]  # of older code
             self._check_same(before, {*may_change, grows})
-        elif folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
+        elif made and noted not in made:
             raise UserError(f"{folder} has files but no config.json: move it away")
         done = folder / "done.json"
         self.done = done.exists()
@@ -101,7 +103,7 @@ class Stage:
         if is_writer() and self.done:
             print(f"{folder} is done already; --overwrite makes it again")
         elif is_writer():
-            write.write_json(folder / "config.json", {**self.record, "versions": versions()})
+            write.write_json(noted, {**self.record, "versions": versions()})
 
     def _check_same(self, before: dict, may_change: set[str]) -> None:
         """Raises UserError where config.json has another option or input than this command."""

@@ -28,11 +28,14 @@ def folder(tmp_path):
 
 
 def opened(folder, content: str | None = "0", **options) -> stage.Stage:
-    """The stage on data of this hash, or of the hash of the file, if there is one."""
+    """The stage on data of this hash, or of the hash of the file, if there is one; begun."""
     cfg = Options(**options)
     if os.path.isfile(cfg.data):
         content = read.sha256(cfg.data)
-    return stage.Stage(folder, cfg, {"data": content}, may_change=("rate",), grows="steps")
+    made = stage.Stage(folder, cfg, {"data": content}, may_change=("rate",), grows="steps")
+    if stage.is_writer():
+        (folder / "begun.txt").write_text("a part of it")
+    return made
 
 
 def edit(path, change):
@@ -44,7 +47,7 @@ def edit(path, change):
 def test_config_comes_first_and_done_last_with_the_hashes_of_the_weights(folder, capsys):
     made = opened(folder)
     assert not made.done
-    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["begun.txt", "config.json"]
     write.save_tensors(folder / "a.safetensors", {"w": torch.ones(2)})
     write.write_json(folder / "seen.json", [1])
     made.finish(accuracy=0.5)
@@ -64,6 +67,15 @@ def test_another_option_or_input_is_refused_and_named(folder):
         opened(folder, content="1")
     assert opened(folder, rate=0.7).done  # may change
     assert opened(folder, threads=3, run_dir="elsewhere").done  # do not change what is computed
+
+
+def test_what_ended_before_its_first_file_has_settled_nothing(folder):
+    opened(folder)
+    (folder / "begun.txt").write_text("")  # a log without a line
+    opened(folder, names=["y"])
+    assert json.loads((folder / "config.json").read_text())["config"]["names"] == ["y"]
+    with pytest.raises(UserError, match="option names = "):
+        opened(folder, names=["z"])
 
 
 def test_a_finished_run_may_grow_and_is_done_for_less(folder):
@@ -110,7 +122,7 @@ def test_overwrite_begins_again_and_says_how_to_go_on(folder, capsys):
     opened(folder).finish()
     (folder / "old.txt").write_text("")
     assert not opened(folder, names=["y"], overwrite=True).done
-    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["begun.txt", "config.json"]
     with pytest.raises(SystemExit) as stop:
         stage.run_stage(lambda: os.kill(os.getpid(), signal.SIGINT))
     assert stop.value.code == 130
