@@ -310,6 +310,12 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, disk):
     assert disk[-1] == ("replace", str(folder), str(tmp_path / "step"))
 
 
+def test_so_is_a_file(tmp_path, disk):
+    write.write_text(tmp_path / "f.json", "{}")
+    [(_, temporary), renamed] = disk
+    assert renamed == ("replace", temporary, str(tmp_path / "f.json"))
+
+
 def test_the_log_is_on_the_disk_before_the_resume_state_that_counts_on_it(new_run, stage, disk):
     train = new_run / "train"
     assert stage("01", new_run, "--steps", "1")[0] == 0

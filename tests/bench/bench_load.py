@@ -57,6 +57,10 @@ def problem(i: int, draw: random.Random) -> tuple[dict, str]:
     return {"prompt": f"{i}+{i % 7}=", "answer": answer}, answer
 
 
+def wrong(draw: random.Random) -> str:
+    return rf"\frac{{1}}{{{draw.randint(2, 9)}}}"
+
+
 def load_data(scratch: pathlib.Path) -> None:
     draw = random.Random(0)
     rows = [problem(i, draw) for i in range(STEPS * PER_STEP)]
@@ -75,8 +79,7 @@ def load_data(scratch: pathlib.Path) -> None:
     for step in range(1, STEPS + 1):
         order = data.prompt_order(len(problems), PER_STEP, step, seed=0)
         asked = [i for i in order for _ in range(ROLLOUTS)]
-        wrong = (rf"\frac{{1}}{{{draw.randint(2, 9)}}}" for _ in asked)
-        answers = [right[i] if draw.random() < 0.5 else next(wrong) for i in asked]
+        answers = [right[i] if draw.random() < 0.5 else wrong(draw) for i in asked]
         responses = [
             f"Let us see. {len(prompts[i])} tokens ... so it is \\boxed{{{a}}}."
             for i, a in zip(asked, answers, strict=True)
