@@ -323,6 +323,93 @@ def test_the_same_seed_gives_the_same_file_and_another_seed_another(run, stage, 
     assert found[0] == found[1] != found[2]
 
 
+# Several micro-batches an update, and not the same number on both processes.
+TWO = ("--micro-tokens", "200", "--gradient-checkpointing", "true", "--steps", "2")
+LORA = ("--algorithm", "reinforce++", "--kl-coef", "0.05", "--kl-in", "reward")
+FULL = ("--tune", "full", "--learning-rate", "1e-4")
+EVALUATED = ("backbone", "train/step_0006")
+IN_TURN = """
+import runpy, sys
+import accelerate
+sys.path.insert(0, {root!r})
+accelerate.Accelerator.end_training = lambda self: None  # the next stage needs the processes
+where = sys.argv[1:3]
+for script, run, *flags in {commands!r}:
+    sys.argv = [script, *where, "--run-dir", run, *flags]
+    runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def by_two(finished_run, empty_run, tmp_path_factory) -> pathlib.Path:
+    """What two processes make: lora/ and full/ are trained, run/ has deltas, a predictor, results.
+
+    One stage after another, as two processes take seconds to start.
+    """
+    folder = tmp_path_factory.mktemp("two")
+    lora, full = (shutil.copytree(empty_run, folder / name) for name in ("lora", "full"))
+    run = shutil.copytree(finished_run, folder / "run")
+    for name in ("deltas", "predictor/aligned", "eval"):
+        shutil.rmtree(run / name)
+    todo = [("01", lora, *LORA, *TWO), ("02", run), ("03", run)]
+    todo += [("06", run, "--policies", *EVALUATED), ("01", full, *FULL, *TWO)]
+    commands = [(SCRIPTS[number], str(place), *flags) for number, place, *flags in todo]
+    (folder / "in_turn.py").write_text(IN_TURN.format(root=str(ROOT), commands=commands))
+    process = start_two(str(folder / "in_turn.py"), run, "cpu_processes")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert output.count("2 process(es) on cpu") == 2
+    assert output.count("2 processes") == 1
+    return folder
+
+
+def assert_metrics_are_close(train: pathlib.Path, one: pathlib.Path) -> None:
+    """To float tolerance: two processes add up in another order."""
+    keys = {"accuracy", "reward", "kl", "response_length", "loss", "entropy", "grad_norm"}
+    for ours, wanted in zip(metrics(train), metrics(one), strict=True):
+        assert ours.keys() == wanted.keys()
+        for key in keys & wanted.keys():
+            assert ours[key] == pytest.approx(wanted[key], rel=1e-3, abs=1e-5)
+
+
+def assert_adapters_are_close(train: pathlib.Path, one: pathlib.Path) -> None:
+    two, single = (adapters.read_adapter(folder / "step_0001") for folder in (train, one))
+    assert two.factors.keys() == single.factors.keys()
+    for module in single.factors:
+        found, wanted = (x.update(module).dense() for x in (two, single))
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("name", "flags"), [("lora", LORA), ("full", FULL)])
+def test_two_processes_train_like_one(by_two, new_run, stage, name, flags):
+    assert stage("01", new_run, *flags, "--steps", "2")[0] == 0
+    assert_metrics_are_close(by_two / name / "train", new_run / "train")
+    if name == "lora":
+        assert_adapters_are_close(by_two / name / "train", new_run / "train")
+
+
+def test_two_sharded_processes_train_like_one(new_run, tmp_path, stage):
+    one = shutil.copytree(new_run, tmp_path / "one")
+    assert stage("01", one, "--steps", "2")[0] == 0
+    process = start_two(SCRIPTS["01"], new_run, "fsdp2", *TWO)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert_metrics_are_close(new_run / "train", one / "train")
+    assert_adapters_are_close(new_run / "train", one / "train")
+
+
+def test_two_processes_extract_predict_and_evaluate_what_one_does(by_two, finished_run):
+    same_deltas(by_two / "run", finished_run)
+    runs = (by_two / "run", finished_run)
+    two, one = ((r / "predictor/aligned/model.safetensors").read_bytes() for r in runs)
+    assert two == one
+    for name in EVALUATED:
+        two, one = (r / "eval" / name.replace("/", "__") for r in runs)
+        ours, wanted = (json.loads((f / "test.json").read_text()) for f in (two, one))
+        assert {**ours, "seconds": None} == {**wanted, "seconds": None}
+        assert (two / "test.jsonl").read_text() == (one / "test.jsonl").read_text()
+
+
 FAILING = """
 import importlib, os, sys
 sys.path.insert(0, {root!r})
@@ -338,47 +425,23 @@ def spoilt(self, *args):
 verifier.Verifier.score = spoilt
 stage.run_stage(importlib.import_module("01_train_lora_grpo").main)
 """
-# Several micro-batches an update, and not the same number on both processes.
-TWO = ("--micro-tokens", "200", "--gradient-checkpointing", "true")
 
 
-def assert_trained_like_one(run: pathlib.Path, one_run: pathlib.Path) -> None:
-    """To float tolerance: reductions add up in another order."""
-    rows, wanted = metrics(run / "train"), metrics(one_run / "train")
-    keys = {"accuracy", "reward", "kl", "response_length", "loss", "entropy", "grad_norm"}
-    for ours, one in zip(rows, wanted, strict=True):
-        assert ours.keys() == one.keys()
-        for key in keys & one.keys():
-            assert ours[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5)
-    two, single = (adapters.read_adapter(r / "train" / "step_0001") for r in (run, one_run))
-    assert two.factors.keys() == single.factors.keys()
-    for module in single.factors:
-        found, expected = (x.update(module).dense() for x in (two, single))
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-2)
-
-
-def test_two_processes_train_like_one_though_one_fails_and_the_launcher_is_stopped(
-    new_run, tmp_path, stage
+def test_two_processes_lose_no_step_when_one_fails_or_the_launcher_is_stopped(
+    finished_run, new_run, tmp_path, stage
 ):
     """In step 2 the second process fails while the first waits for it in a reduction."""
-    one_run = shutil.copytree(new_run, tmp_path / "one")
-    flags = ("--steps", "4", "--algorithm", "reinforce++", "--kl-coef", "0.05", "--kl-in", "reward")
-    assert stage("01", one_run, *flags)[0] == 0
-
-    def train(script: str = SCRIPTS["01"]):
-        return start_two(script, new_run, "cpu_processes", *flags, *TWO)
-
     (tmp_path / "failing.py").write_text(FAILING.format(root=str(ROOT)))
-    process = train(str(tmp_path / "failing.py"))
+    process = start_two(str(tmp_path / "failing.py"), new_run, "cpu_processes")
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "error: the verifier of process 1 is gone" in output
     assert [line["step"] for line in metrics(new_run / "train")] == [1]
 
-    process, begun = train(), []
+    process, begun = start_two(SCRIPTS["01"], new_run, "cpu_processes"), []
     for line in process.stdout:
         begun.append(line)
-        if line.startswith("step 2/4"):
+        if line.startswith("step 2/6"):
             break
     assert "going on after step 1\n" in begun
     process.terminate()
@@ -387,51 +450,9 @@ def test_two_processes_train_like_one_though_one_fails_and_the_launcher_is_stopp
     assert "stopped: type the same command without --overwrite" in output
     assert not (new_run / "train" / "done.json").exists()
 
-    process = train()
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    assert output.count("2 process(es) on cpu") == 1
-    assert_trained_like_one(new_run, one_run)
-
-
-def test_two_sharded_processes_train_like_one(new_run, tmp_path, stage):
-    one_run = shutil.copytree(new_run, tmp_path / "one")
-    assert stage("01", one_run, "--steps", "2")[0] == 0
-    process = start_two(SCRIPTS["01"], new_run, "fsdp2", "--steps", "2", *TWO)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    assert_trained_like_one(new_run, one_run)
-
-
-IN_TURN = """
-import runpy, sys
-sys.path.insert(0, {root!r})
-flags = sys.argv[1:]
-for script, *more in {commands!r}:
-    sys.argv = [script, *flags, *more]
-    runpy.run_path(script, run_name="__main__")
-"""
-
-
-def test_two_processes_extract_predict_and_evaluate_like_one(finished_run, run, tmp_path):
-    """One after another, as two processes take seconds to start."""
-    for folder in ("deltas", "predictor/aligned", "eval"):
-        shutil.rmtree(run / folder)
-    names = ("backbone", "train/step_0006")
-    commands = [(SCRIPTS["02"],), (SCRIPTS["03"],), (SCRIPTS["06"], "--policies", *names)]
-    (tmp_path / "in_turn.py").write_text(IN_TURN.format(root=str(ROOT), commands=commands))
-    process = start_two(str(tmp_path / "in_turn.py"), run, "cpu_processes")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    same_deltas(run, finished_run)
-    path = "predictor/aligned/model.safetensors"
-    assert (run / path).read_bytes() == (finished_run / path).read_bytes()
-    assert output.count("2 processes") == 1
-    for name in names:
-        two, one = (r / "eval" / name.replace("/", "__") for r in (run, finished_run))
-        ours, wanted = (json.loads((f / "test.json").read_text()) for f in (two, one))
-        assert {**ours, "seconds": None} == {**wanted, "seconds": None}
-        assert (two / "test.jsonl").read_text() == (one / "test.jsonl").read_text()
+    assert stage("01", new_run)[0] == 0  # by one
+    assert [row["step"] for row in metrics(new_run / "train")] == [1, 2, 3, 4, 5, 6]
+    assert_adapters_are_close(new_run / "train", finished_run / "train")
 
 
 def test_an_interrupted_extraction_goes_on_at_the_matrix_it_was_at(
