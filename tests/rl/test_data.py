@@ -1,4 +1,5 @@
-"""Data sets by name, file or hub id: small files laid out exactly as the hub's, and the prompts made of them."""
+"""Data sets by name, file or hub id: small files laid out exactly as the hub's, and the prompts
+made of them."""
 
 import csv
 import json
@@ -141,11 +142,15 @@ def test_a_benchmark_reads_a_local_file_in_the_hubs_layout(tmp_path, name):
 
 @pytest.mark.parametrize("name", [*LAYOUTS, "gpqa-diamond", "mmlu-pro"])
 def test_a_benchmark_reads_a_copy_of_the_hubs_repository(tmp_path, name):
-    """The call that reads the hub, on a folder with the repository's files; its card names config and split, as on the hub."""
+    """The call that reads the hub, on a folder with the repository's files.
+
+    Its card names config and split, as on the hub.
+    """
     source = benchmarks.SOURCES[name]
     rows = {"gpqa-diamond": GPQA, "mmlu-pro": MMLU_PRO}.get(name) or LAYOUTS[name][0]
     write(tmp_path / "repo" / source.file, rows)
-    card = f"configs:\n- config_name: {source.config or 'default'}\n  data_files:\n  - split: {source.split}\n    path: {source.file}\n"
+    card = f"configs:\n- config_name: {source.config or 'default'}\n  data_files:\n"
+    card += f"  - split: {source.split}\n    path: {source.file}\n"
     (tmp_path / "repo" / "README.md").write_text(f"---\n{card}---\n")
     tasks = data.load_tasks([f"{name}={tmp_path / 'repo'}"])
     assert all(problem.kind == source.kind for problems in tasks.values() for problem in problems)
@@ -198,7 +203,8 @@ def test_mmlu_pro_keeps_its_order_without_the_filling(tmp_path):
     assert [len(tasks[f"mmlu-pro-{name}"]) for name in ("law", "computer-science")] == [2, 1]
     problem = tasks["mmlu-pro-biology"][0]
     assert problem == data.Problem(
-        "Question 0\nA. one\nB. two\nC. three\nThe final answer is the letter of the correct option.",
+        "Question 0\nA. one\nB. two\nC. three\n"
+        "The final answer is the letter of the correct option.",
         "C",
         "letter",
     )
@@ -328,11 +334,13 @@ def test_the_fingerprint_sees_prompt_answer_and_kind():
 
 def test_the_prompt_is_the_problem_and_the_instruction_after_an_explicit_system_turn(backbone_dir):
     _, tokenizer = policy.load_backbone(str(backbone_dir))
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = turns + "{% if add_generation_prompt %}<assistant>{% endif %}"
     text = data.render_chats(["1+1"], tokenizer, data.PROMPT_TEMPLATE, data.SYSTEM_PROMPT)[0]
     assert text == (
         "<system>You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-        "<user>1+1\nPlease reason step by step, and put your final answer within \\boxed{}.<assistant>"
+        "<user>1+1\nPlease reason step by step, and put your final answer within \\boxed{}."
+        "<assistant>"
     )
 
 
