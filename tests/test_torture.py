@@ -36,9 +36,10 @@ import torture
 def test_killed_at_random_moments_every_stage_makes_what_it_makes_in_peace(finished_run, tmp_path):
     """The short form of tests/bench/torture.py. It also shows that the same seed gives the same
     files: finished_run is another run."""
-    where = ["--against", str(finished_run), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "tests/bench/torture.py", "--preset", TINY, "--seed", "1"]
+    command += ["--against", str(finished_run), "--out", str(tmp_path / "out"), "--kills", "8"]
     result = subprocess.run(
-        [sys.executable, "tests/bench/torture.py", "--preset", TINY, *where, "--kills", "8"],
+        command,
         cwd=ROOT,
         capture_output=True,
         text=True,
