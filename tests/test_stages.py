@@ -14,6 +14,7 @@ import time
 import pytest
 import safetensors.torch
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT, SCRIPTS, edit_json, metrics, run_stage, start_two, weights
 from peft import PeftModel
 
@@ -321,6 +322,11 @@ def test_the_same_seed_gives_the_same_file_and_another_seed_another(run, stage, 
         assert stage(script, run, *flags.split(), "--seed", seed)[0] == 0
         found.append((run / file).read_bytes())
     assert found[0] == found[1] != found[2]
+
+
+def test_one_process_on_a_cpu_is_what_the_launcher_reads():
+    found = load_config_from_file(str(ROOT / "common" / "accelerate" / "cpu.yaml"))
+    assert (found.use_cpu, found.num_processes) == (True, 1)
 
 
 # Several micro-batches an update, and not the same number on both processes.
