@@ -1,9 +1,11 @@
-"""Shared fixtures: the tiny backbone, and one whole chain of stages on it that the stage tests look at."""
+"""Shared fixtures: the tiny backbone, and one whole chain of stages that many tests look at."""
 
 import fcntl
 import importlib
+import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +16,24 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 TINY = str(ROOT / "tests" / "tiny.yaml")
+SCRIPTS = {path.name[:2]: path.name for path in sorted(ROOT.glob("0*.py"))}
 torch.set_num_threads(1)
 
 from common import demo
-from common.files import stage, write
+from common.files import read, write
+from common.files import stage as stages
 from common.rl import policy
 
+# The slowest first, each to one of the two processes of pytest, so that both end together.
+SLOW = ["test_stages.py", "test_grid.py", "test_rates.py", "test_torture.py", "test_full.py"]
+SLOW += ["test_memory.py", "test_going_on.py", "test_algorithms.py", "test_verifier.py"]
+SLOW += ["test_dense.py", "test_rewards.py", "test_methods.py", "test_demo.py"]
 PROMPTS = ["<|user|>123+489<|assistant|>", "<|user|>7+12<|assistant|>", "<|user|>1<|assistant|>"]
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: i for i, name in enumerate(SLOW)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 def plain_logprobs(model, prompt, completion, temperature):
@@ -64,12 +77,15 @@ def start_two(
 
 
 def call_stage(monkeypatch, capsys, script: str, *args: str) -> tuple[int, str]:
-    """A stage's main in this process (no five seconds of imports): its exit code and the last line it wrote to stderr."""
+    """A stage's main in this process, without seconds of imports.
+
+    Returns its exit code and the last line it wrote to stderr.
+    """
     main = importlib.import_module(script.removesuffix(".py")).main
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [script, *args])
     try:
-        stage.run_stage(main)
+        stages.run_stage(main)
         code = 0
     except SystemExit as stop:
         code = stop.code
@@ -131,9 +147,9 @@ def empty_run(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory) -> pathlib.Path:
-    """All six stages on tests/tiny.yaml by `reproduce`, interrupted once by Ctrl-C and typed again. Read only; copy it to change it.
+    """All stages on tests/tiny.yaml by `reproduce`, interrupted once by Ctrl-C and typed again.
 
-    Of pytest's processes the first that needs it makes it for all.
+    Read only; `run` is a copy. Of pytest's processes the first that needs it makes it for all.
     """
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "finished" / "run"
@@ -165,3 +181,52 @@ def make_run(folder: pathlib.Path) -> None:
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert again.returncode == 0, again.stdout + again.stderr
     (folder / "printed.txt").write_text("".join(printed) + again.stdout)
+
+
+@pytest.fixture
+def run(finished_run, tmp_path) -> pathlib.Path:
+    """A finished run that a test may spoil."""
+    return pathlib.Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+@pytest.fixture
+def new_run(empty_run, tmp_path) -> pathlib.Path:
+    """A run directory in which a test may train."""
+    return pathlib.Path(shutil.copytree(empty_run, tmp_path / "new" / "run"))
+
+
+@pytest.fixture
+def stage(monkeypatch, capsys):
+    """call_stage with the tiny preset: stage("01", run, "--steps", "2")."""
+
+    def call(number: str, folder: pathlib.Path, *flags: str) -> tuple[int, str]:
+        capsys.readouterr()  # what came before
+        where = ["--config", TINY, "--run-dir", str(folder)]
+        return call_stage(monkeypatch, capsys, SCRIPTS[number], *where, *flags)
+
+    return call
+
+
+def metrics(folder: pathlib.Path) -> list[dict]:
+    """The metrics of a run without what depends on the clock."""
+    return [
+        {k: v for k, v in row.items() if "seconds" not in k and k != "tokens_per_second"}
+        for row in read.read_jsonl(folder / "metrics.jsonl")
+    ]
+
+
+def weights(folder: pathlib.Path) -> dict[str, bytes]:
+    """The files of weights of all checkpoints in `folder`."""
+    paths = folder.glob("step_*/adapter_model.safetensors")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def edit_json(path: pathlib.Path, **changes) -> None:
+    """As by hand, in a folder of others, which has no hashes."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    (path.parent / "sha256.json").unlink(missing_ok=True)

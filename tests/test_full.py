@@ -1,4 +1,4 @@
-"""Training of all parameters (--tune full): stages 1 to 6 on it, against the LoRA's own tests' oracles where there are any."""
+"""Training of all parameters (--tune full), and stages 1 to 6 on it."""
 
 import importlib
 import json
@@ -9,8 +9,15 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from conftest import PROMPTS, ROOT, TINY, encode, plain_logprobs, save_lora, start_two
-from test_stages import metrics
+from conftest import (
+    PROMPTS,
+    ROOT,
+    TINY,
+    encode,
+    metrics,
+    plain_logprobs,
+    save_lora,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import UserError
@@ -26,13 +33,12 @@ stage1, stage6 = (importlib.import_module(name) for name in ("01_train_lora_grpo
 
 
 def call(script: str, run: pathlib.Path, *flags: str) -> None:
-    """A stage's main in this process, with the tiny preset and all parameters trained. Its errors come through."""
+    """A stage's main in this process, with the tiny preset and all parameters trained."""
     tuned = ["--tune", "full", "--learning-rate", str(RATE)] if script[:2] in ("01", "05") else []
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        patch.setattr(
-            sys, "argv", [script, "--config", TINY, "--run-dir", str(run), *tuned, *flags]
-        )
+        command = [script, "--config", TINY, "--run-dir", str(run), *tuned, *flags]
+        patch.setattr(sys, "argv", command)
         importlib.import_module(script.removesuffix(".py")).main()
 
 
@@ -47,29 +53,12 @@ def full_run(empty_run, tmp_path_factory) -> pathlib.Path:
     shutil.copytree(empty_run, run)
     call("01_train_lora_grpo.py", run, "--steps", "7")
     call("02_extract_deltas.py", run)
-    call(
-        "04_extrapolate.py",
-        run,
-        "--methods",
-        "weighted",
-        "none",
-        "--alphas",
-        "3",
-        "--merge",
-        "fp32",
-    )
+    jumps = ["--methods", "weighted", "none", "--alphas", "3", "--merge", "fp32"]
+    call("04_extrapolate.py", run, *jumps)
     for start in ("weighted_alpha3", "none"):
         call("05_continue_rl.py", run, "--start", start, "--more-steps", "1")
-    call(
-        "06_eval.py",
-        run,
-        "--policies",
-        "backbone",
-        "train/step_000[67]",
-        "extrapolated/*",
-        "merged/none",
-        "continued/*/step_0007",
-    )
+    measured = ["backbone", "train/step_000[67]", "extrapolated/*", "merged/none"]
+    call("06_eval.py", run, "--policies", *measured, "continued/*/step_0007")
     return run
 
 
@@ -81,19 +70,17 @@ def full_run(empty_run, tmp_path_factory) -> pathlib.Path:
 def test_logprobs_and_gradients_of_all_parameters_equal_a_plain_forward_pass(backbone_dir):
     model, tokenizer = policy.load_backbone(str(backbone_dir))
     model.float().requires_grad_(True)
-    prompts, completions = (
-        encode(tokenizer, PROMPTS[:2]),
-        encode(tokenizer, ["3+9+0=12<|end|>", "\\boxed{19}<|end|>"]),
-    )
+    prompts = encode(tokenizer, PROMPTS[:2])
+    completions = encode(tokenizer, ["3+9+0=12<|end|>", "\\boxed{19}<|end|>"])
+
+    def plainly():
+        pairs = zip(prompts, completions, strict=True)
+        return torch.cat([plain_logprobs(model, p, c, 0.7) for p, c in pairs])
+
     found = []
-    for values in (
-        lambda: policy.token_logprobs(model, prompts, completions, 0.7),
-        lambda: torch.cat(
-            [plain_logprobs(model, p, c, 0.7) for p, c in zip(prompts, completions, strict=True)]
-        ),
-    ):
+    for logprobs in (lambda: policy.token_logprobs(model, prompts, completions, 0.7), plainly):
         model.zero_grad()
-        values().sum().backward()
+        logprobs().sum().backward()
         found.append({name: p.grad.clone() for name, p in model.named_parameters()})
     assert len(found[0]) == 38
     for name, gradient in found[0].items():
@@ -114,10 +101,9 @@ def test_a_checkpoint_is_an_ordinary_model_folder_in_fp32(full_run, backbone_dir
     assert after.get_output_embeddings().weight is after.get_input_embeddings().weight
     assert "lm_head.weight" not in tensors(folder)
     assert {tensor.dtype for tensor in tensors(folder).values()} == {torch.float32}
-    assert (
-        AutoTokenizer.from_pretrained(folder)("123")["input_ids"]
-        == AutoTokenizer.from_pretrained(backbone_dir)("123")["input_ids"]
-    )
+    tokenizers = (AutoTokenizer.from_pretrained(path) for path in (backbone_dir, folder))
+    before_ids, after_ids = (tokenizer("123")["input_ids"] for tokenizer in tokenizers)
+    assert before_ids == after_ids
     assert after.generation_config.eos_token_id == 1
     info = json.loads((folder / "checkpoint.json").read_text())
     assert (info["step"], info["backbone"]) == (6, "{run_dir}/backbone")
@@ -126,11 +112,8 @@ def test_a_checkpoint_is_an_ordinary_model_folder_in_fp32(full_run, backbone_dir
     assert max(row["logprob_gap_mean"] for row in metrics(full_run / "train")) < 1e-5
 
 
-def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
-    full_run, empty_run, tmp_path, monkeypatch
-):
-    run = tmp_path / "run"
-    shutil.copytree(empty_run, run)
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(full_run, new_run, monkeypatch):
+    run = new_run
     real = stage1.sample
 
     def interrupted(run, step, timer):
@@ -150,61 +133,24 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
         assert (run / name).read_bytes() == (full_run / name).read_bytes()
 
 
-def test_two_processes_train_all_parameters_like_one(full_run, empty_run, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(empty_run, run)
-    flags = (
-        "--tune",
-        "full",
-        "--learning-rate",
-        str(RATE),
-        "--steps",
-        "2",
-        "--micro-tokens",
-        "200",
-        "--gradient-checkpointing",
-        "true",
-    )
-    output, _ = (
-        process := start_two("01_train_lora_grpo.py", run, "cpu_processes", *flags)
-    ).communicate(timeout=300)
-    assert process.returncode == 0, output
-    for two, one in zip(metrics(run / "train"), metrics(full_run / "train"), strict=False):
-        for key in ("accuracy", "response_length", "loss", "entropy", "grad_norm"):
-            assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5)
-
-
-def test_the_kl_term_compares_with_the_backbone_as_it_was(backbone_dir, empty_run, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(empty_run, run)
+def test_the_kl_term_compares_with_the_backbone_as_it_was(backbone_dir, new_run):
+    run, data, rollout = new_run, stage1.data, stage1.rollout
     call("01_train_lora_grpo.py", run, "--steps", "1", "--kl-coef", "0.1")
-    call(
-        "01_train_lora_grpo.py", run, "--steps", "2", "--kl-coef", "0.1"
-    )  # resumed: the reference must not be the weights put back
+    # Resumed: the reference must not be the weights that are put back.
+    call("01_train_lora_grpo.py", run, "--steps", "2", "--kl-coef", "0.1")
     one, two = metrics(run / "train")
     assert abs(one["kl"]) < 1e-6
     model = policy.load_backbone(str(run / "train" / "step_0001"))[0]
     backbone, tokenizer = policy.load_backbone(str(backbone_dir))
-    cfg = stage1.TrainConfig(
-        prompts_per_step=4,
-        mini_batch=2,
-        rollouts=8,
-        max_new_tokens=72,
-        train_data=str(run / "data" / "train.jsonl"),
-    )
-
-    problems = stage1.data.load_problems(cfg.train_data)
-    problems, prompts = stage1.data.encode_prompts(
-        problems, tokenizer, "{prompt}", "", 100, "train"
-    )
-    order = [index for index in stage1.data.prompt_order(len(problems), 4, 2, 1) for _ in range(8)]
-    seeds = [stage1.rollout.sequence_seed(1, 2, index, i % 8) for i, index in enumerate(order)]
-    sampled = stage1.rollout.HFEngine(model, tokenizer).generate(
-        [prompts[index] for index in order], seeds, 72
-    )
+    problems = data.load_problems(run / "data" / "train.jsonl")
+    problems, prompts = data.encode_prompts(problems, tokenizer, "{prompt}", "", 100, "train")
+    order = [index for index in data.prompt_order(len(problems), 4, 2, 1) for _ in range(8)]
+    seeds = [rollout.sequence_seed(1, 2, index, i % 8) for i, index in enumerate(order)]
+    asked = [prompts[index] for index in order]
+    sampled = rollout.HFEngine(model, tokenizer).generate(asked, seeds, 72)
     gaps = [
-        plain_logprobs(m, prompts[index], r.tokens, 1.0).sum() * sign
-        for index, r in zip(order, sampled, strict=True)
+        plain_logprobs(m, prompt, r.tokens, 1.0).sum() * sign
+        for prompt, r in zip(asked, sampled, strict=True)
         for m, sign in ((model, 1), (backbone, -1))
     ]
     want = float(sum(gaps)) / sum(len(r.tokens) for r in sampled)
@@ -213,11 +159,8 @@ def test_the_kl_term_compares_with_the_backbone_as_it_was(backbone_dir, empty_ru
 
 
 def test_sharding_is_refused_in_one_line(backbone_dir, monkeypatch):
-    for key, value in {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-    }.items():
-        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
     with pytest.raises(UserError, match=r"FSDP wants .* --tune lora"):
         training.place(policy.load_backbone(str(backbone_dir))[0], torch.device("cpu"))
 
@@ -231,24 +174,20 @@ def test_extraction_finds_the_backbone_in_the_checkpoints(full_run, tmp_path, mo
     run = tmp_path / "run"
     shutil.copytree(full_run, run)
     shutil.rmtree(run / "deltas")
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["02", "--run-dir", str(run), "--k", "2", "--last-step", "6", "--fit-checkpoints", "4"],
-    )
+    flags = ["--k", "2", "--last-step", "6", "--fit-checkpoints", "4"]
+    monkeypatch.setattr(sys, "argv", ["02", "--run-dir", str(run), *flags])
     importlib.import_module("02_extract_deltas").main()
     start, end = (tensors(folder) for folder in (run / "backbone", run / "train" / "step_0006"))
     deltas = delta_files.load_trajectory(run / "deltas").deltas
     assert len(deltas) == 21
     for module, roles in deltas.items():
-        sigma = torch.linalg.svdvals(
-            end[f"{module}.weight"].double() - start[f"{module}.weight"].double()
-        )[0]
-        assert roles["global"].sigma[-1].item() == pytest.approx(sigma.item(), rel=1e-5)
+        old, new = (point[f"{module}.weight"].double() for point in (start, end))
+        sigma = torch.linalg.svdvals(new - old)[0].item()
+        assert roles["global"].sigma[-1].item() == pytest.approx(sigma, rel=1e-5)
 
 
 def test_going_on_without_a_jump_meets_what_the_uninterrupted_run_meets(full_run):
-    """The same weights, problems and seeds, so step 7 samples the same; then it trains with a fresh optimizer."""
+    """The same weights, problems and seeds, so step 7 samples the same; the optimizer is fresh."""
     on, plain = metrics(full_run / "continued" / "none")[0], metrics(full_run / "train")[6]
     for key in ("step", "accuracy", "response_length", "entropy", "tokens"):
         assert on[key] == plain[key]
@@ -258,26 +197,18 @@ def test_going_on_without_a_jump_meets_what_the_uninterrupted_run_meets(full_run
 
 
 def test_going_on_from_a_jump_trains_all_parameters_from_the_jumped_weights(full_run):
-    last, after = (
-        tensors(full_run / name)
-        for name in ("train/step_0006", "continued/weighted_alpha3/step_0007")
-    )
+    names = ("train/step_0006", "continued/weighted_alpha3/step_0007")
+    last, after = (tensors(full_run / name) for name in names)
     jump = adapters.read_adapter(full_run / "extrapolated" / "weighted_alpha3")
+    moves = {f"{module}.weight": jump.update(module).dense() for module in jump.factors}
     step = 1.01 * 2 * RATE  # two updates by a fresh AdamW move an entry by the rate each, at most
     for name, weight in after.items():
-        module = name.removesuffix(".weight")
-        start = last[name] + (
-            jump.scale(module) * jump.factors[module][0] @ jump.factors[module][1]
-            if module in jump.factors
-            else 0
-        )
+        start = last[name] + moves.get(name, 0)
         assert 0 < (weight - start).abs().max() <= step, name
-    assert (
-        max((jump.scale(m) * b @ a).abs().max() for m, (b, a) in jump.factors.items()) > 2 * step
-    )  # without it the above would show it
-    info = json.loads(
-        (full_run / "continued" / "none" / "step_0007" / "checkpoint.json").read_text()
-    )
+    # Without the jump the above would show it.
+    assert max(move.abs().max() for move in moves.values()) > 2 * step
+    path = full_run / "continued" / "none" / "step_0007" / "checkpoint.json"
+    info = json.loads(path.read_text())
     assert (info["step"], info["backbone"]) == (7, "{run_dir}/train/step_0006")
 
 
@@ -288,9 +219,8 @@ def test_going_on_from_a_whole_model_is_going_on_from_its_jump(full_run, tmp_pat
     info = json.loads((run / "extrapolated" / "none" / "checkpoint.json").read_text())
     (run / "merged" / "none" / "checkpoint.json").write_text(json.dumps(info))
     call("05_continue_rl.py", run, "--start", "merged/none", "--more-steps", "1")
-    on, jump = (
-        tensors(run / "continued" / name / "step_0007") for name in ("merged__none", "none")
-    )
+    names = ("merged__none", "none")
+    on, jump = (tensors(run / "continued" / name / "step_0007") for name in names)
     assert all(on[name].equal(jump[name]) for name in jump)
 
 
@@ -314,19 +244,17 @@ def test_whole_models_are_measured_as_they_are(full_run):
     assert rows["train/step_0006"] != rows["backbone"]
     assert rows["train/step_0006"] != rows["train/step_0007"]
     model, tokenizer = policy.load_backbone(str(full_run / "train" / "step_0007"))
+    turns = [[{"role": "user", "content": r["prompt"]}] for r in rows["train/step_0007"]]
     prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": r["prompt"]}], add_generation_prompt=True
-        )["input_ids"]
-        for r in rows["train/step_0007"]
+        tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"]
+        for turn in turns
     ]
     seeds = [
         stage6.rollout.sequence_seed(1, 0, r["problem"], r["run"]) for r in rows["train/step_0007"]
     ]
     sampled = stage6.rollout.HFEngine(model, tokenizer).generate(prompts, seeds, 72)
-    assert [tokenizer.decode(r.tokens, skip_special_tokens=True) for r in sampled] == [
-        r["response"] for r in rows["train/step_0007"]
-    ]
+    texts = [tokenizer.decode(r.tokens, skip_special_tokens=True) for r in sampled]
+    assert texts == [r["response"] for r in rows["train/step_0007"]]
     text = (full_run / "report.md").read_text()
     assert "| GRPO, full parameters | 6 |" in text
     assert "GRPO with LoRA" not in text
@@ -336,24 +264,19 @@ def test_changed_weights_are_measured_again(full_run, tmp_path, monkeypatch):
     run = tmp_path / "run"
     shutil.copytree(full_run, run)
     path = run / "train" / "step_0006" / "model.safetensors"
-    measured = [
-        run / "eval" / name / "test.json" for name in ("train__step_0006", "extrapolated__none")
-    ]
-    before = [json.loads(result.read_text()) for result in measured]
+    policies = ("train/step_0006", "extrapolated/none")
+    paths = [run / "eval" / name.replace("/", "__") / "test.json" for name in policies]
+    before = [result.read_text() for result in paths]
     monkeypatch.setattr(stage6.report, "write_run", str)  # seconds of figures
-    call("06_eval.py", run, "--policies", "train/step_0006", "extrapolated/none")
-    assert [json.loads(result.read_text()) for result in measured] == before  # seconds included
+    call("06_eval.py", run, "--policies", *policies)
+    assert [result.read_text() for result in paths] == before  # seconds included
     shutil.copyfile(run / "backbone" / "model.safetensors", path)
     path.with_name("sha256.json").unlink()
     stage6.weights_hash.cache_clear()  # as in a new process
-    call(
-        "06_eval.py", run, "--policies", "train/step_0006", "extrapolated/none"
-    )  # a jump of zeros on the changed model
-    for result in measured:
-        assert (
-            json.loads(result.read_text())["accuracy"]
-            == json.loads((run / "eval" / "backbone" / "test.json").read_text())["accuracy"]
-        )
+    # A jump of zeros on the changed model is the backbone too.
+    call("06_eval.py", run, "--policies", *policies)
+    wanted = json.loads((run / "eval" / "backbone" / "test.json").read_text())["accuracy"]
+    assert [json.loads(result.read_text())["accuracy"] for result in paths] == [wanted] * 2
 
 
 @pytest.mark.parametrize(
@@ -370,24 +293,20 @@ def test_a_restart_that_means_nothing_is_refused(full_run, flags, message):
 
 def test_a_bf16_backbone_takes_a_jump_in_fp32(backbone_dir, tmp_path):
     """The jump belongs to the backbone in bf16; what it is added to are those weights in fp32."""
-    policy.load_backbone(str(backbone_dir), dtype=torch.bfloat16)[0].save_pretrained(
-        tmp_path / "bf16"
-    )
-    model = policy.add_lora(policy.load_backbone(str(tmp_path / "bf16"))[0], 4, 2.0, seed=0)
+    bf16 = str(tmp_path / "bf16")
+    policy.load_backbone(str(backbone_dir), dtype=torch.bfloat16)[0].save_pretrained(bf16)
+    model = policy.add_lora(policy.load_backbone(bf16)[0], 4, 2.0, seed=0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data = torch.full_like(parameter, 1e-4)
-    base = policy.load_backbone(str(tmp_path / "bf16"))[0]
-    save_lora(
-        model,
-        tmp_path / "jump",
-        {"backbone": "bf16", "backbone_fingerprint": policy.fingerprint(base)},
-    )
-    jump, after = (
-        adapters.read_adapter(tmp_path / "jump"),
+    base = policy.load_backbone(bf16)[0]
+    info = {"backbone": "bf16", "backbone_fingerprint": policy.fingerprint(base)}
+    save_lora(model, tmp_path / "jump", info)
+    jump = adapters.read_adapter(tmp_path / "jump")
+    after, stored = (
         policy.with_jump(base, tmp_path / "jump").state_dict(),
+        model_files.open_model(tmp_path / "bf16"),
     )
-    stored = model_files.open_model(tmp_path / "bf16")
-    for module, (b, a) in jump.factors.items():
-        want = stored.tensor(f"{module}.weight").float() + jump.scale(module) * b @ a
+    for module in jump.factors:
+        want = stored.tensor(f"{module}.weight").float() + jump.update(module).dense().float()
         torch.testing.assert_close(after[f"{module}.weight"], want, atol=1e-7, rtol=1e-6)

@@ -1,4 +1,5 @@
-"""What is lost or spoilt by hand is noticed, nothing good is thrown away for it, and the stage goes on."""
+"""What is lost or spoilt by hand is noticed, nothing good is thrown away for it, and the stage goes
+on."""
 
 import importlib
 import json
@@ -6,45 +7,24 @@ import os
 import pathlib
 import shutil
 import signal
+import types
 
 import pytest
 import torch
-from conftest import TINY, call_stage
-from test_stages import metrics, weights
+from conftest import metrics, weights
 
 from common import UserError
+from common.baselines import given
 from common.files import stage as stages
 from common.files import write as run_dir
 from common.rl import metrics as step_metrics
 from common.rl import policy
 
 
-@pytest.fixture
-def run(finished_run, tmp_path) -> pathlib.Path:
-    return pathlib.Path(shutil.copytree(finished_run, tmp_path / "run"))
-
-
-@pytest.fixture
-def stage(run, monkeypatch, capsys):
-    """Calls a stage on `run`: its exit code and the last line it wrote to stderr."""
-
-    def call(script: str, *flags: str) -> tuple[int, str]:
-        capsys.readouterr()
-        return call_stage(
-            monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(run), *flags
-        )
-
-    return call
-
-
 def spoil(path: pathlib.Path) -> None:
     content = bytearray(path.read_bytes())
     content[-2] ^= 8
     path.write_bytes(content)
-
-
-def edit(path: pathlib.Path, **changes) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -56,12 +36,10 @@ def edit(path: pathlib.Path, **changes) -> None:
 def test_training_goes_on_from_the_state_before_a_spoilt_one(run, finished_run, stage, file):
     spoil(run / "train" / "resume" / "step_0008" / file)
     (run / "train" / "done.json").unlink()
-    code, line = stage("01_train_lora_grpo.py", "--steps", "8")
-    assert (code, "is not as it was written" in line, "going on from step_0007" in line) == (
-        0,
-        True,
-        True,
-    )
+    code, line = stage("01", run, "--steps", "8")
+    assert code == 0
+    assert "is not as it was written" in line
+    assert "going on from step_0007" in line
     assert metrics(run / "train") == metrics(finished_run / "train")
     assert weights(run / "train") == weights(finished_run / "train")
 
@@ -69,28 +47,24 @@ def test_training_goes_on_from_the_state_before_a_spoilt_one(run, finished_run, 
 def test_training_does_not_begin_again_where_its_resume_states_are_gone(run, stage):
     before = weights(run / "train")
     shutil.rmtree(run / "train" / "resume")
-    code, line = stage("01_train_lora_grpo.py", "--steps", "9")
+    code, line = stage("01", run, "--steps", "9")
     assert (code, "has come to step 8, but its resume/ is gone" in line) == (2, True)
     assert weights(run / "train") == before
     assert [row["step"] for row in metrics(run / "train")] == list(range(1, 9))
 
 
 def test_no_more_than_two_resume_states_are_kept(run, stage):
+    states = run / "train" / "resume"
     for step in (5, 6):
-        shutil.copytree(
-            run / "train" / "resume" / "step_0008", run / "train" / "resume" / f"step_000{step}"
-        )
-    assert stage("01_train_lora_grpo.py", "--steps", "9")[0] == 0
-    assert sorted(path.name for path in (run / "train" / "resume").iterdir()) == [
-        "step_0008",
-        "step_0009",
-    ]
+        shutil.copytree(states / "step_0008", states / f"step_000{step}")
+    assert stage("01", run, "--steps", "9")[0] == 0
+    assert sorted(path.name for path in states.iterdir()) == ["step_0008", "step_0009"]
 
 
 def test_training_does_not_go_on_on_another_backbone(run, stage):
-    made_with = run / "train" / "resume" / "step_0008" / "info.json"
-    edit(made_with, backbone_fingerprint="0")
-    code, line = stage("01_train_lora_grpo.py", "--steps", "9")
+    path = run / "train" / "resume" / "step_0008" / "info.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "backbone_fingerprint": "0"}))
+    code, line = stage("01", run, "--steps", "9")
     assert (code, "was begun with backbone_fingerprint = '0', now it is" in line) == (2, True)
 
 
@@ -98,12 +72,12 @@ def test_training_does_not_go_on_on_another_backbone(run, stage):
 def test_an_engine_that_disagrees_with_the_trainer_ends_the_run(run, stage, monkeypatch, gap):
     real = step_metrics.of_step
     monkeypatch.setattr(step_metrics, "of_step", lambda *a: {**real(*a), "logprob_gap_mean": gap})
-    code, line = stage("01_train_lora_grpo.py", "--steps", "9")
+    code, line = stage("01", run, "--steps", "9")
     assert (code, "step 9: engine and trainer disagree by" in line) == (2, True)
     assert not (run / "train" / "step_0009").exists()
 
 
-def test_a_stage_that_was_to_overwrite_is_gone_on_with_without(run, stage, monkeypatch, capsys):
+def test_a_stage_that_was_to_overwrite_is_gone_on_with_without(run, stage, monkeypatch):
     real = stages.StepLog.append
 
     def stop_after(log, *rows):
@@ -113,13 +87,10 @@ def test_a_stage_that_was_to_overwrite_is_gone_on_with_without(run, stage, monke
 
     with monkeypatch.context() as patched:
         patched.setattr(stages.StepLog, "append", stop_after)
-        code, line = stage("01_train_lora_grpo.py", "--overwrite")
-    assert (code, line) == (
-        143,
-        "stopped: type the same command without --overwrite to go on",
-    )
+        code, line = stage("01", run, "--overwrite")
+    assert (code, line) == (143, "stopped: type the same command without --overwrite to go on")
     assert sorted(path.name for path in stages.states(run / "train"))[-1] == "step_0002"
-    assert stage("01_train_lora_grpo.py")[0] == 0
+    assert stage("01", run)[0] == 0
     assert [row["step"] for row in metrics(run / "train")] == list(range(1, 7))
 
 
@@ -129,8 +100,8 @@ def test_a_config_of_older_code_that_lacks_an_option_goes_on(run, finished_run, 
         record = json.loads((run / "train" / name).read_text())
         assert record["config"].pop("importance_cap") == 0.0
         (run / "train" / name).write_text(json.dumps(record))
-    assert stage("01_train_lora_grpo.py", "--steps", "9")[0] == 0
-    code, line = stage("01_train_lora_grpo.py", "--steps", "10", "--importance-cap", "2")
+    assert stage("01", run, "--steps", "9")[0] == 0
+    code, line = stage("01", run, "--steps", "10", "--importance-cap", "2")
     assert (code, "was made with option importance_cap = 0.0, now it is 2.0" in line) == (2, True)
 
 
@@ -138,49 +109,27 @@ def test_data_and_backbone_that_were_moved_are_the_same_and_others_are_not(run, 
     """Where there is a hash of the content the path does not count, nor how it is written."""
     shutil.copytree(run / "data", run / "moved")
     shutil.copytree(run / "backbone", run / "moved" / "backbone")
-    spelled = [
-        "--train-data",
-        f"{run}/./moved/train.jsonl",
-        "--backbone",
-        f"{run}/data/../moved/backbone",
-    ]
-    assert stage("01_train_lora_grpo.py", "--steps", "9", *spelled)[0] == 0
+    spelled = ["--train-data", f"{run}/./moved/train.jsonl"]
+    spelled += ["--backbone", f"{run}/data/../moved/backbone"]
+    assert stage("01", run, "--steps", "9", *spelled)[0] == 0
     path = run / "moved" / "train.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
-    code, line = stage("01_train_lora_grpo.py", "--steps", "10", *spelled)
+    code, line = stage("01", run, "--steps", "10", *spelled)
     assert (code, "was made with input train_data = " in line) == (2, True)
 
 
-def test_a_problem_that_comes_twice_in_a_step_gets_other_responses(
-    empty_run, tmp_path, monkeypatch, capsys
-):
-    shutil.copytree(empty_run, tmp_path / "run")
-    data = tmp_path / "run" / "data" / "train.jsonl"
+def test_a_problem_that_comes_twice_in_a_step_gets_other_responses(new_run, stage, monkeypatch):
+    data = new_run / "data" / "train.jsonl"
     data.write_text("".join(data.read_text().splitlines(keepends=True)[:2]))
     stage1, sampled = importlib.import_module("01_train_lora_grpo"), []
     real = stage1.sample
     monkeypatch.setattr(stage1, "sample", lambda *a: sampled.append(real(*a)) or sampled[-1])
-    command = [
-        "01_train_lora_grpo.py",
-        "--config",
-        TINY,
-        "--run-dir",
-        str(tmp_path / "run"),
-        "--steps",
-        "1",
-    ]
-    assert call_stage(monkeypatch, capsys, *command)[0] == 0
+    assert stage("01", new_run, "--steps", "1")[0] == 0
     prompts, completions = sampled[0].prompts, sampled[0].completions
-    twins = [i for i in range(4, 16) if prompts[i] == prompts[0]]
-    assert len(twins) == 4  # two problems, four places, four responses each
-    assert [completions[i] for i in twins] != completions[:4]
-
-
-@pytest.mark.parametrize("steps", ["0", "-5"])
-def test_steps_after_the_jump_are_at_least_one(run, stage, steps):
-    code, line = stage("05_continue_rl.py", "--start", "none", "--more-steps", steps)
-    assert (code, line) == (2, f"error: more_steps must be positive, not {steps}")
-    assert not (run / "continued" / "none").exists()
+    # Two problems, four places, eight responses each.
+    twins = [i for i in range(8, 32) if prompts[i] == prompts[0]]
+    assert len(twins) == 8
+    assert [completions[i] for i in twins] != completions[:8]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -191,14 +140,14 @@ def test_steps_after_the_jump_are_at_least_one(run, stage, steps):
 @pytest.mark.parametrize(
     ("script", "file", "flags"),
     [
-        ("02_extract_deltas.py", "deltas/model.layers.0.mlp.up_proj.safetensors", []),
-        ("03_train_predictor.py", "predictor/aligned/model.safetensors", ["--recipes", "aligned"]),
-        ("04_extrapolate.py", "extrapolated/none/adapter_model.safetensors", ["--methods", "none"]),
+        ("02", "deltas/model.layers.0.mlp.up_proj.safetensors", []),
+        ("03", "predictor/aligned/model.safetensors", ["--recipes", "aligned"]),
+        ("04", "extrapolated/none/adapter_model.safetensors", ["--methods", "none"]),
     ],
 )
 def test_a_file_that_is_gone_is_made_again(run, finished_run, stage, script, file, flags):
     (run / file).unlink()
-    assert stage(script, *flags)[0] == 0
+    assert stage(script, run, *flags)[0] == 0
     assert (run / file).read_bytes() == (finished_run / file).read_bytes()
 
 
@@ -210,26 +159,27 @@ def test_a_file_that_is_gone_is_made_again(run, finished_run, stage, script, fil
 @pytest.mark.parametrize(
     ("script", "file", "flags"),
     [
-        ("06_eval.py", "deltas/done.json", []),
-        ("06_eval.py", "predictor/aligned/report.json", []),
-        ("06_eval.py", "predictor/aligned/done.json", []),
-        ("06_eval.py", "train/config.json", []),
-        ("04_extrapolate.py", "deltas/done.json", ["--methods", "oracle"]),
+        ("06", "deltas/done.json", []),
+        ("06", "predictor/aligned/report.json", []),
+        ("06", "predictor/aligned/done.json", []),
+        ("06", "train/config.json", []),
+        ("04", "deltas/done.json", ["--methods", "oracle"]),
     ],
 )
 def test_an_empty_record_is_one_line(run, stage, script, file, flags):
     (run / file).write_text("{}")
-    code, line = stage(script, *flags)
+    code, line = stage(script, run, *flags)
     assert (code, line[:7], file.split("/")[-1] in line) == (2, "error: ", True)
 
 
-@pytest.mark.parametrize(("setting", "value"), [("surprise", 1), ("seed", "x")])
-def test_options_that_stage_6_does_not_know_stop_the_soup(run, stage, setting, value):
+def test_a_stage_6_that_fails_stops_the_soup(run, stage, monkeypatch):
     for step in range(1, 7):
-        record = {"accuracy": step / 10, "data": "d", "settings": {setting: value}}
+        record = {"accuracy": step / 10, "data": "d", "settings": {"seed": 1}}
         run_dir.write_json(run / "validation" / f"train__step_{step:04d}" / "valid.json", record)
+    failed = types.SimpleNamespace(returncode=2)
+    monkeypatch.setattr(given.subprocess, "run", lambda command: failed)
     flags = ["--methods", "greedy-soup", "--validation-data", str(run / "data" / "valid.jsonl")]
-    code, line = stage("04_extrapolate.py", *flags)
+    code, line = stage("04", run, *flags)
     assert (code, "stage 6 failed on" in line) == (2, True)
 
 

@@ -39,7 +39,8 @@ def alone(x):
     return x
 
 
-# Two groups of two: five tokens of reward 1, one of 0; two of 0, two of 0. KL costs 0.1 on some tokens, -0.2 on one.
+# Two groups of two: five tokens of reward 1, one of 0; two of 0, two of 0. KL costs 0.1 on some
+# tokens, -0.2 on one.
 REWARDS, LENGTHS = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([5, 1, 2, 2])
 PENALTY = torch.tensor([0.1, 0.0, 0.1, 0.0, 0.0, 0.0, 0.1, -0.2, 0.0, 0.1])
 
@@ -84,7 +85,10 @@ def test_reinforce_pp_of_equal_rewards_is_zero(value):
 
 
 def test_reinforce_pp_baseline_centres_in_the_group_and_whitens_over_tokens():
-    """Centred rewards 1/2 on five tokens, -1/2 on one, 0 on four: mean 0.2, squares 1.5, unbiased variance (1.5 - 0.4) / 9."""
+    """Centred rewards 1/2 on five tokens, -1/2 on one, 0 on four.
+
+    Their mean is 0.2, the sum of squares 1.5, the unbiased variance (1.5 - 0.4) / 9.
+    """
     found = grpo.advantages("reinforce++-baseline", REWARDS, torch.zeros(10), LENGTHS, alone)
     std = (1.1 / 9) ** 0.5
     assert found.tolist() == pytest.approx([0.3 / std] * 5 + [-0.7 / std] + [-0.2 / std] * 4)
@@ -113,7 +117,7 @@ def test_kl_in_the_reward_enters_the_group_as_its_sum_over_the_sequence():
 
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo", "reinforce++", "reinforce++-baseline"])
 def test_tokens_without_padding_get_what_padded_and_masked_ones_would(algorithm):
-    """The same on [sequences, time] in float64, where padding is full of junk that a mask must take out."""
+    """The same on [sequences, time] in float64, with junk as padding that a mask must take out."""
     generator = torch.Generator().manual_seed(0)
     rewards, lengths = (
         torch.rand(3, 4, generator=generator),

@@ -190,24 +190,6 @@ def test_nothing_else_stands_at_the_top_level():
     assert there == {*STAGES, "README.md", "requirements.txt", "common", "tests"}
 
 
-def test_what_is_counted_is_counted_right(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
-    (tmp_path / "common" / "files").mkdir(parents=True)
-    sources = {
-        "common/__init__.py": "class UserError(Exception): ...\n",
-        "common/rank1.py": "import torch\n",
-        "common/files/__init__.py": '"""What is on the disk."""\n',
-        "common/files/read.py": "from common import UserError\n",
-        "common/files/write.py": "def save():\n    from common.files.read import sha256\n",
-        "02_x.py": "from common import UserError, rank1\nfrom common.files import write\n",
-    }
-    for name, source in sources.items():
-        (tmp_path / name).write_text(source)
-    assert units("02_x.py") == {"rank1", "files"}
-    needed = sorted(name_of(path).removeprefix("common/") for path in closure(tmp_path / "02_x.py"))
-    assert needed == ["__init__.py", "files/read.py", "files/write.py", "rank1.py"]
-
-
 # --------------------------------------------------------------------------------------------------
 # The table
 # --------------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def base_of(run: pathlib.Path, policy: str, given: str) -> str:
     )
     if where.is_dir() and where.is_relative_to(run.resolve()):
         return named
-    # A backbone may be moved: whether this is the one is seen by its fingerprint, when it is loaded.
+    # A backbone may be moved: whether this is the one its fingerprint says, when it is loaded.
     if where == wanted or "backbone_fingerprint" in known:
         return given
     raise UserError(f"{path} names the backbone {named}, not {given}: to load it, say --backbone")

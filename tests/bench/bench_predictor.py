@@ -4,8 +4,8 @@
         --out .github/results/predictor_demo.md
 
 Run it by hand. It makes what is missing in <runs>/seed<S> by calling the stages: five minutes a
-seed on one core. Cosine and sigma error are those of stage 3, standing at step 100 and at step 150 with
-only what was known there. Accuracy is stage 6's, right after the jump from step 150. It prints
+seed on one core. Cosine and sigma error are those of stage 3, standing at step 100 and at step 150
+with only what was known there. Accuracy is stage 6's, right after the jump from step 150. It prints
 Markdown: means over seeds ± their standard error, the same minus repeat-last seed by seed, and
 shares of the oracle's gain.
 """

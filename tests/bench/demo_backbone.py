@@ -1,10 +1,11 @@
 r"""Pre-trains the demo's backbone, and compares it with the one in common/demo/backbone.
 
-    python tests/bench/demo_backbone.py                               # compares: 5 minutes, one core
+    python tests/bench/demo_backbone.py                  # compares: 5 minutes, one core
     python tests/bench/demo_backbone.py --out runs/llama --architecture llama
 
 On the kind of processor that made them the weights come out equal, bit for bit. Elsewhere rounding
-differs, and after some 50 steps the runs part: one ended at a loss of 0.61, the shipped one at 0.78.
+differs, and after some 50 steps the runs part: one ended at a loss of 0.61, the shipped one at
+0.78.
 """
 
 import argparse
@@ -110,7 +111,6 @@ def pretrain(out: pathlib.Path, architecture: str = "qwen2", steps: int = STEPS)
     tokenizer.save_pretrained(out)
     (out / "pretraining_loss.json").write_text(json.dumps([round(x, 6) for x in losses]))
     return losses
-
 
 
 def compare(out: pathlib.Path, losses: list[float]) -> None:

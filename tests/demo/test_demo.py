@@ -25,8 +25,10 @@ def test_the_shipped_backbone_is_an_ordinary_small_qwen2():
 
 
 def test_the_program_still_makes_the_shipped_backbone(tmp_path):
-    """Its first 50 steps, against the loss that was logged when the shipped weights were made. Other
-    processors round otherwise: one drifts by 1e-5 in 50 steps, by 2e-3 in 60."""
+    """Its first 50 steps, against the loss that was logged when the shipped weights were made.
+
+    Other processors round otherwise: one drifts by 1e-5 in 50 steps, by 2e-3 in 60.
+    """
     shipped = json.loads((demo.SHIPPED / "pretraining_loss.json").read_text())
     losses = backbone.pretrain(tmp_path / "out", steps=50)
     assert losses == pytest.approx(shipped[:50], rel=1e-3)
@@ -63,9 +65,8 @@ def test_careful_answers_are_right_and_slips_are_as_frequent_as_said():
 def test_guesses_are_as_wrong_as_said():
     rng = random.Random(0)
     pairs = [(a, b) for a, b in demo.problems(3000, seed=6) if a + b > demo.HIGH]
-    right = sum(backbone.guessed_answer(a, b, rng) == f"\\boxed{{{a + b}}}" for a, b in pairs) / len(
-        pairs
-    )
+    guessed = [backbone.guessed_answer(a, b, rng) == f"\\boxed{{{a + b}}}" for a, b in pairs]
+    right = sum(guessed) / len(guessed)
     assert right == pytest.approx(
         (1 - 0.9 * backbone.WRONG_DIGIT) ** 6, abs=0.04
     )  # one wrong draw in ten is the right digit

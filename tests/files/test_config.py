@@ -137,7 +137,7 @@ def test_help_gives_an_option_a_line_with_the_presets_value(tmp_path, capsys):
 BAD_PROBLEMS = {
     '{"prompt": "1+1"}': "no usable 'answer'",
     '{"answer": "2"}': "no usable 'prompt'",
-    '{"question": "2", "answer": "2"}': "say --prompt-column, --answer-column; there are question, a",
+    '{"question": "2", "answer": "2"}': "--prompt-column, --answer-column; there are question, a",
     "[1]": "no usable 'prompt'",
     '{"prompt": "1", "answer": null}': "no usable 'answer'",
     '{"prompt": "1", "answer": NaN}': "no usable 'answer'",

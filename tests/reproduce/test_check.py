@@ -1,4 +1,4 @@
-"""`python -m common.reproduce --check`: what is fetched, counted and computed before anything runs."""
+"""What `python -m common.reproduce` finds, fetches, counts and computes before anything runs."""
 
 import pytest
 import yaml

@@ -1,4 +1,5 @@
-"""The grid behind the paper's tables: its command lines, how they are run, and what is made of their results."""
+"""The grid behind the paper's tables: its command lines, how they are run, and what is made of
+their results."""
 
 import importlib
 import json
@@ -123,9 +124,11 @@ def run_jobs(folder: pathlib.Path, jobs, lanes=(None,)) -> None:
 
 
 def test_every_lane_has_gpus_of_its_own_and_waits_for_what_a_job_needs(tmp_path):
-    say = "import os, pathlib, time; time.sleep(0.3); pathlib.Path({path!r}).write_text(os.environ['CUDA_VISIBLE_DEVICES'])"
+    say = "import os, pathlib, time; time.sleep(0.3); "
+    say += "pathlib.Path({path!r}).write_text(os.environ['CUDA_VISIBLE_DEVICES'])"
     paths = [str(tmp_path / name) for name in "abc"]
-    last = f"import pathlib; assert all(pathlib.Path(p).exists() for p in {paths[:2]!r}); pathlib.Path({paths[2]!r}).touch()"
+    last = f"import pathlib; assert all(pathlib.Path(p).exists() for p in {paths[:2]!r}); "
+    last += f"pathlib.Path({paths[2]!r}).touch()"
     run_jobs(
         tmp_path,
         jobs_of(
@@ -156,8 +159,11 @@ def test_gpus_are_shared_out_by_the_preset(monkeypatch):
 
 
 def test_a_grid_that_failed_goes_on_with_what_is_missing(tmp_path):
-    count = f"import pathlib; p = pathlib.Path({str(tmp_path / 'count')!r}); p.write_text(p.read_text() + 'x' if p.exists() else 'x')"
-    fail = f"import pathlib, sys; print('why it failed'); sys.exit(not pathlib.Path({str(tmp_path / 'mended')!r}).exists())"
+    count, mended = (str(tmp_path / name) for name in ("count", "mended"))
+    count = f"import pathlib; p = pathlib.Path({count!r}); "
+    count += "p.write_text(p.read_text() + 'x' if p.exists() else 'x')"
+    fail = "import pathlib, sys; print('why it failed'); "
+    fail += f"sys.exit(not pathlib.Path({mended!r}).exists())"
     jobs = jobs_of(("a", count, []), ("b", fail, ["a"]), ("c", "print('end')", ["b"]))
     with pytest.raises(UserError, match="failed"):
         run_jobs(tmp_path, jobs)
@@ -181,7 +187,10 @@ def record(
     task: str = "test",
     **changes,
 ) -> None:
-    """A measured policy as stage 6 leaves it, one problem a score; `changes` are options of stage 6, or its `data`."""
+    """A measured policy as stage 6 leaves it, one problem a score.
+
+    `changes` are options of stage 6, or its `data`.
+    """
     if policy != "backbone":
         info = {"step": step, "method": policy.split("/")[1].split("_alpha")[0], "seconds": 1.0}
         run_dir.write_json(run / policy / "checkpoint.json", info)
@@ -224,7 +233,7 @@ def test_a_model_without_an_adapter_and_a_merged_adapter_have_their_method_and_t
 
 
 def test_wall_seconds_have_every_methods_own_computing(tmp_path):
-    """2 s of RL and 1 s of each jump; the SVDs where they are used, a network, the measuring of checkpoints."""
+    """2 s of RL and 1 s of each jump; where used, SVDs, a network, measured checkpoints."""
     log(tmp_path / "train", range(1, 2))
     run_dir.write_json(tmp_path / "deltas" / "done.json", {"seconds": 10.0})
     run_dir.write_json(
@@ -237,8 +246,13 @@ def test_wall_seconds_have_every_methods_own_computing(tmp_path):
         record(tmp_path, f"extrapolated/{method}_alpha1.5", [1.0, 0.0], 1)
     found = {r.method: r.seconds for r in results.load_results(tmp_path).values()}
     assert found == {
-        "next-aligned": 113.0, "weighted": 13.0, "repeat-last": 13.0, "rl-extra": 3.0, "alpharl-pls": 1003.0, "oracle": None,
-    }  # fmt: skip
+        "next-aligned": 113.0,
+        "weighted": 13.0,
+        "repeat-last": 13.0,
+        "rl-extra": 3.0,
+        "alpharl-pls": 1003.0,
+        "oracle": None,
+    }
 
 
 @pytest.mark.parametrize("change", [{"temperature": 0.5}, {"max_new_tokens": 8}, {"data": "other"}])
@@ -277,7 +291,8 @@ def test_a_policy_that_was_trained_with_another_learning_rate_is_left_out_and_na
     found = runs.Runs(tmp_path)
     assert [*found.some()] == ["continued/none/step_0003", "train/step_0003"]
     assert found.left_out == [
-        "continued/rl-extra_alpha1.5/step_0003: 50.0%, trained with learning_rate 0.01 (the others: 0.001)"
+        "continued/rl-extra_alpha1.5/step_0003: 50.0%, "
+        "trained with learning_rate 0.01 (the others: 0.001)"
     ]
 
 
@@ -305,10 +320,13 @@ def test_tasks_have_columns_and_only_those_of_one_suite_are_averaged(tmp_path):
     assert "plain mean of aime24, amc23" in report.page(found, "")
 
 
-@pytest.mark.parametrize(("size", "numbers"), [("1.5B", "11.9 20.3 21.6"), ("14B", "20.8 25.8 28.3")])
+@pytest.mark.parametrize(
+    ("size", "numbers"), [("1.5B", "11.9 20.3 21.6"), ("14B", "20.8 25.8 28.3")]
+)
 def test_the_papers_numbers_stand_beside_ours(tmp_path, size, numbers):
     model, main = f"Qwen/Qwen2.5-{size}-Instruct", tmp_path / "seed0" / "lora"
-    run_dir.write_json(main / "train" / "config.json", {"config": {"backbone": model}, "inputs": {}})
+    made_with = {"config": {"backbone": model}, "inputs": {}}
+    run_dir.write_json(main / "train" / "config.json", made_with)
     record(main, "backbone", share(10))
     for policy, step in (("train/step_0150", 150), ("train/step_0250", 250)):
         record(main, policy, share(30), step)
@@ -322,7 +340,8 @@ def test_the_papers_numbers_stand_beside_ours(tmp_path, size, numbers):
     assert rows["Table 3, 4: GRPO, no jump"][:2] == ["250", "30.0 ± 4.6"]
     assert rows["Table 3, 4: GRPO, NExt, published recipe, merged restart"][1] == "40.0 ± 4.9"
     # Tables 5 and 6 are of the two small models.
-    assert rows.get("Table 6: RLOO, no jump", ["", "", "–"])[2] == {"1.5B": "13.7", "14B": "–"}[size]
+    rloo = rows.get("Table 6: RLOO, no jump", ["", "", "–"])
+    assert rloo[2] == {"1.5B": "13.7", "14B": "–"}[size]
     assert len(rows) == (5 if size == "1.5B" else 3)
 
 
@@ -335,13 +354,12 @@ def test_another_model_has_no_numbers_of_the_paper(tmp_path):
     [(-0.6, -0.2, "holds"), (-1.5, -0.2, "undecided"), (-1.5, -1.2, "does not hold")],
 )
 def test_not_worse_is_an_interval_above_one_point_below(low, high, want):
-    assert (
-        estimates.Estimate((low + high) / 200, 0.001, (high - low) / 200).verdict(not_worse=True) == want
-    )
+    found = estimates.Estimate((low + high) / 200, 0.001, (high - low) / 200)
+    assert found.verdict(not_worse=True) == want
 
 
 def one_run(tmp_path, later: int, reference: int = 60) -> runs.Runs:
-    """GRPO right on 40, 50, 60 of 100 problems at 150, 250, 400 steps; NExt on `later` of them at 250."""
+    """GRPO right on 40, 50, 60 of 100 problems at 150, 250, 400 steps; NExt on `later` at 250."""
     for step, right in ((150, 40), (250, 50), (400, reference)):
         record(tmp_path, f"train/step_{step:04d}", share(right), step)
     record(tmp_path, "extrapolated/next-aligned_alpha1.5", share(45), 150)
@@ -353,7 +371,10 @@ def one_run(tmp_path, later: int, reference: int = 60) -> runs.Runs:
     ("later", "want"), [(53, "does not hold"), (60, "holds"), (59, "undecided")]
 )
 def test_not_worse_needs_the_whole_interval_in_a_single_run_too(tmp_path, later, want):
-    """7 problems of 100 fewer are -7.0 +- 5.1 points; one fewer is -1 +- 2, which may be worse by more than a point."""
+    """7 problems of 100 fewer are -7.0 +- 5.1 points.
+
+    One fewer is -1 +- 2, which may be worse by more than a point.
+    """
     found = one_run(tmp_path, later)
     cells = claims.column(found, "next-aligned")
     assert cells["Tables 3, 4: at 250 steps not worse than GRPO at 400"].startswith(f"**{want}**")
@@ -396,7 +417,7 @@ def test_more_time_is_not_called_less(tmp_path):
 
 
 def test_jumps_from_another_trainers_checkpoints_are_compared_with_none(tmp_path):
-    """No train folder, no stage 1: `none` is the policy before the jump, and the difference is paired."""
+    """No train folder, no stage 1: `none` is the policy before the jump; differences are paired."""
     record(tmp_path, "backbone", share(30))
     record(tmp_path, "extrapolated/none", share(40), 150)
     record(tmp_path, "extrapolated/next-aligned_alpha1.5", share(47), 150)
@@ -410,8 +431,8 @@ def test_jumps_from_another_trainers_checkpoints_are_compared_with_none(tmp_path
 
 @pytest.fixture
 def grid(tmp_path) -> runs.Runs:
-    """Three seeds on 100 problems: GRPO right on 50, 60, 70 of them at 250 steps; the weighted sum on 1, 2, 3 more; repeat-last on
-    7, 1, 1 fewer.
+    """Three seeds on 100 problems: GRPO right on 50, 60, 70 of them at 250 steps; the weighted sum
+    on 1, 2, 3 more; repeat-last on 7, 1, 1 fewer.
     """
     for seed in (0, 1, 2):
         run, right = tmp_path / f"seed{seed}" / "lora", 50 + 10 * seed

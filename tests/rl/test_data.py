@@ -1,4 +1,5 @@
-"""Data sets by name, file or hub id: small files laid out exactly as the hub's, and the prompts made of them."""
+"""Data sets by name, file or hub id: small files laid out exactly as the hub's, and the prompts
+made of them."""
 
 import csv
 import json
@@ -203,7 +204,8 @@ def test_mmlu_pro_keeps_its_order_without_the_filling(tmp_path):
     assert [len(tasks[f"mmlu-pro-{name}"]) for name in ("law", "computer-science")] == [2, 1]
     problem = tasks["mmlu-pro-biology"][0]
     assert problem == data.Problem(
-        "Question 0\nA. one\nB. two\nC. three\nThe final answer is the letter of the correct option.",
+        "Question 0\nA. one\nB. two\nC. three\n"
+        "The final answer is the letter of the correct option.",
         "C",
         "letter",
     )
@@ -322,11 +324,13 @@ def test_the_fingerprint_sees_prompt_answer_and_kind():
 
 def test_the_prompt_is_the_problem_and_the_instruction_after_an_explicit_system_turn(backbone_dir):
     _, tokenizer = policy.load_backbone(str(backbone_dir))
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = turns + "{% if add_generation_prompt %}<assistant>{% endif %}"
     text = data.render_chats(["1+1"], tokenizer, data.PROMPT_TEMPLATE, data.SYSTEM_PROMPT)[0]
     assert text == (
         "<system>You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-        "<user>1+1\nPlease reason step by step, and put your final answer within \\boxed{}.<assistant>"
+        "<user>1+1\nPlease reason step by step, and put your final answer within \\boxed{}."
+        "<assistant>"
     )
 
 

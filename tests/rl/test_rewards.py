@@ -83,7 +83,7 @@ def test_several_are_added_and_each_has_its_own_sum(mine):
 @pytest.mark.parametrize(
     ("wanted", "line"),
     [
-        ("{}:broken", r"reward broken failed \(ZeroDivisionError: division by zero\): it gets prompts"),
+        ("{}:broken", r"reward broken failed \(ZeroDivisionError: .* by zero\): it gets prompts"),
         ("{}:one", "reward one returned 1 for 2 responses"),
         ("{}:none", r"cannot load reward .*AttributeError"),
         ("{0}:two {0}:two", "there is another two, give it another name"),
@@ -137,7 +137,8 @@ def test_each_reward_is_in_the_metrics_and_accuracy_stays_the_verifiers(
 ):
     run = shutil.copytree(empty_run, tmp_path / "run")
     flags = ["01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(run), "--steps", "1"]
-    assert call_stage(monkeypatch, capsys, *flags, "--reward", "verifier", f"{mine}:short=2")[0] == 0
+    rewards = ("--reward", "verifier", f"{mine}:short=2")
+    assert call_stage(monkeypatch, capsys, *flags, *rewards)[0] == 0
     (row,) = read_jsonl(run / "train" / "metrics.jsonl")
     assert row["accuracy"] == row["reward_verifier"] > 0 > row["reward_short"]
     both = row["reward_verifier"] + 2 * row["reward_short"]

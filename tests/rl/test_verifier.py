@@ -288,7 +288,10 @@ def test_a_worker_that_died_is_replaced():
 
 
 def started_with(monkeypatch, *programs: str | None) -> list:
-    """The next workers run these Python programs, None is the real one; those after them too. Returns what was started."""
+    """The next workers run these Python programs, None is the real one; those after them too.
+
+    Returns what was started.
+    """
     popen, left, started = subprocess.Popen, iter(programs), []
 
     def start(command, **how):

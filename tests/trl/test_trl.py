@@ -1,4 +1,7 @@
-"""NExt on a run of TRL's own GRPOTrainer. Needs TRL: python -m pytest tests/trl -c .pytest.ini -o addopts=-q"""
+"""NExt on a run of TRL's own GRPOTrainer.
+
+Needs TRL: python -m pytest tests/trl -c .pytest.ini -o addopts=-q
+"""
 
 import json
 import sys
@@ -29,7 +32,10 @@ def solved(completions, answer, **_):
 
 
 def train(model, run, name, steps, **options):
-    """Some steps of GRPO by TRL on the demo's sums, a checkpoint each in run/name. Returns the trainer."""
+    """Some steps of GRPO by TRL on the demo's sums, a checkpoint each in run/name.
+
+    Returns the trainer.
+    """
     config = GRPOConfig(
         output_dir=str(run / name),
         max_steps=steps,

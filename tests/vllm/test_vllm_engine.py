@@ -1,4 +1,7 @@
-"""Rollouts by vLLM against the trainer's own log-probabilities. Needs vLLM: python -m pytest tests/vllm -c .pytest.ini -o addopts=-q"""
+"""Rollouts by vLLM against the trainer's own log-probabilities.
+
+Needs vLLM: python -m pytest tests/vllm -c .pytest.ini -o addopts=-q
+"""
 
 import dataclasses
 import json
@@ -269,7 +272,10 @@ def test_evaluation_by_vllm_equals_evaluation_by_hf(trained):
 
 
 def test_training_all_parameters_samples_with_the_updated_weights(tmp_path):
-    """At a rate at which stale weights show: with the copy into the engine left out the gap is 0.03, 0.1 and 0.2 nats in steps 2 to 4."""
+    """At a rate at which stale weights show.
+
+    With the copy into the engine left out the gap is 0.03, 0.1 and 0.2 nats in steps 2 to 4.
+    """
     folder = lay_out(tmp_path / "run")
     flags = (
         "--tune",
