@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import pathlib
 import re
 
@@ -11,6 +10,7 @@ import yaml
 
 from common import UserError
 from common.files.read import read_json, read_jsonl
+from common.reproduce.estimates import over_problems
 from common.rl.options import MAY_CHANGE
 
 
@@ -68,7 +68,7 @@ class Result:
 
     @property
     def error(self) -> float:
-        return standard_error(self.scores)
+        return over_problems(self.scores).error
 
     @property
     def n(self) -> int:
@@ -105,12 +105,6 @@ class Result:
         return label_of(self.method) + (", merged" if merged else "")
 
 
-def standard_error(scores: list[torch.Tensor]) -> float:
-    """Of the plain mean of tasks: scores[task] is [problems], one observation a problem."""
-    variances = [float(s.var()) / len(s) if len(s) > 1 else math.nan for s in scores]
-    return sum(variances) ** 0.5 / len(scores)
-
-
 def label_of(method: str) -> str:
     """The name of `method` in tables."""
     if method in METHODS:
@@ -125,6 +119,12 @@ def split_name(method: str) -> tuple[str, str, str]:
     """next-aligned-last8_merged -> (next-aligned, 8, _merged)."""
     pattern = r"(.+?)(?:-last(\d+))?(_merged|_linear|_accepted)?"
     return re.fullmatch(pattern, method).groups(default="")
+
+
+def place(result: Result) -> tuple[int, str]:
+    """Where a method stands in a table: in the order of methods.yaml, others last."""
+    names, (name, *_) = list(METHODS), split_name(result.method)
+    return (names.index(name) if name in names else len(names), result.method)
 
 
 def load_results(run: pathlib.Path) -> dict[str, Result]:

@@ -252,7 +252,7 @@ def test_what_was_measured_otherwise_is_left_out_and_named(tmp_path, change):
             **(change if step == 2 else {}),
         )
     found = runs.Runs(tmp_path)
-    assert [*found.some()] == ["train/step_0001", "train/step_0003"]
+    assert [m.policy for m in found.some()] == ["train/step_0001", "train/step_0003"]
     ((key, value),) = change.items()
     usual = {"temperature": 1.0, "max_new_tokens": 48, "data": "hash, 100 problems"}[key]
     odd = "other, 100 problems" if key == "data" else value
@@ -275,7 +275,7 @@ def test_a_policy_that_was_trained_with_another_learning_rate_is_left_out_and_na
         )
         record(tmp_path, f"{folder}/step_0003", share(50), 3)
     found = runs.Runs(tmp_path)
-    assert [*found.some()] == ["continued/none/step_0003", "train/step_0003"]
+    assert [m.policy for m in found.some()] == ["continued/none/step_0003", "train/step_0003"]
     assert found.left_out == [
         "continued/rl-extra_alpha1.5/step_0003: 50.0%, trained with learning_rate 0.01 (the others: 0.001)"
     ]
@@ -292,7 +292,7 @@ def test_tasks_have_columns_and_only_those_of_one_suite_are_averaged(tmp_path):
     record(tmp_path, "train/step_0002", share(70), 2, "mmlu-pro-law")
     found = runs.Runs(tmp_path)
     assert found.tasks == ("aime24", "amc23")
-    assert found.accuracy("train/step_0001").mean == pytest.approx(0.2)
+    assert found.at(1).accuracy.mean == pytest.approx(0.2)
     assert found.left_out == ["train/step_0002: not measured on aime24, amc23"]
     header, _, _, row = tables.by_task(found).splitlines()
     cells = dict(zip(header.split(" | "), row.split(" | "), strict=True))
@@ -391,7 +391,8 @@ def test_more_time_is_not_called_less(tmp_path):
     log(tmp_path / "continued" / "next-aligned_alpha1.5", range(151, 251), 1.0)
     run_dir.write_json(tmp_path / "deltas" / "done.json", {"seconds": 0.0})
     run_dir.write_json(tmp_path / "predictor" / "aligned" / "done.json", {"training_seconds": 0.0})
-    cell = claims.time_saved(runs.Runs(tmp_path), "next-aligned")
+    found = runs.Runs(tmp_path)
+    cell = claims.time_saved(found.later("next-aligned"), found.at(400))
     assert cell == "**does not hold**: 116 against 40 s, 190.0% more"
 
 
@@ -429,14 +430,15 @@ def grid(tmp_path) -> runs.Runs:
 
 
 def test_differences_are_paired_by_seed_with_students_interval(grid):
-    found = grid.difference(grid.after("weighted_alpha1.5"), "train/step_0250")
+    found = grid.later("weighted") - grid.at(250)
     assert found.mean == pytest.approx(0.02)
     assert found.half == pytest.approx(
         4.303 * 0.01 / 3**0.5
     )  # t(2 degrees, 97.5%) times the standard error of 1, 2, 3 points
     assert found.verdict() == "undecided"  # 2 +- 2.5 points
-    assert grid.difference("train/step_0250", "train/step_0400").verdict() == "does not hold"
-    assert grid.difference("train/step_0250", "train/step_0250").verdict(not_worse=True) == "holds"
+    assert (grid.at(250) - grid.at(400)).verdict() == "does not hold"
+    assert estimates.over_seeds([0.0, 0.0, 0.0]).verdict(not_worse=True) == "holds"
+    assert not grid.at(250) - grid.at(250)  # nothing to compare
     assert estimates.over_seeds([0.01, 0.02]).verdict() == "undecided"
     assert estimates.over_seeds([0.01, 0.011, 0.012]).verdict() == "holds"
     assert estimates.over_seeds([0.5]).verdict() == "undecided"
@@ -469,7 +471,7 @@ def test_a_seed_that_was_trained_otherwise_is_left_out_of_the_grids_means(grid):
         path = grid.folder(seed) / "train" / "config.json"
         run_dir.write_json(path, {"config": {"learning_rate": rate}, "inputs": {}})
     found = runs.Runs(grid.root, [0, 1, 2])
-    assert found.count("train/step_0250") == "2"
+    assert found.count(found.at(250)) == "2"
     assert any(
         line.startswith("seed2/lora/train/step_0250: 70.0%, trained with learning_rate")
         for line in found.left_out

@@ -44,7 +44,7 @@ def numbers(table: str, label: str) -> list[str]:
 
 def test_the_runs_are_ordered_by_their_rate(demo):
     found = {0.0005: "rate0.0005", 0.001: "lora", 0.002: "rate0.002"}
-    assert list(rates.rates(demo).items()) == list(found.items())
+    assert [(rate, run.name) for rate, run in rates.rates(demo).items()] == [*found.items()]
     assert demo.left_out == []
 
 
@@ -53,8 +53,7 @@ def test_the_sentence_says_what_the_jump_is_worth_at_each_rate_and_what_the_rate
     assert "worth +6.0 [" in text
     assert "at learning rate 0.0005; +1.0 [" in text
     assert text.endswith("at learning rate 0.001.** Learning rate 0.001 alone is worth "
-                         + demo.difference("train/step_0003", "train/step_0003", "lora",
-                                           "rate0.0005").points() + ".")  # fmt: skip
+                         + (demo.at(3) - demo.of("rate0.0005").at(3)).points() + ".")  # fmt: skip
 
 
 def test_every_gain_is_over_the_same_rate_but_for_the_controls_at_a_larger_one(demo):
@@ -164,7 +163,7 @@ def test_a_rank_correlation_is_that_of_the_ranks_and_too_few_runs_have_none():
 
 
 def test_a_falling_rate_is_a_control_with_a_name_and_a_cost(demo):
-    found = demo.some()["continued/none_linear/step_0003"]
+    found = demo.get("continued/none_linear/step_0003")
     assert (found.method, found.label) == ("none_linear", "no jump, rate falls to 0 (control)")
     assert results.jump_info(demo.root, found.policy)["step"] == 3
 
