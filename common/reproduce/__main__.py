@@ -23,7 +23,7 @@ from common import UserError
 from common.files import config
 from common.files.stage import run_stage
 from common.files.write import claim, writing
-from common.reproduce import grids, plans, report
+from common.reproduce import plans, report
 from common.reproduce.runner import Runner
 from common.reproduce.runs import Runs
 
@@ -51,7 +51,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--preset", default="demo", help="a name in common/presets or a YAML file")
     kinds = "paper: its rows; main: the preset's methods for several seeds; tables: everything;"
     kinds += " sweep: to choose a learning rate; learning-rate: jumps at several"
-    parser.add_argument("--grid", choices=grids.GRIDS, help=f"{kinds} [one run]")
+    parser.add_argument("--grid", choices=plans.GRIDS, help=f"{kinds} [one run]")
     five = "training seeds of the grid [0 1 2 3 4]"
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help=five)
     rows = "of the grid paper: the paper's tables to make [all]"
@@ -74,7 +74,7 @@ def main() -> None:
     name = pathlib.Path(args.preset).name.removesuffix(".yaml")
     root = pathlib.Path(args.run_dir or f"runs/{name}{f'_{args.grid}' if args.grid else ''}")
     if args.grid:
-        jobs = grids.grid(args.grid, args.preset, preset, str(root), args.seeds, args.tables)
+        jobs = plans.grid(args.grid, args.preset, preset, str(root), args.seeds, args.tables)
     else:
         jobs = plans.single(args.preset, preset, str(root))
     if args.print:

@@ -2,7 +2,7 @@
 
 import matplotlib.pyplot as plt
 
-from common.reproduce import grids
+from common.reproduce import plans
 from common.reproduce.estimates import rank_correlation
 from common.reproduce.figures import CURVES, legend_below, series
 from common.reproduce.results import MAIN_ALPHA, label_of, place
@@ -96,7 +96,7 @@ def gains(runs: Runs) -> list[str]:
             others = [r for other, r in rates(runs).items() if abs(other / rate / times - 1) < 0.01]
             row.append((others[0].at(total) - run.at(total)).points() if others else "–")
         late += [row] if {*row[1:]} - {"–"} else []
-    for m in runs.of(grids.SECOND).some():
+    for m in runs.of(plans.SECOND).some():
         label = f"{label_of(DEFAULT)}, merged; after {m.steps // 2} steps "
         label += "no other jump" if m.method == "none" else "another jump"
         own = {rate: run for rate, run in at.items() if rate == m.trained["learning_rate"]}

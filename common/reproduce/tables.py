@@ -5,7 +5,7 @@ import statistics
 
 from common.files.deltas import read_index
 from common.files.read import read_json
-from common.reproduce import grids
+from common.reproduce import plans
 from common.reproduce.estimates import Estimate, over_seeds
 from common.reproduce.results import MAIN_ALPHA, OWN_ALPHA, SUITES, label_of, place, table_of
 from common.reproduce.runs import MAIN, Measured, Runs
@@ -43,7 +43,7 @@ def cost(runs: Runs, found: Measured, steps: int) -> list[str]:
 
 def main_table(runs: Runs) -> str:
     """Tables 3 and 4: the backbone, plain GRPO, every method after the RL that follows its jump."""
-    before, rounds, rows = runs.before, grids.LOOP_ROUNDS, []
+    before, rounds, rows = runs.before, plans.LOOP_ROUNDS, []
     against = [0, runs.reference] if runs.reference else [0]  # 0: GRPO at as many steps
     loop = runs.of(f"loop/round{rounds}")
     listed = [runs.get("backbone"), *runs.of("full").plain(), *runs.plain()]
@@ -131,16 +131,16 @@ def table5(runs: Runs) -> str:
 
 def settings_table(runs: Runs) -> str:
     """Other k, fewer checkpoints, other ranks. Each jump is as long as the paper's, in RL steps."""
-    deltas, found, last = runs.folder(runs.seeds[0]) / "deltas", [], grids.FEWER_CHECKPOINTS
+    deltas, found, last = runs.folder(runs.seeds[0]) / "deltas", [], plans.FEWER_CHECKPOINTS
     if not (deltas / "index.json").is_file():
         return ""
     index = read_index(deltas)
     k, count, alpha = index["k"], len(index["steps"]), MAIN_ALPHA
     for method in ("weighted", "next-aligned"):
         rows = [(f"k = {k}, {count} checkpoints", MAIN, method, alpha)]
-        rows += [(f"k = {n}", f"k{n}", method, alpha * k / n) for n in grids.OTHER_K]
+        rows += [(f"k = {n}", f"k{n}", method, alpha * k / n) for n in plans.OTHER_K]
         rows.append((f"last {last} checkpoints", MAIN, f"{method}-last{last}", alpha))
-        rows += [(f"rank {n}", f"rank{n}", method, alpha) for n in grids.OTHER_RANKS]
+        rows += [(f"rank {n}", f"rank{n}", method, alpha) for n in plans.OTHER_RANKS]
         found += [(f"{label_of(method)}: {setting}", *row) for setting, *row in rows]
     return ablation_table(runs, "recipe and setting", found)
 

@@ -17,7 +17,7 @@ from common import UserError
 from common.files import adapters, config
 from common.files import write as run_dir
 from common.reproduce import __main__ as reproduce
-from common.reproduce import claims, estimates, grids, plans, report, results, runner, runs, tables
+from common.reproduce import claims, estimates, plans, report, results, runner, runs, tables
 
 PARSED = {
     "01_train_lora_grpo": ("TrainConfig", "train"),
@@ -43,7 +43,7 @@ PARSED = {
 def test_every_planned_line_is_one_its_stage_accepts_and_comes_after_what_it_needs(preset, kind):
     loaded = config.load_preset(preset)
     jobs = (
-        grids.grid(kind, preset, loaded, "runs/x", [0], range(3, 9))
+        plans.grid(kind, preset, loaded, "runs/x", [0], range(3, 9))
         if kind
         else plans.single(preset, loaded, "runs/x")
     )
@@ -60,7 +60,7 @@ def test_every_planned_line_is_one_its_stage_accepts_and_comes_after_what_it_nee
 
 
 def test_all_methods_of_a_seed_start_from_one_training_of_the_first_steps():
-    jobs = grids.grid("tables", "demo", config.load_preset("demo"), "runs/x", [0, 3])
+    jobs = plans.grid("tables", "demo", config.load_preset("demo"), "runs/x", [0, 3])
     for seed in (0, 3):
         trained = [job for job in jobs if job.name == f"seed{seed}/lora 01"]
         assert len(trained) == 1
@@ -76,14 +76,14 @@ def test_all_methods_of_a_seed_start_from_one_training_of_the_first_steps():
 def test_the_rounds_of_rl_extra_each_start_on_the_merged_model_of_the_round_before():
     jobs = [
         job
-        for job in grids.grid("tables", "demo", config.load_preset("demo"), "runs/x", [0])
+        for job in plans.grid("tables", "demo", config.load_preset("demo"), "runs/x", [0])
         if "/loop/" in job.name
     ]
     starts = [
         job.argv[job.argv.index("--backbone") + 1] for job in jobs if job.name.endswith(" 01")
     ]
     merged = [
-        f"runs/x/seed0/loop/round{i}/merged/rl-extra_alpha5" for i in range(1, grids.LOOP_ROUNDS)
+        f"runs/x/seed0/loop/round{i}/merged/rl-extra_alpha5" for i in range(1, plans.LOOP_ROUNDS)
     ]
     assert starts == [
         "runs/x/backbone",
@@ -103,7 +103,7 @@ def test_the_rounds_of_rl_extra_each_start_on_the_merged_model_of_the_round_befo
 )
 def test_the_papers_rows_are_made_once_and_share_every_prefix(tables_, runs_, steps):
     preset = config.load_preset("paper_qwen2.5_1.5b")
-    jobs = grids.grid("paper", "paper_qwen2.5_1.5b", preset, "runs/x", [0], tables_)
+    jobs = plans.grid("paper", "paper_qwen2.5_1.5b", preset, "runs/x", [0], tables_)
     assert [*dict.fromkeys(job.name.split()[0] for job in jobs)] == [f"seed0/{r}" for r in runs_]
     assert sum(job.work for job in jobs if {"01", "05"} & {*job.name.split()}) == steps
     assert any("mmlu-pro" in job.argv for job in jobs) == (8 in tables_)

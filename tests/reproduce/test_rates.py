@@ -7,7 +7,7 @@ import pytest
 from test_grid import log, record, share
 
 from common.files import config, write
-from common.reproduce import estimates, grids, plans, rates, report, results, runs
+from common.reproduce import estimates, plans, rates, report, results, runs
 
 
 def run_at(folder, rate: float, plain: tuple, jumped: int | None = None, after: int | None = None):
@@ -196,12 +196,12 @@ def test_the_demo_runs_at_its_rate_and_at_a_tenth_and_ends_with_its_own_page():
 
 def test_a_rate_is_chosen_on_validation_problems_and_measured_on_test_problems():
     preset = config.load_preset("demo")
-    chosen = grids.grid("sweep", "demo", preset, "runs/x", [10, 11])
+    chosen = plans.grid("sweep", "demo", preset, "runs/x", [10, 11])
     trained = [job.line for job in chosen if " 01_" in job.line]
     assert len(trained) == len({*trained}) == 18  # nine rates, two seeds
     measured = [job.line for job in chosen if " 06_" in job.line]
     assert all("valid.jsonl" in line and "test.jsonl" not in line for line in measured)
-    lines = [job.line for job in grids.grid("learning-rate", "demo", preset, "runs/x", [0, 1, 2])]
+    lines = [job.line for job in plans.grid("learning-rate", "demo", preset, "runs/x", [0, 1, 2])]
     chosen = [line for line in lines if "valid.jsonl" in line]  # alpha, never anything else
     assert len(chosen) == 9
     assert all(line.endswith("--output validation") for line in chosen)
@@ -212,7 +212,7 @@ def test_a_rate_is_chosen_on_validation_problems_and_measured_on_test_problems()
 
 def test_the_paper_can_be_run_at_four_learning_rates_and_nothing_is_chosen_on_its_test_sets():
     preset = config.load_preset("paper_qwen2.5_1.5b")
-    lines = [job.line for job in grids.grid("learning-rate", "p", preset, "runs/x", [0])]
+    lines = [job.line for job in plans.grid("learning-rate", "p", preset, "runs/x", [0])]
     trained = [line for line in lines if " 01_" in line and "--steps 400" in line]
     found = [re.findall("--learning-rate (\\S+)", line) for line in trained]
     assert found == [[], ["1e-5"], ["2e-5"], ["1e-4"]]
