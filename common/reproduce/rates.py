@@ -7,7 +7,7 @@ from common.reproduce.estimates import rank_correlation
 from common.reproduce.figures import CURVES, legend_below, series
 from common.reproduce.results import MAIN_ALPHA, label_of, place
 from common.reproduce.runs import MAIN, Runs
-from common.reproduce.tables import counted, table
+from common.reproduce.tables import table
 
 DEFAULT = "next-aligned"  # the method that the sentence and the first figure speak of
 BY_ALPHA = (DEFAULT, "weighted", "first-update")  # methods of the table by alpha
@@ -77,7 +77,7 @@ def levels(runs: Runs) -> str:
         row = [f"{rate:g}", runs.count(run.at(steps[0])), *(run.at(s).level() for s in steps)]
         row += [run.backtest(m).plain() for m in (DEFAULT, "weighted", "repeat-last")]
         rows.append(row)
-    header = ["learning rate", counted(runs), *(f"GRPO at {step}, %" for step in steps)]
+    header = ["learning rate", runs.counted, *(f"GRPO at {step}, %" for step in steps)]
     return table([*header, "held-out cosine: NExt, aligned", "weighted", "repeat-last"], rows)
 
 

@@ -45,9 +45,9 @@ def page(runs: Runs, made_with: str) -> str:
         "Right after the jump": tables.jumps_table(runs),
         "Every task": tables.by_task(runs),
         **{title: claims.page(one) for title, one in verdicts.items()},
-        "Table 5: what the jump needs": tables.table5(runs),
+        "Table 5: what the jump needs": tables.variants(runs, "variant", tables.RECIPES),
         "Table 6: other algorithms": tables.table6(runs),
-        "Other settings": tables.settings_table(runs),
+        "Other settings": tables.variants(runs, "recipe and setting", ("weighted", "next-aligned")),
         "Is the predictor worth its place?": tables.backtests(runs),
     }
     for title, (name, draw) in FIGURES.items():

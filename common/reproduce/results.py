@@ -91,10 +91,10 @@ class Result:
 
     def of_suite(self, suite: str) -> tuple[str, ...]:
         """The tasks of `suite` that it was measured on. What is of no other suite is maths."""
-        others = SUITES[1:]
-        if suite in others:
-            return tuple(task for task in self.records if task.startswith(suite))
-        return tuple(task for task in self.records if not task.startswith(others))
+        suites = {
+            t: next((s for s in SUITES[1:] if t.startswith(s)), "maths") for t in self.records
+        }
+        return tuple(task for task, own in suites.items() if own == suite)
 
     @property
     def label(self) -> str:

@@ -74,6 +74,7 @@ class Runs:
         self.root, self.seeds, self.is_grid = root, seeds or [0], seeds is not None
         several = len(self.seeds) > 1
         self.over, self.interval = ("seeds", "[95%]") if several else ("problems", "[± 2 s.e.]")
+        self.counted = "seeds" if self.is_grid else "n"  # the column that `count` fills
         found = []
         for seed in self.seeds:
             names = [MAIN, *sorted(path.parent.name for path in root.glob("rate*/eval"))]
@@ -186,8 +187,7 @@ class Runs:
         kinds = {"losses": dict, "loss_of_zeros": dict, "loss_stride": int, "backtest": dict | None}
         for seed in self.seeds:
             for path in sorted(self.folder(seed).glob("predictor/*/report.json")):
-                report = read_json(path, "03_train_predictor.py", kinds)
-                found[path.parent.name][seed] = report
+                found[path.parent.name][seed] = read_json(path, "03_train_predictor.py", kinds)
         return found
 
     def cosines(self, method: str) -> dict[int, float]:

@@ -13,6 +13,7 @@ from common.reproduce.runs import MAIN, Measured, Runs
 RECIPES = ("next-paper", "next-aligned", "weighted")  # NExt's own, and the sum without a network
 COST = ("ICER ↓", "length", "wall s")
 ALGORITHMS = {MAIN: "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++"}  # of Table 6, by run
+VARIANTS = table_of("variants.yaml")
 SIZES = ("1.5B", "3B", "7B", "14B")  # of the models in paper.yaml
 TESTED = ("predictor", "copy-global", "repeat-last", "recent-locals", "linear-fit", "weighted")
 TESTED += ("oracle",)  # rows of stage 3's backtest
@@ -22,11 +23,6 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     """Markdown; the first column is text, the others are numbers. Empty without a row."""
     lines = ["| " + " | ".join(row) + " |" for row in [header, *rows]]
     return "\n".join([lines[0], "|---|" + "--:|" * (len(header) - 1), *lines[1:]]) if rows else ""
-
-
-def counted(runs: Runs) -> str:
-    """The header of the column that `Runs.count` fills."""
-    return "seeds" if runs.is_grid else "n"
 
 
 def cost(runs: Runs, found: Measured, steps: int) -> list[str]:
@@ -58,7 +54,7 @@ def main_table(runs: Runs) -> str:
         row = [label, str(steps), runs.count(m), m.level(), *gaps, *cost(runs, m, steps)]
         # The seconds of a loop's last round are not those of all rounds.
         rows.append([*row[:-1], "–"] if m.run == loop.name else row)
-    header = ["policy", "RL steps", counted(runs), "accuracy % ± s.e."]
+    header = ["policy", "RL steps", runs.counted, "accuracy % ± s.e."]
     header += [f"− GRPO{f' at {a}' if a else ', equal steps'} {runs.interval}" for a in against]
     return table([*header, *COST], rows)
 
@@ -90,59 +86,35 @@ def jumps_table(runs: Runs) -> str:
         row += [(m - other).points() for other in (before, control)]
         row += [cosines.get(m.policy, Estimate()).plain()]
         rows.append(row + cost(runs, m, runs.prefix))
-    header = ["jump", counted(runs), "accuracy % ± s.e.", f"− before it {runs.interval}"]
+    header = ["jump", runs.counted, "accuracy % ± s.e.", f"− before it {runs.interval}"]
     header += [f"− repeat-last {runs.interval}", "cosine with the true next delta"]
     return table([*header, *COST], rows)
 
 
-def ablation_table(runs: Runs, first: str, rows: list[tuple]) -> str:
+def variants(runs: Runs, title: str, methods: tuple[str, ...]) -> str:
     """Held-out cosine, accuracy after the jump and its gain, accuracy after more RL and its gain.
 
-    A row is (label, name of the run, method, alpha), where it was measured. The table is empty
-    without a row beside the plain methods. Another k has no RL of its own: its gain is that over
-    the main run.
+    title: of the rows in variants.yaml. The table is empty without a row beside the plain methods.
+    Another k has no RL of its own: its gain is that over the main run.
     """
-    there = [row for row in rows if runs.of(row[1]).jump(*row[2:])]
-    if all(name == MAIN and method in RECIPES for _, name, method, _ in there):
+    folders = [runs.folder(seed) / "deltas" for seed in runs.seeds]
+    found = [read_index(path) for path in folders if (path / "index.json").is_file()]
+    if not found:
         return ""
-    cells = []
-    for label, name, method, alpha in there:
-        run = runs.of(name)
-        base = run if alpha == MAIN_ALPHA else runs
-        jump, later = run.jump(method, alpha), run.later(method, alpha)
-        row = [label, runs.count(jump), run.backtest(method).plain()]
-        row += [jump.level(), (jump - base.before).points()]
-        cells.append([*row, later.level(), (later - base.at(runs.total)).points()])
-    header = [first, counted(runs), "held-out cosine", "after the jump % ± s.e."]
+    rows, others, k, count = [], False, found[0]["k"], len(found[0]["steps"])
+    for plain, (label, name, method, *own) in itertools.product(methods, VARIANTS[title]):
+        run, method = runs.of(name), method.format(method=plain)
+        alpha = MAIN_ALPHA * k / own[0] if own else MAIN_ALPHA
+        base, jump, later = runs if own else run, run.jump(method, alpha), run.later(method, alpha)
+        if jump:
+            label = label.format(label=label_of(plain), k=k, count=count)
+            row = [label, runs.count(jump), run.backtest(method).plain(), jump.level()]
+            row += [(jump - base.before).points()]
+            rows.append([*row, later.level(), (later - base.at(runs.total)).points()])
+            others |= (name, method) != (MAIN, plain)
+    header = [title, runs.counted, "held-out cosine", "after the jump % ± s.e."]
     header += [f"− before it {runs.interval}", f"at {runs.total} % ± s.e."]
-    return table([*header, f"− GRPO at {runs.total} {runs.interval}"], cells)
-
-
-def table5(runs: Runs) -> str:
-    """Table 5: NExt, w/o LoRA, w/o the global delta, w/o the local delta."""
-    rows = []
-    for method in RECIPES:
-        label = label_of(method)
-        rows += [(label, MAIN, method), (f"{label}, w/o LoRA", "full", method)]
-        for role in ("global", "local"):
-            rows.append((f"{label}, w/o {role} delta", MAIN, f"{method}-no-{role}"))
-    return ablation_table(runs, "variant", [(*row, MAIN_ALPHA) for row in rows])
-
-
-def settings_table(runs: Runs) -> str:
-    """Other k, fewer checkpoints, other ranks. Each jump is as long as the paper's, in RL steps."""
-    deltas, found, last = runs.folder(runs.seeds[0]) / "deltas", [], plans.FEWER_CHECKPOINTS
-    if not (deltas / "index.json").is_file():
-        return ""
-    index = read_index(deltas)
-    k, count, alpha = index["k"], len(index["steps"]), MAIN_ALPHA
-    for method in ("weighted", "next-aligned"):
-        rows = [(f"k = {k}, {count} checkpoints", MAIN, method, alpha)]
-        rows += [(f"k = {n}", f"k{n}", method, alpha * k / n) for n in plans.OTHER_K]
-        rows.append((f"last {last} checkpoints", MAIN, f"{method}-last{last}", alpha))
-        rows += [(f"rank {n}", f"rank{n}", method, alpha) for n in plans.OTHER_RANKS]
-        found += [(f"{label_of(method)}: {setting}", *row) for setting, *row in rows]
-    return ablation_table(runs, "recipe and setting", found)
+    return table([*header, f"− GRPO at {runs.total} {runs.interval}"], rows if others else [])
 
 
 def table6(runs: Runs) -> str:
@@ -156,7 +128,7 @@ def table6(runs: Runs) -> str:
             for later in map(run.later, methods):
                 row += [later.level(), (later - plain).points()]
             rows.append(row)
-    header = ["algorithm", counted(runs), *(f"at {step}" for step in steps)]
+    header = ["algorithm", runs.counted, *(f"at {step}" for step in steps)]
     for method in methods:
         header += [f"{label_of(method)}, at {runs.total}", f"− at {runs.total} {runs.interval}"]
     return table(header, rows if len(rows) > 1 else [])
