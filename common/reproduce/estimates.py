@@ -51,6 +51,7 @@ def over_seeds(values: list[float]) -> Estimate:
     >>> round(over_seeds([1.0, 2.0, 3.0]).half, 3)  # 4.303 / sqrt(3)
     2.484
     """
+    values = [x for x in values if x == x] or values[:1]  # a seed in which nothing moved has nan
     n = len(values)
     if n < 2:
         return Estimate(*values)

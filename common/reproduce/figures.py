@@ -237,7 +237,7 @@ def alpha_sweep(runs: Runs):
     if before := runs.before.accuracy:
         label = f"before the jump (step {runs.prefix})"
         axis.axhline(100 * before.mean, color="black", lw=1, ls=":", label=label)
-    axis.set_xlabel(rf"extending coefficient $\alpha$ ({MAIN_ALPHA:g} in the paper)")
-    axis.set_ylabel(f"accuracy % after the jump, ± paired s.e. over {runs.over}")
+    level = f"accuracy % after the jump, ± paired s.e. over {runs.over}"
+    axis.set(xlabel=rf"extending coefficient $\alpha$ ({MAIN_ALPHA:g} in the paper)", ylabel=level)
     legend_below(figure, axis, 3)
     return figure

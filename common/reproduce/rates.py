@@ -31,16 +31,12 @@ def columns(runs: Runs) -> dict[float, Runs]:
     return {rate: run for rate, run in rates(runs).items() if run.later(DEFAULT)}
 
 
-def jumps(runs: Runs) -> dict[str, str]:
-    """Method -> policy of the jumps at the paper's alpha, or without an alpha."""
+def gained(runs: Runs) -> dict[int, dict[str, str]]:
+    """RL steps -> method -> policy: the jumps by the paper's alpha or none, and their ends."""
     found = [m for m in runs.some() if m.policy.startswith("extrapolated/") and m.method != "none"]
-    found = [m for m in found if m.alpha in (MAIN_ALPHA, None)]
-    return {m.method: m.policy for m in sorted(found, key=place)}
-
-
-def ends(runs: Runs) -> dict[str, str]:
-    """Method -> policy of what went on from a jump."""
-    return {m.method: m.policy for m in runs.ended()}
+    found = [m for m in sorted(found, key=place) if m.alpha in (MAIN_ALPHA, None)]
+    sides = {runs.prefix: found, runs.total: runs.ended()}
+    return {step: {m.method: m.policy for m in side} for step, side in sides.items()}
 
 
 def page(runs: Runs) -> str:
@@ -88,8 +84,10 @@ def gains(runs: Runs) -> list[str]:
     def line(label: str, policy: str, step: int) -> list[str]:
         return [label, *((run.get(policy) - run.at(step)).points() for run in at.values())]
 
-    after = [line(label_of(m), policy, prefix) for m, policy in jumps(runs).items()]
-    late = [line(label_of(m), policy, total) for m, policy in ends(runs).items()]
+    after, late = (
+        [line(label_of(method), policy, step) for method, policy in found.items()]
+        for step, found in gained(runs).items()
+    )
     for times, label in TIMES.items():
         row = [label]
         for rate, run in at.items():
@@ -112,18 +110,13 @@ def gains(runs: Runs) -> list[str]:
     ]
 
 
-def backbone(runs: Runs) -> float:
-    """The accuracy that every run began with; 0 where it was not measured."""
-    return max((r.accuracy for r in runs.get("backbone").by_seed.values()), default=0.0)
-
-
 def points(runs: Runs, method: str, later: bool = False) -> list[tuple[float, float]]:
     """(cosine of stage 3's backtest, points that the jump gains) of every run that has both.
 
     later: what is gained after more RL, not right after the jump. A run that training has left
     below the backbone says nothing of jumps.
     """
-    found, least = [], backbone(runs)
+    found, least = [], runs.get("backbone").accuracy.mean or 0.0
     for run in rates(runs).values():
         end = run.later(method) if later else run.jump(method)
         start = run.at(runs.total if later else runs.prefix)
@@ -179,10 +172,10 @@ def gain(runs: Runs):
     if len(columns(runs)) < 2:
         return None
     began = {rate: (run, run.at(runs.prefix).accuracy) for rate, run in rates(runs).items()}
-    least = backbone(runs)
+    least = runs.get("backbone").accuracy.mean or 0.0
     found = {rate: run for rate, (run, level) in began.items() if level and level.mean >= least}
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
-    panels = {runs.prefix: jumps(runs), runs.total: ends(runs)}
+    panels = gained(runs)
     shown = [method for method in CURVES if any(method in some for some in panels.values())]
     for axis, (step, policies) in zip(axes, panels.items(), strict=True):
         for method in shown:
@@ -207,8 +200,8 @@ def against_cosine(runs: Runs):
         look = {**CURVES[method], "ls": "", "label": label_of(method)}
         axis.plot([x for x, _ in pairs], [y for _, y in pairs], **look)
     axis.axhline(0, color="gray", lw=1)
-    axis.set_xlabel("held-out cosine of the prediction (stage 3's backtest)")
-    axis.set_ylabel(f"points above GRPO at {runs.prefix}, after the jump")
+    gained = f"points above GRPO at {runs.prefix}, after the jump"
+    axis.set(xlabel="held-out cosine of the prediction (stage 3's backtest)", ylabel=gained)
     wide(axis)
     axis.legend()
     return figure

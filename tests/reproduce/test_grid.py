@@ -442,6 +442,9 @@ def test_differences_are_paired_by_seed_with_students_interval(grid):
     assert estimates.over_seeds([0.01, 0.02]).verdict() == "undecided"
     assert estimates.over_seeds([0.01, 0.011, 0.012]).verdict() == "holds"
     assert estimates.over_seeds([0.5]).verdict() == "undecided"
+    nan = float("nan")  # the energy ratio of a step in which nothing moved
+    assert estimates.over_seeds([nan, 0.5, 0.5]).plain() == "0.500 ± 0.000"
+    assert estimates.over_seeds([nan, nan]).plain() == "nan"
 
 
 def test_the_main_table_counts_steps_per_point_gained_and_leaves_out_what_was_not_run(grid):
