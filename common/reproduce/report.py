@@ -28,8 +28,8 @@ FIGURES = {  # title -> name of the file, and what draws it
     "Fig. 5: where the time goes": ("fig5_cost", figures.cost),
     "Fig. 6: how far to jump": ("fig6_alpha", figures.alpha_sweep),
 }
-KEYS = ("policy", "label", "method", "alpha", "steps", "accuracy", "error", "n", "length")
-KEYS += ("seconds",)  # in results.json
+KEYS = ("seed", "run", "policy", "label", "method", "alpha", "steps", "accuracy", "error", "n")
+KEYS += ("length", "seconds")  # in results.json
 
 
 def page(runs: Runs, made_with: str) -> str:
@@ -68,8 +68,7 @@ def page(runs: Runs, made_with: str) -> str:
 
 def write_page(runs: Runs, made_with: str, path: pathlib.Path, results: pathlib.Path) -> str:
     """Writes the page, and what it is made from as JSON; returns what the console shows."""
-    rows = [{"seed": s, "run": n, **{k: getattr(r, k) for k in KEYS}} for s, n, r in runs.all]
-    write.write_json(results, rows)
+    write.write_json(results, [{key: getattr(r, key) for key in KEYS} for r in runs.all])
     write.write_text(path, page(runs, made_with))
     left = "".join(f"left out: {line}\n" for line in runs.left_out)
     return f"\n{tables.main_table(runs)}\n\n{left}report: {path}, with figures beside it"

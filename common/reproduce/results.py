@@ -55,6 +55,8 @@ class Result:
     records: dict[str, dict]  # task -> what stage 6 wrote of it
     tasks: tuple[str, ...]  # those whose plain mean is the accuracy
     spent: dict[str, float]  # wall seconds: "RL", and the parts of the method's own computing
+    seed: int = 0
+    run: str = ""  # its name in a grid
 
     @property
     def scores(self) -> list[torch.Tensor]:

@@ -7,6 +7,7 @@ With several it is over seeds, paired by seed, with Student's 95% interval.
 
 import collections
 import copy
+import dataclasses
 import json
 import pathlib
 import statistics
@@ -27,8 +28,8 @@ class Measured:
     Its method, label, steps and so on are those of a Result: they are the same for all seeds.
     """
 
-    def __init__(self, policy: str, run: str = "", several: bool = False):
-        self.policy, self.run, self.several = policy, run, several  # several seeds on the page
+    def __init__(self, policy: str, several: bool = False):
+        self.policy, self.several = policy, several  # several seeds on the page
         self.by_seed: dict[int, Result] = {}
 
     def __bool__(self) -> bool:
@@ -82,16 +83,15 @@ class Runs:
                 top = root / f"seed{seed}"
                 names = sorted(str(path.parent.relative_to(top)) for path in top.glob("**/eval"))
             for name in names:
-                made = results.load_results(self.of(name).folder(seed))
-                found += [(seed, name, result) for result in made.values()]
+                made = results.load_results(self.of(name).folder(seed)).values()
+                found += [dataclasses.replace(result, seed=seed, run=name) for result in made]
         self.tasks, self.left_out = (), []
-        self.all: list[tuple[int, str, Result]] = self._alike(found) if found else []
+        self.all = self._alike(found) if found else []
         self.measured: dict[tuple[str, str], Measured] = {}
-        for seed, name, result in self.all:
-            new = Measured(result.policy, name, several)
-            one = self.measured.setdefault((name, result.policy), new)
-            if result.policy != "backbone" or not one:  # it is the same for all seeds
-                one.by_seed[seed] = result
+        for r in self.all:
+            one = self.measured.setdefault((r.run, r.policy), Measured(r.policy, several))
+            if r.policy != "backbone" or not one:  # it is the same for all seeds
+                one.by_seed[r.seed] = r
         plain = max((m.steps for m in self.plain()), default=0)
         self.prefix = max((m.steps for m in self.some() if m.jumped), default=plain)
         later = [m.steps for m in self.some() if m.policy.startswith("continued/")]
@@ -108,11 +108,11 @@ class Runs:
         other.name = name or self.name
         return other
 
-    def _alike(self, found: list[tuple[int, str, Result]]) -> list[tuple[int, str, Result]]:
+    def _alike(self, found: list[Result]) -> list[Result]:
         """What was measured on the same problems with the same options, and trained alike."""
         why, trained, alike = collections.defaultdict(list), {}, []
-        for task in sorted({task for *_, r in found for task in r.records}):
-            having = [r for *_, r in found if task in r.records]
+        for task in sorted({task for r in found for task in r.records}):
+            having = [r for r in found if task in r.records]
             ways = [json.dumps(way_of(r.records[task]), sort_keys=True) for r in having]
             usual = json.loads(statistics.mode(ways))
             for r in having:
@@ -121,21 +121,21 @@ class Runs:
                     why[id(r)].append(f"measured {odd}")
         # The accuracy is the mean of one suite, over those tasks of it on which most were measured:
         # the first suite on which half were measured, else the one on which most were.
-        sets = [[t for *_, r in found if (t := r.of_suite(suite))] for suite in results.SUITES]
+        sets = [[t for r in found if (t := r.of_suite(suite))] for suite in results.SUITES]
         self.tasks = statistics.mode(max(sets, key=lambda tasks: min(len(tasks), len(found) / 2)))
-        for seed, name, r in found:
+        for r in found:
             reasons, r.tasks = why[id(r)], self.tasks
             missing = [task for task in self.tasks if task not in r.records]
             if missing and not reasons:
                 reasons.append(f"not measured on {', '.join(missing)}")
-            usual = trained.setdefault(name, r.trained) if r.trained else {}
+            usual = trained.setdefault(r.run, r.trained) if r.trained else {}
             if not missing and (odd := differing(r.trained, usual)):
                 reasons.append(f"{100 * r.accuracy:.1f}%, trained {odd}")
             if reasons:
-                run = f"seed{seed}/{name}/" if self.is_grid else ""
+                run = f"seed{r.seed}/{r.run}/" if self.is_grid else ""
                 self.left_out.append(f"{run}{r.policy}: {'; '.join(dict.fromkeys(reasons))}")
             else:
-                alike.append((seed, name, r))
+                alike.append(r)
         return alike
 
     def get(self, policy: str) -> Measured:
