@@ -22,8 +22,8 @@ import torch
 from common import UserError
 from common.files import config
 from common.files.stage import run_stage
-from common.files.write import claim, writing
-from common.reproduce import check, grids, plans, report
+from common.files.write import claim
+from common.reproduce import check, plans, report
 from common.reproduce.runner import Runner
 from common.reproduce.runs import Runs
 
@@ -48,22 +48,20 @@ def made_with() -> str:
 def parse() -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("--preset", default="demo", help="a name in common/presets or a YAML file")
-    kinds = "paper: its rows; main: the preset's methods for several seeds; tables: everything;"
-    kinds += " sweep: to choose a learning rate; learning-rate: jumps at several"
-    parser.add_argument("--grid", choices=grids.GRIDS, help=f"{kinds} [one run]")
-    five = "training seeds of the grid [0 1 2 3 4]"
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help=five)
-    rows = "of the grid paper: the paper's tables to make [all]"
-    every = {"type": int, "nargs": "+", "choices": range(3, 9), "default": range(3, 9)}
-    parser.add_argument("--tables", **every, help=rows)
-    parser.add_argument("--run-dir", help="[runs/<preset>, of a grid runs/<preset>_<grid>]")
-    parser.add_argument("--jobs", type=int, help="commands at a time [the preset's]")
+    add, grid = parser.add_argument, "paper: its rows; main: the preset's methods, several seeds;"
+    grid += " tables: everything; sweep: to choose a learning rate; learning-rate: jumps at several"
+    add("--preset", default="demo", help="a name in common/presets or a YAML file")
+    add("--grid", choices=plans.GRIDS, help=f"{grid} [one run]")
+    add("--seeds", type=int, nargs="+", default=[*range(5)], help="of the grid [0 1 2 3 4]")
+    tables, rows = range(3, 9), "of the grid paper: the paper's tables to make [all]"
+    add("--tables", type=int, nargs="+", choices=tables, default=tables, help=rows)
+    add("--run-dir", help="[runs/<preset>, of a grid runs/<preset>_<grid>]")
+    add("--jobs", type=int, help="commands at a time [the preset's]")
     only = "of a grid: only write its tables from the runs that are there"
-    parser.add_argument("--report", action="store_true", help=only)
-    parser.add_argument("--print", action="store_true", help="show the commands, run nothing")
+    add("--report", action="store_true", help=only)
+    add("--print", action="store_true", help="show the commands, run nothing")
     fetched = "fetch model and problems, count them, say what the runs need; run nothing"
-    parser.add_argument("--check", action="store_true", help=fetched)
+    add("--check", action="store_true", help=fetched)
     args = parser.parse_args()
     if args.report and not args.grid:
         raise UserError("--report writes the tables of a grid: say which with --grid")
@@ -76,12 +74,12 @@ def main() -> None:
     name = pathlib.Path(args.preset).name.removesuffix(".yaml")
     root = pathlib.Path(args.run_dir or f"runs/{name}{f'_{args.grid}' if args.grid else ''}")
     if args.grid:
-        jobs = grids.grid(args.grid, args.preset, preset, str(root), args.seeds, args.tables)
+        jobs = plans.grid(args.grid, args.preset, preset, str(root), args.seeds, args.tables)
     else:
         jobs = plans.single(args.preset, preset, str(root))
     if args.print:
         print("\n".join(job.line for job in jobs))
-        print(f"# {plans.summary(jobs, preset.get('reproduce', {}))}", file=sys.stderr)
+        print(f"# {check.summary(jobs, preset.get('reproduce', {}))}", file=sys.stderr)
         return
     if args.check:
         check.check(args.preset, preset, str(root), jobs)
@@ -90,9 +88,6 @@ def main() -> None:
         check.options(args.preset, str(root))
     record, logs = root / "reproduce.json", root / "logs" if args.grid else None
     claim(record)
-    if logs:
-        with writing(logs):
-            logs.mkdir(parents=True, exist_ok=True)
     if not args.report:
         stamp = hashlib.sha256(json.dumps(preset, sort_keys=True).encode()).hexdigest()[:16]
         Runner(jobs, lanes_of(preset, args.jobs, bool(args.grid)), record, stamp, logs).run()

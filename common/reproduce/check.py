@@ -36,6 +36,14 @@ def options(name: str, root: str) -> list:
     return found
 
 
+def summary(jobs: list[plans.Job], wanted: dict) -> str:
+    """How much there is to do. wanted: the preset's section `reproduce`."""
+    steps = sum(job.work for job in jobs if {"01", "05"} & {*job.name.split()})
+    hours = steps * wanted.get("gpu_hours_per_step", 0)
+    told = f", {hours:.0f} GPU hours and the evaluation" if hours else ""
+    return f"{len(jobs)} commands, {steps:.0f} RL steps{told}"
+
+
 def columns(cfg) -> dict[str, str]:
     return {"prompt": cfg.prompt_column, "answer": cfg.answer_column, "split": cfg.data_split}
 
@@ -57,7 +65,7 @@ def check(name: str, preset: dict, root: str, jobs: list[plans.Job]) -> None:
             wrong += counted(flag, cfg.path(spec), cfg, tokenizer)
         except UserError as error:
             wrong.append(f"missing: {error}")
-    print("\n".join([plans.summary(jobs, wanted), *wrong]))
+    print("\n".join([summary(jobs, wanted), *wrong]))
     if wrong:
         raise UserError(f"of model and data, {len(wrong)} are not as they should be, see above")
 

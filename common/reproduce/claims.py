@@ -7,8 +7,8 @@ import statistics
 
 from common.reproduce.estimates import Estimate, over_seeds
 from common.reproduce.results import label_of, table_of
-from common.reproduce.runs import MAIN, Runs
-from common.reproduce.tables import RECIPES, folder, jump, table
+from common.reproduce.runs import Measured, Runs
+from common.reproduce.tables import RECIPES, table
 
 FIG6 = (0.5, 1.0, 1.5, 2.0, 2.5)  # the alphas of which Fig. 6 says that each gains
 CHEAP = 0.05  # Fig. 5: the share of the wall time that is "next to nothing"
@@ -29,65 +29,67 @@ def page(runs: Runs) -> str:
 def column(runs: Runs, method: str) -> dict[str, str]:
     """Claim -> verdict and numbers on the runs of `method`, or an empty cell."""
     longer, cells = f"GRPO at {runs.reference}" if runs.reference else "a longer run of GRPO", {}
+    jump, later, grpo = runs.jump(method), runs.later(method), runs.at(runs.total)
+    longest = runs.at(runs.reference)
     names = {
-        **{"method": method, "jump": jump(method), "later": runs.after(folder(method))},
-        **{"before": runs.before, "grpo": runs.step(runs.total), "end": f"step_{runs.total:04d}"},
-        **{"longest": runs.step(runs.reference), "longer": longer},
+        **{"method": method, "jump": jump.policy, "later": later.policy, "grpo": grpo.policy},
+        **{"before": runs.before.policy, "longest": longest.policy, "longer": longer},
+        "end": f"step_{runs.total:04d}",
         "at": f"at {runs.total} steps" if runs.total else "after more RL",
     }
     for texts in table_of("claims.yaml"):
         claim, a, b, *names_of_runs = (text.format(**names) for text in texts)
-        cells[claim] = judged(runs.difference(a, b, *names_of_runs), "not worse" in claim)
+        first, second = map(runs.of, names_of_runs or ("", ""))
+        cells[claim] = judged(first.get(a) - second.get(b), "not worse" in claim)
     alphas = ", ".join(f"{alpha:g}" for alpha in FIG6)
     cells[f"Fig. 6: the jump gains at every alpha of {alphas}"] = every_alpha(runs, method)
-    cells["Table 5: the jump gains more than w/o LoRA"] = judged(gain_over_full(runs, jump(method)))
-    cells[f"Fig. 5: what is not RL takes under {CHEAP:.0%} of the time"] = overhead(runs, method)
-    cells[f"Fig. 5: less time than {longer} (the paper: 37.5% less)"] = time_saved(runs, method)
+    cells["Table 5: the jump gains more than w/o LoRA"] = judged(gain_over_full(runs, method))
+    cells[f"Fig. 5: what is not RL takes under {CHEAP:.0%} of the time"] = overhead(later)
+    saved = time_saved(later, longest)
+    cells[f"Fig. 5: less time than {longer} (the paper: 37.5% less)"] = saved
     return dict(sorted(cells.items(), key=lambda cell: cell[0].startswith("(")))
 
 
-def judged(found: Estimate | None, not_worse: bool = False) -> str:
+def judged(found: Estimate, not_worse: bool = False) -> str:
     return f"**{found.verdict(not_worse)}**: {found.points()}" if found else ""
 
 
 def every_alpha(runs: Runs, method: str) -> str:
     """Fig. 6 says something of every alpha: nothing is said unless all were measured."""
-    gaps = {alpha: runs.difference(jump(method, alpha), runs.before) for alpha in FIG6}
-    if None in gaps.values():
+    gaps = {alpha: runs.jump(method, alpha) - runs.before for alpha in FIG6}
+    if not all(gaps.values()):
         return ""
     verdicts = {gap.verdict() for gap in gaps.values()}
     worst = next(v for v in ("does not hold", "undecided", "holds") if v in verdicts)
     return f"**{worst}**: " + ", ".join(f"{gap.points()} at {a:g}" for a, gap in gaps.items())
 
 
-def gain_over_full(runs: Runs, jumped: str) -> Estimate | None:
+def gain_over_full(runs: Runs, method: str) -> Estimate:
     """The gain of the jump with LoRA minus its gain with full parameters, seed by seed."""
-    policies = (jumped, runs.step(runs.prefix))
-    found = [runs.get(policy, name) for name in (MAIN, "full") for policy in policies]
+    found = [m.by_seed for r in (runs, runs.of("full")) for m in (r.jump(method), r.at(r.prefix))]
     seeds = [seed for seed in runs.seeds if all(seed in by_seed for by_seed in found)]
     levels = [[by_seed[seed].accuracy for by_seed in found] for seed in seeds]
-    gains = [(lora - before) - (full - start) for lora, before, full, start in levels]
-    return over_seeds(gains) if gains else None
+    return over_seeds([(lora - before) - (full - start) for lora, before, full, start in levels])
 
 
-def overhead(runs: Runs, method: str) -> str:
-    """The share of the wall time that `method` adds to RL."""
-    found = [r for r in runs.get(runs.after(folder(method))).values() if r.seconds]
-    if not found:
+def overhead(found: Measured) -> str:
+    """The share of the wall time that a method adds to RL."""
+    results = [r for r in found.by_seed.values() if r.seconds]
+    if not results:
         return ""
-    own = statistics.fmean(r.seconds - r.spent["RL"] for r in found)
-    whole = statistics.fmean(r.seconds for r in found)
+    own = statistics.fmean(r.seconds - r.spent["RL"] for r in results)
+    whole = statistics.fmean(r.seconds for r in results)
     verdict = "holds" if own < CHEAP * whole else "does not hold"
     return f"**{verdict}**: {own:.1f} of {whole:.0f} s, {own / whole:.1%}"
 
 
-def time_saved(runs: Runs, method: str) -> str:
-    """The wall time of `method` beside that of the longest plain run."""
-    ours, plain = runs.get(runs.after(folder(method))), runs.get(runs.step(runs.reference))
-    seeds = [s for s in ours if s in plain and ours[s].seconds and plain[s].seconds]
+def time_saved(found: Measured, plain: Measured) -> str:
+    """The wall time of a method beside that of the longest plain run."""
+    times = [{s: r.seconds for s, r in m.by_seed.items() if r.seconds} for m in (found, plain)]
+    seeds = times[0].keys() & times[1].keys()
     if not seeds:
         return ""
-    seconds, reference = (statistics.fmean(r[s].seconds for s in seeds) for r in (ours, plain))
+    seconds, reference = (statistics.fmean(by_seed[s] for s in seeds) for by_seed in times)
     verdict, word = ("holds", "less") if seconds < reference else ("does not hold", "more")
     share = abs(1 - seconds / reference)
     return f"**{verdict}**: {seconds:.0f} against {reference:.0f} s, {share:.1%} {word}"
@@ -107,7 +109,7 @@ def level(by_seed: list[list[float]]) -> Estimate:
 
 def section3(runs: Runs) -> str:
     """What Sec. 3 says of the trajectory. Of one seed the errors are over matrices, and vectors."""
-    lora, full = runs.spectra(), runs.spectra("full") if runs.is_grid else []
+    lora, full = runs.spectra(), runs.of("full").spectra()
     if not lora:
         return ""
     steps = lora[0]["steps"]

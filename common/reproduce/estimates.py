@@ -4,7 +4,7 @@ import dataclasses
 import math
 import statistics
 
-from common.reproduce.results import Result, standard_error
+import torch
 
 # Student's t, 97.5%, by degrees of freedom
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -13,21 +13,29 @@ NOT_WORSE = 0.01  # "not worse" holds where the whole interval is above minus th
 
 @dataclasses.dataclass
 class Estimate:
-    """A mean, its standard error and half its interval (nan where one seed of several has it)."""
+    """A mean, its standard error and half its interval (nan where one seed of several has it).
 
-    mean: float
-    error: float = float("nan")
-    half: float = float("nan")
+    Without a mean it is false, and shown as a dash: it was not measured.
+    """
+
+    mean: float | None = None
+    error: float = math.nan
+    half: float = math.nan
+
+    def __bool__(self) -> bool:
+        return self.mean is not None
 
     def points(self) -> str:
         """In points of accuracy: `+3.0 [+2.1, +3.9]`."""
+        if not self:
+            return "–"
         low, high = 100 * (self.mean - self.half), 100 * (self.mean + self.half)
         return f"{100 * self.mean:+.1f}" + (f" [{low:+.1f}, {high:+.1f}]" if low == low else "")
 
     def plain(self, scale: float = 1.0, digits: int = 3) -> str:
         """`0.841 ± 0.003`; without an error where there is none."""
         error = f" ± {scale * self.error:.{digits}f}" if self.error == self.error else ""
-        return f"{scale * self.mean:.{digits}f}{error}"
+        return f"{scale * self.mean:.{digits}f}{error}" if self else "–"
 
     def verdict(self, not_worse: bool = False) -> str:
         """Of "better" or "not worse": decided where the whole interval is on one side."""
@@ -43,18 +51,21 @@ def over_seeds(values: list[float]) -> Estimate:
     >>> round(over_seeds([1.0, 2.0, 3.0]).half, 3)  # 4.303 / sqrt(3)
     2.484
     """
+    values = [x for x in values if x == x] or values[:1]  # a seed in which nothing moved has nan
     n = len(values)
     if n < 2:
-        return Estimate(values[0])
+        return Estimate(*values)
     error = statistics.stdev(values) / n**0.5
     return Estimate(statistics.fmean(values), error, error * T975[min(n - 1, len(T975)) - 1])
 
 
-def over_problems(a: Result, b: Result | None = None) -> Estimate:
-    """Accuracy of a, or a minus b paired by problem, with two standard errors on either side."""
-    pairs = zip(a.scores, b.scores if b else [0.0] * len(a.tasks), strict=True)
-    scores = [x - y for x, y in pairs]
-    error = standard_error(scores)
+def over_problems(scores: list[torch.Tensor]) -> Estimate:
+    """The plain mean of tasks, with two standard errors on either side.
+
+    scores[task] is [problems]: one observation a problem, or the difference of two.
+    """
+    variances = [float(s.var()) / len(s) if len(s) > 1 else math.nan for s in scores]
+    error = sum(variances) ** 0.5 / len(scores)
     return Estimate(statistics.fmean(float(s.mean()) for s in scores), error, 2 * error)
 
 
@@ -66,12 +77,10 @@ def rank_correlation(points: list[tuple[float, float]]) -> str:
     >>> rank_correlation([(0.1, 1.0), (0.2, 2.0), (0.3, 4.0), (0.4, 3.0), (0.5, 5.0)])
     '+0.90 [+0.05, +0.99]'
     """
-    if len(points) < 5 or any(len({*side}) == 1 for side in zip(*points, strict=True)):
+    sides = [*zip(*points, strict=True)]
+    if len(points) < 5 or any(len({*side}) == 1 for side in sides):
         return ""
-    ranks = [
-        [sorted(side).index(x) + (side.count(x) - 1) / 2 for x in side]
-        for side in zip(*points, strict=True)
-    ]
+    ranks = [[sorted(side).index(x) + (side.count(x) - 1) / 2 for x in side] for side in sides]
     rho = min(max(statistics.correlation(*ranks), -0.999), 0.999)
     half = 1.96 * math.sqrt(1.06 / (len(points) - 3))
     low, high = (math.tanh(math.atanh(rho) + side * half) for side in (-1, 1))

@@ -1,49 +1,128 @@
-"""The figures of a page. Each is drawn by one function, from one run or from a grid of them."""
+"""The figures of a page. Each is drawn by one function, from one run or from a grid of them.
 
+A function returns None where there is no data for its figure.
+"""
+
+import collections
 import itertools
-import pathlib
+import math
 import statistics
 
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from common.files.write import save_figure
-from common.reproduce import curves, rates
-from common.reproduce.curves import CURVES, RUNS, legend_below, series
+from common.files.read import read_jsonl
 from common.reproduce.estimates import Estimate, over_seeds
-from common.reproduce.results import MAIN_ALPHA, label_of
+from common.reproduce.results import LOGGED, MAIN_ALPHA, METHODS, label_of, place
 from common.reproduce.runs import MAIN, Runs
-from common.reproduce.tables import RECIPES, folder, place
+from common.reproduce.tables import RECIPES
 
+plt.rcParams |= {
+    **{"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "legend.fontsize": 9},
+    **{"figure.constrained_layout.use": True, "lines.markersize": 4, "errorbar.capsize": 2},
+}
+CURVES = {method: row["look"] for method, row in METHODS.items() if "look" in row}
+RUNS = {  # runs of a grid
+    MAIN: {"label": "LoRA", "color": "#0072B2", "marker": "o"},
+    "rank4": {"label": "LoRA, rank 4", "color": "#56B4E9", "marker": "^"},
+    "rank64": {"label": "LoRA, rank 64", "color": "#5D3A9B", "marker": "v"},
+    "full": {"label": "all parameters", "color": "#D55E00", "marker": "s"},
+}
+WINDOW = 10  # RL steps of which the training curves are means
 EDGES = (float("-inf"), -0.5, 0.0, 0.5, 0.9, float("inf"))  # of the bins of R^2 in Fig. 3
 BINS = ("< −0.5", "−0.5 to 0", "0 to 0.5", "0.5 to 0.9", "> 0.9")
 PARTS = {"RL": "#56B4E9", "SVD": "#D55E00", "predictor": "#E69F00", "extrapolation": "#009E73"}
 
 
-def draw_all(runs: Runs) -> dict[str, pathlib.Path]:
-    """Draws what there is data for into `figures` in the page's folder; title -> path."""
-    paths = {}
-    for title, (name, draw) in {
-        "Accuracy by learning rate": ("rates", rates.accuracy),
-        "The gain of a jump by learning rate": ("rates_gain", rates.gain),
-        "The gain of a jump by its held-out cosine": ("rates_cosine", rates.against_cosine),
-        "Accuracy by RL step": ("accuracy", curves.accuracy),
-        "Reward and response length": ("training", curves.training),
-        "Fig. 2: how much of the update is rank 1": ("fig2_energy_ratio", energy),
-        "Fig. 3: a straight line through the trajectory": ("fig3_linear_fit", linear_fit),
-        "The predictors' training loss (Eq. 9)": ("predictor_loss", curves.predictor_loss),
-        "Fig. 5: where the time goes": ("fig5_cost", cost),
-        "Fig. 6: how far to jump": ("fig6_alpha", alpha_sweep),
-    }.items():
-        if figure := draw(runs):
-            paths[title] = runs.root / "figures" / f"{name}.png"
-            save_figure(paths[title], figure)
-            plt.close(figure)
-    return paths
+def legend_below(figure, axis, columns: int) -> None:
+    """Under all axes, the labels of one."""
+    handles = axis.get_legend_handles_labels()
+    figure.legend(*handles, ncol=columns, loc="outside lower center", frameon=False)
+
+
+def series(axis, curve: dict[float, Estimate], scale: float = 100, **look) -> None:
+    """A curve of estimates with their standard errors, in percent unless `scale` is 1."""
+    means = [scale * y.mean for y in curve.values()]
+    axis.errorbar([*curve], means, [scale * y.error for y in curve.values()], **look)
+
+
+def accuracy(runs: Runs):
+    """Test accuracy by RL step without a jump; beside it every method at the last step."""
+    shown, curves = runs.ended()[::-1], {name: runs.of(name).plain() for name in (MAIN, "full")}
+    if not shown or not any(curves.values()):
+        return None
+    size = (11, 1.6 + 0.24 * max(len(shown), 9))
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, width_ratios=(1, 1.1))
+    for name, found in curves.items():
+        if found:
+            look = RUNS[name] | {"label": found[0].label}
+            series(left, {m.steps: m.accuracy for m in found}, **look)
+    left.set(xlabel="RL steps, without a jump", ylabel=f"accuracy %, ± s.e. over {runs.over}")
+    left.legend(loc="lower right")
+    for y, m in enumerate(shown):
+        look = CURVES.get(m.method, {"color": "#666666", "marker": "o"}) | {"ms": 6}
+        right.errorbar(100 * m.accuracy.mean, y, xerr=100 * m.accuracy.error, **look)
+    if plain := runs.at(runs.total).accuracy:
+        right.axvline(100 * plain.mean, color="black", lw=1, ls=":")
+        right.set_title(f"dotted: GRPO at {runs.total}, without a jump", fontsize=9)
+    right.set_yticks(range(len(shown)), [m.label for m in shown], fontsize=9)
+    right.set_xlabel(f"accuracy % after {runs.total} RL steps, with a jump at {runs.prefix}")
+    return figure
+
+
+def logged(runs: Runs, key: str) -> dict[str, dict[int, float]]:
+    """method -> step -> `key` of metrics.jsonl, mean over seeds: the plain run and what goes on."""
+    found = {method: collections.defaultdict(list) for method in CURVES}
+    for folder in map(runs.folder, runs.seeds):
+        paths = sorted(folder.glob("continued/*/metrics.jsonl"))
+        for path in [folder / "train" / "metrics.jsonl", *paths]:
+            name = path.parent.name
+            method = "grpo" if name == "train" else name.split("_alpha")[0]
+            if method in found and path.is_file() and not name.endswith("_merged"):
+                for row in read_jsonl(path, LOGGED):
+                    found[method][row["step"]].append(row[key])
+    means = {m: {s: statistics.fmean(v) for s, v in rows.items()} for m, rows in found.items()}
+    return {method: rows for method, rows in means.items() if rows}
+
+
+def training(runs: Runs):
+    """Reward (of the whole run, and after the jump) and response length by RL step."""
+    reward, length = logged(runs, "accuracy"), logged(runs, "response_length")
+    if not reward:
+        return None
+    jumped = [method for method in reward if method != "grpo"]
+    full = any(m.trained.get("tune") == "full" for m in runs.some())
+    window = min([WINDOW, *map(len, reward.values())])
+    last = max([max(reward[method]) for method in jumped], default=0)
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4.1))
+    shown = {
+        "reward, the whole run": (reward, 0, math.inf),
+        "reward after the jump": (reward, runs.prefix + 1, last),
+        "response length, tokens": (length, 0, math.inf),
+    }
+    for axis, (title, (curves, begin, end)) in zip(axes, shown.items(), strict=True):
+        for method, rows in curves.items():
+            steps = sorted(rows)
+            means = np.convolve([rows[s] for s in steps], np.full(window, 1 / window), "valid")
+            # A mean is drawn at the last of its steps.
+            pairs = zip(steps[window - 1 :], means, strict=True)
+            curve = {step: y for step, y in pairs if begin <= step <= end}
+            label = label_of("full" if full and method == "grpo" else method)
+            look = CURVES[method] | {"marker": None, "lw": 1.6, "label": label}
+            axis.plot([*curve], [*curve.values()], **look)
+        axis.set(title=title, xlabel=f"RL step (curves: means of {window})")
+        if jumped:
+            axis.axvline(runs.prefix, color="gray", lw=1, ls=":")
+    legend_below(figure, axes[0], 4)
+    return figure
 
 
 def energy(runs: Runs):
     """Fig. 2: the energy ratio of the global delta by step, of one seed with the range."""
-    found = {name: runs.spectra(name) for name in RUNS if runs.is_grid or name == MAIN}
+    found = {name: runs.of(name).spectra() for name in RUNS}
     if not found[MAIN]:
         return None
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
@@ -54,9 +133,8 @@ def energy(runs: Runs):
             if spectra:
                 of = f" ({len(spectra)} seeds)" if len(runs.seeds) > 1 else ""
                 look = RUNS[name] | {"label": RUNS[name]["label"] + of}
-                values = zip(*(one[key] for one in spectra), strict=True)
-                levels = [over_seeds(many) for many in values]
-                series(axis, spectra[0]["steps"], levels, 1, **look)
+                levels = map(over_seeds, zip(*(one[key] for one in spectra), strict=True))
+                series(axis, dict(zip(spectra[0]["steps"], levels, strict=True)), 1, **look)
         axis.set(title=title, xlabel="RL step", ylim=(0, 1))
     if len(runs.seeds) == 1:
         (one,) = found[MAIN]
@@ -94,13 +172,40 @@ def linear_fit(runs: Runs):
     return figure
 
 
+def predictor_loss(runs: Runs):
+    """Eq. 9's loss by epoch, relative to predicting zeros: a panel a predictor, a line a family."""
+    found = {name: [*many.values()] for name, many in runs.predictor_reports().items()}
+    found = {name: many for name, many in found.items() if many[0]["losses"]}
+    if not found:
+        return None
+    columns = min(len(found), 4)
+    rows = math.ceil(len(found) / columns)
+    size = (max(4 * columns, 5), 0.8 + 2.8 * rows)
+    figure, _ = plt.subplots(rows, columns, figsize=size, sharey=True)
+    for axis in figure.axes[len(found) :]:
+        axis.remove()
+    for axis, (name, reports) in zip(figure.axes, found.items(), strict=True):
+        for i, family in enumerate(reports[0]["losses"]):
+            moved = [r for r in reports if r["loss_of_zeros"][family]]
+            curves = [[x / r["loss_of_zeros"][family] for x in r["losses"][family]] for r in moved]
+            mean = [statistics.fmean(losses) for losses in zip(*curves, strict=True)]
+            epochs = [j * reports[0]["loss_stride"] for j in range(len(mean))]
+            colour = plt.cm.viridis(i / max(1, len(reports[0]["losses"]) - 1))
+            axis.plot(epochs, mean, color=colour, lw=1.4, label=family)
+        axis.axhline(1, color="gray", lw=1, ls=":")
+        axis.set(title=name, xlabel="epoch", yscale="log")
+    figure.axes[0].set_ylabel("L1 loss / that of predicting zeros")
+    legend_below(figure, figure.axes[0], 6)
+    return figure
+
+
 def cost(runs: Runs):
     """Fig. 5: wall seconds by what they are spent on; means over seeds."""
-    bars, policies = {}, [runs.step(runs.reference or runs.total)]
-    for policy in policies + [runs.after(folder(method)) for method in reversed(RECIPES)]:
-        if found := [r for r in runs.get(policy).values() if r.seconds]:
-            label = f"{found[0].label}, {found[0].steps} steps"
-            bars[label] = {p: statistics.fmean(r.spent.get(p, 0.0) for r in found) for p in PARTS}
+    bars, policies = {}, [runs.at(runs.reference or runs.total)]
+    for m in policies + [runs.later(method) for method in reversed(RECIPES)]:
+        if found := [r.spent for r in m.by_seed.values() if r.seconds]:
+            means = {part: statistics.fmean(r.get(part, 0.0) for r in found) for part in PARTS}
+            bars[f"{m.label}, {m.steps} steps"] = means
     if not bars:
         return None
     figure, axis = plt.subplots(figsize=(9, 1.3 + 0.4 * len(bars)))
@@ -121,23 +226,18 @@ def cost(runs: Runs):
 
 def alpha_sweep(runs: Runs):
     """Fig. 6: accuracy right after the jump by alpha; errors are those of the gain by the jump."""
-    found = [r for r in runs.some().values() if r.policy.startswith("extrapolated/") and r.alpha]
-    found = sorted((r for r in found if r.method in CURVES), key=lambda r: (place(r), r.alpha))
+    found = [m for m in runs.some() if m.policy.startswith("extrapolated/") and m.alpha]
+    found = sorted((m for m in found if m.method in CURVES), key=lambda m: (place(m), m.alpha))
     if not found:
         return None
     figure, axis = plt.subplots(figsize=(8, 4.8))
-    for method in dict.fromkeys(r.method for r in found):
-        rows, levels = [r for r in found if r.method == method], []
-        for r in rows:
-            gap = runs.difference(r.policy, runs.before)
-            level = runs.accuracy(r.policy).mean
-            levels.append(Estimate(level, gap.error if gap else float("nan")))
-        look = CURVES[method] | {"label": label_of(method), "ms": 4.5, "lw": 1.3}
-        series(axis, [r.alpha for r in rows], levels, **look)
-    if before := runs.accuracy(runs.before):
+    for method, group in itertools.groupby(found, lambda m: m.method):
+        curve = {m.alpha: Estimate(m.accuracy.mean, (m - runs.before).error) for m in group}
+        series(axis, curve, **CURVES[method], label=label_of(method), ms=4.5, lw=1.3)
+    if before := runs.before.accuracy:
         label = f"before the jump (step {runs.prefix})"
         axis.axhline(100 * before.mean, color="black", lw=1, ls=":", label=label)
-    axis.set_xlabel(rf"extending coefficient $\alpha$ ({MAIN_ALPHA:g} in the paper)")
-    axis.set_ylabel(f"accuracy % after the jump, ± paired s.e. over {runs.over}")
+    level = f"accuracy % after the jump, ± paired s.e. over {runs.over}"
+    axis.set(xlabel=rf"extending coefficient $\alpha$ ({MAIN_ALPHA:g} in the paper)", ylabel=level)
     legend_below(figure, axis, 3)
     return figure

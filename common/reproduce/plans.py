@@ -1,4 +1,8 @@
-"""The command lines of an experiment, and that of one run. Nothing runs here."""
+"""The command lines of an experiment: of one run, or of a grid of runs.
+
+The runs of a grid are <root>/seed0/lora, seed0/full, seed0/rloo ... Each is an ordinary run
+directory. Nothing runs here. plans.yaml has the commands of each kind of run.
+"""
 
 import dataclasses
 import fnmatch
@@ -6,16 +10,18 @@ import itertools
 import shlex
 
 from common import UserError
-from common.files.config import nearest
+from common.files.config import load_preset, nearest
 from common.files.read import matches
 from common.reproduce.results import MAIN_ALPHA, table_of
 
 TABLES = table_of("plans.yaml")
 ALPHA = f"{MAIN_ALPHA:g}"
-SWEPT = "-0.5 0.5 1 1.5 2.5 4"  # alphas of the grid `learning-rate`; -0.5 looks back
-FIRST_UPDATE = "4 8 16 32 64"  # those of its method `first-update`
-SCRIPTS = ("01_train_lora_grpo.py", "02_extract_deltas.py", "03_train_predictor.py")
-SCRIPTS += ("04_extrapolate.py", "05_continue_rl.py", "06_eval.py")
+GRIDS = ("paper", "main", "tables", "learning-rate", "sweep")
+OTHER_K, OTHER_RANKS, FEWER_CHECKPOINTS = (2, 8), (4, 64), 8  # beside the preset's own
+SECOND = "second"  # the run with a second jump
+LOOP_ROUNDS, LOOP_CHECKPOINTS = 5, 5  # of RL-Extra's loop: rounds, and checkpoints in each
+SIDE_SEEDS = 3  # of other algorithms, other ranks and RL-Extra's loop, to save time
+SWEEP_SEEDS = 2  # of the rates of `sweep` in `learning-rate`
 
 
 @dataclasses.dataclass
@@ -48,63 +54,90 @@ def values_of(name: str, preset: dict) -> dict[str, dict]:
     return found
 
 
-def summary(jobs: list[Job], wanted: dict) -> str:
-    """How much there is to do. wanted: the preset's section `reproduce`."""
-    steps = sum(job.work for job in jobs if {"01", "05"} & {*job.name.split()})
-    hours = steps * wanted.get("gpu_hours_per_step", 0)
-    told = f", {hours:.0f} GPU hours and the evaluation" if hours else ""
-    return f"{len(jobs)} commands, {steps:.0f} RL steps{told}"
-
-
 class Plan:
-    """The jobs of one root directory, whose runs share a backbone and problems."""
+    """The jobs of one root directory, whose runs share a backbone and problems.
+
+    values: what stands in {} in the rows of plans.yaml, and decides whether a row holds.
+    """
 
     def __init__(self, name: str, preset: dict, root: str):
-        self.name, self.root, self.values = name, root, values_of(name, preset)
-        self.wanted = self.values["reproduce"]
-        self.prefix = self.values["train"]["steps"]  # RL steps before the jump, and after it
-        self.more = self.values["continue"]["more_steps"]
-        self.reference = self.wanted["reference_steps"]  # RL steps of the run without a jump
-        self.launch = self.wanted["launch"].split()
+        self.name, self.root, self.preset = name, root, values_of(name, preset)
+        self.wanted, train = self.preset["reproduce"], self.preset["train"]
+        recipes, problems = self.preset["predict"]["recipes"], self.wanted["validation_data"]
+        prefix, more = train["steps"], self.preset["continue"]["more_steps"]
+        total, reference = prefix + more, self.wanted["reference_steps"]
+        self.values = {
+            **{"root": shlex.quote(root), "alpha": ALPHA, "rate": "", "seed": ""},
+            # RL steps: before the jump, after it, both; of the longest run, and what that adds
+            **{"prefix": prefix, "more": more, "total": total, "reference": reference},
+            **{"longer": reference - prefix, "beyond": max(0, reference - total)},
+            **{"middle": policies(prefix, total), "ends": policies(prefix, total, reference)},
+            "checkpoints": policies(*range(train["save_every"], prefix + 1, train["save_every"])),
+            **{"recipes": " ".join(recipes), "last": FEWER_CHECKPOINTS},
+            "fewer": " ".join(f"{recipe}-last{FEWER_CHECKPOINTS}" for recipe in recipes),
+            "continue_from": " ".join(self.wanted["continue_from"]),
+            **{"has_validation": problems, "validation": shlex.join(self.at_root([problems]))},
+            "domains": shlex.join(self.at_root(self.wanted["domains"])),
+        }
         self.jobs: list[Job] = []
         if self.wanted["prepare"]:
             command = [*self.wanted["prepare"].split(), "--run-dir", root]
             self.jobs.append(Job("prepare", command, [], 5))
 
-    def add(self, table: str, run: str, parts=(), **values) -> None:
-        """Appends the rows of `table` in plans.yaml on the run `root/run`.
+    def at_root(self, paths: list[str]) -> list[str]:
+        return [path.replace("{run_dir}", self.root) for path in paths]
 
-        parts: the words at the end of rows that hold. values: what stands in {} in them.
+    def add(self, table: str, run: str, **values) -> None:
+        """Appends the rows of `table` in plans.yaml on the run `root/run`; `values`: more of them.
+
+        What is planned already is not planned twice.
         """
-        known = {"prefix": self.prefix, "reference": self.reference, "more": self.more}
-        known |= {"longer": self.reference - self.prefix, "alpha": ALPHA}
-        values = {**known, "root": shlex.quote(self.root), "starts": [], "ends": [], **values}
-        for label, flags, needs, work, *only in TABLES[table]:
-            starts = values["starts"] if "{start}" in label else [""]
-            ends = values["ends"] if "{end}" in label else [""]
-            for start, end in itertools.product(starts, ends) if {*only} <= {*parts} else []:
-                v = {**values, "start": start, "end": end, "go_on": continuing(start)}
-                texts = [text.format_map(v) for text in (label, flags, needs)]
-                self._append(run, *texts, v.get(work, work))
+        values = {**self.values, **values}
+        for label, flags, needs, work, *words in TABLES[table]:
+            name, bracket, each = label.format_map(values).rstrip("]").partition("[")
+            for one in dict.fromkeys(each.split() if bracket else [""]):
+                if all(values.get(word) for word in words):
+                    v = {**values, "each": one, "go_on": continuing(one)}
+                    texts = [name + one, flags.format_map(v), needs.format_map(v)]
+                    self._append(run, *texts, v.get(work, work))
+
+    def at_rate(self, table: str, rate: str, seed: int, **values) -> None:
+        """The rows of `table` at another learning rate, or with "" at the preset's own."""
+        flags = {"rate": f"--learning-rate {rate}" if rate else "", "seed": f"--seed {seed}"}
+        self.add(table, f"seed{seed}/{f'rate{rate}' if rate else 'lora'}", **flags, **values)
+
+    def side(self, seed: int, name: str, jumps: str, **values) -> None:
+        """A run with another algorithm, or "full": all parameters trained. jumps: in plans.yaml."""
+        flags = f"--algorithm {name}"
+        if name == "full":
+            other = self.wanted["full_preset"]
+            rate = load_preset(other)["train"]["learning_rate"] if other else 5e-7
+            flags = f"--tune full --learning-rate {rate} {self.wanted['full_flags']}"
+        values |= {"seed": seed, "flags": flags, **TABLES["jumps"][jumps]}
+        self.add("side", f"seed{seed}/{name}", **values)
 
     def _append(self, run: str, label: str, flags: str, needs: str, work: float) -> None:
         patterns = [p for need in needs.split(", ") for p in (need, f"{run} {need}")]
         known = [job.name for job in self.jobs]
         found = [name for name in known if any(fnmatch.fnmatch(name, p) for p in patterns)]
         where, words = f"{self.root}/{run}".rstrip("/"), shlex.split(flags)
-        argv = [*self.launch, SCRIPTS[int(label[:2]) - 1], "--config", self.name]
+        argv = [*self.wanted["launch"].split(), TABLES["scripts"][label[:2]], "--config", self.name]
         argv += ["--run-dir", where, *(self._shared(label[:2], words) if run else []), *words]
-        self.jobs.append(Job(f"{run} {label}".strip(), argv, found, work))
+        if (name := f"{run} {label}".strip()) not in known:
+            self.jobs.append(Job(name, argv, found, work))
 
     def _shared(self, stage: str, words: list[str]) -> list[str]:
         """Flags for what a preset has in "{run_dir}/...": in a grid that is the root's."""
         found = []
         for key, section, stages in TABLES["paths"]:
-            flag, values = f"--{key.replace('_', '-')}", self.values[section][key]
-            values = [values] if isinstance(values, str) else values
+            flag, values = f"--{key.replace('_', '-')}", self.preset[section][key]
             if stage in stages.split() and flag not in words and "{run_dir}" in str(values):
-                found += [flag, *(v.replace("{run_dir}", self.root) for v in values)]
+                found += [flag, *self.at_root([values] if isinstance(values, str) else values)]
         return found
+
+
+def policies(*steps: int) -> str:
+    return " ".join(f"train/step_{step:04d}" for step in sorted({*steps}))
 
 
 def continuing(start: str) -> str:
@@ -116,28 +149,102 @@ def continuing(start: str) -> str:
     return f"--start {shlex.quote(start.removesuffix('_merged'))}{merged}"
 
 
-def at_rate(plan: Plan, rate: str, top: str = "", seed: str = "", parts=()) -> None:
-    """The whole experiment at the learning rate `rate`, or with "" at the preset's own.
-
-    top: the folder of a seed in a grid, "seed0/". seed: its flag. parts: see `Plan.add`.
-    """
-    problems = shlex.quote(plan.wanted["validation_data"].replace("{run_dir}", plan.root))
-    starts = plan.wanted["continue_from"] + (["none_linear"] if "grid" in parts else [])
-    starts += ["next-aligned_accepted"] if "validation" in parts else []
-    run = f"{top}rate{rate}" if rate else top and f"{top}lora"
-    flags = {"rate": f"--learning-rate {rate}" if rate else "", "seed": seed}
-    names = ("none", "next-aligned_alpha*", "weighted_alpha*")
-    chosen = " ".join(shlex.quote(f"extrapolated/{name}") for name in names)
-    flags |= {"swept": SWEPT, "first": FIRST_UPDATE, "to_choose": chosen, "validation": problems}
-    plan.add("single", run, parts, starts=dict.fromkeys(starts), **flags)
-
-
 def single(preset_name: str, preset: dict, run_dir: str) -> list[Job]:
     """One run: the first steps, the jumps, what follows them, the reference, the evaluation.
 
     All of it also at each of the preset's `rates`.
     """
     plan = Plan(preset_name, preset, run_dir)
-    for rate in [*plan.wanted["rates"], ""]:
-        at_rate(plan, rate)
+    for rate in plan.wanted["rates"]:
+        plan.add("single", f"rate{rate}", rate=f"--learning-rate {rate}")
+    plan.add("single", "")
     return plan.jobs
+
+
+def grid(kind: str, preset_name: str, preset: dict, root: str, seeds, wanted=()) -> list[Job]:
+    """`paper`: the rows of the paper's tables `wanted`. `main`: what the preset does, for several
+    seeds. `tables`: everything, the main rows first.
+
+    `learning-rate`: everything at the preset's rate and its `rates`, jumps alone at those of its
+    `sweep`. `sweep`: plain GRPO at all of them, measured on validation problems: to choose a rate.
+    """
+    plan = Plan(preset_name, preset, root)
+    if kind == "paper":
+        paper(plan, seeds, {*wanted})
+    elif kind in ("learning-rate", "sweep"):
+        by_rate(plan, seeds, choose=kind == "sweep")
+    else:
+        for seed in seeds:
+            plan.add("main", f"seed{seed}/lora", seed=seed, tables=kind == "tables")
+    if kind == "tables":
+        side_runs(plan, seeds)
+    return plan.jobs
+
+
+def by_rate(plan: Plan, seeds: list[int], choose: bool) -> None:
+    """Runs at several learning rates. choose: GRPO alone, on validation problems."""
+    rates, sweep = plan.wanted["rates"], plan.wanted["sweep"]
+    whole = ["", *rates, *plan.wanted["more_rates"]]
+    if choose:
+        for rate, seed in itertools.product(sweep + whole, seeds):
+            plan.at_rate("plain", rate, seed, choose=True)
+        return
+    for rate, seed in itertools.product(whole, seeds):
+        plan.at_rate("single", rate, seed, grid=True)
+    for rate, seed in itertools.product(rates[:1], seeds):
+        second_jump(plan, rate, seed)
+    for rate, seed in itertools.product(sweep, seeds[:SWEEP_SEEDS]):
+        plan.at_rate("plain", rate, seed, jumps=True)
+
+
+def second_jump(plan: Plan, rate: str, seed: int) -> None:
+    """Half of the RL after the jump, ten checkpoints of it, another jump, and the other half."""
+    first, more = f"seed{seed}/rate{rate}", plan.values["more"]
+    plan.add("first", first)
+    model = f"{plan.root}/{first}/merged/next-aligned_alpha{ALPHA}"
+    values = {"half": more // 2, "every": max(1, more // 20), "model": shlex.quote(model)}
+    values |= {"rate": f"--learning-rate {rate}", "seed": f"--seed {seed + 1000}"}
+    plan.add("second", f"seed{seed}/{SECOND}", first=first, **values)
+
+
+def paper(plan: Plan, seeds: list[int], wanted: set[int]) -> None:
+    """The rows of the paper's tables: 3 and 4 with Fig. 5 and 6, 5, 6, 7 and 8 with Fig. 7."""
+    for seed in seeds:
+        run = f"seed{seed}/lora"
+        plan.add("paper", run, seed=seed, methods=wanted & {3, 4, 7, 8}, ablations=5 in wanted)
+        for algorithm in ("rloo", "reinforce++") if 6 in wanted else ():
+            plan.side(seed, algorithm, "own")
+        if wanted & {3, 4, 5} and plan.wanted["full"]:
+            plan.side(seed, "full", "rivals" if wanted & {3, 4} else "own")
+        if wanted & {7, 8} and plan.wanted["domains"]:
+            plan.add("domains", run)
+
+
+def side_runs(plan: Plan, seeds: list[int]) -> None:
+    """What the grid `tables` has beside the main runs."""
+    train, short = plan.preset["train"], {"beyond": 0, "ends": plan.values["middle"]}
+    scale = train["lora_alpha"] / train["lora_rank"]
+    for seed in seeds:
+        plan.side(seed, "full", "controls")
+        for k in OTHER_K:  # jumps of the same length in RL steps
+            alpha = f"{MAIN_ALPHA * plan.preset['extract']['k'] / k:g}"
+            plan.add("other_k", f"seed{seed}/k{k}", seed=seed, k=k, alpha=alpha)
+    for seed in seeds[:SIDE_SEEDS]:
+        rl_extra_loop(plan, seed)
+        for algorithm in ("rloo", "reinforce++"):
+            plan.side(seed, algorithm, "controls", **short)
+        for rank in OTHER_RANKS:
+            plan.add("rank", f"seed{seed}/rank{rank}", seed=seed, rank=rank, scaled=rank * scale)
+
+
+def rl_extra_loop(plan: Plan, seed: int) -> None:
+    """RL-Extra as its authors use it (arXiv 2601.04537): RL, a jump as far again, RL on that."""
+    every, merged, before = max(1, plan.values["more"] // 2 // LOOP_CHECKPOINTS), "", "prepare"
+    numbers = {"every": every, "steps": LOOP_CHECKPOINTS * every, "checkpoints": LOOP_CHECKPOINTS}
+    for number in range(1, LOOP_ROUNDS + 1):
+        run, last = f"seed{seed}/loop/round{number}", number == LOOP_ROUNDS
+        values = {"seed": seed + 1000 * number, "merged": merged, "before": before}
+        plan.add("loop", run, jump=not last, end=last, **numbers, **values)
+        before = f"{run} 04"
+        model = f"{plan.root}/{run}/merged/rl-extra_alpha{LOOP_CHECKPOINTS}"
+        merged = f"--backbone {shlex.quote(model)}"

@@ -2,6 +2,8 @@
 
 import pathlib
 
+import matplotlib.pyplot as plt
+
 from common.files import stage, write
 from common.reproduce import claims, figures, rates, tables
 from common.reproduce.runs import Runs
@@ -14,14 +16,26 @@ NOTES = {
     "over seeds. Differences are paired by seed, with Student's 95% interval. The test problems "
     "are the same for all seeds.",
 }
-KEYS = ("policy", "label", "method", "alpha", "steps", "accuracy", "error", "n", "length")
-KEYS += ("seconds",)  # in results.json
+FIGURES = {  # title -> name of the file, and what draws it
+    "Accuracy by learning rate": ("rates", rates.accuracy),
+    "The gain of a jump by learning rate": ("rates_gain", rates.gain),
+    "The gain of a jump by its held-out cosine": ("rates_cosine", rates.against_cosine),
+    "Accuracy by RL step": ("accuracy", figures.accuracy),
+    "Reward and response length": ("training", figures.training),
+    "Fig. 2: how much of the update is rank 1": ("fig2_energy_ratio", figures.energy),
+    "Fig. 3: a straight line through the trajectory": ("fig3_linear_fit", figures.linear_fit),
+    "The predictors' training loss (Eq. 9)": ("predictor_loss", figures.predictor_loss),
+    "Fig. 5: where the time goes": ("fig5_cost", figures.cost),
+    "Fig. 6: how far to jump": ("fig6_alpha", figures.alpha_sweep),
+}
+KEYS = ("seed", "run", "policy", "label", "method", "alpha", "steps", "accuracy", "error", "n")
+KEYS += ("length", "seconds")  # in results.json
 
 
 def page(runs: Runs, made_with: str) -> str:
-    """The whole page as markdown; draws the figures."""
+    """The whole page as markdown; draws the figures into `figures` in the page's folder."""
     at = rates.columns(runs)
-    verdicts = {f"The paper's claims, at learning rate {r:g}": runs.of(n) for r, n in at.items()}
+    verdicts = {f"The paper's claims, at learning rate {rate:g}": run for rate, run in at.items()}
     verdicts = verdicts or {"The paper's claims": runs}
     after = f"what {runs.total} RL steps come to" if runs.total else "what was measured"
     parts = {
@@ -31,11 +45,16 @@ def page(runs: Runs, made_with: str) -> str:
         "Right after the jump": tables.jumps_table(runs),
         "Every task": tables.by_task(runs),
         **{title: claims.page(one) for title, one in verdicts.items()},
-        "Table 5: what the jump needs": tables.table5(runs),
+        "Table 5: what the jump needs": tables.variants(runs, "variant", tables.RECIPES),
         "Table 6: other algorithms": tables.table6(runs),
-        "Other settings": tables.settings_table(runs),
+        "Other settings": tables.variants(runs, "recipe and setting", ("weighted", "next-aligned")),
         "Is the predictor worth its place?": tables.backtests(runs),
     }
+    for title, (name, draw) in FIGURES.items():
+        if figure := draw(runs):
+            write.save_figure(runs.root / "figures" / f"{name}.png", figure)
+            plt.close(figure)
+            parts[title] = f"![{title}](figures/{name}.png)"
     mean = "Accuracy is the plain mean of" if len(runs.tasks) > 1 else "Accuracy is that on"
     note = NOTES[runs.over].format(seeds=", ".join(map(str, runs.seeds)))
     text = [f"# Results of {runs.root.name}", made_with]
@@ -44,15 +63,12 @@ def page(runs: Runs, made_with: str) -> str:
         lines = "\n".join(f"* {line}" for line in runs.left_out)
         text.append(f"Only what was made alike is compared. Left out of all tables:\n\n{lines}")
     text += [f"## {title}\n\n{body}" for title, body in parts.items() if body]
-    for title, path in figures.draw_all(runs).items():
-        text.append(f"## {title}\n\n![{title}](figures/{path.name})")
     return "\n\n".join(text) + "\n"
 
 
 def write_page(runs: Runs, made_with: str, path: pathlib.Path, results: pathlib.Path) -> str:
     """Writes the page, and what it is made from as JSON; returns what the console shows."""
-    found = [({"seed": seed, "run": name}, result) for seed, name, result in runs.all()]
-    write.write_json(results, [{**at, **{key: getattr(r, key) for key in KEYS}} for at, r in found])
+    write.write_json(results, [{key: getattr(r, key) for key in KEYS} for r in runs.all])
     write.write_text(path, page(runs, made_with))
     left = "".join(f"left out: {line}\n" for line in runs.left_out)
     return f"\n{tables.main_table(runs)}\n\n{left}report: {path}, with figures beside it"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import pathlib
 import re
 
@@ -11,6 +10,7 @@ import yaml
 
 from common import UserError
 from common.files.read import read_json, read_jsonl
+from common.reproduce.estimates import over_problems
 from common.rl.options import MAY_CHANGE
 
 
@@ -55,6 +55,8 @@ class Result:
     records: dict[str, dict]  # task -> what stage 6 wrote of it
     tasks: tuple[str, ...]  # those whose plain mean is the accuracy
     spent: dict[str, float]  # wall seconds: "RL", and the parts of the method's own computing
+    seed: int = 0
+    run: str = ""  # its name in a grid
 
     @property
     def scores(self) -> list[torch.Tensor]:
@@ -68,7 +70,7 @@ class Result:
 
     @property
     def error(self) -> float:
-        return standard_error(self.scores)
+        return over_problems(self.scores).error
 
     @property
     def n(self) -> int:
@@ -91,10 +93,10 @@ class Result:
 
     def of_suite(self, suite: str) -> tuple[str, ...]:
         """The tasks of `suite` that it was measured on. What is of no other suite is maths."""
-        others = SUITES[1:]
-        if suite in others:
-            return tuple(task for task in self.records if task.startswith(suite))
-        return tuple(task for task in self.records if not task.startswith(others))
+        suites = {
+            t: next((s for s in SUITES[1:] if t.startswith(s)), "maths") for t in self.records
+        }
+        return tuple(task for task, own in suites.items() if own == suite)
 
     @property
     def label(self) -> str:
@@ -103,12 +105,6 @@ class Result:
             return label_of("full")
         merged = self.policy.startswith("merged/") and self.method != "dare"
         return label_of(self.method) + (", merged" if merged else "")
-
-
-def standard_error(scores: list[torch.Tensor]) -> float:
-    """Of the plain mean of tasks: scores[task] is [problems], one observation a problem."""
-    variances = [float(s.var()) / len(s) if len(s) > 1 else math.nan for s in scores]
-    return sum(variances) ** 0.5 / len(scores)
 
 
 def label_of(method: str) -> str:
@@ -125,6 +121,12 @@ def split_name(method: str) -> tuple[str, str, str]:
     """next-aligned-last8_merged -> (next-aligned, 8, _merged)."""
     pattern = r"(.+?)(?:-last(\d+))?(_merged|_linear|_accepted)?"
     return re.fullmatch(pattern, method).groups(default="")
+
+
+def place(result: Result) -> tuple[int, str]:
+    """Where a method stands in a table: in the order of methods.yaml, others last."""
+    names, (name, *_) = list(METHODS), split_name(result.method)
+    return (names.index(name) if name in names else len(names), result.method)
 
 
 def load_results(run: pathlib.Path) -> dict[str, Result]:

@@ -36,21 +36,22 @@ class Runner:
         same = {job.name for job in jobs if self.done.get(job.line) == stamp}
         # The last command, the evaluation, always runs: it sees for itself what is measured.
         self.finished = [job.name for job in jobs[:-1] if {job.name, *job.needs} <= same]
-        self.begun = {*self.finished}
-        self.bar = None
+        self.waiting = [job for job in jobs if job.name not in self.finished]
 
     def run(self) -> None:
         """Runs everything that is not done. Raises UserError naming the command that failed."""
         if self.finished:
             count = f"{len(self.finished)} of {len(self.jobs)} commands"
             print(f"done already: {count if self.logs else ', '.join(self.finished)}")
-        work = sum(job.work for job in self.jobs if job.name not in self.begun)
+        work = sum(job.work for job in self.waiting)
         self.bar = tqdm(total=work, desc="whole experiment", bar_format=BAR)
         number = signal.SIGINT
         with self.bar, futures.ThreadPoolExecutor(len(self.free)) as readers:
             try:
-                while len(self.finished) < len(self.jobs):
-                    self._start_ready(readers)
+                while self.waiting or self.running:
+                    for job in [job for job in self.waiting if {*job.needs} <= {*self.finished}]:
+                        if self.free:
+                            self._start(job, readers)
                     ended, _ = futures.wait(self.running, return_when=futures.FIRST_COMPLETED)
                     for reader in ended:
                         self._end(reader)
@@ -62,33 +63,24 @@ class Runner:
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(process.pid, number)
 
-    def _start_ready(self, readers: futures.Executor) -> None:
-        for job in self.jobs:
-            if self.free and job.name not in self.begun and {*job.needs} <= {*self.finished}:
-                self.begun.add(job.name)
-                self.bar.write(f"$ {job.line}")
-                lane = self.free.pop(0)
-                process = self._start(job, lane)
-                self.running[readers.submit(self._read, job, process)] = job, process, lane
-
-    def _start(self, job: Job, lane: str | None) -> subprocess.Popen:
+    def _start(self, job: Job, readers: futures.Executor) -> None:
+        self.bar.write(f"$ {job.line}")
+        self.waiting.remove(job)
+        lane = self.free.pop(0)
         paths = [str(pathlib.Path(sys.executable).parent), os.environ.get("PATH", "")]
         own = {"PYTHONUNBUFFERED": "1", "PATH": os.pathsep.join(paths)}
-        return subprocess.Popen(
-            job.argv,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env=DEFAULTS | os.environ | own | ({"CUDA_VISIBLE_DEVICES": lane} if lane else {}),
-            start_new_session=True,
-        )
+        env = DEFAULTS | os.environ | own | ({"CUDA_VISIBLE_DEVICES": lane} if lane else {})
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "errors": "replace"}
+        process = subprocess.Popen(job.argv, env=env, start_new_session=True, **output)
+        self.running[readers.submit(self._read, job, process)] = job, process, lane
 
     def _log(self, job: Job) -> pathlib.Path:
         return self.logs / f"{job.name.replace('/', '.').replace(' ', '_')}.log"
 
     def _read(self, job: Job, process: subprocess.Popen) -> int:
         """The exit code. The output ends with the stage, not with its launcher."""
+        if self.logs:
+            self.logs.mkdir(exist_ok=True)
         with open(self._log(job) if self.logs else os.devnull, "a", encoding="utf-8") as log:
             for line in process.stdout:
                 print(line, end="", file=log, flush=True)

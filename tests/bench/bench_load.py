@@ -28,7 +28,7 @@ import torch
 from common import demo, grpo
 from common.files import adapters
 from common.files.stage import StepLog
-from common.reproduce import curves, results, runs
+from common.reproduce import figures, results, runs
 from common.rl import data, policy, verifier
 
 STEPS, PER_STEP, ROLLOUTS = 157, 128, 8  # one epoch of 20,096 problems
@@ -118,7 +118,7 @@ def load_log(scratch: pathlib.Path) -> None:
     for step in range(10, 10_001, 10):  # what a report asks for 1,000 evaluated checkpoints
         results.rl_seconds(scratch / "train", step)
     counted = time.perf_counter()
-    curves.training(runs.Runs(scratch))
+    figures.training(runs.Runs(scratch))
     drawn = time.perf_counter()
     print(f"a metrics.jsonl of 10,000 steps ({size:.1f} MB): resumed in {resumed - began:.2f} s,")
     print(f"seconds up to each of 1,000 steps in {counted - resumed:.2f} s, two of them drawn in")

@@ -18,7 +18,7 @@ from common import UserError
 from common.files import adapters, config
 from common.files import write as run_dir
 from common.reproduce import __main__ as reproduce
-from common.reproduce import claims, estimates, grids, plans, report, results, runner, runs, tables
+from common.reproduce import claims, estimates, plans, report, results, runner, runs, tables
 
 PARSED = {
     "01_train_lora_grpo": ("TrainConfig", "train"),
@@ -44,7 +44,7 @@ PARSED = {
 def test_every_planned_line_is_one_its_stage_accepts_and_comes_after_what_it_needs(preset, kind):
     loaded = config.load_preset(preset)
     jobs = (
-        grids.grid(kind, preset, loaded, "runs/x", [0], range(3, 9))
+        plans.grid(kind, preset, loaded, "runs/x", [0], range(3, 9))
         if kind
         else plans.single(preset, loaded, "runs/x")
     )
@@ -61,7 +61,7 @@ def test_every_planned_line_is_one_its_stage_accepts_and_comes_after_what_it_nee
 
 
 def test_all_methods_of_a_seed_start_from_one_training_of_the_first_steps():
-    jobs = grids.grid("tables", "demo", config.load_preset("demo"), "runs/x", [0, 3])
+    jobs = plans.grid("tables", "demo", config.load_preset("demo"), "runs/x", [0, 3])
     for seed in (0, 3):
         trained = [job for job in jobs if job.name == f"seed{seed}/lora 01"]
         assert len(trained) == 1
@@ -77,14 +77,14 @@ def test_all_methods_of_a_seed_start_from_one_training_of_the_first_steps():
 def test_the_rounds_of_rl_extra_each_start_on_the_merged_model_of_the_round_before():
     jobs = [
         job
-        for job in grids.grid("tables", "demo", config.load_preset("demo"), "runs/x", [0])
+        for job in plans.grid("tables", "demo", config.load_preset("demo"), "runs/x", [0])
         if "/loop/" in job.name
     ]
     starts = [
         job.argv[job.argv.index("--backbone") + 1] for job in jobs if job.name.endswith(" 01")
     ]
     merged = [
-        f"runs/x/seed0/loop/round{i}/merged/rl-extra_alpha5" for i in range(1, grids.LOOP_ROUNDS)
+        f"runs/x/seed0/loop/round{i}/merged/rl-extra_alpha5" for i in range(1, plans.LOOP_ROUNDS)
     ]
     assert starts == [
         "runs/x/backbone",
@@ -104,7 +104,7 @@ def test_the_rounds_of_rl_extra_each_start_on_the_merged_model_of_the_round_befo
 )
 def test_the_papers_rows_are_made_once_and_share_every_prefix(tables_, runs_, steps):
     preset = config.load_preset("paper_qwen2.5_1.5b")
-    jobs = grids.grid("paper", "paper_qwen2.5_1.5b", preset, "runs/x", [0], tables_)
+    jobs = plans.grid("paper", "paper_qwen2.5_1.5b", preset, "runs/x", [0], tables_)
     assert [*dict.fromkeys(job.name.split()[0] for job in jobs)] == [f"seed0/{r}" for r in runs_]
     assert sum(job.work for job in jobs if {"01", "05"} & {*job.name.split()}) == steps
     assert any("mmlu-pro" in job.argv for job in jobs) == (8 in tables_)
@@ -266,7 +266,7 @@ def test_what_was_measured_otherwise_is_left_out_and_named(tmp_path, change):
             **(change if step == 2 else {}),
         )
     found = runs.Runs(tmp_path)
-    assert [*found.some()] == ["train/step_0001", "train/step_0003"]
+    assert [m.policy for m in found.some()] == ["train/step_0001", "train/step_0003"]
     ((key, value),) = change.items()
     usual = {"temperature": 1.0, "max_new_tokens": 48, "data": "hash, 100 problems"}[key]
     odd = "other, 100 problems" if key == "data" else value
@@ -289,7 +289,7 @@ def test_a_policy_that_was_trained_with_another_learning_rate_is_left_out_and_na
         )
         record(tmp_path, f"{folder}/step_0003", share(50), 3)
     found = runs.Runs(tmp_path)
-    assert [*found.some()] == ["continued/none/step_0003", "train/step_0003"]
+    assert [m.policy for m in found.some()] == ["continued/none/step_0003", "train/step_0003"]
     assert found.left_out == [
         "continued/rl-extra_alpha1.5/step_0003: 50.0%, "
         "trained with learning_rate 0.01 (the others: 0.001)"
@@ -307,7 +307,7 @@ def test_tasks_have_columns_and_only_those_of_one_suite_are_averaged(tmp_path):
     record(tmp_path, "train/step_0002", share(70), 2, "mmlu-pro-law")
     found = runs.Runs(tmp_path)
     assert found.tasks == ("aime24", "amc23")
-    assert found.accuracy("train/step_0001").mean == pytest.approx(0.2)
+    assert found.at(1).accuracy.mean == pytest.approx(0.2)
     assert found.left_out == ["train/step_0002: not measured on aime24, amc23"]
     header, _, _, row = tables.by_task(found).splitlines()
     cells = dict(zip(header.split(" | "), row.split(" | "), strict=True))
@@ -412,7 +412,8 @@ def test_more_time_is_not_called_less(tmp_path):
     log(tmp_path / "continued" / "next-aligned_alpha1.5", range(151, 251), 1.0)
     run_dir.write_json(tmp_path / "deltas" / "done.json", {"seconds": 0.0})
     run_dir.write_json(tmp_path / "predictor" / "aligned" / "done.json", {"training_seconds": 0.0})
-    cell = claims.time_saved(runs.Runs(tmp_path), "next-aligned")
+    found = runs.Runs(tmp_path)
+    cell = claims.time_saved(found.later("next-aligned"), found.at(400))
     assert cell == "**does not hold**: 116 against 40 s, 190.0% more"
 
 
@@ -450,17 +451,21 @@ def grid(tmp_path) -> runs.Runs:
 
 
 def test_differences_are_paired_by_seed_with_students_interval(grid):
-    found = grid.difference(grid.after("weighted_alpha1.5"), "train/step_0250")
+    found = grid.later("weighted") - grid.at(250)
     assert found.mean == pytest.approx(0.02)
     assert found.half == pytest.approx(
         4.303 * 0.01 / 3**0.5
     )  # t(2 degrees, 97.5%) times the standard error of 1, 2, 3 points
     assert found.verdict() == "undecided"  # 2 +- 2.5 points
-    assert grid.difference("train/step_0250", "train/step_0400").verdict() == "does not hold"
-    assert grid.difference("train/step_0250", "train/step_0250").verdict(not_worse=True) == "holds"
+    assert (grid.at(250) - grid.at(400)).verdict() == "does not hold"
+    assert estimates.over_seeds([0.0, 0.0, 0.0]).verdict(not_worse=True) == "holds"
+    assert not grid.at(250) - grid.at(250)  # nothing to compare
     assert estimates.over_seeds([0.01, 0.02]).verdict() == "undecided"
     assert estimates.over_seeds([0.01, 0.011, 0.012]).verdict() == "holds"
     assert estimates.over_seeds([0.5]).verdict() == "undecided"
+    nan = float("nan")  # the energy ratio of a step in which nothing moved
+    assert estimates.over_seeds([nan, 0.5, 0.5]).plain() == "0.500 ± 0.000"
+    assert estimates.over_seeds([nan, nan]).plain() == "nan"
 
 
 def test_the_main_table_counts_steps_per_point_gained_and_leaves_out_what_was_not_run(grid):
@@ -490,7 +495,7 @@ def test_a_seed_that_was_trained_otherwise_is_left_out_of_the_grids_means(grid):
         path = grid.folder(seed) / "train" / "config.json"
         run_dir.write_json(path, {"config": {"learning_rate": rate}, "inputs": {}})
     found = runs.Runs(grid.root, [0, 1, 2])
-    assert found.count("train/step_0250") == "2"
+    assert found.count(found.at(250)) == "2"
     assert any(
         line.startswith("seed2/lora/train/step_0250: 70.0%, trained with learning_rate")
         for line in found.left_out

@@ -7,7 +7,7 @@ import pytest
 from test_grid import log, record, share
 
 from common.files import config, write
-from common.reproduce import estimates, grids, plans, rates, report, results, runs
+from common.reproduce import estimates, plans, rates, report, results, runs
 
 
 def run_at(folder, rate: float, plain: tuple, jumped: int | None = None, after: int | None = None):
@@ -44,7 +44,7 @@ def numbers(table: str, label: str) -> list[str]:
 
 def test_the_runs_are_ordered_by_their_rate(demo):
     found = {0.0005: "rate0.0005", 0.001: "lora", 0.002: "rate0.002"}
-    assert list(rates.rates(demo).items()) == list(found.items())
+    assert [(rate, run.name) for rate, run in rates.rates(demo).items()] == [*found.items()]
     assert demo.left_out == []
 
 
@@ -53,8 +53,7 @@ def test_the_sentence_says_what_the_jump_is_worth_at_each_rate_and_what_the_rate
     assert "worth +6.0 [" in text
     assert "at learning rate 0.0005; +1.0 [" in text
     assert text.endswith("at learning rate 0.001.** Learning rate 0.001 alone is worth "
-                         + demo.difference("train/step_0003", "train/step_0003", "lora",
-                                           "rate0.0005").points() + ".")  # fmt: skip
+                         + (demo.at(3) - demo.of("rate0.0005").at(3)).points() + ".")  # fmt: skip
 
 
 def test_every_gain_is_over_the_same_rate_but_for_the_controls_at_a_larger_one(demo):
@@ -164,7 +163,7 @@ def test_a_rank_correlation_is_that_of_the_ranks_and_too_few_runs_have_none():
 
 
 def test_a_falling_rate_is_a_control_with_a_name_and_a_cost(demo):
-    found = demo.some()["continued/none_linear/step_0003"]
+    found = demo.get("continued/none_linear/step_0003")
     assert (found.method, found.label) == ("none_linear", "no jump, rate falls to 0 (control)")
     assert results.jump_info(demo.root, found.policy)["step"] == 3
 
@@ -197,12 +196,12 @@ def test_the_demo_runs_at_its_rate_and_at_a_tenth_and_ends_with_its_own_page():
 
 def test_a_rate_is_chosen_on_validation_problems_and_measured_on_test_problems():
     preset = config.load_preset("demo")
-    chosen = grids.grid("sweep", "demo", preset, "runs/x", [10, 11])
+    chosen = plans.grid("sweep", "demo", preset, "runs/x", [10, 11])
     trained = [job.line for job in chosen if " 01_" in job.line]
     assert len(trained) == len({*trained}) == 18  # nine rates, two seeds
     measured = [job.line for job in chosen if " 06_" in job.line]
     assert all("valid.jsonl" in line and "test.jsonl" not in line for line in measured)
-    lines = [job.line for job in grids.grid("learning-rate", "demo", preset, "runs/x", [0, 1, 2])]
+    lines = [job.line for job in plans.grid("learning-rate", "demo", preset, "runs/x", [0, 1, 2])]
     chosen = [line for line in lines if "valid.jsonl" in line]  # alpha, never anything else
     assert len(chosen) == 9
     assert all(line.endswith("--output validation") for line in chosen)
@@ -213,7 +212,7 @@ def test_a_rate_is_chosen_on_validation_problems_and_measured_on_test_problems()
 
 def test_the_paper_can_be_run_at_four_learning_rates_and_nothing_is_chosen_on_its_test_sets():
     preset = config.load_preset("paper_qwen2.5_1.5b")
-    lines = [job.line for job in grids.grid("learning-rate", "p", preset, "runs/x", [0])]
+    lines = [job.line for job in plans.grid("learning-rate", "p", preset, "runs/x", [0])]
     trained = [line for line in lines if " 01_" in line and "--steps 400" in line]
     found = [re.findall("--learning-rate (\\S+)", line) for line in trained]
     assert found == [[], ["1e-5"], ["2e-5"], ["1e-4"]]
