@@ -85,7 +85,7 @@ def main() -> None:
         k, keep = cfg.k, cfg.k + 2
         work = {m: pool.submit(rank1.trajectory, found.weights(m, keep), k) for m in mine}
         try:
-            for module in progress(mine, "rank-1 SVDs"):
+            for module in progress(mine, "rank-1 SVDs", in_log=True):
                 # Each at once, so that a killed run can go on from here.
                 write.save_tensors(files[module], work.pop(module).result())
         except BaseException:

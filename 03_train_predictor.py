@@ -68,7 +68,7 @@ def fit(cfg: PredictorConfig, recipe: predictor.Recipe, known: deltas.Trajectory
     """Trains on what is known (Eq. 8, 9) and predicts the next target (Eq. 11)."""
     known = known.last(cfg.checkpoints or len(known.steps))
     families = predictor.stack_families(*predictor.prepare(known, recipe))
-    with progress(desc="training", unit="epoch", total=len(families) * recipe.epochs) as bar:
+    with progress(desc="training", in_log=True, total=len(families) * recipe.epochs) as bar:
         trained = predictor.train(known, recipe, cfg.seed, bar.update)
     return predictor.predict(trained.models, known, recipe), trained
 

@@ -28,11 +28,12 @@ import torch
 from accelerate import Accelerator
 
 from common import UserError
-from common.files import adapters, config, write
+from common.files import adapters, config
 from common.files.config import option
 from common.files.models import base_of, find_policies, weights_hash
 from common.files.read import safe_name
 from common.files.stage import progress, run_stage, versions
+from common.files.write import claim, is_made, write_json, write_text
 from common.reproduce import report
 from common.rl import data, measure, policy, rollout, verifier
 from common.rl.options import SamplingConfig
@@ -90,7 +91,7 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
         made |= {"versions": versions()}
         made = {task: {**made, "data": data.fingerprint(tasks[task])} for task in tasks}
         folder = run / cfg.output / name.replace("/", "__")
-        left = [task for task in tasks if not write.is_made(folder / f"{task}.json", made[task])]
+        left = [t for t in tasks if cfg.overwrite or not is_made(folder / f"{t}.json", made[t])]
         if not left:
             continue
         # The model, then the adapter on it.
@@ -114,8 +115,8 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
             record["seconds"] = round(time.perf_counter() - began, 2)
             if accelerator.is_main_process:
                 lines = "".join(json.dumps(row) + "\n" for row in rows)
-                write.write_text(folder / f"{task}.jsonl", lines)
-                write.write_json(folder / f"{task}.json", record)
+                write_text(folder / f"{task}.jsonl", lines)
+                write_json(folder / f"{task}.json", record)
                 shown = measure.console_line(record)
                 bar.write(f"{number}/{len(names)} {name}  {task}: {shown}")
     judge.close()
@@ -133,7 +134,7 @@ def main() -> None:
     if not run.is_dir():
         raise UserError(f"run directory {run} not found: run 01_train_lora_grpo.py first")
     if accelerator.is_main_process:
-        write.claim(run / cfg.output)
+        claim(run / cfg.output)
     evaluate(cfg, run, accelerator)
     if cfg.output == "eval" and accelerator.is_main_process:
         print(report.write_run(run))

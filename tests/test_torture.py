@@ -169,7 +169,7 @@ def test_a_signal_within_a_write_leaves_nothing_half_made(tmp_path):
     with pytest.raises(SystemExit) as stop:
         stages.run_stage(main)
     assert stop.value.code == 143
-    assert contents(tmp_path) == {"log": "old"}
+    assert contents(tmp_path) == {"log": b"old"}
     assert not (tmp_path / "step").exists()
 
 

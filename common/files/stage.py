@@ -60,10 +60,12 @@ def is_writer() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def progress(iterable=None, desc: str = "", **options) -> tqdm:
-    """A bar by the first process: on a terminal at once, in a log file once a minute."""
-    slow = {} if sys.stderr.isatty() else {"mininterval": 60, "delay": 60}
-    return tqdm(iterable, desc, disable=not is_writer(), **slow, **options)
+def progress(iterable=None, desc: str = "", in_log: bool = False, **options) -> tqdm:
+    """A bar by the first process, on a terminal; with in_log once a minute in a log file too."""
+    terminal = sys.stderr.isatty()
+    slow = {} if terminal else {"mininterval": 60, "delay": 60}
+    shown = is_writer() and (terminal or in_log)
+    return tqdm(iterable, desc, disable=not shown, **slow, **options)
 
 
 class Stage:

@@ -40,10 +40,10 @@ def gained(runs: Runs) -> dict[int, dict[str, str]]:
 
 
 def page(runs: Runs) -> str:
-    """One sentence and five tables, or nothing where there is one rate."""
+    """Five tables, or nothing where there is one rate."""
     if not rates(runs):
         return ""
-    return "\n\n".join(filter(None, [sentence(runs), levels(runs), *gains(runs), meter(runs)]))
+    return "\n\n".join(filter(None, [levels(runs), *gains(runs), meter(runs)]))
 
 
 def shown_steps(runs: Runs) -> list[int]:
@@ -54,12 +54,14 @@ def shown_steps(runs: Runs) -> list[int]:
 
 def sentence(runs: Runs) -> str:
     """What a jump is worth at each rate, and what the preset's rate is worth over the lowest."""
-    at, total = columns(runs), runs.total
-    gaps = {rate: run.later(DEFAULT) - run.at(total) for rate, run in at.items()}
-    worth = [f"{gap.points()} at learning rate {rate:g}" for rate, gap in gaps.items() if gap]
+    total, method = runs.total, DEFAULT if runs.later(DEFAULT) else "next-paper"
+    at = columns(runs) or {0.0: runs}
+    gaps = {rate: run.later(method) - run.at(total) for rate, run in at.items()}
+    where = {rate: f" at learning rate {rate:g}" if rate else "" for rate in at}
+    worth = [f"{gap.points()}{where[rate]}" for rate, gap in gaps.items() if gap]
     if not worth:
         return ""
-    text = f"**After {total} RL steps, {label_of(DEFAULT)}, is worth {'; '.join(worth)}.**"
+    text = f"**After {total} RL steps, {label_of(method)}, is worth {'; '.join(worth)} (points).**"
     if gap := runs.at(total) - next(iter(at.values())).at(total):
         alone = next(rate for rate, run in rates(runs).items() if run.name == MAIN)
         text += f" Learning rate {alone:g} alone is worth {gap.points()}."

@@ -16,6 +16,7 @@ NOTES = {
     "over seeds. Differences are paired by seed, with Student's 95% interval. The test problems "
     "are the same for all seeds.",
 }
+WORDS = pathlib.Path(__file__).with_name("words.md").read_text(encoding="utf-8")
 FIGURES = {  # title -> name of the file, and what draws it
     "Accuracy by learning rate": ("rates", rates.accuracy),
     "The gain of a jump by learning rate": ("rates_gain", rates.gain),
@@ -57,13 +58,13 @@ def page(runs: Runs, made_with: str) -> str:
             parts[title] = f"![{title}](figures/{name}.png)"
     mean = "Accuracy is the plain mean of" if len(runs.tasks) > 1 else "Accuracy is that on"
     note = NOTES[runs.over].format(seeds=", ".join(map(str, runs.seeds)))
-    text = [f"# Results of {runs.root.name}", made_with]
+    text = [f"# Results of {runs.root.name}", made_with, *filter(None, [rates.sentence(runs)])]
     text += [f"{note} A verdict needs the whole interval.", f"{mean} {', '.join(runs.tasks)}."]
     if runs.left_out:
         lines = "\n".join(f"* {line}" for line in runs.left_out)
         text.append(f"Only what was made alike is compared. Left out of all tables:\n\n{lines}")
     text += [f"## {title}\n\n{body}" for title, body in parts.items() if body]
-    return "\n\n".join(text) + "\n"
+    return "\n\n".join([*text, WORDS])
 
 
 def write_page(runs: Runs, made_with: str, path: pathlib.Path, results: pathlib.Path) -> str:

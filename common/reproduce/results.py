@@ -10,6 +10,7 @@ import yaml
 
 from common import UserError
 from common.files.read import read_json, read_jsonl
+from common.files.stage import step_of
 from common.reproduce.estimates import over_problems
 from common.rl.options import MAY_CHANGE
 
@@ -26,6 +27,7 @@ MADE["_accepted"] = ", alpha chosen on validation problems"
 OWN_ALPHA = {"expo": 0.5}  # methods whose alpha means something else
 FROM_DELTAS = ("next-", "weighted", "repeat-last", "recent-locals")  # methods that need stage 2
 BY_ACCURACY = ("alpharl-pls", "greedy-soup")  # methods that measure every checkpoint
+OURS = ("train", "extrapolated", "merged", "continued", "validation")  # folders of policies
 SUITES = ("maths", "gpqa", "mmlu-pro")  # only tasks of one suite are averaged
 LOGGED = {"step": int, "seconds": float, "accuracy": float, "response_length": float}
 RECORD = {"policy": str, "n": int, "response_length": float, "by_problem": list[float]}
@@ -167,6 +169,9 @@ def jump_info(run: pathlib.Path, policy: str) -> dict:
     folders = (policy, f"extrapolated/{name}", f"merged/{name}")
     paths = [run / folder / "checkpoint.json" for folder in folders]
     path = next((path for path in paths if path.is_file()), paths[0])
+    step = step_of(pathlib.Path(policy))
+    if not path.is_file() and policy.split("/")[0] not in OURS and step is not None:
+        return {"step": step}  # another trainer's, such as checkpoint-20
     return read_json(path, "the stage that made it", {"step": int, "seconds": float | None})
 
 

@@ -186,13 +186,13 @@ def test_in_a_log_file_progress_is_shown_once_a_minute_and_by_the_first_process(
 ):
     now = iter(range(0, 10**6, 20))  # seconds: twenty a step
     monkeypatch.setattr("tqdm.std.time", lambda: next(now))
-    assert list(stage.progress(range(30), "training")) == [*range(30)]
+    assert list(stage.progress(range(30), "training", in_log=True)) == [*range(30)]
     shown = capsys.readouterr().err.count("training")
     assert 5 <= shown <= 15
     monkeypatch.setenv("RANK", "1")
-    assert list(stage.progress(range(30), "training")) == [*range(30)]
+    assert list(stage.progress(range(30), "training", in_log=True)) == [*range(30)]
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.undo()
-    list(stage.progress(range(30), "training"))  # at once
+    list(stage.progress(range(30), "training", in_log=True))  # at once
     assert "training" not in capsys.readouterr().err

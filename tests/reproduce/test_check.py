@@ -47,6 +47,7 @@ def test_everything_that_is_there_is_counted(tmp_path, capsys):
 def test_everything_that_is_not_there_is_named_at_once(tmp_path, capsys, monkeypatch):
     hub = tmp_path / "hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     cached = hub / "datasets--math-ai--minervamath" / "snapshots"
     cached = cached / "ee46ddc498933b1977577953250ca5c66be64f96"
     cached.mkdir(parents=True)

@@ -49,15 +49,15 @@ def test_the_runs_are_ordered_by_their_rate(demo):
 
 
 def test_the_sentence_says_what_the_jump_is_worth_at_each_rate_and_what_the_rate_is(demo):
-    text = rates.page(demo).splitlines()[0]
+    text = rates.sentence(demo)
     assert "worth +6.0 [" in text
     assert "at learning rate 0.0005; +1.0 [" in text
-    assert text.endswith("at learning rate 0.001.** Learning rate 0.001 alone is worth "
+    assert text.endswith("at learning rate 0.001 (points).** Learning rate 0.001 alone is worth "
                          + (demo.at(3) - demo.of("rate0.0005").at(3)).points() + ".")  # fmt: skip
 
 
 def test_every_gain_is_over_the_same_rate_but_for_the_controls_at_a_larger_one(demo):
-    levels, jump, late, far = rates.page(demo).split("\n\n")[1:]
+    levels, jump, late, far = rates.page(demo).split("\n\n")
     assert numbers(far, "NExt, aligned recipe, alpha 1.5") == ["+5.0", "+2.0"]
     assert [cell.split(" ")[0] for cell in numbers(levels, "0.001")[1:4]] == [
         "40.0",
@@ -91,7 +91,11 @@ def test_a_second_jump_is_compared_with_grpo_at_its_own_rate(tmp_path):
 def test_the_page_of_one_rate_says_nothing_of_rates(tmp_path):
     run_at(tmp_path, 0.001, (40, 60, 70), 42, 61)
     assert rates.page(runs.Runs(tmp_path)) == ""
-    assert "learning rate is worth" not in report.page(runs.Runs(tmp_path), "")
+    page = report.page(runs.Runs(tmp_path), "")
+    assert "learning rate is worth" not in page
+    assert "is worth +1.0 [" in page.split("\n\n")[2]  # the verdict, on top
+    assert "(points).**" in page.split("\n\n")[2]
+    assert "## What the words mean" in page
 
 
 def test_the_page_begins_with_the_rates_and_has_both_figures(demo):
