@@ -10,9 +10,9 @@ Writes  <run-dir>/eval/<policy>/<task>.jsonl   a response a line, with its numbe
         <run-dir>/eval/<policy>/<task>.json    accuracy, standard error, n, response length
         <run-dir>/report.md, figures/          tables, claims and figures: common/reproduce
 
-A policy is an adapter, measured on the backbone that it was trained on, or a whole model. With
---output the results go to that folder instead, and there is no report: methods that choose by
-accuracy look there, and never at test problems.
+A policy is an adapter, measured on the backbone that it was trained on, or a whole model. Those of
+another trainer: --run-dir outputs --policies 'checkpoint-*'. With --output the results go to that
+folder, and there is no report: methods that choose by accuracy look there, never at test problems.
 
 Every problem is answered `runs` times. The standard error is over problems: the runs of one problem
 are not independent, so their mean is one observation. All policies get the same seeds, so their

@@ -3,6 +3,7 @@
 Needs vLLM: python -m pytest tests/vllm -c .pytest.ini -o addopts=-q
 """
 
+import concurrent.futures
 import dataclasses
 import json
 import math
@@ -199,22 +200,17 @@ def test_an_option_that_vllm_refuses_is_one_line(tokenizer):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """50 steps of the demo by each engine: {engine: run directory}."""
-    runs = {}
-    for name in ("hf", "vllm"):
-        runs[name] = lay_out(tmp_path_factory.mktemp(name) / "run")
-        flags = (
-            "--steps",
-            "50",
-            "--engine",
-            name,
-            "--vllm-options",
-            SMALL,
-        )
-        result = run_stage(
-            "01_train_lora_grpo.py", "--config", "demo", "--run-dir", str(runs[name]), *flags
-        )
-        assert result.returncode == 0, result.stderr
-        assert "Traceback" not in result.stderr
+    runs = {name: lay_out(tmp_path_factory.mktemp(name) / "run") for name in ("hf", "vllm")}
+
+    def train(name: str):
+        flags = ["--config", "demo", "--run-dir", str(runs[name]), "--steps", "50"]
+        flags += ["--engine", name, "--vllm-options", SMALL]
+        return run_stage("01_train_lora_grpo.py", *flags)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # one on each core
+        for result in pool.map(train, runs):
+            assert result.returncode == 0, result.stderr
+            assert "Traceback" not in result.stderr
     return runs
 
 
