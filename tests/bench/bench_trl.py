@@ -1,0 +1,132 @@
+"""An RL step of stage 1 against one of TRL's GRPOTrainer, with the same work. Needs TRL.
+
+    python tests/bench/bench_trl.py                 # 16 x 8 rollouts of the demo, 60 steps each
+    python tests/bench/bench_trl.py --seeds 0 1 2   # in turn, with the reward of both at the end
+
+Run it by hand, alone. Both: LoRA of rank 16, four updates a step, responses of up to 80 tokens, no
+KL, rollouts by `transformers`, one thread, and the same allocator. Medians after ten steps.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from common.reproduce.runner import DEFAULTS  # threads and allocator
+
+PROMPTS, ROLLOUTS, UPDATES, LONGEST, RATE, FIRST = 16, 8, 4, 80, 1e-3, 10
+
+
+def ours(run: pathlib.Path, seed: int, steps: int) -> dict:
+    """Seconds of every step, reward, and medians by phase of stage 1."""
+    command = [sys.executable, "01_train_lora_grpo.py", "--config", "demo", "--run-dir", str(run)]
+    command += ["--prompts-per-step", str(PROMPTS), "--mini-batch", str(PROMPTS // UPDATES)]
+    command += ["--learning-rate", str(RATE), "--steps", str(steps), "--seed", str(seed)]
+    command += ["--save-every", str(steps), "--resume-every", str(steps)]
+    subprocess.run(command, cwd=ROOT, check=True, env=DEFAULTS | os.environ, capture_output=True)
+    lines = (run / "train" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    phases = {
+        phase: statistics.median(row["seconds_by_phase"][phase] for row in rows[FIRST:])
+        for phase in ("rollout", "logprob", "update")
+    }
+    seconds, reward = [row["seconds"] for row in rows], [row["reward"] for row in rows]
+    return {"seconds": seconds, "reward": reward, "phases": phases}
+
+
+def theirs(run: pathlib.Path, seed: int, steps: int) -> dict:
+    """The same of TRL, in a process of its own."""
+    command = [sys.executable, __file__, "--trl", str(run), "--seeds", str(seed)]
+    command += ["--steps", str(steps)]
+    environment = DEFAULTS | os.environ
+    done = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def train_by_trl(run: pathlib.Path, seed: int, steps: int) -> dict:
+    import datasets
+    import peft
+    import torch
+    import transformers
+    import trl
+
+    torch.set_num_threads(1)
+    ends, rewards, sampling = [time.perf_counter()], [], []
+
+    def solved(completions, answer, **_):
+        pairs = zip(completions, answer, strict=True)
+        found = [float(f"\\boxed{{{right}}}" in text[0]["content"]) for text, right in pairs]
+        rewards.append(statistics.fmean(found))
+        return found
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step % UPDATES == 0:  # of the optimizer; four are one of RL
+                ends.append(time.perf_counter())
+
+    class Timed(trl.GRPOTrainer):
+        def _generate(self, prompts):
+            began = time.perf_counter()
+            try:
+                return super()._generate(prompts)
+            finally:
+                sampling.append(time.perf_counter() - began)
+
+    size = PROMPTS * ROLLOUTS // UPDATES
+    config = trl.GRPOConfig(
+        output_dir=str(run / "trl"), max_steps=UPDATES * steps, save_strategy="no", seed=seed,
+        per_device_train_batch_size=size, steps_per_generation=UPDATES, num_generations=ROLLOUTS,
+        max_completion_length=LONGEST, learning_rate=RATE, lr_scheduler_type="constant", beta=0.0,
+        use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], disable_tqdm=True,
+        logging_strategy="no",
+    )  # fmt: skip
+    data = {"data_files": str(run / "data" / "train.jsonl"), "cache_dir": str(run / "cache")}
+    problems = datasets.load_dataset("json", split="train", **data)
+    problems = problems.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
+    lora = peft.LoraConfig(r=16, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    given = {"args": config, "train_dataset": problems, "callbacks": [Clock()]}
+    Timed(str(run / "backbone"), reward_funcs=solved, peft_config=lora, **given).train()
+    seconds = [end - begin for begin, end in itertools.pairwise(ends)]
+    phases = {"rollout": statistics.median(sampling[FIRST:])}
+    return {"seconds": seconds, "reward": rewards, "phases": phases}
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, default=FIRST + 60, help="RL steps of each")
+    parser.add_argument("--trl", type=pathlib.Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.trl:
+        print(json.dumps(train_by_trl(args.trl, args.seeds[0], args.steps)))
+        return
+    ratios = []
+    for seed in args.seeds:
+        found = {}
+        with tempfile.TemporaryDirectory() as scratch:
+            run = pathlib.Path(scratch)
+            lay_out = [sys.executable, "-m", "common.demo", "--run-dir", scratch]
+            subprocess.run(lay_out, cwd=ROOT, check=True, capture_output=True)
+            for name, train in (("stage 1", ours), ("TRL", theirs)):
+                found[name] = one = train(run, seed, args.steps)
+                phases = ", ".join(f"{k} {v:.3f}" for k, v in one["phases"].items())
+                middle = statistics.median(one["seconds"][FIRST:])
+                reward = statistics.fmean(one["reward"][-10:])
+                print(f"seed {seed}  {name:8} {middle:.3f} s a step ({phases}), ", end="")
+                print(f"reward of the last ten steps {reward:.3f}", flush=True)
+        ours_, theirs_ = (statistics.median(one["seconds"][FIRST:]) for one in found.values())
+        ratios.append(theirs_ / ours_)
+    print(f"TRL's step takes {statistics.median(ratios):.2f} times as long")
+
+
+if __name__ == "__main__":
+    main()
