@@ -73,6 +73,8 @@ def main() -> None:
     preset = config.load_preset(args.preset)
     name = pathlib.Path(args.preset).name.removesuffix(".yaml")
     root = pathlib.Path(args.run_dir or f"runs/{name}{f'_{args.grid}' if args.grid else ''}")
+    if args.grid == "sweep" and not preset.get("reproduce", {}).get("validation_data"):
+        raise UserError("--grid sweep measures on reproduce: validation_data, which is not there")
     if args.grid:
         jobs = plans.grid(args.grid, args.preset, preset, str(root), args.seeds, args.tables)
     else:

@@ -112,19 +112,19 @@ def section3(runs: Runs) -> str:
     lora, full = runs.spectra(), runs.of("full").spectra()
     if not lora:
         return ""
-    steps = lora[0]["steps"]
+    steps = next(iter(lora.values()))["steps"]
     early = next((i for i, step in enumerate(steps) if step >= steps[-1] / 3), len(steps) - 1)
 
-    def ratios(found: list[dict], i: int) -> list[list[float]]:
-        return [[e[i] for e in one["energy_ratio_by_module"].values()] for one in found]
+    def ratios(found: dict[int, dict], i: int) -> dict[int, list[float]]:
+        return {s: [e[i] for e in x["energy_ratio_by_module"].values()] for s, x in found.items()}
 
-    def verdict(a: list[list[float]], b: list[list[float]]) -> str:
-        pairs = zip(a, b, strict=False)  # of the seeds that both have
-        return level([[x - y for x, y in zip(*pair, strict=True)] for pair in pairs]).verdict()
+    def verdict(a: dict[int, list[float]], b: dict[int, list[float]]) -> str:
+        pairs = [zip(a[seed], b[seed], strict=True) for seed in a if seed in b]
+        return level([[x - y for x, y in pair] for pair in pairs]).verdict()
 
-    def shown(found: list[dict]) -> str:
-        at = (0, early, -1)
-        return ", ".join(f"{level(ratios(found, i)).plain()} at step {steps[i]}" for i in at)
+    def shown(found: dict[int, dict]) -> str:
+        levels = {steps[i]: level([*ratios(found, i).values()]) for i in (0, early, -1)}
+        return ", ".join(f"{one.plain()} at step {step}" for step, one in levels.items())
 
     rise = verdict(ratios(lora, early), ratios(lora, 0))
     text = "* Fig. 2, the rank-1 share E_1 of the update rises early in training: "
@@ -132,9 +132,10 @@ def section3(runs: Runs) -> str:
     if full:
         higher = verdict(ratios(lora, -1), ratios(full, -1))
         text += f"* Fig. 2, it is higher with LoRA: **{higher}**. Without, {shown(full)}.\n"
-    share = level([[float(row["held_out"] < 0) for row in one["linear_fit"]] for one in lora])
+    lines = [one["linear_fit"] for one in lora.values()]
+    share = level([[float(row["held_out"] < 0) for row in rows] for rows in lines])
     half = Estimate(share.mean - 0.5, share.error, share.half).verdict()
-    inside = statistics.median(row["in_sample"] for one in lora for row in one["linear_fit"])
+    inside = statistics.median(row["in_sample"] for rows in lines for row in rows)
     text += f"* Fig. 3, a straight line fails on over half of the vectors: **{half}**. "
     text += f"On checkpoints that it was not fitted on, {share.plain(100, 1)}% of the vectors "
     text += "have an R² below 0, worse than the mean of those few neighbouring points. "

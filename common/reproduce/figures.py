@@ -122,7 +122,7 @@ def training(runs: Runs):
 
 def energy(runs: Runs):
     """Fig. 2: the energy ratio of the global delta by step, of one seed with the range."""
-    found = {name: runs.of(name).spectra() for name in RUNS}
+    found = {name: [*runs.of(name).spectra().values()] for name in RUNS}
     if not found[MAIN]:
         return None
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
@@ -149,7 +149,7 @@ def energy(runs: Runs):
 
 def linear_fit(runs: Runs):
     """Fig. 3: how many vectors fall into each R^2 bin, held out and in sample."""
-    found = [one["linear_fit"] for one in runs.spectra()]
+    found = [one["linear_fit"] for one in runs.spectra().values()]
     if not found:
         return None
     figure, axis = plt.subplots(figsize=(6, 3.6))

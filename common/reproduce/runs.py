@@ -176,10 +176,10 @@ class Runs:
         many = [1 if self.is_grid else r.n for r in found.by_seed.values()]
         return str(sum(many))
 
-    def spectra(self) -> list[dict]:
-        """Stage 2's spectrum.json of each seed that has it."""
-        paths = [self.folder(seed) / "deltas" / "spectrum.json" for seed in self.seeds]
-        return [read_json(path, deltas.STAGE) for path in paths if path.is_file()]
+    def spectra(self) -> dict[int, dict]:
+        """Seed -> stage 2's spectrum.json, where there is one."""
+        paths = {seed: self.folder(seed) / "deltas" / "spectrum.json" for seed in self.seeds}
+        return {s: read_json(path, deltas.STAGE) for s, path in paths.items() if path.is_file()}
 
     def predictor_reports(self) -> dict[str, dict[int, dict]]:
         """Stage 3's report.json of each predictor: recipe -> seed -> report."""

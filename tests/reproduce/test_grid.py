@@ -598,3 +598,15 @@ def test_a_small_grid_is_interrupted_goes_on_and_writes_its_tables(tmp_path):
     values = json.loads((tmp_path / "grid" / "results.json").read_text())
     assert {value["run"] for value in values} == {"lora"}
     assert len(list((tmp_path / "grid" / "figures").glob("*.png"))) == 7
+
+
+def test_lora_and_all_parameters_are_compared_seed_by_seed(tmp_path):
+    for seed, name, level in ((0, "lora", 0.9), (1, "lora", 0.2), (1, "full", 0.3)):
+        folder = tmp_path / f"seed{seed}" / name / "deltas"
+        folder.mkdir(parents=True)
+        ratios = {f"matrix {i}": [level + 0.01 * i] * 3 for i in range(3)}
+        fit = [{"held_out": -1.0, "in_sample": 0.9}]
+        spectrum = {"steps": [1, 2, 3], "energy_ratio_by_module": ratios, "linear_fit": fit}
+        (folder / "spectrum.json").write_text(json.dumps(spectrum))
+    text = claims.section3(runs.Runs(tmp_path, [0, 1]))
+    assert "it is higher with LoRA: **does not hold**" in text
