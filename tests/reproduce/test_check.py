@@ -6,6 +6,7 @@ from conftest import TINY, lay_out
 
 from common import UserError
 from common.files import config
+from common.reproduce import __main__ as reproduce
 from common.reproduce import check, plans
 
 
@@ -72,3 +73,10 @@ def test_the_disk_that_is_told_is_the_disk_that_is_used(finished_run):
     assert told == pytest.approx(
         sum(path.stat().st_size for path in files), rel=0.15
     )  # of the jump: rank 5
+
+
+def test_a_sweep_wants_problems_for_validation(monkeypatch):
+    argv = ["reproduce", "--preset", "smollm2", "--grid", "sweep", "--print"]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(UserError, match="sweep measures on reproduce: validation_data"):
+        reproduce.main()
