@@ -113,8 +113,8 @@ def find_policies(run: pathlib.Path, patterns: list[str]) -> list[str]:
 def base_of(run: pathlib.Path, policy: str, given: str) -> str:
     """The model to load for `policy`: itself if it is one, else the one that its adapter is on.
 
-    Raises UserError where a checkpoint names a model that is neither `given` nor in `run`: a file
-    of unknown origin does not choose what is loaded, or fetched from the hub.
+    A file of unknown origin does not choose what is loaded: UserError where a checkpoint without a
+    fingerprint names a model that is neither `given` nor in `run`.
     """
     path = run / policy / "checkpoint.json"
     if policy == "backbone":
@@ -128,7 +128,7 @@ def base_of(run: pathlib.Path, policy: str, given: str) -> str:
     )
     if where.is_dir() and where.is_relative_to(run.resolve()):
         return named
-    # A backbone may be moved: whether this is the one its fingerprint says, when it is loaded.
+    # A backbone may have been moved. Its fingerprint is compared when it is loaded.
     if where == wanted or "backbone_fingerprint" in known:
         return given
     raise UserError(f"{path} names the backbone {named}, not {given}: to load it, say --backbone")

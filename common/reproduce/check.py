@@ -49,7 +49,8 @@ def columns(cfg) -> dict[str, str]:
 
 
 def check(name: str, preset: dict, root: str, jobs: list[plans.Job]) -> None:
-    """Prints it. Raises UserError, at the end, for all that is missing or unlike what we know."""
+    """Prints what the runs need. UserError, at the end, where something is missing or unlike what
+    is known of it."""
     train, *_, test = options(name, root)
     wanted, wrong, tokenizer = plans.values_of(name, preset)["reproduce"], [], None
     try:
@@ -86,6 +87,7 @@ def counted(flag: str, spec: str, cfg, tokenizer) -> list[str]:
 
 def needs(model, cfg, jobs: list[plans.Job]) -> str:
     """What a GPU will hold, and all checkpoints on the disk. cfg: the options of stage 1."""
+    cfg.engine = "vllm" if cfg.engine == "auto" else cfg.engine  # as where there is a GPU
     parts, size = memory.plan(model.config, cfg), sum(p.numel() for p in model.parameters())
     listed = ", ".join(f"{part} {share / 1e9:.1f}" for part, share in parts.items())
     adapter = 4 * parts["trained"] / memory.TRAINED

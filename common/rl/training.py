@@ -112,6 +112,8 @@ def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str
     if cfg.eval_every:
         others = data.load_problems(cfg.path(cfg.eval_data), **columns)
         held_out = data.encode_prompts(others, *turns, limit, cfg.eval_data)
+        if len(held_out[0]) < accelerator.num_processes:
+            raise UserError(f"{cfg.eval_data} has fewer problems than there are processes")
     if accelerator.device.type == "cuda":
         memory.check(model, cfg, accelerator)
     if cfg.engine == "vllm" and accelerator.mixed_precision != "no":
