@@ -8,9 +8,9 @@ Writes  <run-dir>/train/step_0010 ... step_0150   PEFT adapters in fp32; with --
         <run-dir>/train/metrics.jsonl, samples.jsonl, config.json, resume/, done.json
 
 --tune full --learning-rate 5e-7 trains all parameters (Table 5's "w/o LoRA"), in fp32: 16 bytes a
-parameter. The same command again resumes: each draw is computed from (seed, step, problem, sample).
-A larger --steps makes a run longer, if its learning rate is constant. Not here: critics, multi-turn
-answers, packing, warm-up.
+parameter, on several GPUs split by common/accelerate/fsdp2.yaml. The same command again resumes:
+each draw is computed from (seed, step, problem, sample). A larger --steps makes a run longer, if
+its learning rate is constant. Not here: critics, multi-turn answers, packing, warm-up.
 """
 
 import dataclasses
@@ -167,10 +167,11 @@ def train(run: Run, folder: pathlib.Path, first_step: int) -> None:
 def save(run: Run, folder: pathlib.Path, step: int) -> None:
     """A checkpoint, by the first process."""
     run.accelerator.wait_for_everyone()
+    weights = policy.whole_weights(run.model)  # of a sharded model each process has a part
     if is_writer():
         info = {"step": step, "backbone": run.backbone, **run.stands_on}
         with write.atomic_dir(folder / f"step_{step:04d}", info) as open_folder:
-            policy.save(run.model, run.tokenizer, open_folder)
+            policy.save(run.model, run.tokenizer, open_folder, weights)
 
 
 def main() -> None:

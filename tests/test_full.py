@@ -158,10 +158,10 @@ def test_the_kl_term_compares_with_the_backbone_as_it_was(backbone_dir, new_run)
     assert abs(want) > 1e-4
 
 
-def test_sharding_is_refused_in_one_line(backbone_dir, monkeypatch):
+def test_other_sharding_than_ours_is_refused_in_one_line(backbone_dir, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
-    with pytest.raises(UserError, match=r"FSDP wants .* --tune lora"):
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with pytest.raises(UserError, match=r"FSDP wants --config_file common/accelerate/fsdp2.yaml"):
         training.place(policy.load_backbone(str(backbone_dir))[0], torch.device("cpu"))
 
 

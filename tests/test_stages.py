@@ -408,14 +408,51 @@ def test_two_processes_train_like_one(by_two, new_run, stage, name, flags):
         assert_adapters_are_close(by_two / name / "train", new_run / "train")
 
 
-def test_two_sharded_processes_train_like_one(new_run, tmp_path, stage):
-    one = shutil.copytree(new_run, tmp_path / "one")
-    assert stage("01", one, "--steps", "2")[0] == 0
-    process = start_two(SCRIPTS["01"], new_run, "fsdp2", *TWO)
+@pytest.fixture(scope="module")
+def by_two_sharded(empty_run, tmp_path_factory) -> pathlib.Path:
+    """lora/ and full/ as in `by_two`, with sharded layers; again/ is full/ in two goes."""
+    folder = tmp_path_factory.mktemp("sharded")
+    whole = (*FULL, *TWO, "--kl-coef", "0.05")
+    commands = [("lora", *TWO), ("full", *whole), ("again", *whole, "--steps", "1")]
+    commands.append(("again", *whole))
+    for name in ("lora", "full", "again"):
+        shutil.copytree(empty_run, folder / name)
+    commands = [(SCRIPTS["01"], str(folder / name), *flags) for name, *flags in commands]
+    (folder / "in_turn.py").write_text(IN_TURN.format(root=str(ROOT), commands=commands))
+    process = start_two(str(folder / "in_turn.py"), folder / "lora", "fsdp2")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    assert_metrics_are_close(new_run / "train", one / "train")
-    assert_adapters_are_close(new_run / "train", one / "train")
+    assert output.count("going on after step 1") == 1
+    return folder
+
+
+def test_two_sharded_processes_train_a_lora_like_one(by_two_sharded, new_run, stage):
+    assert stage("01", new_run, "--steps", "2")[0] == 0
+    assert_metrics_are_close(by_two_sharded / "lora" / "train", new_run / "train")
+    assert_adapters_are_close(by_two_sharded / "lora" / "train", new_run / "train")
+
+
+def test_two_sharded_processes_train_a_whole_model_like_one(by_two_sharded, new_run, stage):
+    flags = (*FULL, "--kl-coef", "0.05")
+    assert stage("01", new_run, *flags, "--steps", "2")[0] == 0
+    train = by_two_sharded / "full" / "train"
+    assert_metrics_are_close(train, new_run / "train")
+    found, wanted = (t / "step_0002" / "model.safetensors" for t in (train, new_run / "train"))
+    found, wanted = map(safetensors.torch.load_file, (found, wanted))
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, atol=5e-6, rtol=1e-3)
+
+
+def test_a_sharded_training_goes_on_to_the_bit_and_one_process_can_go_on_with_it(
+    by_two_sharded, stage
+):
+    whole, again = (by_two_sharded / name / "train" for name in ("full", "again"))
+    for name in ("step_0002/model.safetensors", "resume/step_0002/optimizer.pt"):
+        assert (whole / name).read_bytes() == (again / name).read_bytes()
+    flags = (*FULL, "--kl-coef", "0.05", "--micro-tokens", "200")
+    assert stage("01", by_two_sharded / "again", *flags, "--steps", "3")[0] == 0
+    assert [row["step"] for row in metrics(again)] == [1, 2, 3]
 
 
 def test_two_processes_extract_predict_and_evaluate_what_one_does(by_two, finished_run):

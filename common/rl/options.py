@@ -64,9 +64,9 @@ class RLConfig(SamplingConfig):
 
 # What may differ when a run goes on: it changes no result.
 MAY_CHANGE = (
-    *("resume_every", "log_every", "report_to", "project", "micro_tokens", "max_logprob_gap"),
-    *("vllm_options", "batch_size", "verifier_seconds", "gradient_checkpointing"),
-    *("eval_every", "eval_data"),
+    *("save_every", "resume_every", "log_every", "report_to", "project", "micro_tokens"),
+    *("max_logprob_gap", "vllm_options", "batch_size", "verifier_seconds"),
+    *("gradient_checkpointing", "eval_every", "eval_data"),
     "more_steps",  # stage 5 has the sum in `steps`
 )
 POSITIVE = (

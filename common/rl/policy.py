@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import functools
 import hashlib
+import os
 import pathlib
 import sys
 
@@ -18,7 +19,7 @@ from transformers.utils import logging
 
 from common import UserError
 from common.files import adapters
-from common.files.models import open_model
+from common.files.models import gathered, open_model
 from common.rl import in_one_line
 
 HEAD_CHUNK = 1024  # tokens whose [tokens, vocabulary] logits exist at one time
@@ -95,8 +96,16 @@ def with_jump(backbone, folder: pathlib.Path):
     return load_lora(backbone, folder).float().merge_and_unload()
 
 
-def save(policy, tokenizer, folder: pathlib.Path) -> None:
-    """Saves what is trained, in fp32, to the open `folder`: the adapter, or the whole model."""
+def whole_weights(policy) -> dict | None:
+    """Weights of a model that is trained whole; None of an adapter. Every process takes part."""
+    return None if isinstance(policy, PeftModel) else gathered(policy.state_dict())
+
+
+def save(policy, tokenizer, folder: pathlib.Path, weights: dict | None = None) -> None:
+    """Saves what is trained, in fp32, to the open `folder`: the adapter, or the whole model.
+
+    weights: what `whole_weights` found; a model that is not sharded has them itself.
+    """
     if isinstance(policy, PeftModel):
         config = policy.peft_config["default"]
         if isinstance(config.target_modules, set):  # which has any order
@@ -107,7 +116,7 @@ def save(policy, tokenizer, folder: pathlib.Path) -> None:
     ends = {key: getattr(policy.generation_config, key) for key in ("eos_token_id", "pad_token_id")}
     policy.generation_config = GenerationConfig(**ends)
     logging.disable_progress_bar()
-    policy.save_pretrained(folder)
+    policy.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
 
 
@@ -126,6 +135,11 @@ def checkpoint_gradients(policy) -> None:
     options = {"use_reentrant": False}
     base_model(policy).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     policy.train()
+
+
+def is_sharding() -> bool:
+    """Whether common/accelerate/fsdp2.yaml, or the like, was given to `accelerate launch`."""
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
 def is_sharded(policy) -> bool:

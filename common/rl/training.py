@@ -9,6 +9,8 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from common import UserError, grpo
 from common.rl import data, memory, metrics, policy, rewards, rollout, verifier
@@ -79,18 +81,17 @@ def start(cfg, folder) -> Accelerator:
 
 
 def place(model, device: torch.device):
-    """The policy on `device`; under common/accelerate/fsdp2.yaml its frozen layers are sharded.
+    """The model on `device`; under common/accelerate/fsdp2.yaml its layers are sharded.
 
-    Each process then keeps 1/N of every layer and borrows the rest while the layer computes. LoRA
-    factors, embeddings and head stay whole, so gradients and checkpoints are as without sharding.
+    Each process then keeps 1/N of every layer, with its gradients and moments if it is trained, and
+    borrows the rest while the layer computes. LoRA factors, embeddings and head stay whole.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP") != "true":
+    if not policy.is_sharding():
         return model.to(device)
-    is_ours = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") == "false"
-    if not is_ours or not isinstance(model, PeftModel):
-        raise UserError("FSDP wants common/accelerate/fsdp2.yaml, and --tune lora")
+    if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") != "false":
+        raise UserError("FSDP wants --config_file common/accelerate/fsdp2.yaml")
     decoder = policy.base_model(model).get_decoder()
-    whole = {*policy.trained(model).values()}
+    whole = {*policy.trained(model).values()} if isinstance(model, PeftModel) else set()
     for layer in decoder.layers:
         fully_shard(layer, ignored_params=whole)
     # The decoder itself owns nothing: it gathers the next layer while one computes.
@@ -122,7 +123,7 @@ def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str
     if cfg.gradient_checkpointing:
         policy.checkpoint_gradients(model)
     if cfg.tune == "full" and cfg.kl_coef:
-        frozen = policy.load_backbone(cfg.path(cfg.backbone))[0].to(accelerator.device)
+        frozen = place(policy.load_backbone(cfg.path(cfg.backbone))[0], accelerator.device)
     rank = model.peft_config["default"].r if isinstance(model, PeftModel) else 0
     engine = rollout.make_engine(cfg, model, tokenizer, cfg.path(backbone[0]), rank)
     where = f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
@@ -209,17 +210,26 @@ def descend(run: Run, step: int, losses: list[tuple[float, float]]) -> dict:
 
     Returns loss, clip_share and grad_norm. Raises UserError where they are not finite.
     """
-    parameters, reduce = [*policy.trained(run.model).values()], run.accelerator.reduce
+    parameters, reduce = policy.trained(run.model).values(), run.accelerator.reduce
+    sharded = [p for p in parameters if isinstance(p, DTensor)]
+    whole = [p for p in parameters if not isinstance(p, DTensor)]
+    for parameter in sharded:  # FSDP2 has taken the mean over processes, in the backward pass
+        parameter.grad *= run.accelerator.num_processes
     if run.accelerator.num_processes > 1:  # the weights add up to 1 over processes: so do gradients
-        size = len(parameters) if isinstance(run.model, PeftModel) else 1  # LoRA's are many, small
-        for start in range(0, len(parameters), size):
-            some = parameters[start : start + size]
+        size = len(whole) if isinstance(run.model, PeftModel) else 1  # LoRA's are many, small
+        for start in range(0, len(whole), size):
+            some = whole[start : start + size]
             found = [torch.zeros_like(p) if p.grad is None else p.grad for p in some]
             total = reduce(torch.cat([grad.flatten() for grad in found]), "sum")
             parts = total.split([p.numel() for p in some])
             for parameter, part in zip(some, parts, strict=True):
                 parameter.grad = part.view_as(parameter)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, run.cfg.max_grad_norm).item()
+    both = [some for some in (whole, sharded) if some]
+    norms = [get_total_norm([p.grad for p in some if p.grad is not None]) for some in both]
+    total = get_total_norm([n.full_tensor() if isinstance(n, DTensor) else n for n in norms])
+    for some in both:
+        clip_grads_with_norm_(some, run.cfg.max_grad_norm, total)
+    norm = total.item()
     local = torch.tensor([sum(column) for column in zip(*losses, strict=True)])
     loss, clipped = reduce(local.to(run.accelerator.device), "sum").tolist()
     if not math.isfinite(loss + norm):

@@ -16,6 +16,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import torch
 import vllm
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 from vllm.lora.request import LoRARequest
 
 from common.files import adapters
@@ -75,7 +76,9 @@ class VLLMEngine:
         if isinstance(model, PeftModel):
             self.use(self.ram.save(model))
             return
-        weights = iter(model.state_dict().items())
+        # One at a time is whole of a sharded model, in every process.
+        named = model.state_dict().items()
+        weights = ((n, w.full_tensor() if isinstance(w, DTensor) else w) for n, w in named)
         with in_one_line("vLLM failed while taking over the weights", GO_ON):
             # vLLM's own reload packs them for its kernels, which an assignment would not.
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})

@@ -8,6 +8,7 @@ from common import UserError
 from common.files import config
 from common.reproduce import __main__ as reproduce
 from common.reproduce import check, plans
+from common.rl import memory
 
 
 def checked(tmp_path, **sections) -> None:
@@ -73,6 +74,24 @@ def test_the_disk_that_is_told_is_the_disk_that_is_used(finished_run):
     assert told == pytest.approx(
         sum(path.stat().st_size for path in files), rel=0.15
     )  # of the jump: rank 5
+
+
+def test_of_a_whole_model_the_tables_keep_few_checkpoints():
+    name = "paper_qwen2.5_1.5b"
+    jobs = plans.grid("paper", name, config.load_preset(name), "runs/x", [0], {3})
+    # Stage 2 reads 15. Then there are steps 250 and 400, and one after each of three jumps.
+    told = check.disk([job for job in jobs if "full" in job.argv], 10, 0, 1)
+    folders = 1 + 3
+    assert told == 15 + 2 + 3 + check.COPIES * folders
+
+
+def test_memory_is_told_of_as_many_gpus_as_share_the_layers(tmp_path, monkeypatch):
+    lay_out(tmp_path)
+    seen, plan = [], memory.plan
+    monkeypatch.setattr(memory, "plan", lambda *args: seen.append(args[2]) or plan(*args))
+    for file in ("", " --config_file common/accelerate/fsdp2.yaml"):
+        checked(tmp_path, reproduce={"launch": f"accelerate launch{file}"})
+    assert seen == [1, 8]
 
 
 def test_a_sweep_wants_problems_for_validation(monkeypatch):

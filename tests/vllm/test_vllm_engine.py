@@ -326,3 +326,14 @@ def test_two_processes_with_an_engine_each_train_like_one(one_process, tmp_path,
         assert two["logprob_gap_max"] < 1e-4
         for key in ("accuracy", "response_length", "loss", "entropy", "grad_norm"):
             assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5)
+
+
+def test_the_engines_of_two_processes_follow_a_sharded_model_that_is_trained_whole(tmp_path):
+    folder = lay_out(tmp_path / "run")
+    whole = ("--tune", "full", "--learning-rate", "1e-3")
+    run = start_two("01_train_lora_grpo.py", folder, "fsdp2", *whole, *TWO_STEPS)
+    output, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, output
+    rows = inputs.read_jsonl(folder / "train" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert max(row["logprob_gap_max"] for row in rows) < 1e-4
