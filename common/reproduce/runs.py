@@ -54,6 +54,14 @@ class Measured:
             return over_problems([x - y for x, y in zip(a.scores, b.scores, strict=True)])
         return over_seeds([a.accuracy - b.accuracy for a, b in pairs])
 
+    def on(self, tasks: list[str]) -> "Measured":
+        """The same on other tasks, of the seeds that have all of them."""
+        other, found = Measured(self.policy, self.several), self.by_seed.items()
+        having = {seed: r for seed, r in found if {*tasks} <= {*r.records}}
+        for seed, r in having.items() if tasks else ():
+            other.by_seed[seed] = dataclasses.replace(r, tasks=tuple(tasks))
+        return other
+
     def level(self) -> str:
         """Its accuracy in a table."""
         return self.accuracy.plain(100, 1)

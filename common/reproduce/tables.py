@@ -2,6 +2,7 @@
 
 import itertools
 import statistics
+from collections.abc import Iterable
 
 from common.files.deltas import read_index
 from common.files.read import read_json
@@ -15,6 +16,7 @@ COST = ("ICER ↓", "length", "wall s")
 ALGORITHMS = {MAIN: "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++"}  # of Table 6, by run
 VARIANTS = table_of("variants.yaml")
 SIZES = ("1.5B", "3B", "7B", "14B")  # of the models in paper.yaml
+MMLU_PRO = 14  # its categories
 TESTED = ("predictor", "copy-global", "repeat-last", "recent-locals", "linear-fit", "weighted")
 TESTED += ("oracle",)  # rows of stage 3's backtest
 
@@ -67,7 +69,12 @@ def beside_paper(runs: Runs) -> str:
     names = {"grpo": runs.at(runs.total).policy, "longest": runs.at(runs.reference).policy}
     names["end"], rows = f"step_{runs.total:04d}", []
     for (number, name, policy, *printed), size in itertools.product(table_of("paper.yaml"), sizes):
-        if (m := runs.of(name).get(policy.format(**names))) and size < len(printed):
+        m = runs.of(name).get(policy.format(**names))
+        tasks = [task for task in runs.tasks if m and task in m.of_suite("maths")]
+        if number in ("7", "8"):
+            tasks = groups([m]).get(f"Table {number}: mean of its 7", [])
+        m = m.on(tasks)
+        if m and size < len(printed):
             run = {"full": "full parameters", **ALGORITHMS}[name]
             label = f"Table {number}: {run}, {'no jump' if m.method == 'grpo' else m.label}"
             rows.append([label, str(m.steps), m.level(), f"{printed[size]:.1f}"])
@@ -147,21 +154,25 @@ def backtests(runs: Runs) -> str:
     return text + table(["recipe", *TESTED], rows) if rows else ""
 
 
+def groups(found: Iterable[Measured]) -> dict[str, list[str]]:
+    """Tasks of which a mean means something: each suite, and Tables 7 and 8 of the paper."""
+    results = [r for m in found for r in m.by_seed.values()]
+    suites = {suite: sorted({t for r in results for t in r.of_suite(suite)}) for suite in SUITES}
+    columns = {f"mean of {suite} ({len(some)})": some for suite, some in suites.items()}
+    if len(suites["mmlu-pro"]) == MMLU_PRO:  # by their names, the first half and the second
+        for number, half in (("7", slice(0, 7)), ("8", slice(7, 14))):
+            columns[f"Table {number}: mean of its 7"] = suites["mmlu-pro"][half]
+    return {name: some for name, some in columns.items() if len(some) > 1}
+
+
 def by_task(runs: Runs) -> str:
     """A column a task, and the mean of each suite of several. Empty where there is one task."""
     found = sorted(runs.measured.values(), key=lambda m: m.run)
-    columns = {task: [task] for task in sorted({task for m in found for task in m.records})}
-    if len(columns) < 2:
-        return ""
-    for suite in SUITES:
-        group = list(dict.fromkeys(task for m in found for task in m.of_suite(suite)))
-        columns |= {f"mean of {suite} ({len(group)})": group} if len(group) > 1 else {}
+    tasks = sorted({task for m in found for r in m.by_seed.values() for task in r.records})
+    columns = {task: [task] for task in tasks} | groups(found)
     rows = []
-    for m in found:
-        cells = [m.policy if m.run == MAIN else f"{m.run}: {m.policy}"]
-        for group in columns.values():
-            having = [r.records for r in m.by_seed.values() if {*group} <= {*r.records}]
-            scores = [statistics.fmean(r[task]["by_problem"]) for r in having for task in group]
-            cells.append(f"{100 * statistics.fmean(scores):.1f}" if scores else "–")
-        rows.append(cells)
+    for m in found if len(tasks) > 1 else []:
+        name = m.policy if m.run == MAIN else f"{m.run}: {m.policy}"
+        means = [m.on(some).accuracy for some in columns.values()]
+        rows.append([name, *(f"{100 * x.mean:.1f}" if x else "–" for x in means)])
     return table(["accuracy %", *columns], rows)

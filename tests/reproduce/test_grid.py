@@ -345,6 +345,26 @@ def test_the_papers_numbers_stand_beside_ours(tmp_path, size, numbers):
     assert len(rows) == (5 if size == "1.5B" else 3)
 
 
+CATEGORIES = ["biology", "business", "chemistry", "computer-science", "economics", "engineering"]
+CATEGORIES += ["health", "history", "law", "math", "other", "philosophy", "physics", "psychology"]
+
+
+def test_the_two_halves_of_mmlu_pro_are_tables_7_and_8(tmp_path):
+    main = tmp_path / "seed0" / "lora"
+    made_with = {"config": {"backbone": "Qwen/Qwen2.5-7B-Instruct"}, "inputs": {}}
+    run_dir.write_json(main / "train" / "config.json", made_with)
+    for number, category in enumerate(CATEGORIES):
+        record(main, "backbone", share(10 + 5 * number), 0, f"mmlu-pro-{category}")
+    found = runs.Runs(tmp_path, [0])
+    rows = [row.strip("| ").split(" | ") for row in tables.beside_paper(found).splitlines()[2:]]
+    numbers = {row[0].split(":")[0]: (row[2].split(" ")[0], row[3]) for row in rows}
+    assert numbers == {"Table 7": ("25.0", "56.9"), "Table 8": ("60.0", "50.2")}
+    header, _, row = tables.by_task(found).splitlines()
+    cells = dict(zip(header.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
+    assert cells["mmlu-pro-law"] == "50.0"
+    assert (cells["mean of mmlu-pro (14)"], cells["Table 8: mean of its 7"]) == ("42.5", "60.0")
+
+
 def test_another_model_has_no_numbers_of_the_paper(tmp_path):
     assert tables.beside_paper(one_run(tmp_path, 55)) == ""
 
