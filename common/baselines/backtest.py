@@ -58,8 +58,7 @@ def score(predicted: dict[str, LowRank], true: dict) -> dict[str, float]:
 def backtest(trajectory, series, holdout: int, predict: Callable) -> dict:
     """Stands at checkpoint c - holdout and scores what is predicted k checkpoints ahead.
 
-    predict: trajectory as known then -> (module -> {"u", "sigma", "v"}, ...); it trains anew.
-    series has the true weights.
+    predict: trajectory as known then -> (module -> {"u", "sigma", "v"}, ...). series: true weights.
     """
     now, k = len(trajectory.steps) - holdout, trajectory.k
     past = trajectory.until(now)
@@ -78,23 +77,19 @@ def backtest(trajectory, series, holdout: int, predict: Callable) -> dict:
     }
 
 
-def advice(cosine: float) -> str:
-    """What our demo's runs say of a predictor with this cosine."""
-    if cosine >= PREDICTABLE:
-        text = "this trajectory is predictable. Expect a jump to help, and a larger learning rate "
-        return text + "to help more"
-    if cosine < UNPREDICTABLE:
-        return "do not jump"
-    return "undecided; measure `none` and `next` with stage 6 before you train on"
-
-
 def describe(name: str, tested: dict) -> str:
     """The backtest in three lines, and a fourth where it goes against the predictor."""
     cosines = {row: found["cosine"] for row, found in tested.items() if isinstance(found, dict)}
     lines = [f"{name}: backtest, step {tested['at_step']} -> {tested['predicts_step']}, cosines"]
     lines.append("   " + "  ".join(f"{row} {cosine:.3f}" for row, cosine in cosines.items()))
     found = cosines["predictor"]
-    lines.append(f"   by the runs of our demo, cosine {found:.2f}: {advice(found)}")
-    if cosines["predictor"] <= cosines["repeat-last"]:
+    says = "undecided; measure `none` and `next` with stage 6 before you train on"
+    if found < UNPREDICTABLE:
+        says = "do not jump"
+    elif found >= PREDICTABLE:
+        says = "this trajectory is predictable. Expect a jump to help, and a larger learning rate "
+        says += "to help more"
+    lines.append(f"   by the runs of our demo, cosine {found:.2f}: {says}")
+    if found <= cosines["repeat-last"]:
         lines.append("   this predictor does not beat repeating the last target")
     return "\n".join(lines)

@@ -33,26 +33,10 @@ class Matrix:
     given: object = None  # what the method's `prepare` found
 
 
-def repeat_last(m: Matrix, alpha: float) -> LowRank:
-    """Control: the last target that is known, rank 1 of W_c - W_(c-k)."""
-    return m.last + alpha * m.deltas["target"][-1]
-
-
 def recent(deltas: dict, k: int) -> LowRank:
     """Rank 1 of k times the mean of one matrix's last two local deltas."""
-    local = deltas["local"]
-    found = top(k / 2 * (local[-2] + local[-1]))
+    found = top(k / 2 * (deltas["local"][-2] + deltas["local"][-1]))
     return rank1(found.u, found.sigma[0], found.v)
-
-
-def recent_locals(m: Matrix, alpha: float) -> LowRank:
-    """Control: what moved in the last two checkpoints, which is newer than the last target."""
-    return m.last + alpha * recent(m.deltas, m.k)
-
-
-def weighted_sum(m: Matrix, alpha: float) -> LowRank:
-    """Ours, without a network: rank 1 of a weighted sum of deltas, see weighted.py."""
-    return m.last + alpha * weighted.predict(m.deltas, m.steps, m.k, m.given)
 
 
 def oracle(m: Matrix, alpha: float) -> LowRank:
@@ -61,29 +45,10 @@ def oracle(m: Matrix, alpha: float) -> LowRank:
     return m.last + alpha * rank1(true.u, true.sigma[0], true.v)
 
 
-def none(m: Matrix, alpha: float) -> LowRank:
-    """Control: no jump. With stage 5 it is a mere restart of the optimizer."""
-    return m.last
-
-
 def rl_extra(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
     """RL-Extra (Wang et al. 2026, arXiv 2601.04537): W_0 + a (W_c - W_0), a = (c + alpha k) / c."""
     c = len(m.steps)
     return m.W[0] + (c + alpha * m.k) / c * (m.W[-1] - m.W[0])
-
-
-def expo(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
-    """ExPO (Zheng et al. 2024, arXiv 2404.16792): W_c + alpha (W_c - W_0), alpha 0.3 to 0.5 in
-    their work. This alpha multiplies the whole update, not a target."""
-    return m.W[0] + (1 + alpha) * (m.W[-1] - m.W[0])
-
-
-def first_update(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
-    """Control: the first update alone, scaled up. This alpha multiplies the update.
-
-    A public replication of RELEX reports that on MATH it was about as good as RELEX.
-    """
-    return m.W[0] + alpha * (m.W[1] - m.W[0])
 
 
 def line_at(y: torch.Tensor, at: float) -> torch.Tensor:
@@ -93,32 +58,22 @@ def line_at(y: torch.Tensor, at: float) -> torch.Tensor:
     return y.double().mean(0) + slope * (at - t.mean())
 
 
-def replaced(m: Matrix, a: torch.Tensor) -> LowRank | torch.Tensor:
-    """W_0 + a v^T, a [m], v that of the last global delta."""
+def alpharl(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
+    """AlphaRL (Cai et al. 2025, arXiv 2510.00553): W_0 + a* v^T, v that of the last global delta.
+
+    a* is what a_t = sigma_t u_t comes to at t = c + alpha k: by the line through a_t, or, where
+    accuracies are measured, by partial least squares at the accuracy that their line has there.
+    Theirs is set by hand. Their code adds a* v^T to a checkpoint, although a* is the total update.
+    """
+    whole, at = m.deltas["global"], len(m.steps) + alpha * m.k
+    a = whole.sigma.double()[:, None] * whole.u.double()  # [c, m]
+    if m.given is None:
+        a = line_at(a, at)
+    else:
+        a = pls_inverse(a, m.given, line_at(m.given, at).clamp(0, 1))
     length = torch.linalg.vector_norm(a)
     unit = a / length if length > 0 else a
-    return m.W[0] + rank1(unit, length, m.deltas["global"].v[-1].double())
-
-
-def sigma_u(m: Matrix) -> torch.Tensor:
-    """AlphaRL's a_t = sigma_t u_t of the global deltas: [c, m] in float64."""
-    return m.deltas["global"].sigma.double()[:, None] * m.deltas["global"].u.double()
-
-
-def alpharl(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
-    """After AlphaRL (Cai et al. 2025, arXiv 2510.00553), without measured accuracy: W_0 + a* v^T,
-    a* the least-squares line of sigma_t u_t at t = c + alpha k. Only rank 1 is left."""
-    return replaced(m, line_at(sigma_u(m), len(m.steps) + alpha * m.k))
-
-
-def alpharl_pls(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
-    """AlphaRL: a* by partial least squares from measured accuracies to sigma_t u_t.
-
-    Their target accuracy is set by hand; ours is the line through the accuracies at t = c + alpha
-    k, within 0 and 1. Their code adds a* v^T to a checkpoint, although a* is the total update.
-    """
-    target = line_at(m.given, len(m.steps) + alpha * m.k).clamp(0, 1)
-    return replaced(m, pls_inverse(sigma_u(m), m.given, target))
+    return m.W[0] + rank1(unit, length, whole.v[-1].double())
 
 
 def pls_inverse(x: torch.Tensor, y: torch.Tensor, target: float | torch.Tensor) -> torch.Tensor:
@@ -139,38 +94,24 @@ def pls_inverse(x: torch.Tensor, y: torch.Tensor, target: float | torch.Tensor) 
     return mean + std * loadings * (target - level) / slope
 
 
-def over_time(W: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
-    """d [c] and y [c] of the rank 1 over time: W_t - W_0 ~ y_t V, V = sum_t d_t (W_t - W_0).
-
-    They follow from the c x c matrix of inner products <W_s - W_0, W_t - W_0>.
-    """
-    moved = [w - W[0] for w in W[1:]]
-    gram = torch.tensor([[inner(a, b) for b in moved] for a in moved], dtype=torch.float64)
-    values, vectors = torch.linalg.eigh(gram)
-    length, w = values[-1].clamp_min(0).sqrt(), vectors[:, -1]
-    return (w / length if length > 0 else torch.zeros_like(w)), w * length
-
-
 def relex(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
     """RELEX (Wei et al. 2026, arXiv 2605.21468): W_0 + y* V, y* the line of y_t at c + alpha k.
 
-    V is one direction over time and has all ranks. Their series is every RL step.
+    W_t - W_0 ~ y_t V; V = sum_t d_t (W_t - W_0) is one direction over time and has all ranks. Both
+    follow from the inner products <W_s - W_0, W_t - W_0>. Their series is every RL step.
     """
-    d, y = over_time(m.W)
-    weights = d * line_at(y, len(m.steps) + alpha * m.k)
-    return m.W[0] + sum(float(w) * (W - m.W[0]) for w, W in zip(weights, m.W[1:], strict=True))
+    moved = [w - m.W[0] for w in m.W[1:]]
+    gram = torch.tensor([[inner(a, b) for b in moved] for a in moved], dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(gram)
+    length, w = values[-1].clamp_min(0).sqrt(), vectors[:, -1]
+    y = line_at(w * length, len(m.steps) + alpha * m.k)
+    d = w / length if length > 0 else torch.zeros_like(w)
+    return m.W[0] + sum(float(x) * delta for x, delta in zip(d * y, moved, strict=True))
 
 
-def wsm(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
-    """WSM (Tian et al. 2025, arXiv 2507.17634) in place of a linear decay of the learning rate: the
-    mean of the last checkpoints. It looks back."""
-    recent_ones = m.W[1:][-WSM_CHECKPOINTS:]
-    return sum(recent_ones) / len(recent_ones)
-
-
-def greedy_soup(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
-    """Greedy soup (Wortsman et al. 2022, arXiv 2203.05482): the mean of those in `given.soup`."""
-    return sum(m.W[i] for i in m.given) / len(m.given)
+def mean(W: Sequence) -> LowRank | torch.Tensor:
+    """The mean of checkpoints of one matrix."""
+    return sum(W) / len(W)
 
 
 def dare(m: Matrix, alpha: float) -> torch.Tensor:
@@ -192,18 +133,29 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "repeat-last": Method(repeat_last),
-    "recent-locals": Method(recent_locals),
-    "weighted": Method(weighted_sum, given.weights),
+    # The last target that is known; what moved in the last two checkpoints, which is newer.
+    "repeat-last": Method(lambda m, alpha: m.last + alpha * m.deltas["target"][-1]),
+    "recent-locals": Method(lambda m, alpha: m.last + alpha * recent(m.deltas, m.k)),
+    # Ours, without a network: rank 1 of a weighted sum of deltas.
+    "weighted": Method(
+        lambda m, alpha: m.last + alpha * weighted.predict(m.deltas, m.steps, m.k, m.given),
+        given.weights,
+    ),
     "oracle": Method(oracle, given.future),
-    "none": Method(none, has_alpha=False),
+    # No jump. With stage 5 it is a mere restart of the optimizer.
+    "none": Method(lambda m, alpha: m.last, has_alpha=False),
     "rl-extra": Method(rl_extra),
-    "expo": Method(expo),
-    "first-update": Method(first_update),
+    # ExPO (Zheng et al. 2024, arXiv 2404.16792). Its alpha multiplies the whole update; theirs is
+    # 0.3 to 0.5. W_c + alpha (W_c - W_0):
+    "expo": Method(lambda m, alpha: m.W[0] + (1 + alpha) * (m.W[-1] - m.W[0])),
+    # A public replication of RELEX reports that on MATH this was about as good as RELEX.
+    "first-update": Method(lambda m, alpha: m.W[0] + alpha * (m.W[1] - m.W[0])),
     "alpharl": Method(alpharl),
-    "alpharl-pls": Method(alpharl_pls, given.accuracies),
+    "alpharl-pls": Method(alpharl, given.accuracies),
     "relex": Method(relex),
-    "wsm": Method(wsm, has_alpha=False),
-    "greedy-soup": Method(greedy_soup, given.soup, has_alpha=False),
+    # WSM (Tian et al. 2025, arXiv 2507.17634), in place of a learning rate that falls.
+    "wsm": Method(lambda m, alpha: mean(m.W[1:][-WSM_CHECKPOINTS:]), has_alpha=False),
+    # Greedy soup (Wortsman et al. 2022, arXiv 2203.05482).
+    "greedy-soup": Method(lambda m, alpha: mean([m.W[i] for i in m.given]), given.soup, False),
     "dare": Method(dare, has_alpha=False),
 }

@@ -237,7 +237,7 @@ def test_alpharl_pls_aims_at_no_accuracy_above_1():
     m.given = torch.tensor([0.4, 0.5, 0.6, 0.7, 0.8, 0.9], dtype=torch.float64)
     a, v = sigma_u(whole[:-1])
     wanted = torch.outer(methods.pls_inverse(a, m.given, 1.0), v)
-    torch.testing.assert_close(methods.alpharl_pls(m, ALPHA).dense(), wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(methods.alpharl(m, ALPHA).dense(), wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "whole"])
