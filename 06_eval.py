@@ -19,6 +19,7 @@ are not independent, so their mean is one observation. All policies get the same
 differences are paired. What was measured with the same weights, problems and options is kept.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -35,7 +36,7 @@ from common.files.read import safe_name
 from common.files.stage import progress, run_stage, versions
 from common.files.write import claim, is_made, write_json, write_text
 from common.reproduce import report
-from common.rl import data, measure, policy, rollout, verifier
+from common.rl import data, metrics, policy, rollout, verifier
 from common.rl.options import SamplingConfig
 
 FOLDERS = ("backbone", "data", "train", "deltas", "predictor", "extrapolated", "merged")
@@ -86,7 +87,7 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
     for number, name in enumerate(bar, 1):
         # What the result depends on. Where all of it is the same, it was measured before.
         base, lora = base_of(run, name, cfg.backbone), loras.get(name)
-        model, made = measure.find_model(cfg.path(base)), {"settings": settings}
+        model, made = metrics.find_model(cfg.path(base)), {"settings": settings}
         made |= {"weights": weights_hash(lora or model), "backbone": weights_hash(model)}
         made |= {"versions": versions()}
         made = {task: {**made, "data": data.fingerprint(tasks[task])} for task in tasks}
@@ -98,26 +99,30 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
         if now is None or now.base != base:
             if now:
                 now.engine.close()  # the next model needs its memory
-            before, now = now, measure.Loaded(cfg, base, tasks, max(ranks, default=0), accelerator)
+            before, now = now, metrics.Loaded(cfg, base, tasks, max(ranks, default=0), accelerator)
             for task, (_, prompts) in now.tasks.items() if before is None else ():
                 first = f"first prompt: {now.tokenizer.decode(prompts[0])!r}"
                 accelerator.print(f"{task}: {len(prompts)} problems; {first}")
-        now.use(lora)
+        if lora:
+            policy.refuse_foreign(lora, now.fingerprint)
+        now.engine.use(lora)
         trained = {} if name == "backbone" else adapters.read_info(run / name)
         if trained.get("template_hash", now.template_hash) != now.template_hash:
             accelerator.print(f"warning: {name} was trained with another prompt template")
         # `runs` answers to every problem, scored.
         for task in left:
             began = time.perf_counter()
-            rows = now.answers(task, judge)
+            # vLLM sees to its own precision.
+            with accelerator.autocast() if cfg.engine == "hf" else contextlib.nullcontext():
+                rows = metrics.answers(now, now.tasks[task], cfg.runs, judge)
             record = {"policy": name, **made[task], "template_hash": now.template_hash}
-            record |= measure.summarise(rows, len(now.tasks[task][0]))
+            record |= metrics.summarise(rows, len(now.tasks[task][0]))
             record["seconds"] = round(time.perf_counter() - began, 2)
             if accelerator.is_main_process:
                 lines = "".join(json.dumps(row) + "\n" for row in rows)
                 write_text(folder / f"{task}.jsonl", lines)
                 write_json(folder / f"{task}.json", record)
-                shown = measure.console_line(record)
+                shown = metrics.console_line(record)
                 bar.write(f"{number}/{len(names)} {name}  {task}: {shown}")
     judge.close()
     if now:

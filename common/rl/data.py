@@ -152,8 +152,13 @@ def encode_prompts(problems, tokenizer, template, system, limit: int, source):
     if [] in encoded:
         number = encoded.index([]) + 1
         raise UserError(f"{source}, problem {number} has no tokens: see the chat template")
-    if is_writer():
-        _warn(texts[:CHECKED], encoded, tokenizer, system, source)
+    if is_writer() and system == SYSTEM_PROMPT and "Qwen" not in str(tokenizer.chat_template):
+        print("warning: the system turn is Qwen2.5's: set --system-prompt", file=sys.stderr)
+    pairs = zip(texts[:CHECKED], encoded, strict=False)
+    lost = set().union(*({*"".join(t.split())} - {*tokenizer.decode(i)} for t, i in pairs))
+    if lost and is_writer():
+        lost = "".join(sorted(lost))
+        print(f"warning: {source}: the tokenizer has no token for {lost!r}", file=sys.stderr)
     kept = [i for i, ids in enumerate(encoded) if len(ids) <= limit]
     over = f"of more than {limit} tokens (max_prompt_tokens)"
     if not kept:
@@ -162,15 +167,6 @@ def encode_prompts(problems, tokenizer, template, system, limit: int, source):
         left = f"{len(problems) - len(kept)} of {len(problems)} problems"
         print(f"note: {source}: left out are {left}, with prompts {over}", file=sys.stderr)
     return [problems[i] for i in kept], [encoded[i] for i in kept]
-
-
-def _warn(texts, encoded, tokenizer, system: str, source) -> None:
-    if system == SYSTEM_PROMPT and "Qwen" not in str(tokenizer.chat_template):
-        print("warning: the system turn is Qwen2.5's: set --system-prompt", file=sys.stderr)
-    pairs = zip(texts, encoded, strict=False)
-    if lost := set().union(*({*"".join(t.split())} - {*tokenizer.decode(i)} for t, i in pairs)):
-        lost = "".join(sorted(lost))
-        print(f"warning: {source}: the tokenizer has no token for {lost!r}", file=sys.stderr)
 
 
 def template_hash(tokenizer, template: str, system: str) -> str:

@@ -12,24 +12,18 @@ from common.rl import data, rollout
 class SamplingConfig(StageConfig):
     """How responses are asked for, sampled and scored: alike in training and in evaluation."""
 
-    backbone: str = option(
-        "Qwen/Qwen2.5-1.5B-Instruct", "model: folder or hub id (paper: 1.5B, 3B, 7B and 14B)"
-    )
+    backbone: str = option("Qwen/Qwen2.5-1.5B-Instruct", "folder or hub id (paper: 1.5B to 14B)")
     prompt_column: str = option("prompt", "of a file or hub id: question's column, a.b for nested")
     answer_column: str = option("answer", "of a file or hub id: answer's column, a.b for nested")
     data_split: str = option("train", "of a hub id: its split")
     prompt_template: str = option(data.PROMPT_TEMPLATE, "the user turn around a problem (open)")
-    system_prompt: str = option(
-        data.SYSTEM_PROMPT, "the system turn, none if empty; the default is that of Qwen2.5 (open)"
-    )
+    system_prompt: str = option(data.SYSTEM_PROMPT, "system turn (Qwen2.5's), none if empty (open)")
     answer_format: Literal["boxed", "last_number"] = option("boxed", "where the answer is (open)")
     temperature: float = option(1.0, "sampling temperature (paper: 1.0)")
     top_p: float = option(1.0, "nucleus sampling; training needs 1.0 (paper: 1.0)")
     max_prompt_tokens: int = option(1024, "longest prompt allowed (paper: 1024)")
     max_new_tokens: int = option(4096, "longest response; one cut there gets 0 (paper: 4096)")
-    engine: Literal["auto", "hf", "vllm"] = option(
-        "auto", "what samples; auto is vllm where it is installed and a GPU is there, else hf"
-    )
+    engine: Literal["auto", "hf", "vllm"] = option("auto", "auto: vllm where it and a GPU are")
     batch_size: int = option(512, "sequences that hf samples at a time: memory, not results")
     vllm_options: str = option(
         "{}", "of vLLM's LLM class, in JSON: '{\"gpu_memory_utilization\": 0.4}' (0.8 in stage 6)"
@@ -41,9 +35,7 @@ class SamplingConfig(StageConfig):
 class RLConfig(SamplingConfig):
     """Stage 1's options of data, optimizer, memory, precision and logging."""
 
-    reward: list[str] = option(
-        ["verifier"], "verifier, or file.py:function with TRL's signature; several are added"
-    )
+    reward: list[str] = option(["verifier"], "verifier, or file.py:function; several are added")
     english_only: bool = option(False, "leave out problems with Chinese characters (open)")
     learning_rate_schedule: Literal["constant", "linear"] = option(
         "constant", "linear falls to 0 over the steps of this stage (open)"
@@ -62,12 +54,11 @@ class RLConfig(SamplingConfig):
     project: str = option("next", "name of the project there")
 
 
-# What may differ when a run goes on: it changes no result.
+# What may differ when a run goes on: it changes no result. Of more_steps `steps` has the sum.
 MAY_CHANGE = (
     *("resume_every", "log_every", "report_to", "project", "micro_tokens", "max_logprob_gap"),
-    *("vllm_options", "batch_size", "verifier_seconds", "gradient_checkpointing"),
+    *("vllm_options", "batch_size", "verifier_seconds", "gradient_checkpointing", "more_steps"),
     *("eval_every", "eval_data"),
-    "more_steps",  # stage 5 has the sum in `steps`
 )
 POSITIVE = (
     *("steps", "save_every", "prompts_per_step", "mini_batch", "rollouts", "max_new_tokens"),

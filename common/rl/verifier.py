@@ -42,11 +42,7 @@ _FACE = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|boldsymbol)\s*(?=\{)")
 
 
 def extract_boxed(response: str) -> str | None:
-    """The content of the last balanced `\\boxed{...}`, None without one. Linear in the length.
-
-    >>> extract_boxed(r"first \\boxed{1}, no: \\boxed{\\frac{1}{2}}"), extract_boxed(r"\\boxed{4")
-    ('\\\\frac{1}{2}', None)
-    """
+    r"""The content of the last balanced `\boxed{...}`, None without one. Linear in the length."""
     if "\\boxed" not in response:
         return None
     opened, last = [], None
@@ -107,15 +103,6 @@ def letter(text: str) -> str | None:
     return None if named else match[1].upper()
 
 
-def normalise(text: str) -> str:
-    r"""An answer with e-notation written out, which math-verify takes for Euler's number.
-
-    >>> normalise("4.5e33"), normalise(r"I(0)e^{-t}")
-    ('4.5 \\times 10^{33}', 'I(0)e^{-t}')
-    """
-    return _E_NOTATION.sub(r"\1 \\times 10^{\2}", text)
-
-
 def quick_verdict(answer: str, gold: str, kind: str) -> bool | None:
     """True or False where that is clear without a parser, None where math-verify decides.
 
@@ -139,8 +126,7 @@ def quick_verdict(answer: str, gold: str, kind: str) -> bool | None:
 class Verifier:
     """Scores answers. `timeouts` and `errors` of the last call: what math-verify did not decide.
 
-    `answer_format` says where the answer is: "boxed", or "last_number" of the response. The worker
-    process is started when an answer needs it, and ended by `close`.
+    The worker process is started when an answer needs it, and ended by `close`.
     """
 
     def __init__(self, time_limit: float = 5.0, answer_format: str = "boxed"):
@@ -171,7 +157,9 @@ class Verifier:
         return last_number(response)
 
     def _ask(self, answer: str, gold: str) -> bool:
-        question = {"answer": normalise(answer), "gold": normalise(gold), "limit": self.time_limit}
+        # 4.5e33 becomes 4.5 \times 10^{33}: math-verify takes an e for Euler's number.
+        answer, gold = (_E_NOTATION.sub(r"\1 \\times 10^{\2}", x) for x in (answer, gold))
+        question = {"answer": answer, "gold": gold, "limit": self.time_limit}
         for _ in range(2):  # a worker that died may have been killed by others: a new one is asked
             self._worker = self._worker or _start_worker()
             with contextlib.suppress(BrokenPipeError):
