@@ -65,12 +65,9 @@ class EvalConfig(SamplingConfig):
     output: str = option("eval", "folder for the results; only `eval` gets a report")
 
     def __post_init__(self):
+        super().__post_init__()
         if safe_name(self.output, "--output") in FOLDERS:
             raise UserError(f"--output {self.output} is another stage's folder: try validation")
-        for name in ("runs", "batch_size", "max_new_tokens", "temperature"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be positive, not {getattr(self, name)}")
-        rollout.vllm_options(self.vllm_options)  # refuses what is not a JSON object
 
 
 def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> None:

@@ -1,4 +1,4 @@
-"""What a prediction is worth, measured without RL: stage 3's backtest.
+"""Stage 3's backtest: what a prediction is worth, measured without RL.
 
 Standing at an earlier checkpoint, with all later ones hidden, how near would the prediction have
 come to the true delta? Beside it stand controls without a network, and the true delta's own rank 1.
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from common.baselines import methods, weighted
+from common.baselines import methods
 from common.baselines.measures import cosine
 from common.rank1 import LowRank, rank1, top
 
@@ -25,7 +25,7 @@ def controls(trajectory) -> dict[str, dict[str, LowRank]]:
     the slope of the line through sigma u of the global deltas. The others are stage 4's.
     """
     trajectory, k = trajectory.aligned(), trajectory.k
-    c, fitted = len(trajectory.steps), weighted.fit(trajectory)
+    c, fitted = len(trajectory.steps), methods.weighted_fit(trajectory)
     t = torch.arange(c, dtype=torch.float32) - (c - 1) / 2
     names = ("copy-global", "repeat-last", "recent-locals", "linear-fit", "weighted")
     found = {name: {} for name in names}
@@ -37,15 +37,13 @@ def controls(trajectory) -> dict[str, dict[str, LowRank]]:
         found["repeat-last"][module] = roles["target"][-1]
         found["recent-locals"][module] = methods.recent(roles, k)
         found["linear-fit"][module] = rank1(unit, slope.norm(), whole.v[-1])
-        found["weighted"][module] = weighted.predict(roles, trajectory.steps, k, fitted)
+        found["weighted"][module] = methods.weighted(roles, trajectory.steps, k, fitted)
     return found
 
 
 def score(predicted: dict[str, LowRank], true: dict) -> dict[str, float]:
-    """Means over matrices: the cosine with the whole true delta, and |sigma / sigma_1 - 1|.
-
-    true: module -> (true delta, its sigma_1). Matrices that did not move do not count.
-    """
+    """Means over matrices that moved: the cosine with the whole true delta, |sigma / sigma_1 - 1|.
+    true: module -> (true delta, its sigma_1)."""
     cosines, errors = [], []
     for module, matrix in predicted.items():
         delta, sigma = true[module]
@@ -56,10 +54,8 @@ def score(predicted: dict[str, LowRank], true: dict) -> dict[str, float]:
 
 
 def backtest(trajectory, series, holdout: int, predict: Callable) -> dict:
-    """Stands at checkpoint c - holdout and scores what is predicted k checkpoints ahead.
-
-    predict: trajectory as known then -> (module -> {"u", "sigma", "v"}, ...). series: true weights.
-    """
+    """Stands at checkpoint c - holdout and scores what is predicted k checkpoints ahead. predict:
+    trajectory as known then -> (module -> {"u", "sigma", "v"}, ...). series: the true weights."""
     now, k = len(trajectory.steps) - holdout, trajectory.k
     past = trajectory.until(now)
     made = {m: rank1(t["u"], t["sigma"], t["v"]) for m, t in predict(past)[0].items()}

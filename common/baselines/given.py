@@ -1,7 +1,7 @@
-"""What some methods must be given beside the deltas: the future, measured accuracies, a fit.
+"""What some methods must be given beside the deltas: the future, measured accuracies.
 
-`weights`, `future`, `accuracies` and `soup` take what stage 4 knows. They return (a function that
-gets it, the files it comes from): what takes long is done only for a jump that is not there yet.
+`future`, `accuracies` and `soup` take what stage 4 knows. They return (a function that gets it, the
+files it comes from): what takes long is done only for a jump that is not there yet.
 """
 
 import dataclasses
@@ -13,7 +13,6 @@ import sys
 import torch
 
 from common import UserError
-from common.baselines import weighted
 from common.files import deltas, merge, series, write
 from common.files.read import read_json
 from common.files.stage import within
@@ -30,11 +29,6 @@ class Known:
     run: pathlib.Path
     series: series.Series
     trajectory: deltas.Trajectory
-
-
-def weights(known: Known):
-    """The three weights of `weighted` [3], of fp32's precision."""
-    return lambda: weighted.fit(known.trajectory).float().double(), []
 
 
 def future(known: Known):

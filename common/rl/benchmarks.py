@@ -73,10 +73,8 @@ CHOICES = {"gpqa": gpqa, "mmlu_pro": mmlu_pro}  # row -> (prompt, letter)
 
 
 def rows(where: str, source: Source, flag: str) -> Iterator:
-    """(place for messages, row) of a local file or folder, or of the hub.
-
-    `flag` is how to name a copy on the command line: --test-data aime24.
-    """
+    """(place for messages, row) of a local file or folder, or of the hub. `flag` is how to name a
+    copy on the command line: --test-data aime24."""
     path = pathlib.Path(where)
     if source.file and not path.is_file():  # of a known data set one file is read
         path = path / source.file if path.is_dir() else _fetch(source, flag)

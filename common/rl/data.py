@@ -50,9 +50,8 @@ def load_tasks(specs, flag="--test-data", english_only=False, **columns) -> dict
     - a file, .jsonl, .parquet or .csv, with columns for prompt and answer, and perhaps for `kind`;
     - a name in common/rl/benchmarks.yaml, or its hub id; `name=path` reads a local copy;
     - any other hub id, "owner/name" or "owner/name:config".
-
-    columns: prompt and answer ("a.b" is the key b of column a) and split, for what is not a known
-    benchmark. Raises UserError where it cannot be had, or where a row is not usable.
+    columns: prompt, answer and split of what is not a known benchmark, see benchmarks.Source.
+    Raises UserError where it cannot be had, or where a row is not usable.
     """
     tasks = {}
     for spec in specs:
@@ -62,10 +61,8 @@ def load_tasks(specs, flag="--test-data", english_only=False, **columns) -> dict
         found = {}  # task -> its problems, in order
         for place, row in rows(where, source, f"{flag} {benchmark}"):
             part = (_text(row, source.part) or "").replace(" ", "-")
-            key, problem = place, _problem(row, source, place)
-            if source.template == "dapo":  # which repeats every problem
-                key = dapo_question(problem.prompt)
-                problem = dataclasses.replace(problem, prompt=key)
+            problem = _problem(row, source, place)
+            key = problem.prompt if source.template == "dapo" else place  # it repeats each problem
             if part in (wanted or part) and not (english_only and _CJK.search(problem.prompt)):
                 task = f"{benchmark}-{part}" if part else benchmark
                 found.setdefault(safe_name(task, "data set"), {}).setdefault(key, problem)
@@ -121,7 +118,9 @@ def _problem(row: dict, source: Source, place: str) -> Problem:
     if kind not in KINDS:
         raise UserError(f"{place}: kind {kind!r} is not one of {', '.join(KINDS)}")
     others = {key: row[key] for key in row.keys() - {"prompt", "prompts", "completions"}}
-    return Problem(_text(row, source.prompt), _text(row, source.answer), kind, others)
+    prompt = _text(row, source.prompt)
+    prompt = dapo_question(prompt) if source.template == "dapo" else prompt
+    return Problem(prompt, _text(row, source.answer), kind, others)
 
 
 def _text(value: object, column: str) -> str | None:

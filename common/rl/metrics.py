@@ -55,10 +55,8 @@ def check_moved(log: pathlib.Path) -> None:
 
 
 def of_step(run, batch, scored: dict, updates: list[dict]) -> dict:
-    """The metrics of one step over all processes; the README explains each.
-
-    `scored` is what `training.score` returns, `updates` what `training.descend` does of each.
-    """
+    """The metrics of one step over all processes; the README explains each. `scored` is what
+    `training.score` returns, `updates` what `training.descend` does of each."""
     cfg, accelerator, judge = run.cfg, run.accelerator, run.rewards.verifier
     spread = batch.rewards.max(1).values - batch.rewards.min(1).values
     sums = {
@@ -149,10 +147,8 @@ def evaluate(run, step: int, timer: Timer) -> dict:
 
 
 def answers(run, task: tuple, runs: int, judge) -> list[dict]:
-    """`runs` answers to every problem, scored, a row each. A process samples its share.
-
-    run: what has cfg, accelerator, tokenizer and engine. task: (problems, token ids of prompts).
-    """
+    """`runs` answers to every problem, scored, a row each. A process samples its share. run: a
+    training.Run or a Loaded. task: (problems, token ids of their prompts)."""
     cfg, accelerator, (problems, prompts) = run.cfg, run.accelerator, task
     asked = [(i, number) for number in range(runs) for i in range(len(problems))]
     asked = asked[accelerator.process_index :: accelerator.num_processes]

@@ -7,6 +7,11 @@ from common import UserError
 from common.files.config import StageConfig, option
 from common.rl import data, rollout
 
+POSITIVE = (
+    *("steps", "save_every", "prompts_per_step", "mini_batch", "rollouts", "max_new_tokens"),
+    *("lora_rank", "batch_size", "resume_every", "log_every", "temperature", "more_steps", "runs"),
+)
+
 
 @dataclasses.dataclass
 class SamplingConfig(StageConfig):
@@ -29,6 +34,12 @@ class SamplingConfig(StageConfig):
         "{}", "of vLLM's LLM class, in JSON: '{\"gpu_memory_utilization\": 0.4}' (0.8 in stage 6)"
     )
     verifier_seconds: float = option(5.0, "time limit for one answer")
+
+    def __post_init__(self):
+        rollout.vllm_options(self.vllm_options)  # refuses what it does not know
+        for name in POSITIVE:
+            if (value := getattr(self, name, 1)) <= 0:  # a stage has not all of them
+                raise UserError(f"{name} must be positive, not {value}")
 
 
 @dataclasses.dataclass
@@ -53,16 +64,26 @@ class RLConfig(SamplingConfig):
     report_to: str = option("", "a tracker of accelerate: trackio, tensorboard, wandb ...")
     project: str = option("next", "name of the project there")
 
+    def __post_init__(self):
+        super().__post_init__()
+        P, mini = self.prompts_per_step, self.mini_batch
+        if P % mini:
+            raise UserError(f"prompts_per_step ({P}) must be a multiple of mini_batch ({mini})")
+        if self.top_p != 1.0:
+            raise UserError(f"top_p {self.top_p} biases the importance ratio: set it to 1.0")
+        if self.rollouts == 1 and self.algorithm != "reinforce++":
+            raise UserError(f"{self.algorithm} compares responses: rollouts must be 2 or more")
+        if self.eval_every and not self.eval_data:
+            raise UserError("eval_every wants --eval-data: problems for validation")
+        if self.kl_in == "reward" and not self.kl_coef:
+            raise UserError("kl_in reward takes nothing from it with kl_coef 0: set kl_coef")
+
 
 # What may differ when a run goes on: it changes no result. Of more_steps `steps` has the sum.
 MAY_CHANGE = (
     *("resume_every", "log_every", "report_to", "project", "micro_tokens", "max_logprob_gap"),
     *("vllm_options", "batch_size", "verifier_seconds", "gradient_checkpointing", "more_steps"),
     *("eval_every", "eval_data"),
-)
-POSITIVE = (
-    *("steps", "save_every", "prompts_per_step", "mini_batch", "rollouts", "max_new_tokens"),
-    *("lora_rank", "batch_size", "resume_every", "log_every", "temperature", "more_steps"),
 )
 
 
@@ -75,22 +96,3 @@ def learning_rate(cfg, first_step: int, step: int) -> float:
 def grows(cfg) -> str:
     """The option that makes a finished run longer: none where the rate has fallen to 0."""
     return "steps" if cfg.learning_rate_schedule == "constant" else ""
-
-
-def check(cfg) -> None:
-    """Raises UserError where the options of stage 1 do not go together."""
-    rollout.vllm_options(cfg.vllm_options)
-    for name in POSITIVE:
-        if (value := getattr(cfg, name, 1)) <= 0:  # stage 1 has no more_steps
-            raise UserError(f"{name} must be positive, not {value}")
-    P, mini = cfg.prompts_per_step, cfg.mini_batch
-    if P % mini:
-        raise UserError(f"prompts_per_step ({P}) must be a multiple of mini_batch ({mini})")
-    if cfg.top_p != 1.0:
-        raise UserError(f"top_p {cfg.top_p} biases the importance ratio in training: set it to 1.0")
-    if cfg.rollouts == 1 and cfg.algorithm != "reinforce++":
-        raise UserError(f"{cfg.algorithm} compares responses: rollouts must be 2 or more")
-    if cfg.eval_every and not cfg.eval_data:
-        raise UserError("eval_every wants --eval-data: problems for validation")
-    if cfg.kl_in == "reward" and not cfg.kl_coef:
-        raise UserError("kl_in reward takes nothing from the reward with kl_coef 0: set kl_coef")

@@ -139,11 +139,8 @@ def keep_dtypes(policy) -> None:
 
 @contextlib.contextmanager
 def merged(policy):
-    """Within the block the policy computes with W + s B A in place of W: a third of the products.
-
-    Only with an fp32 backbone that is not sharded. Afterwards each layer points to its own tensor
-    again, so nothing can drift.
-    """
+    """Within the block an fp32 policy that is not sharded computes with W + s B A in place of W: a
+    third of the products. Then each layer has its own tensor again, so nothing can drift."""
     layers = (m for m in policy.modules() if isinstance(m, LoraLayer))
     frozen = {layer: layer.base_layer.weight.data for layer in layers}
     if {weight.dtype for weight in frozen.values()} != {torch.float32} or is_sharded(policy):

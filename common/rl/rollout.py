@@ -82,9 +82,7 @@ def make_engine(cfg, model, tokenizer, path: str, lora_rank: int):
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor, top_p: float):
     """A token of each row and its log-probability: the inverse CDF at a uniform number, [rows].
-
-    logits: [rows, vocabulary], at the sampling temperature.
-    """
+    logits: [rows, vocabulary], at the sampling temperature."""
     if top_p < 1:
         logits = TopPLogitsWarper(top_p)(None, logits)
     logprobs = logits.log_softmax(-1)

@@ -43,8 +43,6 @@ _FACE = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|boldsymbol)\s*(?=\{)")
 
 def extract_boxed(response: str) -> str | None:
     r"""The content of the last balanced `\boxed{...}`, None without one. Linear in the length."""
-    if "\\boxed" not in response:
-        return None
     opened, last = [], None
     for match in _BRACES.finditer(response):
         token = match.group()
@@ -104,10 +102,7 @@ def letter(text: str) -> str | None:
 
 
 def quick_verdict(answer: str, gold: str, kind: str) -> bool | None:
-    """True or False where that is clear without a parser, None where math-verify decides.
-
-    An unevaluated sum is no answer: math-verify takes 123+489 for 612, and RL learns to use that.
-    """
+    """True or False where that is clear without a parser, None where math-verify decides."""
     if kind == "letter":
         return letter(answer) is not None and letter(answer) == letter(gold)
     as_number = _number_answer if kind == "number" else plain_number
@@ -116,6 +111,7 @@ def quick_verdict(answer: str, gold: str, kind: str) -> bool | None:
         return abs(number - right) <= min(1, abs(right)) / 1_000_000
     if not answer.strip() or len(answer) > 10_000:
         return False
+    # An unevaluated sum is no answer: math-verify takes 123+489 for 612, and RL learns to use that.
     if right is not None and (kind == "number" or _UNEVALUATED.search(answer)):
         return False
     # What changes the look of a formula and not its meaning; "5 6" is not "56".
@@ -125,36 +121,28 @@ def quick_verdict(answer: str, gold: str, kind: str) -> bool | None:
 
 class Verifier:
     """Scores answers. `timeouts` and `errors` of the last call: what math-verify did not decide.
-
-    The worker process is started when an answer needs it, and ended by `close`.
-    """
+    Its process is started when an answer needs it, and ended by `close`."""
 
     def __init__(self, time_limit: float = 5.0, answer_format: str = "boxed"):
-        self.time_limit, self.answer_format = time_limit, answer_format
+        self.time_limit, self.boxed = time_limit, answer_format == "boxed"
         self.timeouts = self.errors = 0
         self._worker = None
 
     def score(self, responses: list[str], problems: list, finished: list[bool]) -> list[float]:
-        """1.0 for each response with the answer of its problem, else 0.0.
-
-        A response that was cut (not finished) gets 0.0. UserError: math-verify does not work.
-        """
+        """1.0 for each finished response with the answer of its problem, else 0.0. Raises
+        UserError where math-verify does not work."""
         self.timeouts, self.errors, verdicts = 0, 0, []
         for response, problem, whole in zip(responses, problems, finished, strict=True):
             gold = problem.answer
-            answer = self._extract(response, gold) if whole else None
+            if whole and not self.boxed and plain_number(gold) is None:
+                raise UserError(f"answer_format: {gold[:50]!r} is not a number; use boxed")
+            extract = extract_boxed if self.boxed else last_number
+            answer = extract(response) if whole else None
             verdict = False if answer is None else quick_verdict(answer, gold, problem.kind)
             verdicts.append((answer, gold) if verdict is None else verdict)
         asked = dict.fromkeys(verdict for verdict in verdicts if isinstance(verdict, tuple))
         replies = {question: self._ask(*question) for question in asked}
         return [float(replies.get(verdict, verdict)) for verdict in verdicts]
-
-    def _extract(self, response: str, gold: str) -> str | None:
-        if self.answer_format == "boxed":
-            return extract_boxed(response)
-        if plain_number(gold) is None:
-            raise UserError(f"answer_format last_number: {gold[:50]!r} is not a number; use boxed")
-        return last_number(response)
 
     def _ask(self, answer: str, gold: str) -> bool:
         # 4.5e33 becomes 4.5 \times 10^{33}: math-verify takes an e for Euler's number.
