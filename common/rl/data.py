@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import pathlib
 import re
@@ -40,7 +39,8 @@ class Problem:
 
 def load_problems(spec, **options) -> list[Problem]:
     """The problems of one data set for training; see `load_tasks`."""
-    return list(itertools.chain(*load_tasks([spec], "--train-data", **options).values()))
+    tasks = load_tasks([spec], "--train-data", **options)
+    return [problem for problems in tasks.values() for problem in problems]
 
 
 def load_tasks(specs, flag="--test-data", english_only=False, **columns) -> dict:
