@@ -19,7 +19,6 @@ are not independent, so their mean is one observation. All policies get the same
 differences are paired. What was measured with the same weights, problems and options is kept.
 """
 
-import contextlib
 import dataclasses
 import json
 import pathlib
@@ -73,8 +72,7 @@ class EvalConfig(SamplingConfig):
 def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> None:
     """Measures every policy on every task; those on one model share it."""
     columns = {"prompt": cfg.prompt_column, "answer": cfg.answer_column, "split": cfg.data_split}
-    specs, now = [cfg.path(spec) for spec in cfg.test_data], None
-    tasks = data.load_tasks(specs, **columns)
+    tasks, now = data.load_tasks([cfg.path(spec) for spec in cfg.test_data], **columns), None
     names = find_policies(run, cfg.policies)
     loras = {name: run / name for name in names if adapters.is_adapter(run / name)}
     ranks = [adapters.highest_rank(adapters.read_config(lora)) for lora in loras.values()]
@@ -109,9 +107,7 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
         # `runs` answers to every problem, scored.
         for task in left:
             began = time.perf_counter()
-            # vLLM sees to its own precision.
-            with accelerator.autocast() if cfg.engine == "hf" else contextlib.nullcontext():
-                rows = metrics.answers(now, now.tasks[task], cfg.runs, judge)
+            rows = now.answers(task, judge)
             record = {"policy": name, **made[task], "template_hash": now.template_hash}
             record |= metrics.summarise(rows, len(now.tasks[task][0]))
             record["seconds"] = round(time.perf_counter() - began, 2)
@@ -119,8 +115,7 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
                 lines = "".join(json.dumps(row) + "\n" for row in rows)
                 write_text(folder / f"{task}.jsonl", lines)
                 write_json(folder / f"{task}.json", record)
-                shown = metrics.console_line(record)
-                bar.write(f"{number}/{len(names)} {name}  {task}: {shown}")
+                bar.write(f"{number}/{len(names)} {name}  {task}: {metrics.console_line(record)}")
     judge.close()
     if now:
         now.engine.close()
