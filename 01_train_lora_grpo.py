@@ -54,8 +54,6 @@ class TrainConfig(options.RLConfig):
     importance_cap: float = option(0.0, "upper limit of pi_trainer / pi_engine; 0 is off (open)")
     seed: int = option(0, "decides LoRA's A, the order of problems, every rollout")
 
-    __post_init__ = options.check
-
 
 def sample(run: Run, step: int, timer: metrics.Timer) -> Batch:
     """G responses, with rewards, to each of the step's problems assigned to this process."""

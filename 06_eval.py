@@ -35,7 +35,7 @@ from common.files.read import safe_name
 from common.files.stage import progress, run_stage, versions
 from common.files.write import claim, is_made, write_json, write_text
 from common.reproduce import report
-from common.rl import data, measure, policy, rollout, verifier
+from common.rl import data, metrics, policy, rollout, verifier
 from common.rl.options import SamplingConfig
 
 FOLDERS = ("backbone", "data", "train", "deltas", "predictor", "extrapolated", "merged")
@@ -64,19 +64,15 @@ class EvalConfig(SamplingConfig):
     output: str = option("eval", "folder for the results; only `eval` gets a report")
 
     def __post_init__(self):
+        super().__post_init__()
         if safe_name(self.output, "--output") in FOLDERS:
             raise UserError(f"--output {self.output} is another stage's folder: try validation")
-        for name in ("runs", "batch_size", "max_new_tokens", "temperature"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be positive, not {getattr(self, name)}")
-        rollout.vllm_options(self.vllm_options)  # refuses what is not a JSON object
 
 
 def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> None:
     """Measures every policy on every task; those on one model share it."""
     columns = {"prompt": cfg.prompt_column, "answer": cfg.answer_column, "split": cfg.data_split}
-    specs, now = [cfg.path(spec) for spec in cfg.test_data], None
-    tasks = data.load_tasks(specs, **columns)
+    tasks, now = data.load_tasks([cfg.path(spec) for spec in cfg.test_data], **columns), None
     names = find_policies(run, cfg.policies)
     loras = {name: run / name for name in names if adapters.is_adapter(run / name)}
     ranks = [adapters.highest_rank(adapters.read_config(lora)) for lora in loras.values()]
@@ -86,7 +82,7 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
     for number, name in enumerate(bar, 1):
         # What the result depends on. Where all of it is the same, it was measured before.
         base, lora = base_of(run, name, cfg.backbone), loras.get(name)
-        model, made = measure.find_model(cfg.path(base)), {"settings": settings}
+        model, made = metrics.find_model(cfg.path(base)), {"settings": settings}
         made |= {"weights": weights_hash(lora or model), "backbone": weights_hash(model)}
         made |= {"versions": versions()}
         made = {task: {**made, "data": data.fingerprint(tasks[task])} for task in tasks}
@@ -98,11 +94,13 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
         if now is None or now.base != base:
             if now:
                 now.engine.close()  # the next model needs its memory
-            before, now = now, measure.Loaded(cfg, base, tasks, max(ranks, default=0), accelerator)
+            before, now = now, metrics.Loaded(cfg, base, tasks, max(ranks, default=0), accelerator)
             for task, (_, prompts) in now.tasks.items() if before is None else ():
                 first = f"first prompt: {now.tokenizer.decode(prompts[0])!r}"
                 accelerator.print(f"{task}: {len(prompts)} problems; {first}")
-        now.use(lora)
+        if lora:
+            policy.refuse_foreign(lora, now.fingerprint)
+        now.engine.use(lora)
         trained = {} if name == "backbone" else adapters.read_info(run / name)
         if trained.get("template_hash", now.template_hash) != now.template_hash:
             accelerator.print(f"warning: {name} was trained with another prompt template")
@@ -111,14 +109,13 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
             began = time.perf_counter()
             rows = now.answers(task, judge)
             record = {"policy": name, **made[task], "template_hash": now.template_hash}
-            record |= measure.summarise(rows, len(now.tasks[task][0]))
+            record |= metrics.summarise(rows, len(now.tasks[task][0]))
             record["seconds"] = round(time.perf_counter() - began, 2)
             if accelerator.is_main_process:
                 lines = "".join(json.dumps(row) + "\n" for row in rows)
                 write_text(folder / f"{task}.jsonl", lines)
                 write_json(folder / f"{task}.json", record)
-                shown = measure.console_line(record)
-                bar.write(f"{number}/{len(names)} {name}  {task}: {shown}")
+                bar.write(f"{number}/{len(names)} {name}  {task}: {metrics.console_line(record)}")
     judge.close()
     if now:
         now.engine.close()

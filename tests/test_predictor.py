@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import normalize
 
 from common import predictor
-from common.baselines import weighted
+from common.baselines import methods
 from common.baselines.backtest import backtest, controls, describe
 from common.files.deltas import Trajectory, Triples
 from common.rank1 import LowRank
@@ -181,7 +181,7 @@ def test_the_weights_equal_a_dense_least_squares_fit(monkeypatch, before):
     """Also on the last 7 of 9 checkpoints, whose first is number 3."""
     prior = (0.6, 0.3, 0.1)
     for name, value in {"DECAY": 0.7, "RIDGE": 0.05, "PRIOR": prior}.items():
-        monkeypatch.setattr(weighted, name, value)
+        monkeypatch.setattr(methods, name, value)
     trajectory = tiny_trajectory(c=7 + before).last(7)
     rows, answers, total = [], [], 0.0
     for roles in trajectory.deltas.values():
@@ -195,14 +195,14 @@ def test_the_weights_equal_a_dense_least_squares_fit(monkeypatch, before):
     rows.append((0.05 * total) ** 0.5 * torch.eye(3, dtype=torch.float64))
     answers.append((0.05 * total) ** 0.5 * torch.tensor(prior, dtype=torch.float64))
     wanted = torch.linalg.lstsq(torch.cat(rows), torch.cat(answers)).solution
-    torch.testing.assert_close(weighted.fit(trajectory), wanted)
+    torch.testing.assert_close(methods.weighted_fit(trajectory), wanted)
 
 
 def test_the_weighted_prediction_is_rank_1_of_the_dense_sum():
     trajectory = tiny_trajectory()
-    weights = weighted.fit(trajectory)
+    weights = methods.weighted_fit(trajectory)
     for roles in trajectory.deltas.values():
-        found = weighted.predict(roles, trajectory.steps, 2, weights)
+        found = methods.weighted(roles, trajectory.steps, 2, weights)
         whole = sum(w * term for w, term in zip(weights, dense_terms(roles, 5), strict=True))
         torch.testing.assert_close(found.dense(), rank_1(2 * whole), atol=1e-5, rtol=1e-4)
         assert found.terms[0].balanced
@@ -221,9 +221,9 @@ def test_a_steady_run_is_predicted_to_go_on():
         local = roles["local"]
         for role, sigma in (("global", 0.3 * torch.arange(1, 7)), ("local", torch.full((6,), 0.3))):
             roles[role] = Triples(local.u[:1].expand(6, -1), sigma, local.v[:1].expand(6, -1))
-    weights = weighted.fit(trajectory)
+    weights = methods.weighted_fit(trajectory)
     for roles in trajectory.deltas.values():
-        found = weighted.predict(roles, trajectory.steps, 2, weights).dense().double()
+        found = methods.weighted(roles, trajectory.steps, 2, weights).dense().double()
         torch.testing.assert_close(found, 2 * dense(roles["local"], 0), rtol=1e-5, atol=1e-6)
 
 
@@ -236,26 +236,26 @@ def test_weighted_sees_neither_signs_nor_targets():
         return Triples(turn * t.u, t.sigma, turn * t.v)
 
     other = changed(trajectory, spoil)
-    torch.testing.assert_close(weighted.fit(other), weighted.fit(trajectory))
+    torch.testing.assert_close(methods.weighted_fit(other), methods.weighted_fit(trajectory))
     one, two = (
-        weighted.predict(t.deltas["m0"], t.steps, 2, weighted.fit(trajectory)).dense()
+        methods.weighted(t.deltas["m0"], t.steps, 2, methods.weighted_fit(trajectory)).dense()
         for t in (trajectory, other)
     )
     torch.testing.assert_close(one, two)
 
 
 def test_two_checkpoints_leave_the_prior():
-    wanted = torch.tensor(weighted.PRIOR, dtype=torch.float64)
-    torch.testing.assert_close(weighted.fit(tiny_trajectory(c=2, k=1)), wanted)
+    wanted = torch.tensor(methods.PRIOR, dtype=torch.float64)
+    torch.testing.assert_close(methods.weighted_fit(tiny_trajectory(c=2, k=1)), wanted)
 
 
 def test_a_matrix_that_does_not_move_is_left_alone():
     trajectory = tiny_trajectory()
     still = changed(trajectory, lambda role, t: Triples(0 * t.u, 0 * t.sigma, 0 * t.v)).deltas["m1"]
     trajectory.deltas["m1"] = still
-    weights = weighted.fit(trajectory)
+    weights = methods.weighted_fit(trajectory)
     assert weights.isfinite().all()
-    assert not weighted.predict(still, trajectory.steps, 2, weights).dense().any()
+    assert not methods.weighted(still, trajectory.steps, 2, weights).dense().any()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def test_the_backtest_scores_every_row_by_its_cosine_with_the_true_delta(kind):
             u[i], vh[i] = -u[i], -vh[i]
     slope = numpy.polyfit(numpy.arange(5), (sigma[:, :1] * u[:, :, 0]).numpy(), 1)[0]
     roles = trajectory.until(5).deltas["moves"]
-    terms = zip(weighted.fit(trajectory.until(5)), dense_terms(roles, 4), strict=True)
+    terms = zip(methods.weighted_fit(trajectory.until(5)), dense_terms(roles, 4), strict=True)
     wanted = {
         "predictor": 2 * torch.full((7, 5), 35**-0.5),
         "copy-global": 2 / 5 * whole[-1],

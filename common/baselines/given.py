@@ -1,7 +1,7 @@
-"""What some methods must be given beside the deltas: the future, measured accuracies, a fit.
+"""What some methods must be given beside the deltas: the future, measured accuracies.
 
-`weights`, `future`, `accuracies` and `soup` take what stage 4 knows. They return (a function that
-gets it, the files it comes from): what takes long is done only for a jump that is not there yet.
+`future`, `accuracies` and `soup` take what stage 4 knows. They return (a function that gets it, the
+files it comes from): what takes long is done only for a jump that is not there yet.
 """
 
 import dataclasses
@@ -13,7 +13,6 @@ import sys
 import torch
 
 from common import UserError
-from common.baselines import weighted
 from common.files import deltas, merge, series, write
 from common.files.read import read_json
 from common.files.stage import within
@@ -30,11 +29,6 @@ class Known:
     run: pathlib.Path
     series: series.Series
     trajectory: deltas.Trajectory
-
-
-def weights(known: Known):
-    """The three weights of `weighted` [3], of fp32's precision."""
-    return lambda: weighted.fit(known.trajectory).float().double(), []
 
 
 def future(known: Known):
@@ -91,12 +85,10 @@ def mean(rows: list[dict]) -> float:
 
 
 def best_alpha(known: Known, jumps: dict[str, float]) -> float:
-    """Of jumps (folder of extrapolated/ -> alpha) the alpha that is best on validation problems.
-
-    It is 0 where none of them is better than `none`. Raises UserError for what was not measured.
-    """
-    accuracy = {0.0: mean(results(known, "extrapolated/none")[0])}
-    accuracy |= {a: mean(results(known, f"extrapolated/{name}")[0]) for name, a in jumps.items()}
+    """Of jumps (folder of extrapolated/ -> alpha) the alpha that is best on validation problems,
+    0 where none is better than `none`. Raises UserError for what was not measured."""
+    jumps = {"none": 0.0, **jumps}
+    accuracy = {a: mean(results(known, f"extrapolated/{name}")[0]) for name, a in jumps.items()}
     return max(accuracy, key=accuracy.get)  # of equals the first
 
 
@@ -114,10 +106,7 @@ def soup(known: Known):
 
 
 def choose(known: Known, rows: dict[str, list[dict]]) -> list[int]:
-    """From the best checkpoint down, each is taken if the accuracy of the mean rises.
-
-    c - 1 means are measured by stage 6, as a person would type it.
-    """
+    """From the best checkpoint down, each is taken if the accuracy of the mean rises."""
     settings = next(iter(rows.values()))[0]["settings"]
     accuracy = [mean(tasks) for tasks in rows.values()]
     first, *others = sorted(range(1, len(accuracy) + 1), key=lambda i: -accuracy[i - 1])
@@ -130,10 +119,8 @@ def choose(known: Known, rows: dict[str, list[dict]]) -> list[int]:
 
 
 def measure_mean(known: Known, members: list[int], name: str, settings: dict) -> float:
-    """The accuracy of the mean of the checkpoints at `members`, measured under the policy `name`.
-
-    With a name of its own, an interrupted run finds each one measured already.
-    """
+    """The accuracy of the mean of the checkpoints at `members`, by stage 6 as a person would type
+    it. `name`: of its policy, its own, so that an interrupted run finds it measured already."""
     folder, info = known.run / name, known.series.info(known.run)
 
     def new(module: str) -> LowRank | torch.Tensor:

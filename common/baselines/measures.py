@@ -1,5 +1,6 @@
 """What is measured on deltas: their cosine, energy ratios (Fig. 2), straight lines (Fig. 3)."""
 
+import itertools
 import math
 
 import torch
@@ -13,11 +14,10 @@ def inner(a: LowRank | torch.Tensor, b: LowRank | torch.Tensor) -> float:
         a, b = (x.dense() if isinstance(x, LowRank) else x for x in (a, b))
         return float((a.double() * b).sum())
     total = 0.0
-    for x in a.terms:
-        for y in b.terms:
-            left = x.left.double().mT @ y.left.double()
-            right = x.right.double() @ y.right.double().mT
-            total += x.weight * y.weight * float((left * right).sum())
+    for x, y in itertools.product(a.terms, b.terms):
+        left = x.left.double().mT @ y.left.double()
+        right = x.right.double() @ y.right.double().mT
+        total += x.weight * y.weight * float((left * right).sum())
     return total
 
 
@@ -28,18 +28,16 @@ def cosine(a: LowRank | torch.Tensor, b: LowRank | torch.Tensor) -> float:
 
 
 def energy_ratio(sigma: torch.Tensor, power: int = 1) -> torch.Tensor:
-    """E_1 = sigma_1 / sum_q sigma_q (Sec. 3.2), [..., q] -> [...]; nan for a zero matrix.
-
-    power 2 gives the share of the squared Frobenius norm.
-    """
+    """E_1 = sigma_1 / sum_q sigma_q (Sec. 3.2), [..., q] -> [...]; nan for a zero matrix. power 2:
+    the share of the squared Frobenius norm."""
     return sigma[..., 0] ** power / (sigma**power).sum(-1)
 
 
 def linear_fit_r2(steps: torch.Tensor, y: torch.Tensor, fit: int) -> tuple[float, float]:
     """R^2 = 1 - SSE / SST of the least-squares line y_t = a + b t (Sec. 3.3), steps [c], y [c, d].
 
-    The line is fitted on the first `fit` checkpoints. Returns R^2 on the others, and on those. SST
-    is around the mean of the same points, so below 0 is worse than to know their mean.
+    The line is fitted on the first `fit` checkpoints. Returns R^2 on the others, and on those.
+    Below 0 is worse than to know the mean of the same points.
     """
     t, y = steps.double() - steps[:fit].double().mean(), y.double()
     mean = y[:fit].mean(0)
@@ -53,10 +51,8 @@ def linear_fit_r2(steps: torch.Tensor, y: torch.Tensor, fit: int) -> tuple[float
 
 
 def measure(trajectory, spectra: dict[str, torch.Tensor], fit: int) -> dict:
-    """Fig. 2 and 3 of a trajectory: means over matrices by step, and the R^2 of every vector.
-
-    spectra: module -> singular values of its global deltas [c, q].
-    """
+    """Fig. 2 and 3: means over matrices by step, and the R^2 of every vector. spectra: module ->
+    singular values of its global deltas [c, q]."""
     rows = []
     for module, roles in trajectory.aligned().deltas.items():
         for side in ("u", "v"):

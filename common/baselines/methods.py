@@ -12,12 +12,17 @@ from typing import NamedTuple
 
 import torch
 
-from common.baselines import given, weighted
+from common.baselines import given
 from common.baselines.measures import inner
 from common.rank1 import LowRank, rank1, top
 
 WSM_CHECKPOINTS = 5  # that `wsm` averages
 DARE_DROP = 0.9  # share of entries that `dare` drops (its authors: 0.9 and up)
+# Of `weighted`, chosen on demo runs of seeds 10 to 14 by the cosine of stage 3's backtest.
+WINDOW = 3  # local deltas in the mean that is the second term
+DECAY = 0.5  # a regression pair counts this much less than the one a checkpoint later
+RIDGE = 0.01  # pull of the weights towards PRIOR; the squared length of the first term is 1
+PRIOR = (0.5, 0.5, 0.0)
 
 
 @dataclasses.dataclass
@@ -33,57 +38,21 @@ class Matrix:
     given: object = None  # what the method's `prepare` found
 
 
-def repeat_last(m: Matrix, alpha: float) -> LowRank:
-    """Control: the last target that is known, rank 1 of W_c - W_(c-k)."""
-    return m.last + alpha * m.deltas["target"][-1]
+def reduced(matrix: LowRank | torch.Tensor) -> LowRank:
+    """The rank-1 part of a matrix."""
+    found = top(matrix)
+    return rank1(found.u, found.sigma[0], found.v)
 
 
 def recent(deltas: dict, k: int) -> LowRank:
     """Rank 1 of k times the mean of one matrix's last two local deltas."""
-    local = deltas["local"]
-    found = top(k / 2 * (local[-2] + local[-1]))
-    return rank1(found.u, found.sigma[0], found.v)
-
-
-def recent_locals(m: Matrix, alpha: float) -> LowRank:
-    """Control: what moved in the last two checkpoints, which is newer than the last target."""
-    return m.last + alpha * recent(m.deltas, m.k)
-
-
-def weighted_sum(m: Matrix, alpha: float) -> LowRank:
-    """Ours, without a network: rank 1 of a weighted sum of deltas, see weighted.py."""
-    return m.last + alpha * weighted.predict(m.deltas, m.steps, m.k, m.given)
-
-
-def oracle(m: Matrix, alpha: float) -> LowRank:
-    """The ceiling: rank 1 of the true W_(c+k) - W_c, from a run that really went on."""
-    true = top(m.given(m.name) - m.W[-1])
-    return m.last + alpha * rank1(true.u, true.sigma[0], true.v)
-
-
-def none(m: Matrix, alpha: float) -> LowRank:
-    """Control: no jump. With stage 5 it is a mere restart of the optimizer."""
-    return m.last
+    return reduced(k / 2 * (deltas["local"][-2] + deltas["local"][-1]))
 
 
 def rl_extra(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
     """RL-Extra (Wang et al. 2026, arXiv 2601.04537): W_0 + a (W_c - W_0), a = (c + alpha k) / c."""
     c = len(m.steps)
     return m.W[0] + (c + alpha * m.k) / c * (m.W[-1] - m.W[0])
-
-
-def expo(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
-    """ExPO (Zheng et al. 2024, arXiv 2404.16792): W_c + alpha (W_c - W_0), alpha 0.3 to 0.5 in
-    their work. This alpha multiplies the whole update, not a target."""
-    return m.W[0] + (1 + alpha) * (m.W[-1] - m.W[0])
-
-
-def first_update(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
-    """Control: the first update alone, scaled up. This alpha multiplies the update.
-
-    A public replication of RELEX reports that on MATH it was about as good as RELEX.
-    """
-    return m.W[0] + alpha * (m.W[1] - m.W[0])
 
 
 def line_at(y: torch.Tensor, at: float) -> torch.Tensor:
@@ -93,32 +62,22 @@ def line_at(y: torch.Tensor, at: float) -> torch.Tensor:
     return y.double().mean(0) + slope * (at - t.mean())
 
 
-def replaced(m: Matrix, a: torch.Tensor) -> LowRank | torch.Tensor:
-    """W_0 + a v^T, a [m], v that of the last global delta."""
+def alpharl(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
+    """AlphaRL (Cai et al. 2025, arXiv 2510.00553): W_0 + a* v^T, v that of the last global delta.
+
+    a* is what a_t = sigma_t u_t comes to at t = c + alpha k: by the line through a_t, or, where
+    accuracies are measured, by partial least squares at the accuracy that their line has there.
+    Theirs is set by hand. Their code adds a* v^T to a checkpoint, although a* is the total update.
+    """
+    whole, at = m.deltas["global"], len(m.steps) + alpha * m.k
+    a = whole.sigma.double()[:, None] * whole.u.double()  # [c, m]
+    if m.given is None:
+        a = line_at(a, at)
+    else:
+        a = pls_inverse(a, m.given, line_at(m.given, at).clamp(0, 1))
     length = torch.linalg.vector_norm(a)
     unit = a / length if length > 0 else a
-    return m.W[0] + rank1(unit, length, m.deltas["global"].v[-1].double())
-
-
-def sigma_u(m: Matrix) -> torch.Tensor:
-    """AlphaRL's a_t = sigma_t u_t of the global deltas: [c, m] in float64."""
-    return m.deltas["global"].sigma.double()[:, None] * m.deltas["global"].u.double()
-
-
-def alpharl(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
-    """After AlphaRL (Cai et al. 2025, arXiv 2510.00553), without measured accuracy: W_0 + a* v^T,
-    a* the least-squares line of sigma_t u_t at t = c + alpha k. Only rank 1 is left."""
-    return replaced(m, line_at(sigma_u(m), len(m.steps) + alpha * m.k))
-
-
-def alpharl_pls(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
-    """AlphaRL: a* by partial least squares from measured accuracies to sigma_t u_t.
-
-    Their target accuracy is set by hand; ours is the line through the accuracies at t = c + alpha
-    k, within 0 and 1. Their code adds a* v^T to a checkpoint, although a* is the total update.
-    """
-    target = line_at(m.given, len(m.steps) + alpha * m.k).clamp(0, 1)
-    return replaced(m, pls_inverse(sigma_u(m), m.given, target))
+    return m.W[0] + rank1(unit, length, whole.v[-1].double())
 
 
 def pls_inverse(x: torch.Tensor, y: torch.Tensor, target: float | torch.Tensor) -> torch.Tensor:
@@ -139,38 +98,24 @@ def pls_inverse(x: torch.Tensor, y: torch.Tensor, target: float | torch.Tensor) 
     return mean + std * loadings * (target - level) / slope
 
 
-def over_time(W: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
-    """d [c] and y [c] of the rank 1 over time: W_t - W_0 ~ y_t V, V = sum_t d_t (W_t - W_0).
-
-    They follow from the c x c matrix of inner products <W_s - W_0, W_t - W_0>.
-    """
-    moved = [w - W[0] for w in W[1:]]
-    gram = torch.tensor([[inner(a, b) for b in moved] for a in moved], dtype=torch.float64)
-    values, vectors = torch.linalg.eigh(gram)
-    length, w = values[-1].clamp_min(0).sqrt(), vectors[:, -1]
-    return (w / length if length > 0 else torch.zeros_like(w)), w * length
-
-
 def relex(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
     """RELEX (Wei et al. 2026, arXiv 2605.21468): W_0 + y* V, y* the line of y_t at c + alpha k.
 
-    V is one direction over time and has all ranks. Their series is every RL step.
+    W_t - W_0 ~ y_t V; V = sum_t d_t (W_t - W_0) is one direction over time and has all ranks. Both
+    follow from the inner products <W_s - W_0, W_t - W_0>. Their series is every RL step.
     """
-    d, y = over_time(m.W)
-    weights = d * line_at(y, len(m.steps) + alpha * m.k)
-    return m.W[0] + sum(float(w) * (W - m.W[0]) for w, W in zip(weights, m.W[1:], strict=True))
+    moved = [w - m.W[0] for w in m.W[1:]]
+    gram = torch.tensor([[inner(a, b) for b in moved] for a in moved], dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(gram)
+    length, w = values[-1].clamp_min(0).sqrt(), vectors[:, -1]
+    y = line_at(w * length, len(m.steps) + alpha * m.k)
+    d = w / length if length > 0 else torch.zeros_like(w)
+    return m.W[0] + sum(float(x) * delta for x, delta in zip(d * y, moved, strict=True))
 
 
-def wsm(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
-    """WSM (Tian et al. 2025, arXiv 2507.17634) in place of a linear decay of the learning rate: the
-    mean of the last checkpoints. It looks back."""
-    recent_ones = m.W[1:][-WSM_CHECKPOINTS:]
-    return sum(recent_ones) / len(recent_ones)
-
-
-def greedy_soup(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
-    """Greedy soup (Wortsman et al. 2022, arXiv 2203.05482): the mean of those in `given.soup`."""
-    return sum(m.W[i] for i in m.given) / len(m.given)
+def mean(W: Sequence) -> LowRank | torch.Tensor:
+    """The mean of checkpoints of one matrix."""
+    return sum(W) / len(W)
 
 
 def dare(m: Matrix, alpha: float) -> torch.Tensor:
@@ -183,6 +128,66 @@ def dare(m: Matrix, alpha: float) -> torch.Tensor:
     return m.W[0] + delta * kept / (1 - DARE_DROP)
 
 
+def weighted_terms(steps: list[int]) -> torch.Tensor:
+    """[c, 3, 2 c]: at checkpoint i, three deltas as sums over the locals L, then the globals G:
+
+        L_i,    the mean of the last WINDOW locals (of all there are before that),    G_i / i
+
+    All three are what one checkpoint moved, with a shorter and a longer memory. i counts from the
+    backbone; `steps`, evenly spaced, may begin later.
+    """
+    count = len(steps)
+    mix = torch.zeros(count, 3, 2 * count, dtype=torch.float64)
+    for i, step in enumerate(steps):
+        first = max(0, i + 1 - WINDOW)
+        mix[i, 0, i] = 1
+        mix[i, 1, first : i + 1] = 1 / (i + 1 - first)
+        mix[i, 2, count + i] = (steps[1] - steps[0]) / step
+    return mix
+
+
+def locals_and_globals(roles: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One matrix's locals, then globals, in float64: u [2 c, m], sigma [2 c], v [2 c, n]."""
+    pairs = (roles["local"], roles["global"])
+    return tuple(torch.cat([getattr(t, x) for t in pairs]).double() for x in ("u", "sigma", "v"))
+
+
+def weighted_fit(trajectory) -> torch.Tensor:
+    """The weights w [3] that would have predicted the next local delta best, by ridge regression:
+
+        mean of |sum_j w_j T_ij - L_(i+1)|^2 / |L_i|^2   +   RIDGE |w - PRIOR|^2
+
+    T_ij are the terms at checkpoint i. The mean is over matrices and i = 2 .. c - 1, which count
+    DECAY^(c - 1 - i). Locals and not targets, because the last local ends at c.
+    """
+    count, mix = len(trajectory.steps), weighted_terms(trajectory.steps)
+    pairs = range(1, count - 1)
+    left, right = torch.zeros(3, 3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    for roles in trajectory.deltas.values():
+        u, sigma, v = locals_and_globals(roles)
+        # <s u v^T, s' u' v'^T> = s s' (u . u') (v . v'): no matrix is formed.
+        products = torch.outer(sigma, sigma) * (u @ u.T) * (v @ v.T)  # [2 c, 2 c]
+        for i in pairs:
+            if sigma[i] > 0:
+                share = DECAY ** (count - 2 - i) / sigma[i] ** 2
+                left += share * mix[i] @ products @ mix[i].T
+                right += share * mix[i] @ products[:, i + 1]
+    # With two checkpoints there is no pair, and the prior is all.
+    total = len(trajectory.deltas) * sum(DECAY ** (count - 2 - i) for i in pairs) or 1.0
+    prior = torch.tensor(PRIOR, dtype=torch.float64)
+    return torch.linalg.solve(left / total + RIDGE * torch.eye(3), right / total + RIDGE * prior)
+
+
+def weighted(roles: dict, steps: list[int], k: int, weights: torch.Tensor) -> LowRank:
+    """Ours, without a network: rank 1 of k times a weighted sum of one matrix's deltas. No signs
+    have to be aligned, because it sees products sigma u v^T alone."""
+    amounts = k * weights @ weighted_terms(steps)[-1]  # [2 c]
+    u, sigma, v = locals_and_globals(roles)
+    used = amounts.nonzero()[:, 0].tolist()
+    found = top(sum(float(amounts[j]) * rank1(u[j], sigma[j], v[j]) for j in used))
+    return rank1(found.u.float(), found.sigma[0].float(), found.v.float())
+
+
 class Method(NamedTuple):
     """A function of (Matrix, alpha), what it must be given beside, and whether alpha matters."""
 
@@ -192,18 +197,30 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "repeat-last": Method(repeat_last),
-    "recent-locals": Method(recent_locals),
-    "weighted": Method(weighted_sum, given.weights),
-    "oracle": Method(oracle, given.future),
-    "none": Method(none, has_alpha=False),
+    # The last target that is known; what moved in the last two checkpoints, which is newer.
+    "repeat-last": Method(lambda m, alpha: m.last + alpha * m.deltas["target"][-1]),
+    "recent-locals": Method(lambda m, alpha: m.last + alpha * recent(m.deltas, m.k)),
+    "weighted": Method(
+        lambda m, alpha: m.last + alpha * weighted(m.deltas, m.steps, m.k, m.given),
+        lambda known: (lambda: weighted_fit(known.trajectory).float().double(), []),
+    ),
+    # The ceiling: rank 1 of the true W_(c+k) - W_c, from a run that really went on.
+    "oracle": Method(
+        lambda m, alpha: m.last + alpha * reduced(m.given(m.name) - m.W[-1]), given.future
+    ),
+    # No jump. With stage 5 it is a mere restart of the optimizer.
+    "none": Method(lambda m, alpha: m.last, has_alpha=False),
     "rl-extra": Method(rl_extra),
-    "expo": Method(expo),
-    "first-update": Method(first_update),
+    # ExPO (Zheng et al. 2024, arXiv 2404.16792): W_c + alpha (W_c - W_0), by them alpha 0.3 to 0.5.
+    "expo": Method(lambda m, alpha: m.W[0] + (1 + alpha) * (m.W[-1] - m.W[0])),
+    # A public replication of RELEX reports that on MATH this is about as good as RELEX.
+    "first-update": Method(lambda m, alpha: m.W[0] + alpha * (m.W[1] - m.W[0])),
     "alpharl": Method(alpharl),
-    "alpharl-pls": Method(alpharl_pls, given.accuracies),
+    "alpharl-pls": Method(alpharl, given.accuracies),
     "relex": Method(relex),
-    "wsm": Method(wsm, has_alpha=False),
-    "greedy-soup": Method(greedy_soup, given.soup, has_alpha=False),
+    # WSM (Tian et al. 2025, arXiv 2507.17634), in place of a learning rate that falls.
+    "wsm": Method(lambda m, alpha: mean(m.W[1:][-WSM_CHECKPOINTS:]), has_alpha=False),
+    # Greedy soup (Wortsman et al. 2022, arXiv 2203.05482).
+    "greedy-soup": Method(lambda m, alpha: mean([m.W[i] for i in m.given]), given.soup, False),
     "dare": Method(dare, has_alpha=False),
 }

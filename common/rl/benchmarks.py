@@ -56,12 +56,9 @@ def letter_prompt(question: str, options: list[str]) -> str:
 def gpqa(row: dict) -> tuple[str, str]:
     """GPQA has the right option first; here the order depends on the question's text alone."""
     keys = ("Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)))
-    question, correct, *wrong = (str(row[key]).strip() for key in keys)
-
-    def place(option: str) -> bytes:
-        return hashlib.sha256(f"{question}\n{option}".encode()).digest()
-
-    options = sorted([correct, *wrong], key=place)
+    question, *options = (str(row[key]).strip() for key in keys)
+    correct = options[0]
+    options.sort(key=lambda option: hashlib.sha256(f"{question}\n{option}".encode()).digest())
     return letter_prompt(question, options), LETTERS[options.index(correct)]
 
 
@@ -76,10 +73,8 @@ CHOICES = {"gpqa": gpqa, "mmlu_pro": mmlu_pro}  # row -> (prompt, letter)
 
 
 def rows(where: str, source: Source, flag: str) -> Iterator:
-    """(place for messages, row) of a local file or folder, or of the hub.
-
-    `flag` is how to name a copy on the command line: --test-data aime24.
-    """
+    """(place for messages, row) of a local file or folder, or of the hub. `flag` is how to name a
+    copy on the command line: --test-data aime24."""
     path = pathlib.Path(where)
     if source.file and not path.is_file():  # of a known data set one file is read
         path = path / source.file if path.is_dir() else _fetch(source, flag)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import pathlib
 import re
@@ -40,7 +39,8 @@ class Problem:
 
 def load_problems(spec, **options) -> list[Problem]:
     """The problems of one data set for training; see `load_tasks`."""
-    return list(itertools.chain(*load_tasks([spec], "--train-data", **options).values()))
+    tasks = load_tasks([spec], "--train-data", **options)
+    return [problem for problems in tasks.values() for problem in problems]
 
 
 def load_tasks(specs, flag="--test-data", english_only=False, **columns) -> dict:
@@ -50,9 +50,8 @@ def load_tasks(specs, flag="--test-data", english_only=False, **columns) -> dict
     - a file, .jsonl, .parquet or .csv, with columns for prompt and answer, and perhaps for `kind`;
     - a name in common/rl/benchmarks.yaml, or its hub id; `name=path` reads a local copy;
     - any other hub id, "owner/name" or "owner/name:config".
-
-    columns: prompt and answer ("a.b" is the key b of column a) and split, for what is not a known
-    benchmark. Raises UserError where it cannot be had, or where a row is not usable.
+    columns: prompt, answer and split of what is not a known benchmark, see benchmarks.Source.
+    Raises UserError where it cannot be had, or where a row is not usable.
     """
     tasks = {}
     for spec in specs:
@@ -62,10 +61,8 @@ def load_tasks(specs, flag="--test-data", english_only=False, **columns) -> dict
         found = {}  # task -> its problems, in order
         for place, row in rows(where, source, f"{flag} {benchmark}"):
             part = (_text(row, source.part) or "").replace(" ", "-")
-            key, problem = place, _problem(row, source, place)
-            if source.template == "dapo":  # which repeats every problem
-                key = dapo_question(problem.prompt)
-                problem = dataclasses.replace(problem, prompt=key)
+            problem = _problem(row, source, place)
+            key = problem.prompt if source.template == "dapo" else place  # it repeats each problem
             if part in (wanted or part) and not (english_only and _CJK.search(problem.prompt)):
                 task = f"{benchmark}-{part}" if part else benchmark
                 found.setdefault(safe_name(task, "data set"), {}).setdefault(key, problem)
@@ -121,7 +118,9 @@ def _problem(row: dict, source: Source, place: str) -> Problem:
     if kind not in KINDS:
         raise UserError(f"{place}: kind {kind!r} is not one of {', '.join(KINDS)}")
     others = {key: row[key] for key in row.keys() - {"prompt", "prompts", "completions"}}
-    return Problem(_text(row, source.prompt), _text(row, source.answer), kind, others)
+    prompt = _text(row, source.prompt)
+    prompt = dapo_question(prompt) if source.template == "dapo" else prompt
+    return Problem(prompt, _text(row, source.answer), kind, others)
 
 
 def _text(value: object, column: str) -> str | None:
@@ -152,8 +151,13 @@ def encode_prompts(problems, tokenizer, template, system, limit: int, source):
     if [] in encoded:
         number = encoded.index([]) + 1
         raise UserError(f"{source}, problem {number} has no tokens: see the chat template")
-    if is_writer():
-        _warn(texts[:CHECKED], encoded, tokenizer, system, source)
+    if is_writer() and system == SYSTEM_PROMPT and "Qwen" not in str(tokenizer.chat_template):
+        print("warning: the system turn is Qwen2.5's: set --system-prompt", file=sys.stderr)
+    pairs = zip(texts[:CHECKED], encoded, strict=False)
+    lost = set().union(*({*"".join(t.split())} - {*tokenizer.decode(i)} for t, i in pairs))
+    if lost and is_writer():
+        lost = "".join(sorted(lost))
+        print(f"warning: {source}: the tokenizer has no token for {lost!r}", file=sys.stderr)
     kept = [i for i, ids in enumerate(encoded) if len(ids) <= limit]
     over = f"of more than {limit} tokens (max_prompt_tokens)"
     if not kept:
@@ -162,15 +166,6 @@ def encode_prompts(problems, tokenizer, template, system, limit: int, source):
         left = f"{len(problems) - len(kept)} of {len(problems)} problems"
         print(f"note: {source}: left out are {left}, with prompts {over}", file=sys.stderr)
     return [problems[i] for i in kept], [encoded[i] for i in kept]
-
-
-def _warn(texts, encoded, tokenizer, system: str, source) -> None:
-    if system == SYSTEM_PROMPT and "Qwen" not in str(tokenizer.chat_template):
-        print("warning: the system turn is Qwen2.5's: set --system-prompt", file=sys.stderr)
-    pairs = zip(texts, encoded, strict=False)
-    if lost := set().union(*({*"".join(t.split())} - {*tokenizer.decode(i)} for t, i in pairs)):
-        lost = "".join(sorted(lost))
-        print(f"warning: {source}: the tokenizer has no token for {lost!r}", file=sys.stderr)
 
 
 def template_hash(tokenizer, template: str, system: str) -> str:

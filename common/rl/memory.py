@@ -21,22 +21,18 @@ def on_paper(config, cfg):
 
 
 def kept(model, rows: int, time: int, mixed: bool) -> int:
-    """Bytes that the layers keep for the backward pass of `rows` sequences of `time` tokens.
-
-    The model's own code runs on tensors that have a shape and no numbers; it cannot be used again.
-    """
+    """Bytes that the layers keep for the backward pass of `rows` sequences of `time` tokens. The
+    model's own code runs on tensors without numbers; it cannot be used again."""
     found = {}
 
-    def key(tensor: torch.Tensor) -> int:
-        return tensor.untyped_storage()._cdata
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        return found.setdefault(tensor.untyped_storage()._cdata, tensor)
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        owned = {key(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        owned = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
         ids = torch.zeros(rows, time, dtype=torch.long)
-        hooks = torch.autograd.graph.saved_tensors_hooks(
-            lambda x: found.setdefault(key(x), x), lambda x: x
-        )
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda x: x)
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed), hooks:
             policy.base_model(model).get_decoder()(input_ids=ids, use_cache=False)
         return sum(x.untyped_storage().nbytes() for k, x in found.items() if k not in owned)

@@ -1,4 +1,4 @@
-"""What is seen of a run while it trains: metrics.jsonl, the console, the tracker."""
+"""What is measured: of a run while it trains, and of policies on test problems by stage 6."""
 
 import contextlib
 import pathlib
@@ -6,13 +6,15 @@ import sys
 import time
 
 import torch
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from common import UserError
+from common.files import models
 from common.files.config import as_dict
 from common.files.read import read_jsonl
 from common.files.stage import is_writer
-from common.rl import rollout
+from common.rl import data, policy, rollout
 
 FLAT = 5  # steps without a gradient after which a warning comes
 WHY = "every problem's responses have equal rewards; see common/rl/README.md"
@@ -53,10 +55,8 @@ def check_moved(log: pathlib.Path) -> None:
 
 
 def of_step(run, batch, scored: dict, updates: list[dict]) -> dict:
-    """The metrics of one step over all processes; the README explains each.
-
-    `scored` is what `training.score` returns, `updates` what `training.descend` does of each.
-    """
+    """The metrics of one step over all processes; the README explains each. `scored` is what
+    `training.score` returns, `updates` what `training.descend` does of each."""
     cfg, accelerator, judge = run.cfg, run.accelerator, run.rewards.verifier
     spread = batch.rewards.max(1).values - batch.rewards.min(1).values
     sums = {
@@ -104,20 +104,6 @@ def of_step(run, batch, scored: dict, updates: list[dict]) -> dict:
     return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
 
 
-def console_line(line: dict, last: int) -> str:
-    """A line of metrics.jsonl for the console."""
-    flat = "" if line["grad_norm"] else "  no gradient: equal rewards in every group"
-    held_out = f"eval {line['eval_accuracy']:.3f}  " if "eval_accuracy" in line else ""
-    phases = " ".join(f"{name} {value:.2f}" for name, value in line["seconds_by_phase"].items())
-    return (
-        f"step {line['step']}/{last}  accuracy {line['accuracy']:.3f}  {held_out}"
-        f"length {line['response_length']:.1f}  cut {line['truncated_share']:.2f}  "
-        f"flat {line['zero_variance_groups']:.2f}  clip {line['clip_share']:.3f}  "
-        f"entropy {line['entropy']:.2f}  gap {line['logprob_gap_mean']:.0e}  "
-        f"grad {line['grad_norm']:.2f}  {line['seconds']:.2f} s ({phases}){flat}"
-    )
-
-
 def start_tracker(cfg, accelerator) -> None:
     """Begins this run in its tracker, or goes on with it there."""
     folder = pathlib.Path(accelerator.project_dir)
@@ -126,27 +112,8 @@ def start_tracker(cfg, accelerator) -> None:
     accelerator.init_trackers(cfg.project, config=as_dict(cfg), init_kwargs=own)
 
 
-def evaluate(run, step: int, timer: Timer) -> dict:
-    """{"eval_accuracy": that on --eval-data} where it is due. The seeds are always the same."""
-    cfg, accelerator, (problems, prompts) = run.cfg, run.accelerator, run.held_out
-    if not cfg.eval_every or step % cfg.eval_every:
-        return {}
-    whole = len(problems) // accelerator.num_processes * accelerator.num_processes
-    mine = range(accelerator.process_index, whole, accelerator.num_processes)  # as many in each
-    seeds = [rollout.sequence_seed(cfg.seed, 0, i, 0) for i in mine]
-    asked = [prompts[i] for i in mine]
-    with timer("eval"):
-        run.engine.sync(run.model)
-        found = run.engine.generate(asked, seeds, cfg.max_new_tokens, cfg.temperature)
-        texts = run.tokenizer.batch_decode([r.tokens for r in found], skip_special_tokens=True)
-        answered, finished = [problems[i] for i in mine], [r.finished for r in found]
-        right = sum(run.rewards.verifier.score(texts, answered, finished))
-        total = accelerator.reduce(torch.tensor([right], device=accelerator.device), "sum")
-    return {"eval_accuracy": round(total.item() / whole, 6)}
-
-
 def show(run, line: dict) -> None:
-    """A line of metrics for the console and the tracker."""
+    """A line of metrics.jsonl for the console and the tracker."""
     numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
     run.accelerator.log(numbers, step=numbers.pop("step"))
     run.flat = 0 if line["grad_norm"] else run.flat + 1
@@ -154,4 +121,100 @@ def show(run, line: dict) -> None:
         tqdm.write(f"warning: {FLAT} steps without a gradient: {WHY}", file=sys.stderr)
     is_due = line["step"] % run.cfg.log_every == 0 or line["step"] == run.cfg.steps
     if run.accelerator.is_main_process and is_due:
-        tqdm.write(console_line(line, run.cfg.steps))
+        flat = "" if line["grad_norm"] else "  no gradient: equal rewards in every group"
+        held_out = f"eval {line['eval_accuracy']:.3f}  " if "eval_accuracy" in line else ""
+        phases = " ".join(f"{name} {value:.2f}" for name, value in line["seconds_by_phase"].items())
+        tqdm.write(
+            f"step {line['step']}/{run.cfg.steps}  accuracy {line['accuracy']:.3f}  {held_out}"
+            f"length {line['response_length']:.1f}  cut {line['truncated_share']:.2f}  "
+            f"flat {line['zero_variance_groups']:.2f}  clip {line['clip_share']:.3f}  "
+            f"entropy {line['entropy']:.2f}  gap {line['logprob_gap_mean']:.0e}  "
+            f"grad {line['grad_norm']:.2f}  {line['seconds']:.2f} s ({phases}){flat}"
+        )
+
+
+def evaluate(run, step: int, timer: Timer) -> dict:
+    """{"eval_accuracy": that on --eval-data} where it is due. The seeds are always the same."""
+    if not run.cfg.eval_every or step % run.cfg.eval_every:
+        return {}
+    processes = run.accelerator.num_processes
+    whole = len(run.held_out[0]) // processes * processes  # as many in each
+    with timer("eval"):
+        run.engine.sync(run.model)
+        held_out = [column[:whole] for column in run.held_out]
+        rows = answers(run, held_out, 1, run.rewards.verifier)
+    return {"eval_accuracy": round(sum(row["score"] for row in rows) / whole, 6)}
+
+
+def answers(run, task: tuple, runs: int, judge) -> list[dict]:
+    """`runs` answers to every problem, scored, a row each. A process samples its share. run: a
+    training.Run or a Loaded. task: (problems, token ids of their prompts)."""
+    cfg, accelerator, (problems, prompts) = run.cfg, run.accelerator, task
+    asked = [(i, number) for number in range(runs) for i in range(len(problems))]
+    asked = asked[accelerator.process_index :: accelerator.num_processes]
+    seeds = [rollout.sequence_seed(cfg.seed, 0, i, number) for i, number in asked]
+    draw = (cfg.max_new_tokens, cfg.temperature, cfg.top_p)
+    found = run.engine.generate([prompts[i] for i, _ in asked], seeds, *draw)
+    texts = run.tokenizer.batch_decode([r.tokens for r in found], skip_special_tokens=True)
+    sampled, finished = [problems[i] for i, _ in asked], [r.finished for r in found]
+    scores, rows = judge.score(texts, sampled, finished), []
+    for (i, number), rolled, text, right in zip(asked, found, texts, scores, strict=True):
+        row = {"problem": i, "run": number, "prompt": problems[i].prompt, "response": text}
+        row |= {"answer": problems[i].answer, "tokens": len(rolled.tokens)}
+        rows.append({**row, "finished": rolled.finished, "score": right})
+    return sorted(gather_object(rows), key=lambda row: (row["run"], row["problem"]))
+
+
+def find_model(name: str) -> pathlib.Path:
+    """The folder of the model `name`; a hub id that is not on this machine is fetched."""
+    with contextlib.suppress(UserError):
+        return models.find_model(name)
+    policy.load_backbone(name)
+    return models.find_model(name)
+
+
+class Loaded:
+    """A model on which policies are measured, with the prompts of every task in its tokens."""
+
+    def __init__(self, cfg, base: str, tasks: dict, rank: int, accelerator):
+        """cfg: stage 6's EvalConfig. rank: the highest of the adapters to come."""
+        self.cfg, self.base, self.accelerator = cfg, base, accelerator
+        model, self.tokenizer = policy.load_backbone(cfg.path(base))
+        model = model.to(accelerator.device) if cfg.engine == "hf" else model
+        self.fingerprint = policy.fingerprint(model)
+        turns = (self.tokenizer, cfg.prompt_template, cfg.system_prompt)
+        self.template_hash = data.template_hash(*turns)
+        limit = cfg.max_prompt_tokens
+        self.tasks = {t: data.encode_prompts(found, *turns, limit, t) for t, found in tasks.items()}
+        self.engine = rollout.make_engine(cfg, model, self.tokenizer, cfg.path(base), rank)
+
+    def answers(self, task: str, judge) -> list[dict]:
+        """cfg.runs answers to every problem of the task, see `answers`."""
+        # vLLM sees to its own precision.
+        is_hf = self.cfg.engine == "hf"
+        with self.accelerator.autocast() if is_hf else contextlib.nullcontext():
+            return answers(self, self.tasks[task], self.cfg.runs, judge)
+
+
+def summarise(rows: list[dict], problems: int) -> dict:
+    """Accuracy with its standard error over problems, and the means that go with it."""
+    by_problem = torch.zeros(problems, dtype=torch.float64)
+    for row in rows:
+        by_problem[row["problem"]] += row["score"] * problems / len(rows)
+    return {
+        "accuracy": float(by_problem.mean()),
+        "standard_error": float(by_problem.std() / problems**0.5) if problems > 1 else None,
+        "n": len(rows),
+        "problems": problems,
+        "response_length": sum(row["tokens"] for row in rows) / len(rows),
+        "truncated_share": sum(not row["finished"] for row in rows) / len(rows),
+        "by_problem": by_problem.tolist(),
+    }
+
+
+def console_line(record: dict) -> str:
+    """`0.749 +- 0.012 (n = 2048), length 29.4, 1.7 s`."""
+    error = "" if record["standard_error"] is None else f" +- {record['standard_error']:.3f}"
+    zero = "" if record["accuracy"] else "; all scored 0: are template and answer_format right?"
+    line = f"{record['accuracy']:.3f}{error} (n = {record['n']})"
+    return f"{line}, length {record['response_length']:.1f}, {record['seconds']:.1f} s{zero}"

@@ -7,43 +7,46 @@ from common import UserError
 from common.files.config import StageConfig, option
 from common.rl import data, rollout
 
+POSITIVE = (
+    *("steps", "save_every", "prompts_per_step", "mini_batch", "rollouts", "max_new_tokens"),
+    *("lora_rank", "batch_size", "resume_every", "log_every", "temperature", "more_steps", "runs"),
+)
+
 
 @dataclasses.dataclass
 class SamplingConfig(StageConfig):
     """How responses are asked for, sampled and scored: alike in training and in evaluation."""
 
-    backbone: str = option(
-        "Qwen/Qwen2.5-1.5B-Instruct", "model: folder or hub id (paper: 1.5B, 3B, 7B and 14B)"
-    )
+    backbone: str = option("Qwen/Qwen2.5-1.5B-Instruct", "folder or hub id (paper: 1.5B to 14B)")
     prompt_column: str = option("prompt", "of a file or hub id: question's column, a.b for nested")
     answer_column: str = option("answer", "of a file or hub id: answer's column, a.b for nested")
     data_split: str = option("train", "of a hub id: its split")
     prompt_template: str = option(data.PROMPT_TEMPLATE, "the user turn around a problem (open)")
-    system_prompt: str = option(
-        data.SYSTEM_PROMPT, "the system turn, none if empty; the default is that of Qwen2.5 (open)"
-    )
+    system_prompt: str = option(data.SYSTEM_PROMPT, "system turn (Qwen2.5's), none if empty (open)")
     answer_format: Literal["boxed", "last_number"] = option("boxed", "where the answer is (open)")
     temperature: float = option(1.0, "sampling temperature (paper: 1.0)")
     top_p: float = option(1.0, "nucleus sampling; training needs 1.0 (paper: 1.0)")
     max_prompt_tokens: int = option(1024, "longest prompt allowed (paper: 1024)")
     max_new_tokens: int = option(4096, "longest response; one cut there gets 0 (paper: 4096)")
-    engine: Literal["auto", "hf", "vllm"] = option(
-        "auto", "what samples; auto is vllm where it is installed and a GPU is there, else hf"
-    )
+    engine: Literal["auto", "hf", "vllm"] = option("auto", "auto: vllm where it and a GPU are")
     batch_size: int = option(512, "sequences that hf samples at a time: memory, not results")
     vllm_options: str = option(
         "{}", "of vLLM's LLM class, in JSON: '{\"gpu_memory_utilization\": 0.4}' (0.8 in stage 6)"
     )
     verifier_seconds: float = option(5.0, "time limit for one answer")
 
+    def __post_init__(self):
+        rollout.vllm_options(self.vllm_options)  # refuses what it does not know
+        for name in POSITIVE:
+            if (value := getattr(self, name, 1)) <= 0:  # a stage has not all of them
+                raise UserError(f"{name} must be positive, not {value}")
+
 
 @dataclasses.dataclass
 class RLConfig(SamplingConfig):
     """Stage 1's options of data, optimizer, memory, precision and logging."""
 
-    reward: list[str] = option(
-        ["verifier"], "verifier, or file.py:function with TRL's signature; several are added"
-    )
+    reward: list[str] = option(["verifier"], "verifier, or file.py:function; several are added")
     english_only: bool = option(False, "leave out problems with Chinese characters (open)")
     learning_rate_schedule: Literal["constant", "linear"] = option(
         "constant", "linear falls to 0 over the steps of this stage (open)"
@@ -61,9 +64,24 @@ class RLConfig(SamplingConfig):
     report_to: str = option("", "a tracker of accelerate: trackio, tensorboard, wandb ...")
     project: str = option("next", "name of the project there")
 
+    def __post_init__(self):
+        super().__post_init__()
+        P, mini = self.prompts_per_step, self.mini_batch
+        if P % mini:
+            raise UserError(f"prompts_per_step ({P}) must be a multiple of mini_batch ({mini})")
+        if self.top_p != 1.0:
+            raise UserError(f"top_p {self.top_p} biases the importance ratio: set it to 1.0")
+        if self.rollouts == 1 and self.algorithm != "reinforce++":
+            raise UserError(f"{self.algorithm} compares responses: rollouts must be 2 or more")
+        if self.eval_every and not self.eval_data:
+            raise UserError("eval_every wants --eval-data: problems for validation")
+        if self.kl_in == "reward" and not self.kl_coef:
+            raise UserError("kl_in reward takes nothing from it with kl_coef 0: set kl_coef")
 
-# What may differ when a run goes on: it changes no result.
+
+# What may differ when a run goes on: it changes no result. Of more_steps `steps` has the sum.
 MAY_CHANGE = (
+<<<<<<< HEAD
     *("save_every", "resume_every", "log_every", "report_to", "project", "micro_tokens"),
     *("max_logprob_gap", "vllm_options", "batch_size", "verifier_seconds"),
     *("gradient_checkpointing", "eval_every", "eval_data"),
@@ -72,6 +90,11 @@ MAY_CHANGE = (
 POSITIVE = (
     *("steps", "save_every", "prompts_per_step", "mini_batch", "rollouts", "max_new_tokens"),
     *("lora_rank", "batch_size", "resume_every", "log_every", "temperature", "more_steps"),
+=======
+    *("resume_every", "log_every", "report_to", "project", "micro_tokens", "max_logprob_gap"),
+    *("vllm_options", "batch_size", "verifier_seconds", "gradient_checkpointing", "more_steps"),
+    *("eval_every", "eval_data"),
+>>>>>>> cut-rl
 )
 
 
@@ -84,22 +107,3 @@ def learning_rate(cfg, first_step: int, step: int) -> float:
 def grows(cfg) -> str:
     """The option that makes a finished run longer: none where the rate has fallen to 0."""
     return "steps" if cfg.learning_rate_schedule == "constant" else ""
-
-
-def check(cfg) -> None:
-    """Raises UserError where the options of stage 1 do not go together."""
-    rollout.vllm_options(cfg.vllm_options)
-    for name in POSITIVE:
-        if (value := getattr(cfg, name, 1)) <= 0:  # stage 1 has no more_steps
-            raise UserError(f"{name} must be positive, not {value}")
-    P, mini = cfg.prompts_per_step, cfg.mini_batch
-    if P % mini:
-        raise UserError(f"prompts_per_step ({P}) must be a multiple of mini_batch ({mini})")
-    if cfg.top_p != 1.0:
-        raise UserError(f"top_p {cfg.top_p} biases the importance ratio in training: set it to 1.0")
-    if cfg.rollouts == 1 and cfg.algorithm != "reinforce++":
-        raise UserError(f"{cfg.algorithm} compares responses: rollouts must be 2 or more")
-    if cfg.eval_every and not cfg.eval_data:
-        raise UserError("eval_every wants --eval-data: problems for validation")
-    if cfg.kl_in == "reward" and not cfg.kl_coef:
-        raise UserError("kl_in reward takes nothing from the reward with kl_coef 0: set kl_coef")

@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import functools
 import hashlib
 import os
 import pathlib
@@ -70,10 +69,7 @@ def add_lora(backbone, rank: int, alpha: float, seed: int):
 
 
 def load_lora(backbone, folder: pathlib.Path):
-    """The adapter in `folder` on the backbone, trainable.
-
-    Raises UserError for an adapter that is broken, or was trained on another backbone.
-    """
+    """The adapter in `folder` on the backbone, trainable. UserError: broken, or another's."""
     refuse_foreign(folder, fingerprint(backbone))
     with in_one_line(f"cannot load adapter {folder}", adapters.ANOTHER):
         config = LoraConfig.from_pretrained(folder)
@@ -148,10 +144,8 @@ def is_sharded(policy) -> bool:
 
 
 def keep_dtypes(policy) -> None:
-    """For a policy that computes under autocast alone, which casts the inputs of LoRA's factors.
-
-    PEFT would cast them to fp32 before that, and these copies stay until the backward pass.
-    """
+    """Under autocast PEFT need not cast the inputs of LoRA's factors to fp32 first: these copies
+    would stay until the backward pass."""
     for layer in policy.modules():
         if isinstance(layer, LoraLayer):
             layer.cast_input_dtype_enabled = False
@@ -159,11 +153,8 @@ def keep_dtypes(policy) -> None:
 
 @contextlib.contextmanager
 def merged(policy):
-    """Within the block the policy computes with W + s B A in place of W: a third of the products.
-
-    For sampling with an fp32 backbone that is not sharded; any other is left alone. Each layer
-    points to a temporary sum and then to its own tensor again, so nothing can drift.
-    """
+    """Within the block an fp32 policy that is not sharded computes with W + s B A in place of W: a
+    third of the products. Then each layer has its own tensor again, so nothing can drift."""
     layers = (m for m in policy.modules() if isinstance(m, LoraLayer))
     frozen = {layer: layer.base_layer.weight.data for layer in layers}
     if {weight.dtype for weight in frozen.values()} != {torch.float32} or is_sharded(policy):
@@ -183,8 +174,7 @@ def merged(policy):
 def token_logprobs(policy, prompts, completions, temperature: float) -> torch.Tensor:
     """log pi (nats, fp32) of every token of the completions [tokens], at the sampling temperature.
 
-    prompts, completions: token ids, a list a sequence. The head runs on chunks that the backward
-    pass runs again: no [batch, time, vocabulary] exists. Padding is on the right, where attention
+    prompts, completions: token ids, a list a sequence. Padding is on the right, where attention
     never looks.
     """
     model, device = base_model(policy), policy.device
@@ -196,11 +186,11 @@ def token_logprobs(policy, prompts, completions, temperature: float) -> torch.Te
     row, column = torch.tensor(at, device=device).T  # [tokens] each
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[row, column]
     targets, head = ids[row, column + 1], model.get_output_embeddings()
+
+    def chosen(hidden, targets):
+        logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # [tokens, vocabulary]
+        return logprobs.gather(1, targets[:, None])[:, 0]
+
+    # In chunks that the backward pass runs again: no [batch, time, vocabulary] exists.
     parts = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
-    run = functools.partial(checkpoint, _head, head, use_reentrant=False)
-    return torch.cat([run(*part, temperature) for part in parts])
-
-
-def _head(head, hidden, targets, temperature):
-    logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # [tokens, vocabulary]
-    return logprobs.gather(1, targets[:, None])[:, 0]
+    return torch.cat([checkpoint(chosen, *part, use_reentrant=False) for part in parts])

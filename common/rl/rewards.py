@@ -1,9 +1,8 @@
 """The reward of a response: the verifier's 0 or 1, functions of the user's, or a weighted sum.
 
-A function has TRL's signature, so those of TRL work as they are, but for async ones: score(prompts,
-completions, **columns) -> a number for each response (None counts 0). Prompts and completions are
-chats, [{"role": ..., "content": ...}]; columns are lists: `answer`, the data's other columns,
-`completion_ids`, `finished`.
+A function has TRL's signature: score(prompts, completions, **columns) -> a number for each response
+(None counts 0). Prompts and completions are chats, [{"role": ..., "content": ...}]; columns are
+lists: `answer`, the data's other columns, `completion_ids`, `finished`.
 """
 
 import importlib.util
@@ -34,9 +33,7 @@ def load(name: str) -> Callable:
 
 class Rewards:
     """All of `--reward`: each is `verifier` or `file.py:function`, perhaps with =weight behind it.
-
-    `sums`: by name, the unweighted sums of the last call. `files`: the hashes of the functions'.
-    """
+    `sums`: by name, the unweighted sums of the last call. `files`: hashes of the functions'."""
 
     def __init__(self, wanted: list[str], verifier: Verifier):
         self.verifier, self.parts, self.sums, self.files = verifier, {}, {}, {}
@@ -53,25 +50,21 @@ class Rewards:
 
     def score(self, texts, problems, finished, tokens) -> list[float]:
         """The reward of each response: the sum of weight times value. tokens: its ids."""
+        columns = {key: [p.columns.get(key) for p in problems] for key in problems[0].columns}
+        columns |= {"answer": [p.answer for p in problems], "finished": finished}
+        columns["completion_ids"] = tokens
+        prompts = [[{"role": "user", "content": p.prompt}] for p in problems]
+        completions = [[{"role": "assistant", "content": text}] for text in texts]
         total = [0.0] * len(texts)
         for name, (weight, function) in self.parts.items():
             if function is None:
                 values = self.verifier.score(texts, problems, finished)
             else:
-                extra = {"finished": finished, "completion_ids": tokens}
-                values = self._call(name, function, texts, problems, extra)
+                with in_one_line(f"reward {name} failed", ADVICE):
+                    values = function(prompts=prompts, completions=completions, **columns)
+                    values = [float(value or 0) for value in values]
+            if len(values) != len(texts):
+                raise UserError(f"reward {name} returned {len(values)} for {len(texts)} responses")
             self.sums[name] = sum(values)
             total = [sum_ + weight * value for sum_, value in zip(total, values, strict=True)]
         return total
-
-    def _call(self, name: str, function: Callable, texts, problems, extra) -> list[float]:
-        columns = {key: [p.columns.get(key) for p in problems] for key in problems[0].columns}
-        columns |= {"answer": [p.answer for p in problems], **extra}
-        prompts = [[{"role": "user", "content": p.prompt}] for p in problems]
-        completions = [[{"role": "assistant", "content": text}] for text in texts]
-        with in_one_line(f"reward {name} failed", ADVICE):
-            values = function(prompts=prompts, completions=completions, **columns)
-            values = [float(value or 0) for value in values]
-        if len(values) != len(texts):
-            raise UserError(f"reward {name} returned {len(values)} for {len(texts)} responses")
-        return values

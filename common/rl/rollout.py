@@ -70,25 +70,19 @@ def vllm_options(text: str) -> dict:
 
 
 def make_engine(cfg, model, tokenizer, path: str, lora_rank: int):
-    """The engine cfg.engine for `model`, whose backbone is at `path`, a folder or hub id.
-
-    lora_rank is the largest to come, 0 without adapters. hf samples from `model` itself; vLLM has a
-    copy of the backbone.
-    """
+    """The engine cfg.engine. hf samples from `model` itself; vLLM has a copy of its backbone at
+    `path`, a folder or hub id. lora_rank: the largest to come, 0 without adapters."""
     if cfg.engine == "hf":
         return HFEngine(model, tokenizer, cfg.batch_size)
     from common.rl import vllm_engine  # here: vLLM is optional, and takes seconds to import
 
-    longest = cfg.max_prompt_tokens + cfg.max_new_tokens
-    options = vllm_options(cfg.vllm_options)
+    longest, options = cfg.max_prompt_tokens + cfg.max_new_tokens, vllm_options(cfg.vllm_options)
     return vllm_engine.VLLMEngine(model, tokenizer, path, longest, lora_rank, options)
 
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor, top_p: float):
     """A token of each row and its log-probability: the inverse CDF at a uniform number, [rows].
-
-    logits: [rows, vocabulary], at the sampling temperature.
-    """
+    logits: [rows, vocabulary], at the sampling temperature."""
     if top_p < 1:
         logits = TopPLogitsWarper(top_p)(None, logits)
     logprobs = logits.log_softmax(-1)

@@ -145,10 +145,8 @@ def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str
 
 
 def micro_batches(run: Run, batch: Batch, sequences: list[int]) -> list[list[int]]:
-    """`sequences` in parts of at most micro_tokens padded tokens.
-
-    Of a sharded model every process has as many parts: they run its layers in step.
-    """
+    """`sequences` in parts of at most micro_tokens padded tokens. Of a sharded model every process
+    has as many parts: they run its layers in step."""
     lengths = {i: len(batch.prompts[i]) + len(batch.completions[i]) for i in sequences}
     parts = grpo.micro_batches(lengths, run.cfg.micro_tokens)
     if policy.is_sharded(run.model):
@@ -160,11 +158,9 @@ def micro_batches(run: Run, batch: Batch, sequences: list[int]) -> list[list[int
 
 @torch.no_grad()
 def score(run: Run, batch: Batch) -> dict:
-    """log pi_old by the trainer, and log pi_backbone if KL counts. Returns sums for the metrics.
-
-    hf in fp32 samples from the trainer's own model: its log-probabilities are these, but for
-    rounding. They are computed again only beside those of the backbone.
-    """
+    """log pi_old by the trainer, and log pi_backbone if KL counts. Returns sums for the metrics."""
+    # hf in fp32 samples from the trainer's own model: but for rounding, these are the engine's.
+    # They are computed again only beside those of the backbone.
     cfg, count = run.cfg, len(batch.completions)
     exact = run.engine.is_exact and run.accelerator.mixed_precision == "no" and not cfg.kl_coef
     batch.old, batch.reference = [None] * count, [None] * count
@@ -192,10 +188,8 @@ def score(run: Run, batch: Batch) -> dict:
 
 
 def token_weights(run: Run, batch: Batch, sequences: list[int]) -> dict[int, torch.Tensor]:
-    """Sequence -> the weights of its tokens in the loss of an update, [tokens].
-
-    They add up to 1 over all processes: neither micro-batches nor processes change the loss.
-    """
+    """Sequence -> the weights of its tokens in the loss of an update, [tokens]. Over all processes
+    they add up to 1: neither micro-batches nor processes change the loss."""
     lengths = torch.tensor([len(batch.completions[i]) for i in sequences])
     local = torch.tensor([float(lengths.sum()), float(len(lengths))])
     tokens, count = run.accelerator.reduce(local.to(run.accelerator.device), "sum").cpu()

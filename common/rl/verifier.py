@@ -42,13 +42,7 @@ _FACE = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|boldsymbol)\s*(?=\{)")
 
 
 def extract_boxed(response: str) -> str | None:
-    """The content of the last balanced `\\boxed{...}`, None without one. Linear in the length.
-
-    >>> extract_boxed(r"first \\boxed{1}, no: \\boxed{\\frac{1}{2}}"), extract_boxed(r"\\boxed{4")
-    ('\\\\frac{1}{2}', None)
-    """
-    if "\\boxed" not in response:
-        return None
+    r"""The content of the last balanced `\boxed{...}`, None without one. Linear in the length."""
     opened, last = [], None
     for match in _BRACES.finditer(response):
         token = match.group()
@@ -107,20 +101,8 @@ def letter(text: str) -> str | None:
     return None if named else match[1].upper()
 
 
-def normalise(text: str) -> str:
-    r"""An answer with e-notation written out, which math-verify takes for Euler's number.
-
-    >>> normalise("4.5e33"), normalise(r"I(0)e^{-t}")
-    ('4.5 \\times 10^{33}', 'I(0)e^{-t}')
-    """
-    return _E_NOTATION.sub(r"\1 \\times 10^{\2}", text)
-
-
 def quick_verdict(answer: str, gold: str, kind: str) -> bool | None:
-    """True or False where that is clear without a parser, None where math-verify decides.
-
-    An unevaluated sum is no answer: math-verify takes 123+489 for 612, and RL learns to use that.
-    """
+    """True or False where that is clear without a parser, None where math-verify decides."""
     if kind == "letter":
         return letter(answer) is not None and letter(answer) == letter(gold)
     as_number = _number_answer if kind == "number" else plain_number
@@ -129,6 +111,7 @@ def quick_verdict(answer: str, gold: str, kind: str) -> bool | None:
         return abs(number - right) <= min(1, abs(right)) / 1_000_000
     if not answer.strip() or len(answer) > 10_000:
         return False
+    # An unevaluated sum is no answer: math-verify takes 123+489 for 612, and RL learns to use that.
     if right is not None and (kind == "number" or _UNEVALUATED.search(answer)):
         return False
     # What changes the look of a formula and not its meaning; "5 6" is not "56".
@@ -138,40 +121,33 @@ def quick_verdict(answer: str, gold: str, kind: str) -> bool | None:
 
 class Verifier:
     """Scores answers. `timeouts` and `errors` of the last call: what math-verify did not decide.
-
-    `answer_format` says where the answer is: "boxed", or "last_number" of the response. The worker
-    process is started when an answer needs it, and ended by `close`.
-    """
+    Its process is started when an answer needs it, and ended by `close`."""
 
     def __init__(self, time_limit: float = 5.0, answer_format: str = "boxed"):
-        self.time_limit, self.answer_format = time_limit, answer_format
+        self.time_limit, self.boxed = time_limit, answer_format == "boxed"
         self.timeouts = self.errors = 0
         self._worker = None
 
     def score(self, responses: list[str], problems: list, finished: list[bool]) -> list[float]:
-        """1.0 for each response with the answer of its problem, else 0.0.
-
-        A response that was cut (not finished) gets 0.0. UserError: math-verify does not work.
-        """
+        """1.0 for each finished response with the answer of its problem, else 0.0. Raises
+        UserError where math-verify does not work."""
         self.timeouts, self.errors, verdicts = 0, 0, []
         for response, problem, whole in zip(responses, problems, finished, strict=True):
             gold = problem.answer
-            answer = self._extract(response, gold) if whole else None
+            if whole and not self.boxed and plain_number(gold) is None:
+                raise UserError(f"answer_format: {gold[:50]!r} is not a number; use boxed")
+            extract = extract_boxed if self.boxed else last_number
+            answer = extract(response) if whole else None
             verdict = False if answer is None else quick_verdict(answer, gold, problem.kind)
             verdicts.append((answer, gold) if verdict is None else verdict)
         asked = dict.fromkeys(verdict for verdict in verdicts if isinstance(verdict, tuple))
         replies = {question: self._ask(*question) for question in asked}
         return [float(replies.get(verdict, verdict)) for verdict in verdicts]
 
-    def _extract(self, response: str, gold: str) -> str | None:
-        if self.answer_format == "boxed":
-            return extract_boxed(response)
-        if plain_number(gold) is None:
-            raise UserError(f"answer_format last_number: {gold[:50]!r} is not a number; use boxed")
-        return last_number(response)
-
     def _ask(self, answer: str, gold: str) -> bool:
-        question = {"answer": normalise(answer), "gold": normalise(gold), "limit": self.time_limit}
+        # 4.5e33 becomes 4.5 \times 10^{33}: math-verify takes an e for Euler's number.
+        answer, gold = (_E_NOTATION.sub(r"\1 \\times 10^{\2}", x) for x in (answer, gold))
+        question = {"answer": answer, "gold": gold, "limit": self.time_limit}
         for _ in range(2):  # a worker that died may have been killed by others: a new one is asked
             self._worker = self._worker or _start_worker()
             with contextlib.suppress(BrokenPipeError):

@@ -29,12 +29,9 @@ GO_ON = "type the same command again to go on"
 
 
 def dtype_of(model) -> str:
-    """The dtype of the engine's copy: the backbone's.
-
-    Weights that are all trained are fp32; on a GPU autocast and so the engine use them in bf16.
-    """
-    is_trained = any(parameter.requires_grad for parameter in model.parameters())
-    if is_trained and not isinstance(model, PeftModel) and torch.cuda.is_available():
+    """The dtype of the engine's copy: the backbone's. Weights that are all trained are fp32; on a
+    GPU autocast and so the engine use them in bf16."""
+    if trained(model) and not isinstance(model, PeftModel) and torch.cuda.is_available():
         return "bfloat16"
     return str(model.dtype).removeprefix("torch.")
 

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch.nn.functional import normalize
 
 from common import demo, predictor
-from common.baselines import given, methods, weighted
+from common.baselines import given, methods
 from common.files import adapters, deltas, merge, models, series, write
 from common.files.adapters import read_info
 from common.files.read import read_json
@@ -136,7 +136,7 @@ def run_method(name, m, base, future):
     """The new matrix of a method, dense."""
     accuracies = torch.tensor(ACCURACIES, dtype=torch.float64)
     known = {"oracle": lambda module: future, "alpharl-pls": accuracies, "greedy-soup": CHOSEN}
-    known["weighted"] = torch.tensor(weighted.PRIOR, dtype=torch.float64)
+    known["weighted"] = torch.tensor(methods.PRIOR, dtype=torch.float64)
     found = methods.METHODS[name].jump(dataclasses.replace(m, given=known.get(name)), ALPHA)
     return base + found.dense() if isinstance(found, LowRank) else found
 
@@ -237,7 +237,7 @@ def test_alpharl_pls_aims_at_no_accuracy_above_1():
     m.given = torch.tensor([0.4, 0.5, 0.6, 0.7, 0.8, 0.9], dtype=torch.float64)
     a, v = sigma_u(whole[:-1])
     wanted = torch.outer(methods.pls_inverse(a, m.given, 1.0), v)
-    torch.testing.assert_close(methods.alpharl_pls(m, ALPHA).dense(), wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(methods.alpharl(m, ALPHA).dense(), wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "whole"])

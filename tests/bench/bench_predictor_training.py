@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from common import predictor
-from common.baselines import weighted
+from common.baselines import methods
 from common.files.deltas import Trajectory, Triples
 
 LAYERS, CHECKPOINTS = 28, 10  # checkpoints that have a target
@@ -103,4 +103,4 @@ if __name__ == "__main__":
     sums = [f"{1e3 * total[way]:.0f} s" for way in ("ours", "official")]
     print(f"\n1,000 epochs of all families: {sums[0]}, official loop {sums[1]}")
     whole = random_trajectory()
-    print(f"`weighted`, which has no epochs: {seconds(lambda: weighted.fit(whole)):.1f} s")
+    print(f"`weighted`, which has no epochs: {seconds(lambda: methods.weighted_fit(whole)):.1f} s")
