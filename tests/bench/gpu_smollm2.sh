@@ -31,9 +31,10 @@ clock=${CLOCK:-$HOME/began}; [ -e "$clock" ] || echo "$called" >"$clock"
 
 # ---------------------------------------------------------------------- commands in the background
 
-job() {    # job NAME COMMAND...: starts it, unless it runs or has ended; if it fails, once more
+job() {    # job NAME COMMAND...: starts it, unless it runs or has ended; tries twice
   local name=$1 file=$W/jobs/$1; shift
   if [ -e "$file.rc" ] || alive "$name"; then return 0; fi
+  if [ "$1" = me ]; then set -- bash "$self" "${@:2}"; fi
   echo "$((($(date +%s) - $(cat "$clock")))) s: $*" | tee -a "$W/jobs/all.txt"
   setsid bash -c 'file=$1; shift
     "$@" >>"$file.log" 2>&1 || "$@" >>"$file.log" 2>&1
@@ -59,8 +60,8 @@ stage() { "$python" "$1"*.py --config "$preset" "${@:2}"; }
 
 # ---------------------------------------------------------------------------------- the experiment
 
-train() { job "lr$1" "$self" _stage 01 --run-dir "$W/lr$1" --learning-rate "$1" --steps $far; }
-leg() { job "leg-$1-$2" "$self" _stage 05 --run-dir "$W/lr$1" --start "$2" --learning-rate "$1"; }
+train() { job "lr$1" me _stage 01 --run-dir "$W/lr$1" --learning-rate "$1" --steps $far; }
+leg() { job "leg-$1-$2" me _stage 05 --run-dir "$W/lr$1" --start "$2" --learning-rate "$1"; }
 
 choose() {    # the tuned rate is the best on validation problems at step 60, the slow one a tenth
   [ -e "$W/slow" ] && return
@@ -68,7 +69,7 @@ choose() {    # the tuned rate is the best on validation problems at step 60, th
   for rate in "${rates[@]}"; do
     [ -d "$W/lr$rate/train/$(folder $sweep)" ] || ended "lr$rate" || return 1
   done
-  job sweep "$self" _stage 06 --run-dir "$W" --output validation --test-data "$W/data/valid.jsonl" \
+  job sweep me _stage 06 --run-dir "$W" --output validation --test-data "$W/data/valid.jsonl" \
     --policies "lr*/train/$(folder $sweep)"
   ended sweep || return 1
   best=$("$python" $helper best "$W/validation/lr*" 2>"$W/sweep.txt") || return 1
@@ -91,11 +92,11 @@ _early() {    # the jumps on the test problems; RELEX last: its rank is high, or
 one() {    # all that follows step 150 at one rate; true when it is done
   local run=$W/lr$1
   [ -d "$run/train/$(folder $jump)" ] || return 1
-  job "jump-$1" "$self" _jump "$1"; ended "jump-$1" || return 1
+  job "jump-$1" me _jump "$1"; ended "jump-$1" || return 1
   leg "$1" next-paper_alpha1.5; leg "$1" next-aligned_alpha1.5
-  job "control-$1" "$self" _stage 06 --run-dir "$run" --output validation \
+  job "control-$1" me _stage 06 --run-dir "$run" --output validation \
     --test-data "$W/data/valid.jsonl" --policies extrapolated/{w,rep,rl}'*'
-  job "early-$1" "$self" _early "$1"
+  job "early-$1" me _early "$1"
   ended "control-$1" || return 1
   if [ ! -s "$run/control" ]; then    # of the methods without a network the best on validation
     "$python" $helper best "$run/validation/*" >"$run/control" 2>"$run/control.txt" || return 1
@@ -115,7 +116,7 @@ done_or_over() { work || over; }
 go() {
   local rate
   for rate in "${rates[@]}"; do train "$rate"; done
-  job again "$self" _stage 01 --run-dir "$W/again" --learning-rate 1e-4 --steps $twice
+  job again me _stage 01 --run-dir "$W/again" --learning-rate 1e-4 --steps $twice
   if until_true "$limit" done_or_over; then echo "all is done, or time is over: measure"; fi
 }
 _measure() {
@@ -133,7 +134,7 @@ measure() {
   done
   sleep 3
   for rate in $(cat "$W/tuned" "$W/slow"); do
-    job "measure-$rate" "$self" _measure "$rate"; names+=("measure-$rate")
+    job "measure-$rate" me _measure "$rate"; names+=("measure-$rate")
   done
   until_true "$limit" all_ended "${names[@]}" || true
 }
@@ -141,7 +142,7 @@ measure() {
 # -------------------------------------------------------------------------- what needs a card alone
 
 solo() {
-  job solo "$self" _stage 01 --run-dir "$W/solo" --learning-rate 1e-4 --steps $twice
+  job solo me _stage 01 --run-dir "$W/solo" --learning-rate 1e-4 --steps $twice
   until_true "$limit" ended solo || return 0
   job alone "$python" $helper alone --config "$preset" --run-dir "$W/solo" \
     --policies "train/$(folder $twice)"
@@ -181,7 +182,7 @@ install() {
   [ -d "$home" ] || cp -r . "$home"
   cd "$home"; mkdir -p "$W/data" "$W/jobs"
   [ -d "$HOME/site" ] || bash "$HOME/wh/install.sh" "$HOME/wh" "$HOME/site"
-  if [ -n "${TINY:-}" ]; then sed -i s/torch.bfloat16/torch.float32/ "$HOME/wh/smollm2_checkpoint.py"; fi
+  [ -z "${TINY:-}" ] || sed -i s/torch.bfloat16/torch.float32/ "$HOME/wh/smollm2_checkpoint.py"
   [ -d "$W/SmolLM2" ] || "$python" "$HOME/wh/smollm2_checkpoint.py" "$W/SmolLM2" 2>/dev/null
   head -n "${problems[0]}" common/presets/chain_sum_train.jsonl >"$W/data/train.jsonl"
   tail -n "${problems[1]}" common/presets/chain_sum_train.jsonl >"$W/data/valid.jsonl"
