@@ -86,6 +86,7 @@ _jump() {    # stages 2 to 4 of one rate
 _early() {    # the jumps on the test problems; RELEX last: its rank is high, or it is a whole model
   stage 06 --run-dir "$W/lr$1" --policies backbone "train/$(folder $jump)" \
     extrapolated/{n,w,rep,rl}'*'
+  stage 04 --run-dir "$W/lr$1" --methods relex
   local relex; relex=$(cd "$W/lr$1" && ls -d extrapolated/relex* merged/relex* 2>/dev/null || true)
   stage 06 --run-dir "$W/lr$1" --policies $relex
 }
