@@ -40,7 +40,7 @@ POLICY = re.compile(
 NOT_TRAINING = {
     *MAY_CHANGE,
     *("backbone", "train_data", "prompt_column", "answer_column", "data_split", "engine", "seed"),
-    *("steps", "start", "restart", "save_every", "mixed_precision", "name"),
+    *("steps", "start", "restart", "mixed_precision", "name"),
     "learning_rate_schedule",
 }
 

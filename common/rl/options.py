@@ -81,20 +81,9 @@ class RLConfig(SamplingConfig):
 
 # What may differ when a run goes on: it changes no result. Of more_steps `steps` has the sum.
 MAY_CHANGE = (
-<<<<<<< HEAD
     *("save_every", "resume_every", "log_every", "report_to", "project", "micro_tokens"),
-    *("max_logprob_gap", "vllm_options", "batch_size", "verifier_seconds"),
+    *("max_logprob_gap", "vllm_options", "batch_size", "verifier_seconds", "more_steps"),
     *("gradient_checkpointing", "eval_every", "eval_data"),
-    "more_steps",  # stage 5 has the sum in `steps`
-)
-POSITIVE = (
-    *("steps", "save_every", "prompts_per_step", "mini_batch", "rollouts", "max_new_tokens"),
-    *("lora_rank", "batch_size", "resume_every", "log_every", "temperature", "more_steps"),
-=======
-    *("resume_every", "log_every", "report_to", "project", "micro_tokens", "max_logprob_gap"),
-    *("vllm_options", "batch_size", "verifier_seconds", "gradient_checkpointing", "more_steps"),
-    *("eval_every", "eval_data"),
->>>>>>> cut-rl
 )
 
 
