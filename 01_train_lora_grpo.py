@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 
 from common import grpo
-from common.files import write
+from common.files import models, write
 from common.files.config import option, parse
 from common.files.read import quick_hash
 from common.files.stage import Stage, StepLog, go_on, is_writer, progress, run_stage, save_state
@@ -119,8 +119,7 @@ def loss_of(run: Run, batch: Batch, part: list[int], weights: dict[int, torch.Te
 def train(run: Run, folder: pathlib.Path, first_step: int) -> None:
     """RL steps first_step + 1 ... cfg.steps, those not yet done. Stage 5 calls it too."""
     cfg, processes = run.cfg, run.accelerator.num_processes
-    state = (run.stands_on, run.model, run.optimizer)
-    begin = go_on(folder, first_step, cfg.resume_every, *state)
+    begin = go_on(folder, first_step, cfg.resume_every, run.stands_on, run.model, run.optimizer)
     log = StepLog(folder / "metrics.jsonl", keep_to=begin)
     samples = StepLog(folder / "samples.jsonl", keep_to=begin)
     for step in progress(range(begin + 1, cfg.steps + 1), folder.name, unit="step"):
@@ -176,19 +175,22 @@ def main() -> None:
     cfg = parse(TrainConfig, "train", __doc__)
     folder = pathlib.Path(cfg.run_dir) / "train"
     accelerator = training.start(cfg, folder)
-    inputs = {"train_data": data.content_hash(cfg.path(cfg.train_data))}
-    inputs["backbone"] = quick_hash(cfg.path(cfg.backbone))
+    start, first_step = models.find_adapter(cfg.path(cfg.start))
+    inputs = {"backbone": quick_hash(cfg.path(cfg.backbone)), "start": quick_hash(str(start))}
+    inputs["train_data"] = data.content_hash(cfg.path(cfg.train_data))
     with accelerator.main_process_first():
         stage = Stage(folder, cfg, inputs, options.MAY_CHANGE, options.grows(cfg))
         if stage.done:
             return
     model, tokenizer = policy.load_backbone(cfg.path(cfg.backbone))
     made_of = (cfg.backbone, policy.fingerprint(model))
-    if cfg.tune == "full":
-        model = model.float().requires_grad_(True)  # a step of RL is lost in bf16's rounding
+    if cfg.tune == "full":  # in fp32: a step of RL is lost in bf16's rounding
+        model = (policy.with_jump(model, start) if start else model).float().requires_grad_(True)
+    elif start:
+        model = policy.load_lora(model, start)
     else:
         model = policy.add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)  # Eq. 4
-    train(training.prepare(cfg, accelerator, model, tokenizer, made_of), folder, first_step=0)
+    train(training.prepare(cfg, accelerator, model, tokenizer, made_of), folder, first_step)
     stage.finish()
     accelerator.print(f"done: {cfg.steps} steps, checkpoints in {folder}")
     accelerator.end_training()

@@ -30,7 +30,7 @@ stage1 = importlib.import_module("01_train_lora_grpo")
 class ContinueConfig(stage1.TrainConfig):
     """Stage 1's options, and where to start."""
 
-    start: str = option("next-aligned_alpha1.5", "a folder of extrapolated/, or merged/<name>")
+    start: str = option("next-aligned_alpha1.5", "of extrapolated/; merged/<name>; a path with /")
     restart: Literal["adapter", "merged"] = option("adapter", "what becomes of the jump (open)")
     name: str = option("", "folder of continued/ to write [after the start]")
     more_steps: int = option(100, "RL steps after the jump (paper: 100)")

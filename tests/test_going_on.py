@@ -53,6 +53,26 @@ def test_training_does_not_begin_again_where_its_resume_states_are_gone(run, sta
     assert [row["step"] for row in metrics(run / "train")] == list(range(1, 9))
 
 
+def test_another_trainers_adapter_is_trained_on_from_the_step_in_its_name(
+    finished_run, new_run, stage
+):
+    """As TRL's output_dir has them, without our records; the last one is a jump."""
+    outputs, jump = new_run / "outputs", "next-aligned_alpha1.5"
+    for step, name in ((5, "train/step_0005"), (6, f"extrapolated/{jump}")):
+        folder = outputs / f"checkpoint-{step}"
+        shutil.copytree(finished_run / name, folder)
+        for record in ("checkpoint.json", "sha256.json"):
+            (folder / record).unlink()
+    assert stage("01", new_run, "--start", str(outputs), "--steps", "8")[0] == 0
+    assert stage("05", new_run, "--start", str(outputs), "--name", "trl")[0] == 0
+    file = "step_0008/adapter_model.safetensors"
+    want = (finished_run / "continued" / jump / file).read_bytes()
+    assert (new_run / "train" / file).read_bytes() == want
+    assert (new_run / "continued" / "trl" / file).read_bytes() == want
+    code, line = stage("01", new_run, "--start", str(new_run / "data"), "--overwrite")
+    assert (code, "no adapter of PEFT's is in or below it" in line) == (2, True)
+
+
 def test_no_more_than_two_resume_states_are_kept(run, stage):
     states = run / "train" / "resume"
     for step in (5, 6):

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common import UserError
 from common.files import adapters
-from common.files.read import check_intact, open_tensors, read_json, safe_name, sha256
+from common.files.read import check_intact, open_tensors, read_json, safe_name, sha256, step_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WANTED = "want a Hugging Face folder with safetensors weights"
@@ -136,11 +136,29 @@ def base_of(run: pathlib.Path, policy: str, given: str) -> str:
     raise UserError(f"{path} names the backbone {named}, not {given}: to load it, say --backbone")
 
 
+def find_adapter(name: str) -> tuple[pathlib.Path | None, int]:
+    """(folder, step) of the newest adapter in or below the folder `name`; (None, 0) without a name.
+
+    So an output_dir of TRL's or a run of verl's may be given as it is. The step is that of our
+    checkpoint.json, else the last number in the path.
+    """
+    if not name:
+        return None, 0
+    below = [path.parent for path in sorted(pathlib.Path(name).rglob(adapters.CONFIG))]
+    steps = {p: adapters.read_info(p).get("step", step_of(p)) or 0 for p in below}
+    if not steps:
+        raise UserError(f"--start {name}: no adapter of PEFT's is in or below it")
+    newest = max(steps, key=steps.get)
+    return newest, steps[newest]
+
+
 def find_start(cfg) -> tuple[pathlib.Path, int, str]:
-    """(folder, step, base) of what stage 5 goes on from: extrapolated/<start>, or merged/...
+    """(folder, step, base) of what stage 5 goes on from: extrapolated/<start>, merged/..., a path.
 
     cfg: its options. base is the model that it is an adapter on, or that it is, see `base_of`.
     """
+    if "/" in cfg.start.removeprefix("merged/"):
+        return *find_adapter(cfg.start), cfg.backbone
     run, name = pathlib.Path(cfg.run_dir), safe_name(cfg.start.removeprefix("merged/"), "--start")
     policy = f"merged/{name}" if cfg.start.startswith("merged/") else f"extrapolated/{name}"
     if not (run / policy).is_dir() and is_model(run / "merged" / name):

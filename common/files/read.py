@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import pathlib
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -100,6 +101,13 @@ def sha256(path: pathlib.Path) -> str:
     """The first 16 hex digits of a file's SHA-256."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def step_of(path: pathlib.Path) -> int | None:
+    """The last number in the last part of `path` that has one: checkpoint-20, step_0020,
+    global_step_20/actor/lora_adapter."""
+    numbers = [re.findall(r"\d+", part) for part in path.parts]
+    return next((int(found[-1]) for found in reversed(numbers) if found), None)
 
 
 def quick_hash(name: str) -> str | None:

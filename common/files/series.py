@@ -16,8 +16,8 @@ import torch
 
 from common import UserError
 from common.files import adapters, deltas, models
-from common.files.read import open_tensors, sha256
-from common.files.stage import step_of, within
+from common.files.read import open_tensors, sha256, step_of
+from common.files.stage import within
 from common.rank1 import LowRank
 
 

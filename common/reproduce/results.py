@@ -9,8 +9,7 @@ import torch
 import yaml
 
 from common import UserError
-from common.files.read import read_json, read_jsonl
-from common.files.stage import step_of
+from common.files.read import read_json, read_jsonl, step_of
 from common.reproduce.estimates import over_problems
 from common.rl.options import MAY_CHANGE
 

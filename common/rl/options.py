@@ -46,6 +46,7 @@ class SamplingConfig(StageConfig):
 class RLConfig(SamplingConfig):
     """Stage 1's options of data, optimizer, memory, precision and logging."""
 
+    start: str = option("", "an adapter of PEFT's to train on, from its step [a new LoRA, from 0]")
     reward: list[str] = option(["verifier"], "verifier, or file.py:function; several are added")
     english_only: bool = option(False, "leave out problems with Chinese characters (open)")
     learning_rate_schedule: Literal["constant", "linear"] = option(
