@@ -8,7 +8,7 @@ r"""Stage 6: accuracy over repeated runs, ICER, the paper's tables and figures. 
 Reads   the policies named, the test problems, and every stage's logs
 Writes  <run-dir>/eval/<policy>/<task>.jsonl   a response a line, with its number of the run, score
         <run-dir>/eval/<policy>/<task>.json    accuracy, standard error, n, response length
-        <run-dir>/report.md, figures/          tables, claims and figures: common/reproduce
+        <run-dir>/report.html, report.md       tables, claims and figures: common/reproduce
 
 A policy is an adapter, measured on the backbone that it was trained on, or a whole model. Those of
 another trainer: --run-dir outputs --policies 'checkpoint-*'. With --output the results go to that

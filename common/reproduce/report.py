@@ -1,11 +1,11 @@
-"""The page: report.md of one run directory, tables.md of a grid of them."""
+"""The page: report.md and .html of one run directory, tables.md and .html of a grid of them."""
 
 import pathlib
 
 import matplotlib.pyplot as plt
 
 from common.files import stage, write
-from common.reproduce import claims, figures, rates, tables
+from common.reproduce import claims, figures, rates, tables, webpage
 from common.reproduce.runs import Runs
 
 NOTES = {
@@ -68,15 +68,16 @@ def page(runs: Runs, made_with: str) -> str:
 
 
 def write_page(runs: Runs, made_with: str, path: pathlib.Path, results: pathlib.Path) -> str:
-    """Writes the page, and what it is made from as JSON; returns what the console shows."""
+    """Writes the page twice, and its numbers as JSON; returns what the console shows."""
     write.write_json(results, [{key: getattr(r, key) for key in KEYS} for r in runs.all])
-    write.write_text(path, page(runs, made_with))
+    write.write_text(path, text := page(runs, made_with))
+    write.write_text(path.with_suffix(".html"), webpage.whole(text, runs))
     left = "".join(f"left out: {line}\n" for line in runs.left_out)
-    return f"\n{tables.main_table(runs)}\n\n{left}report: {path}, with figures beside it"
+    return f"\n{tables.main_table(runs)}\n\n{left}report: {path}, figures beside it, and .html"
 
 
 def write_run(run: pathlib.Path) -> str:
-    """The page of one run directory: report.md, figures/, eval/results.json."""
+    """The page of one run directory: report.md, report.html, figures/, eval/results.json."""
     versions = ", ".join(f"{name} {version}" for name, version in stage.versions().items())
     results = run / "eval" / "results.json"
     return write_page(Runs(run), f"Made with {versions}.", run / "report.md", results)

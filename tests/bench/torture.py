@@ -43,7 +43,7 @@ from common.files.read import HASHES
 from common.files.stage import run_stage
 from common.reproduce import plans
 
-TELLS_TIME = ("report.md", "fig5_cost.png")
+TELLS_TIME = ("report.md", "report.html", "fig5_cost.png")
 NO_STAGES = ("reproduce.json", "printed.txt")  # written by others
 # The exit codes of a signal: the stage's own, and those before its handler is there.
 SIGNALS = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15)}
