@@ -82,7 +82,7 @@ def logged(runs: Runs, key: str) -> dict[str, dict[int, float]]:
             name = path.parent.name
             method = "grpo" if name == "train" else name.split("_alpha")[0]
             if method in found and path.is_file() and not name.endswith("_merged"):
-                for row in read_jsonl(path, LOGGED):
+                for row in filter(lambda row: key in row, read_jsonl(path, LOGGED)):
                     found[method][row["step"]].append(row[key])
     means = {m: {s: statistics.fmean(v) for s, v in rows.items()} for m, rows in found.items()}
     return {method: rows for method, rows in means.items() if rows}
@@ -97,12 +97,12 @@ def training(runs: Runs):
     full = any(m.trained.get("tune") == "full" for m in runs.some())
     window = min([WINDOW, *map(len, reward.values())])
     last = max([max(reward[method]) for method in jumped], default=0)
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4.1))
     shown = {
         "reward, the whole run": (reward, 0, math.inf),
-        "reward after the jump": (reward, runs.prefix + 1, last),
+        **({"reward after the jump": (reward, runs.prefix + 1, last)} if jumped else {}),
         "response length, tokens": (length, 0, math.inf),
     }
+    figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown), 4.1))
     for axis, (title, (curves, begin, end)) in zip(axes, shown.items(), strict=True):
         for method, rows in curves.items():
             steps = sorted(rows)
@@ -116,6 +116,9 @@ def training(runs: Runs):
         axis.set(title=title, xlabel=f"RL step (curves: means of {window})")
         if jumped:
             axis.axvline(runs.prefix, color="gray", lw=1, ls=":")
+    for method, rows in logged(runs, "eval_accuracy").items():
+        look = CURVES[method] | {"ls": "--", "label": f"{label_of(method)}, --eval-data"}
+        axes[0].plot(sorted(rows), [rows[step] for step in sorted(rows)], **look)
     legend_below(figure, axes[0], 4)
     return figure
 

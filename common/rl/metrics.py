@@ -74,7 +74,8 @@ def of_step(run, batch, scored: dict, updates: list[dict]) -> dict:
     }
     local = torch.tensor([*sums.values()], dtype=torch.float32, device=accelerator.device)
     total = dict(zip(sums, accelerator.reduce(local, "sum").tolist(), strict=True))
-    gap_max = torch.tensor([scored["gap_max"]], device=accelerator.device)
+    ends = torch.tensor([[-scored["low"], scored["high"]]], device=accelerator.device)
+    fall, rise = accelerator.gather(ends).max(0).values  # of log pi_trainer / pi_engine
     tokens, sequences = total["tokens"], total["sequences"]
     mean = {key: sum(update[key] for update in updates) / len(updates) for key in updates[0]}
     each = {key: total[key] / sequences for key in sums if key.startswith("reward_")}
@@ -94,7 +95,10 @@ def of_step(run, batch, scored: dict, updates: list[dict]) -> dict:
         **({"kl": total["kl"] / tokens} if cfg.kl_coef else {}),
         "entropy": total["entropy"] / tokens,
         "logprob_gap_mean": total["gap"] / tokens,
-        "logprob_gap_max": accelerator.gather(gap_max).max().item(),
+        "logprob_gap_max": max(fall.item(), rise.item()),
+        "importance_ratio_mean": total["ratio"] / tokens,
+        "importance_ratio_min": (-fall).exp().item(),
+        "importance_ratio_max": rise.exp().item(),
         "grad_norm": mean["grad_norm"],
         "learning_rate": run.optimizer.param_groups[0]["lr"],
         "tokens": int(tokens),

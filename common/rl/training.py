@@ -164,7 +164,7 @@ def score(run: Run, batch: Batch) -> dict:
     cfg, count = run.cfg, len(batch.completions)
     exact = run.engine.is_exact and run.accelerator.mixed_precision == "no" and not cfg.kl_coef
     batch.old, batch.reference = [None] * count, [None] * count
-    sums = {"entropy": 0.0, "gap": 0.0, "gap_max": 0.0, "kl": 0.0}
+    sums, low, high = {"entropy": 0.0, "gap": 0.0, "ratio": 0.0, "kl": 0.0}, math.inf, -math.inf
     for part in micro_batches(run, batch, [*range(count)]):
         tokens, lengths = batch.tokens(part), [len(batch.completions[i]) for i in part]
         by_engine = torch.cat([batch.engine[i] for i in part])
@@ -177,14 +177,15 @@ def score(run: Run, batch: Batch) -> dict:
                 backbone = run.frozen or run.model
                 with contextlib.nullcontext() if run.frozen else run.model.disable_adapter():
                     reference = policy.token_logprobs(backbone, *tokens, cfg.temperature)
-        gap = (old - by_engine).abs()
+        gap = old - by_engine
         sums["entropy"] -= old.sum().item()  # sampled from pi_old: -log pi_old is unbiased
-        sums["gap"] += gap.sum().item()
-        sums["gap_max"] = max(sums["gap_max"], gap.max().item())
+        sums["gap"] += gap.abs().sum().item()
+        sums["ratio"] += gap.exp().sum().item()
+        low, high = min(low, gap.min().item()), max(high, gap.max().item())
         sums["kl"] += (old - reference).sum().item()
         for i, one, other in zip(part, old.split(lengths), reference.split(lengths), strict=True):
             batch.old[i], batch.reference[i] = one, other
-    return sums
+    return {**sums, "low": low, "high": high}
 
 
 def token_weights(run: Run, batch: Batch, sequences: list[int]) -> dict[int, torch.Tensor]:

@@ -2,13 +2,15 @@
 
 import importlib
 import json
+import math
 import shutil
 import types
 
+import pytest
 from conftest import TINY, call_stage
 
 from common.files.read import read_jsonl
-from common.rl import metrics
+from common.rl import metrics, rollout
 
 
 def rows_of(run, monkeypatch, capsys, *flags) -> list[dict]:
@@ -70,3 +72,22 @@ def test_a_tracker_gets_the_name_of_the_run_and_goes_on_with_it(tmp_path):
     assert asked["options"]["algorithm"] == "grpo"
     assert asked["trackio"] == {"name": "demo-train", "resume": "allow"}
     assert asked["wandb"] == {"name": "demo-train", "id": "demo-train", "resume": "allow"}
+
+
+def test_importance_ratios_are_the_trainers_over_the_engines(new_run, stage, monkeypatch):
+    """An engine that says twice the probability of every response's first token."""
+    generate = rollout.HFEngine.generate
+
+    def doubled(self, *args):
+        found = generate(self, *args)
+        for one in found:
+            one.logprobs[0] += math.log(2)
+        return found
+
+    monkeypatch.setattr(rollout.HFEngine, "generate", doubled)
+    assert stage("01", new_run, "--steps", "1", "--kl-coef", "0.1")[0] == 0
+    (row,) = read_jsonl(new_run / "train" / "metrics.jsonl")
+    low, mean, high = (row[f"importance_ratio_{end}"] for end in ("min", "mean", "max"))
+    assert (low, high) == (pytest.approx(0.5, abs=1e-4), pytest.approx(1, abs=1e-4))
+    assert mean == pytest.approx(1 - 0.5 / row["response_length"], abs=1e-4)
+    assert row["logprob_gap_max"] == pytest.approx(math.log(2), abs=1e-4)

@@ -220,6 +220,9 @@ def test_training_with_vllm_learns_like_training_with_hf(trained):
         rows = inputs.read_jsonl(folder / "train" / "metrics.jsonl")
         assert max(row["logprob_gap_mean"] for row in rows) < 1e-5
         assert max(row["logprob_gap_max"] for row in rows) < 1e-3
+        for row in rows:
+            low, mean, high = (row[f"importance_ratio_{x}"] for x in ("min", "mean", "max"))
+            assert 1 - 1e-3 < low <= mean <= high < 1 + 1e-3
         assert rows[0]["seconds_by_phase"].keys() == {
             "sync",
             "rollout",
