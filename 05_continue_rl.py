@@ -6,9 +6,8 @@
 Reads   <run-dir>/extrapolated/<start>, the backbone, and the preset's section `train`
 Writes  <run-dir>/continued/<start>, <start>_merged or <name>, like train/, with steps to 250
 
---restart adapter trains the jumped adapter on, of rank r + 1; --restart merged adds it to the
-backbone in fp32 and starts a new LoRA, likely the paper's way: a KL term is then against the jump.
-The optimizer starts afresh; problems and seeds are those of the uninterrupted run.
+--restart merged adds the jump to the backbone, in fp32, and starts a new LoRA, likely the paper's
+way: KL is then against the jump. The optimizer is new; problems and seeds are as without a jump.
 """
 
 import dataclasses
@@ -46,7 +45,8 @@ def main() -> None:
         raise UserError("--tune full has no adapter to restart: leave out --restart")
     if cfg.tune == "lora" and not merge and jump.get("r", 0) < 2 and base != cfg.backbone:
         raise UserError(f"{start} is no adapter to train: --tune full, or --restart merged")
-    name = cfg.name or cfg.start.replace("/", "__") + ("_merged" if merge else "")
+    last = pathlib.Path(cfg.start.replace("merged/", "merged__")).name
+    name = cfg.name or last + ("_merged" if merge else "")
     folder = pathlib.Path(cfg.run_dir) / "continued" / safe_name(name, "--name")
     accelerator = training.start(cfg, folder)
     made_from = {"backbone": cfg.path(cfg.backbone), "base": cfg.path(base), "start": str(start)}

@@ -71,8 +71,7 @@ class EvalConfig(SamplingConfig):
 
 def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> None:
     """Measures every policy on every task; those on one model share it."""
-    columns = {"prompt": cfg.prompt_column, "answer": cfg.answer_column, "split": cfg.data_split}
-    tasks, now = data.load_tasks([cfg.path(spec) for spec in cfg.test_data], **columns), None
+    tasks, now = data.load_tasks([*map(cfg.path, cfg.test_data)], **cfg.columns), None
     names = find_policies(run, cfg.policies)
     loras = {name: run / name for name in names if adapters.is_adapter(run / name)}
     ranks = [adapters.highest_rank(adapters.read_config(lora)) for lora in loras.values()]

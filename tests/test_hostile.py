@@ -206,11 +206,12 @@ def names(folder: pathlib.Path) -> set:
     return {path for path in folder.rglob("*") if path.suffix != ".lock"}
 
 
-def test_a_start_outside_the_run_is_refused_and_nothing_is_written_there(run, stage):
-    shutil.copytree(run / "extrapolated" / "none", run.parent / "x" / "y")
+@pytest.mark.parametrize("name", ["..", "../out", "x/y"])
+def test_a_start_outside_the_run_is_not_written_outside_of_it(run, stage, name):
+    start = shutil.copytree(run / "extrapolated" / "none", run.parent / "x" / "..y")
     before = names(run.parent)
-    code, line = stage("05", run, "--start", "../../x/y")
-    assert (code, "--start: " in line, "cannot be a name here" in line) == (2, True, True), line
+    code, line = stage("05", run, "--start", str(start), "--name", name)
+    assert (code, "--name: " in line, "cannot be a name here" in line) == (2, True, True), line
     assert names(run.parent) == before
 
 

@@ -36,7 +36,7 @@ def options(name: str, root: str) -> list:
     test = found[-1]
     for spec in map(test.path, test.test_data):
         if pathlib.Path(spec).is_file():
-            data.load_tasks([spec], **columns(test))
+            data.load_tasks([spec], **test.columns)
     return found
 
 
@@ -46,10 +46,6 @@ def summary(jobs: list[plans.Job], wanted: dict) -> str:
     hours = steps * wanted.get("gpu_hours_per_step", 0)
     told = f", {hours:.0f} GPU hours and the evaluation" if hours else ""
     return f"{len(jobs)} commands, {steps:.0f} RL steps{told}"
-
-
-def columns(cfg) -> dict[str, str]:
-    return {"prompt": cfg.prompt_column, "answer": cfg.answer_column, "split": cfg.data_split}
 
 
 def check(name: str, preset: dict, root: str, jobs: list[plans.Job]) -> None:
@@ -77,7 +73,7 @@ def check(name: str, preset: dict, root: str, jobs: list[plans.Job]) -> None:
 
 def counted(flag: str, spec: str, cfg, tokenizer) -> list[str]:
     """Prints how many problems `spec` has; returns in what it is not as benchmarks.yaml says."""
-    tasks = data.load_tasks([spec], flag, **columns(cfg))
+    tasks = data.load_tasks([spec], flag, **cfg.columns)
     problems = [problem for some in tasks.values() for problem in some]
     print(f"{spec}: {len(problems)} problems")
     if tokenizer:  # which says on stderr what is too long

@@ -67,9 +67,7 @@ def of_step(run, batch, scored: dict, updates: list[dict]) -> dict:
         "flat": (spread == 0).sum().item(),
         "reward": batch.rewards.sum().item(),
         "squares": batch.rewards.square().sum().item(),
-        "timeouts": judge.timeouts,
-        "errors": judge.errors,
-        **scored,
+        **{"timeouts": judge.timeouts, "errors": judge.errors, **scored},
         **{f"reward_{name}": value for name, value in run.rewards.sums.items()},
     }
     local = torch.tensor([*sums.values()], dtype=torch.float32, device=accelerator.device)
@@ -95,9 +93,9 @@ def of_step(run, batch, scored: dict, updates: list[dict]) -> dict:
         **({"kl": total["kl"] / tokens} if cfg.kl_coef else {}),
         "entropy": total["entropy"] / tokens,
         "logprob_gap_mean": total["gap"] / tokens,
-        "logprob_gap_max": max(fall.item(), rise.item()),
+        "logprob_gap_max": max(fall, rise).item(),
         "importance_ratio_mean": total["ratio"] / tokens,
-        "importance_ratio_min": (-fall).exp().item(),
+        "importance_ratio_min": fall.neg().exp().item(),
         "importance_ratio_max": rise.exp().item(),
         "grad_norm": mean["grad_norm"],
         "learning_rate": run.optimizer.param_groups[0]["lr"],

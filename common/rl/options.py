@@ -35,6 +35,12 @@ class SamplingConfig(StageConfig):
     )
     verifier_seconds: float = option(5.0, "time limit for one answer")
 
+    @property
+    def columns(self) -> dict[str, str]:
+        """Where `data.load_tasks` finds prompt and answer."""
+        found = {"prompt": self.prompt_column, "answer": self.answer_column}
+        return {**found, "split": self.data_split}
+
     def __post_init__(self):
         rollout.vllm_options(self.vllm_options)  # refuses what it does not know
         for name in POSITIVE:

@@ -37,8 +37,8 @@ def start_processes(mixed_precision: str, **options) -> Accelerator:
     )
 
 
-def load_backbone(name: str, dtype: torch.dtype | str = "auto"):
-    """(model, tokenizer) of a folder or hub id; frozen, safetensors only. "auto": as stored."""
+def load_backbone(name: str):
+    """(model, tokenizer) of a folder or hub id; frozen, safetensors only, in the dtype it has."""
     if pathlib.Path(name).is_dir():
         open_model(pathlib.Path(name))
         logging.disable_progress_bar()  # loading is short; a download's bar stays
@@ -46,7 +46,7 @@ def load_backbone(name: str, dtype: torch.dtype | str = "auto"):
         raise UserError(f"backbone folder {name} not found; {WANTED}")
     safe = {"use_safetensors": True, "trust_remote_code": False}
     with in_one_line(f"cannot load backbone {name}", WANTED):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **safe)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **safe)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     return model.requires_grad_(False), tokenizer
 

@@ -103,15 +103,13 @@ def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str
     """Problems, optimizer, engine, verifier. `backbone`: what the policy is on, its fingerprint."""
     if cfg.report_to:
         metrics.start_tracker(cfg, accelerator)
-    columns = {"prompt": cfg.prompt_column, "answer": cfg.answer_column, "split": cfg.data_split}
     turns = (tokenizer, cfg.prompt_template, cfg.system_prompt)
     limit, held_out = cfg.max_prompt_tokens, ([], [])
-    problems = data.load_problems(
-        cfg.path(cfg.train_data), **columns, english_only=cfg.english_only
-    )
+    path, english = cfg.path(cfg.train_data), cfg.english_only
+    problems = data.load_problems(path, **cfg.columns, english_only=english)
     problems, prompts = data.encode_prompts(problems, *turns, limit, cfg.train_data)
     if cfg.eval_every:
-        others = data.load_problems(cfg.path(cfg.eval_data), **columns)
+        others = data.load_problems(cfg.path(cfg.eval_data), **cfg.columns)
         held_out = data.encode_prompts(others, *turns, limit, cfg.eval_data)
         if len(held_out[0]) < accelerator.num_processes:
             raise UserError(f"{cfg.eval_data} has fewer problems than there are processes")

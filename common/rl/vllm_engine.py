@@ -20,12 +20,10 @@ from torch.distributed.tensor import DTensor
 from vllm.lora.request import LoRARequest
 
 from common.files import adapters
-from common.files.write import RamDisk
+from common.files.write import GO_ON, RamDisk
 from common.rl import in_one_line
 from common.rl.policy import trained
 from common.rl.rollout import SHARED, Rollout, end_tokens
-
-GO_ON = "type the same command again to go on"
 
 
 def dtype_of(model) -> str:

@@ -32,7 +32,7 @@ STEPS = range(10, 90, 10)
 
 
 def load(backbone_dir):
-    return policy.load_backbone(str(backbone_dir), dtype=torch.float32)[0]
+    return policy.load_backbone(str(backbone_dir))[0]
 
 
 def save_series(backbone_dir, name, dtype=torch.float32, **options):

@@ -126,8 +126,8 @@ def test_a_model_that_cannot_run_without_numbers_is_not_refused(monkeypatch, cap
 def test_lora_without_peft_s_casts_has_the_same_bits_under_autocast_and_keeps_less():
     found = []
     for lean in (False, True):
-        backbone, _ = policy.load_backbone(str(demo.SHIPPED), torch.bfloat16)
-        model = policy.add_lora(backbone, 8, 16.0, seed=0)
+        backbone, _ = policy.load_backbone(str(demo.SHIPPED))
+        model = policy.add_lora(backbone.bfloat16(), 8, 16.0, seed=0)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.data += 0.02
