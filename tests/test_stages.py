@@ -224,14 +224,18 @@ def test_another_trainers_checkpoints_are_measured_where_they_lie(run, stage, tm
     checkpoint = shutil.copytree(run / "train" / "step_0006", tmp_path / "out" / "checkpoint-60")
     (checkpoint / "checkpoint.json").unlink()
     (checkpoint / "sha256.json").unlink()
-    flags = ["--backbone", str(run / "backbone"), "--policies", "backbone", "checkpoint-*"]
-    flags += ["--test-data", str(run / "data" / "test.jsonl")]
+    shutil.copytree(checkpoint, tmp_path / "out" / "jumped")
+    flags = ["--backbone", str(run / "backbone"), "--policies", "backbone", "jumped"]
+    flags += ["checkpoint-*", "--test-data", str(run / "data" / "test.jsonl")]
     assert stage("06", tmp_path / "out", *flags)[0] == 0
     folders = run / "eval" / "train__step_0006", tmp_path / "out" / "eval" / "checkpoint-60"
     records = (json.loads((folder / "test.json").read_text()) for folder in folders)
     ours, theirs = (record["by_problem"] for record in records)
     assert theirs == ours
-    assert "| GRPO with LoRA | 60 | 256 |" in (tmp_path / "out" / "report.md").read_text()
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "| Backbone | 0 | 256 |" in page
+    assert "| GRPO with LoRA | 60 | 256 |" in page
+    assert "| jumped | – | 256 |" in page
 
 
 def test_evaluation_with_another_template_than_trainings_warns(run, monkeypatch, capsys):

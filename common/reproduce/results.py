@@ -145,6 +145,7 @@ def load_results(run: pathlib.Path) -> dict[str, Result]:
         if match := POLICY.fullmatch(policy):
             method, alpha = match[1] + (match[3] or ""), float(match[2]) if match[2] else None
         steps = 0 if policy == "backbone" else jump_info(run, policy)["step"]
+        method = method if steps or method != "grpo" else policy  # another trainer's, with a name
         known = {"trained": training_options(run, policy), "records": records}
         known |= {"tasks": tuple(records), "spent": spent(run, policy, method, steps)}
         found[policy] = Result(policy, method, alpha, steps, **known)
@@ -168,9 +169,8 @@ def jump_info(run: pathlib.Path, policy: str) -> dict:
     folders = (policy, f"extrapolated/{name}", f"merged/{name}")
     paths = [run / folder / "checkpoint.json" for folder in folders]
     path = next((path for path in paths if path.is_file()), paths[0])
-    step = step_of(pathlib.Path(policy))
-    if not path.is_file() and policy.split("/")[0] not in OURS and step is not None:
-        return {"step": step}  # another trainer's, such as checkpoint-20
+    if not path.is_file() and policy.split("/")[0] not in OURS:
+        return {"step": step_of(pathlib.Path(policy)) or 0}  # another trainer's: checkpoint-20
     return read_json(path, "the stage that made it", {"step": int, "seconds": float | None})
 
 

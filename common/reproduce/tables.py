@@ -46,6 +46,7 @@ def main_table(runs: Runs) -> str:
     loop = runs.of(f"loop/round{rounds}")
     listed = [runs.get("backbone"), *runs.of("full").plain(), *runs.plain()]
     listed += [before] if before not in listed else []
+    listed += [m for m in runs.some() if m.method == m.policy != "backbone"]  # of no known step
     for m in filter(None, [*listed, *runs.ended(), *loop.some()]):
         label, steps = m.label, m.steps
         if m.run == loop.name:
@@ -53,7 +54,8 @@ def main_table(runs: Runs) -> str:
         elif m is before and m.method != "grpo":
             label = "before the jump"
         gaps = [(m - runs.at(step or steps)).points() if steps else "–" for step in against]
-        row = [label, str(steps), runs.count(m), m.level(), *gaps, *cost(runs, m, steps)]
+        trained = str(steps) if steps or m.policy == "backbone" else "–"
+        row = [label, trained, runs.count(m), m.level(), *gaps, *cost(runs, m, steps)]
         # The seconds of a loop's last round are not those of all rounds.
         rows.append([*row[:-1], "–"] if m.run == loop.name else row)
     header = ["policy", "RL steps", runs.counted, "accuracy % ± s.e."]
