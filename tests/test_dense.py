@@ -316,7 +316,7 @@ def test_the_oracle_of_whole_models_is_the_dense_future(
 
 
 def test_rounded_models_are_read_with_a_warning(runs, backbone_dir, tmp_path, monkeypatch, capsys):
-    backbone = policy.load_backbone(str(backbone_dir), dtype=torch.bfloat16)[0]
+    backbone = policy.load_backbone(str(backbone_dir))[0].bfloat16()
     backbone.save_pretrained(tmp_path / "bf16")
     for step in STEPS:
         adapter = adapters.read_adapter(runs / "lora" / f"checkpoint-{step}")

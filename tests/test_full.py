@@ -294,7 +294,7 @@ def test_a_restart_that_means_nothing_is_refused(full_run, flags, message):
 def test_a_bf16_backbone_takes_a_jump_in_fp32(backbone_dir, tmp_path):
     """The jump belongs to the backbone in bf16; what it is added to are those weights in fp32."""
     bf16 = str(tmp_path / "bf16")
-    policy.load_backbone(str(backbone_dir), dtype=torch.bfloat16)[0].save_pretrained(bf16)
+    policy.load_backbone(str(backbone_dir))[0].bfloat16().save_pretrained(bf16)
     model = policy.add_lora(policy.load_backbone(bf16)[0], 4, 2.0, seed=0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

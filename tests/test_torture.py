@@ -559,7 +559,7 @@ def test_a_vllm_that_fails_at_anything_is_one_line(vllm_engine, llm, call, messa
     with pytest.raises(UserError) as error:
         getattr(vllm_engine, call)(*arguments)
     words = "RuntimeError: Engine core initialization failed. See root cause above."
-    want = f"vLLM {message} ({words}): type the same command again to go on"
+    want = f"vLLM {message} ({words}): type the same command without --overwrite to go on"
     assert str(error.value) == want
 
 

@@ -102,7 +102,7 @@ def run(tmp_path_factory):
 
 
 def load(run, dtype=torch.float64):
-    return policy.load_backbone(str(run / "backbone"), dtype=dtype)[0]
+    return policy.load_backbone(str(run / "backbone"))[0].to(dtype)
 
 
 def test_trl_trained_and_every_checkpoint_was_read(run):

@@ -166,7 +166,7 @@ def test_weights_that_are_all_trained_are_sampled_from_in_what_autocast_computes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert vllm_engine.dtype_of(model) == "float32"
     assert vllm_engine.dtype_of(policy.add_lora(model, 4, 2.0, seed=0)) == "float32"
-    stored, _ = policy.load_backbone(str(demo.SHIPPED), dtype=torch.bfloat16)
+    stored = policy.load_backbone(str(demo.SHIPPED))[0].bfloat16()
     assert vllm_engine.dtype_of(stored.float().requires_grad_(True)) == "bfloat16"
 
 
