@@ -24,7 +24,8 @@ from common import grpo
 from common.files import models, write
 from common.files.config import option, parse
 from common.files.read import quick_hash
-from common.files.stage import Stage, StepLog, go_on, is_writer, progress, run_stage, save_state
+from common.files.resume import StepLog, go_on, save_state
+from common.files.stage import Stage, is_writer, progress, run_stage
 from common.rl import data, metrics, options, policy, rollout, training
 from common.rl.training import Batch, Run
 
@@ -120,8 +121,7 @@ def train(run: Run, folder: pathlib.Path, first_step: int) -> None:
     """RL steps first_step + 1 ... cfg.steps, those not yet done. Stage 5 calls it too."""
     cfg, processes = run.cfg, run.accelerator.num_processes
     begin = go_on(folder, first_step, cfg.resume_every, run.stands_on, run.model, run.optimizer)
-    log = StepLog(folder / "metrics.jsonl", keep_to=begin)
-    samples = StepLog(folder / "samples.jsonl", keep_to=begin)
+    log, samples = (StepLog(folder / f"{x}.jsonl", keep_to=begin) for x in ("metrics", "samples"))
     for step in progress(range(begin + 1, cfg.steps + 1), folder.name, unit="step"):
         timer = metrics.Timer()
         # Rollouts by the policy as it is, and their rewards.

@@ -15,6 +15,7 @@ from conftest import metrics, weights
 
 from common import UserError
 from common.baselines import given
+from common.files import resume
 from common.files import stage as stages
 from common.files import write as run_dir
 from common.rl import metrics as step_metrics
@@ -98,7 +99,7 @@ def test_an_engine_that_disagrees_with_the_trainer_ends_the_run(run, stage, monk
 
 
 def test_a_stage_that_was_to_overwrite_is_gone_on_with_without(run, stage, monkeypatch):
-    real = stages.StepLog.append
+    real = resume.StepLog.append
 
     def stop_after(log, *rows):
         real(log, *rows)
@@ -106,10 +107,10 @@ def test_a_stage_that_was_to_overwrite_is_gone_on_with_without(run, stage, monke
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patched:
-        patched.setattr(stages.StepLog, "append", stop_after)
+        patched.setattr(resume.StepLog, "append", stop_after)
         code, line = stage("01", run, "--overwrite")
     assert (code, line) == (143, "stopped: type the same command without --overwrite to go on")
-    assert sorted(path.name for path in stages.states(run / "train"))[-1] == "step_0002"
+    assert sorted(path.name for path in resume.states(run / "train"))[-1] == "step_0002"
     assert stage("01", run)[0] == 0
     assert [row["step"] for row in metrics(run / "train")] == list(range(1, 7))
 
@@ -208,9 +209,9 @@ def test_a_resume_state_with_other_tensors_is_not_put_back(lora_policy, tmp_path
     optimizer = torch.optim.AdamW(model.parameters())
     weights = {name: p.detach() for name, p in policy.trained(model).items()}
     weights.pop(next(iter(weights)))
-    stages.save_state(tmp_path, 1, weights, optimizer, {})
+    resume.save_state(tmp_path, 1, weights, optimizer, {})
     with pytest.raises(UserError, match="not of this policy"):
-        stages.go_on(tmp_path, 0, 1, {}, model, optimizer)
+        resume.go_on(tmp_path, 0, 1, {}, model, optimizer)
 
 
 def test_a_state_whose_reading_is_interrupted_is_not_a_broken_one(
@@ -219,7 +220,7 @@ def test_a_state_whose_reading_is_interrupted_is_not_a_broken_one(
     model = lora_policy[0]
     optimizer = torch.optim.AdamW(model.parameters())
     for step in (1, 2):
-        stages.save_state(tmp_path, step, policy.trained(model), optimizer, {})
+        resume.save_state(tmp_path, step, policy.trained(model), optimizer, {})
 
     def load_file(path):
         try:
@@ -228,8 +229,8 @@ def test_a_state_whose_reading_is_interrupted_is_not_a_broken_one(
         except KeyboardInterrupt:
             raise ValueError("could not determine the shape of object type") from None
 
-    monkeypatch.setattr(stages.safetensors.torch, "load_file", load_file)
+    monkeypatch.setattr(resume.safetensors.torch, "load_file", load_file)
     with pytest.raises(SystemExit) as stop:
-        stages.run_stage(lambda: stages.go_on(tmp_path, 0, 1, {}, model, optimizer))
+        stages.run_stage(lambda: resume.go_on(tmp_path, 0, 1, {}, model, optimizer))
     assert stop.value.code == 143
-    assert [path.name for path in stages.states(tmp_path)] == ["step_0001", "step_0002"]
+    assert [path.name for path in resume.states(tmp_path)] == ["step_0001", "step_0002"]

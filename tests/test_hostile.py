@@ -15,7 +15,7 @@ from common import UserError, demo
 from common.files import adapters
 from common.files import models as model_files
 from common.files import read as inputs
-from common.files.stage import go_on, save_state
+from common.files.resume import go_on, save_state
 from common.rl import data, policy
 
 # Never executed

@@ -6,8 +6,6 @@ import hashlib
 import pathlib
 
 import torch
-from torch import distributed
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common import UserError
 from common.files import adapters
@@ -179,24 +177,3 @@ def weights_hash(folder: pathlib.Path) -> str:
         return sha256(folder / adapters.WEIGHTS)
     files = sorted({*open_model(folder).files.values()})
     return hashlib.sha256(" ".join(map(sha256, files)).encode()).hexdigest()[:16]
-
-
-def gathered(tensors: dict) -> dict:
-    """`tensors` with sharded ones whole: on the first process's CPU, None in the others.
-
-    Every process takes part.
-    """
-    found = dict(tensors)
-    for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor):
-            whole = tensor.full_tensor()
-            found[name] = whole.cpu() if distributed.get_rank() == 0 else None
-    return found
-
-
-def dealt(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A whole tensor sharded like `parameter`, if that is sharded and of the same shape."""
-    if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
-        return tensor
-    how = (parameter.device_mesh, parameter.placements)
-    return distribute_tensor(tensor.to(parameter.device), *how, src_data_rank=None)

@@ -18,7 +18,8 @@ from transformers.utils import logging
 
 from common import UserError
 from common.files import adapters
-from common.files.models import gathered, open_model
+from common.files.models import open_model
+from common.files.resume import gathered
 from common.rl import in_one_line
 
 HEAD_CHUNK = 1024  # tokens whose [tokens, vocabulary] logits exist at one time

@@ -27,7 +27,7 @@ import torch
 
 from common import demo, grpo
 from common.files import adapters
-from common.files.stage import StepLog
+from common.files.resume import StepLog
 from common.reproduce import figures, results, runs
 from common.rl import data, policy, verifier
 

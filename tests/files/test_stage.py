@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common import UserError
-from common.files import config, read, stage, write
+from common.files import config, read, resume, stage, write
 from common.files.config import option
 
 
@@ -151,17 +151,17 @@ def test_of_several_processes_the_first_alone_writes(folder, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     other = opened(folder)
     other.finish()
-    stage.StepLog(folder / "metrics.jsonl", keep_to=0).append({"step": 1})
+    resume.StepLog(folder / "metrics.jsonl", keep_to=0).append({"step": 1})
     assert not other.done
     assert not folder.exists()
 
 
 def test_a_log_drops_what_came_after_the_resumed_step_and_half_a_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    stage.StepLog(path, keep_to=0).append(*({"step": step} for step in (1, 2, 3)))
+    resume.StepLog(path, keep_to=0).append(*({"step": step} for step in (1, 2, 3)))
     with open(path, "a") as file:
         file.write('{"step": 4, "rew')
-    stage.StepLog(path, keep_to=2).append({"step": 3, "again": True})
+    resume.StepLog(path, keep_to=2).append({"step": 3, "again": True})
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert rows == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
 
@@ -170,7 +170,7 @@ def test_a_log_drops_what_came_after_the_resumed_step_and_half_a_line(tmp_path):
 def test_a_log_with_a_line_that_is_no_row_names_the_line(tmp_path, line):
     (tmp_path / "m.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
     with pytest.raises(UserError, match=r"m\.jsonl, line 2: not "):
-        stage.StepLog(tmp_path / "m.jsonl", keep_to=5)
+        resume.StepLog(tmp_path / "m.jsonl", keep_to=5)
 
 
 def test_paths_inside_the_run_directory_are_relative_to_it(tmp_path, monkeypatch):
