@@ -138,7 +138,7 @@ def find_adapter(name: str) -> tuple[pathlib.Path | None, int]:
     """(folder, step) of the newest adapter in or below the folder `name`; (None, 0) without a name.
 
     So an output_dir of TRL's or a run of verl's may be given as it is. The step is that of our
-    checkpoint.json, else the last number in the path.
+    checkpoint.json, else the one in its name.
     """
     if not name:
         return None, 0

@@ -104,10 +104,10 @@ def sha256(path: pathlib.Path) -> str:
 
 
 def step_of(path: pathlib.Path) -> int | None:
-    """The last number in the last part of `path` that has one: checkpoint-20, step_0020,
-    global_step_20/actor/lora_adapter."""
-    numbers = [re.findall(r"\d+", part) for part in path.parts]
-    return next((int(found[-1]) for found in reversed(numbers) if found), None)
+    """The number at the end of the last part of `path` that has one behind - or _: checkpoint-20,
+    step_0020, global_step_20/actor/lora_adapter. So user2/final has none."""
+    found = [re.search(r"[-_](\d+)$", part) for part in path.parts]
+    return next((int(match[1]) for match in reversed(found) if match), None)
 
 
 def quick_hash(name: str) -> str | None:

@@ -13,7 +13,7 @@ from conftest import call_on, extract_from
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from common import UserError
-from common.files import adapters, series, stage
+from common.files import adapters, read, series
 from common.files import deltas as delta_files
 from common.rl import policy
 
@@ -299,10 +299,11 @@ def test_a_pattern_that_matches_no_whole_name_changes_no_scale(small_series, tmp
         ("qwen2.5/global_step_40/actor/lora_adapter", 40),
         ("run3/v2-checkpoint-7", 7),
         ("outputs/last", None),
+        ("/home/user2/qwen2.5/final", None),
     ],
 )
-def test_the_step_is_the_last_number_of_the_last_name_that_has_one(name, step):
-    assert stage.step_of(pathlib.Path(name)) == step
+def test_the_step_is_the_number_at_the_end_of_the_last_name_that_has_one(name, step):
+    assert read.step_of(pathlib.Path(name)) == step
 
 
 def test_patterns_are_relative_to_the_current_folder_and_know_the_home_folder(
