@@ -49,9 +49,9 @@ class TrainConfig(options.RLConfig):
     lora_alpha: float = option(32.0, "scale alpha / r on B A (paper: 32)")
     clip_low: float = option(0.2, "epsilon of Eq. 1 downwards (open)")
     clip_high: float = option(0.2, "epsilon of Eq. 1 upwards (open)")
-    loss_aggregation: Literal["token", "seq"] = option("token", "seq: a response counts 1 (Eq. 1)")
+    loss_aggregation: Literal["token", "seq"] = option("token", "of equal weight (Eq. 1: seq)")
     kl_coef: float = option(0.0, "beta of Eq. 1, against the backbone; 0 is off (open)")
-    kl_in: Literal["loss", "reward"] = option("loss", "beta k3 in the loss, or rewards - beta k1")
+    kl_in: Literal["loss", "reward"] = option("loss", "beta k3 in loss; rewards - beta k1 (open)")
     importance_cap: float = option(0.0, "upper limit of pi_trainer / pi_engine; 0 is off (open)")
     seed: int = option(0, "decides LoRA's A, the order of problems, every rollout")
 
@@ -59,7 +59,7 @@ class TrainConfig(options.RLConfig):
 def sample(run: Run, step: int, timer: metrics.Timer) -> Batch:
     """G responses, with rewards, to each of the step's problems assigned to this process."""
     cfg, accelerator, device = run.cfg, run.accelerator, run.accelerator.device
-    # The P problems of a step are dealt out one by one: each update has some from every process.
+    # The P problems of a step go to the processes in turn: each update has some from every one.
     order = data.prompt_order(len(run.problems), cfg.prompts_per_step, step, cfg.seed)
     mine = range(accelerator.process_index, len(order), accelerator.num_processes)
     # One seed per response. A problem that comes twice in a step gets different seeds.
@@ -70,7 +70,7 @@ def sample(run: Run, step: int, timer: metrics.Timer) -> Batch:
         run.engine.sync(run.model)
     with timer("rollout"):
         found = run.engine.generate(prompts, seeds, cfg.max_new_tokens, cfg.temperature)
-    # The verifier's: 1 where the answer is right; 0 where it is wrong, or cut at the limit.
+    # By default the verifier's: 1 for a right answer; 0 for a wrong one, or one cut at the limit.
     with timer("reward"):
         texts = run.tokenizer.batch_decode([r.tokens for r in found], skip_special_tokens=True)
         problems, finished = [run.problems[i] for i, _, _ in asked], [r.finished for r in found]
@@ -94,7 +94,7 @@ def advantages(run: Run, batch: Batch) -> list[torch.Tensor]:
     if cfg.kl_in == "reward":
         penalty = cfg.kl_coef * (old - torch.cat(batch.reference))  # beta k1, [tokens]
     total = functools.partial(run.accelerator.reduce, reduction="sum")  # over all processes
-    # Eq. 2, or what the algorithm has in its place. [tokens]
+    # Eq. 2, or the algorithm's own formula. [tokens]
     found = grpo.advantages(cfg.algorithm, batch.rewards, penalty, lengths, total)
     return found.split(lengths.tolist())
 
@@ -104,13 +104,12 @@ def loss_of(run: Run, batch: Batch, part: list[int], weights: dict[int, torch.Te
     cfg = run.cfg
     with run.accelerator.autocast():
         logprobs = policy.token_logprobs(run.model, *batch.tokens(part), cfg.temperature)
-    columns = (weights, batch.old, batch.advantage)
+    columns, clip = (weights, batch.old, batch.advantage), (cfg.clip_low, cfg.clip_high)
     weight, old, advantage = (torch.cat([c[i] for i in part]).to(logprobs.device) for c in columns)
-    corrected, clip = weight, (cfg.clip_low, cfg.clip_high)
     if cfg.importance_cap:
         engine = torch.cat([batch.engine[i] for i in part])
-        corrected = weight * grpo.rollout_correction(old, engine, cfg.importance_cap)
-    loss, clipped = grpo.clipped_loss(logprobs, old, advantage, corrected, *clip)  # Eq. 1
+        advantage = advantage * grpo.rollout_correction(old, engine, cfg.importance_cap)
+    loss, clipped = grpo.clipped_loss(logprobs, old, advantage, weight, *clip)  # Eq. 1
     if cfg.kl_coef and cfg.kl_in == "loss":
         reference = torch.cat([batch.reference[i] for i in part])
         loss = loss + cfg.kl_coef * grpo.k3_kl(logprobs, reference, weight)
@@ -121,12 +120,13 @@ def train(run: Run, folder: pathlib.Path, first_step: int) -> None:
     """RL steps first_step + 1 ... cfg.steps, those not yet done. Stage 5 calls it too."""
     cfg, processes = run.cfg, run.accelerator.num_processes
     begin = go_on(folder, first_step, cfg.resume_every, run.stands_on, run.model, run.optimizer)
-    log, samples = (StepLog(folder / f"{x}.jsonl", keep_to=begin) for x in ("metrics", "samples"))
+    log = StepLog(folder / "metrics.jsonl", keep_to=begin)
+    samples = StepLog(folder / "samples.jsonl", keep_to=begin)
     for step in progress(range(begin + 1, cfg.steps + 1), folder.name, unit="step"):
         timer = metrics.Timer()
         # Rollouts by the policy as it is, and their rewards.
         batch = sample(run, step, timer)
-        # log pi_old of every sampled token, by the trainer; fills in batch.old.
+        # log pi_old and log pi_backbone of every sampled token: batch.old, batch.reference.
         with timer("logprob"):
             scored = training.score(run, batch)
         batch.advantage = advantages(run, batch)  # Eq. 2

@@ -9,9 +9,9 @@ Writes  <run-dir>/deltas/<matrix>.safetensors   u, sigma, v of its global, local
         <run-dir>/deltas/index.json             steps, checkpoints, k, modules
         <run-dir>/deltas/spectrum.json          energy ratios (Fig. 2), R^2 of lines (Fig. 3)
 
-The mathematics is `trajectory` in common/rank1.py: Eq. 6 and 7 as they stand in the paper, for a
-LoRA in float64 and from the factors s B and A alone (Eq. 5). Matrices without an adapter take no
-part: their deltas are zero. The sign of (u, v) is left as it came; stages 3 and 4 align it.
+The mathematics is `trajectory` in common/rank1.py: Eq. 6 and 7, for a LoRA in float64 from the
+factors of W_i - W_0 = s B A (Eq. 5, without s = lora_alpha / r). Matrices without an adapter take
+no part: their deltas are zero. The sign of (u, v) is left as it came; stages 3 and 4 align it.
 """
 
 import concurrent.futures
@@ -81,12 +81,12 @@ def main() -> None:
     mine = found.modules[state.process_index :: state.num_processes]
     mine = [module for module in mine if not files[module].is_file()]
     with concurrent.futures.ThreadPoolExecutor(workers, "", torch.set_num_threads, (1,)) as pool:
-        # Eq. 6, 7. Of a matrix, W[0] and W[i - k] ... W[i] are in memory, while it is worked on.
+        # Eq. 6, 7. While a matrix is worked on, W[0] and W[i - k] ... W[i] are in memory.
         k, keep = cfg.k, cfg.k + 2
         work = {m: pool.submit(rank1.trajectory, found.weights(m, keep), k) for m in mine}
         try:
             for module in progress(mine, "rank-1 SVDs", in_log=True):
-                # Each at once, so that a killed run can go on from here.
+                # Saved one by one, so that a killed run can go on from here.
                 write.save_tensors(files[module], work.pop(module).result())
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

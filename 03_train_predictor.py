@@ -1,4 +1,4 @@
-"""Stage 3: train the trajectory predictor.                       Paper: Sec. 4.2; Eq. 8, 9, 11
+"""Stage 3: train the trajectory predictor.                Paper: Sec. 4.2, Alg. 1; Eq. 8, 9, 11
 
     accelerate launch 03_train_predictor.py --config demo --run-dir runs/demo
     accelerate launch 03_train_predictor.py --config demo --run-dir runs/demo --inputs local
@@ -8,8 +8,8 @@ Writes  <run-dir>/predictor/<recipe>/model.safetensors      a network per kind a
         <run-dir>/predictor/<recipe>/predicted.safetensors  its prediction from the last checkpoint
         <run-dir>/predictor/<recipe>/report.json            losses, and the backtest
 
-The network and its two recipes, `paper` (the official code to the letter) and `aligned`, are in
-common/predictor.py. --inputs local (Table 5) makes aligned-no-global.
+The network, its loss (Eq. 8, 9) and two recipes are in common/predictor.py: `paper`, the official
+code to the letter, and `aligned`, ours. --inputs local (Table 5) makes aligned-no-global.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class PredictorConfig(config.StageConfig):
     scale_sigma: bool | None = option(None, "divide sigma by the last global one [the recipe's]")
     epochs: int | None = option(None, "full-batch steps of AdamW [the recipe's]")
     checkpoints: int = option(0, "learn from the last N alone; 0 takes all (paper: 15)")
-    holdout: int = option(0, "checkpoints that the backtest hides; 0 is k, as in a jump")
+    holdout: int = option(0, "checkpoints that the backtest hides; 0 means k")
     name: str = option("", "folder below predictor/ [the recipe's name]")
     seed: int = option(0, "random seed of the initial weights")
 
@@ -69,7 +69,7 @@ def fit(cfg: PredictorConfig, recipe: predictor.Recipe, known: deltas.Trajectory
     known = known.last(cfg.checkpoints or len(known.steps))
     families = predictor.stack_families(*predictor.prepare(known, recipe))
     with progress(desc="training", in_log=True, total=len(families) * recipe.epochs) as bar:
-        trained = predictor.train(known, recipe, cfg.seed, bar.update)
+        trained = predictor.train(families, recipe, cfg.seed, bar.update)
     return predictor.predict(trained.models, known, recipe), trained
 
 
@@ -86,7 +86,7 @@ def main() -> None:
     count, k = len(trajectory.steps), trajectory.k
     if cfg.checkpoints and not k < cfg.checkpoints <= count:
         raise UserError(f"checkpoints must be {k + 1} to {count} with k = {k}")
-    holdout = cfg.holdout or (k if count > 2 * k else 0)
+    holdout = (cfg.holdout or k) if count > 2 * k else 0
     if not holdout:
         print(f"no backtest: with k = {k} it needs {2 * k + 1} checkpoints, there are {count}")
     elif not k <= holdout < count - k:

@@ -4,11 +4,11 @@
     accelerate launch 04_extrapolate.py --config demo --run-dir runs/demo --methods weighted none
 
 Reads   <run-dir>/deltas, the checkpoints that these were made from, <run-dir>/predictor/<recipe>
-Writes  <run-dir>/extrapolated/<method>_alpha1.5   an adapter, exact in fp32; `next`: one a recipe,
-                                                   next-aligned_alpha1.5, next-paper_alpha1.5
+Writes  <run-dir>/extrapolated/<method>_alpha1.5   an adapter, exact in fp32; `next` writes one for
+                                                   each predictor: next-aligned_alpha1.5
         <run-dir>/extrapolated/<method>_accepted   with --accept: the alpha that is best on
                                                    validation problems, 0 where no jump gains
-        <run-dir>/merged/<method>_alpha1.5         a whole model: by --merge, or what is no adapter
+        <run-dir>/merged/<method>_alpha1.5         a whole model: with --merge, or of high rank
 
 NExt is `jump` below; its rivals and the controls stand in common/baselines/methods.py. PEFT, vLLM
 and the trainer that made the checkpoints load the adapters as they are. After training without LoRA
@@ -40,7 +40,7 @@ class ExtrapolateConfig(config.StageConfig):
     recipes: list[str] = option(["aligned"], "predictors of stage 3 that `next` uses")
     alphas: list[float] = option([1.5], "extending coefficients (paper: 1.5; Fig. 6: 0.5 to 4.0)")
     merge: Literal["fp32", "backbone"] | None = option(None, "write whole models too")
-    accept: bool = option(False, "write <method>_accepted alone, by what stage 6 measured (ours)")
+    accept: bool = option(False, "only write <method>_accepted: the best alpha by stage 6 (ours)")
     validation_data: list[str] = option(
         ["{run_dir}/data/valid.jsonl"], "for --accept, alpharl-pls and greedy-soup"
     )
@@ -50,7 +50,7 @@ class ExtrapolateConfig(config.StageConfig):
             if name not in {"next", *METHODS}:
                 raise UserError(f"no method '{name}'; {config.nearest(name, ['next', *METHODS])}")
         if self.accept and "first-update" in self.methods:
-            raise UserError("--accept takes alpha 0 for no jump, first-update for the backbone")
+            raise UserError("--accept: alpha 0 is no jump, but of first-update it is the backbone")
 
 
 def jump(m: Matrix, alpha: float) -> LowRank:
@@ -59,13 +59,13 @@ def jump(m: Matrix, alpha: float) -> LowRank:
 
 
 def wanted(known: Known):
-    """(name, method, function that gets what it must be given, files of that) of all to make."""
+    """Of every jump: name, method, a function that makes Matrix.given, the files that it reads."""
     for name in known.cfg.methods:
         if name == "next":
             for recipe in known.cfg.recipes:
-                get = functools.partial(deltas.load_predicted, known.run, recipe)
-                files = [deltas.check_predicted(known.run, recipe)]
-                yield f"next-{recipe}", Method(jump), get, files
+                path = deltas.check_predicted(known.run, recipe)
+                get = functools.partial(deltas.load_predicted, path)
+                yield f"next-{recipe}", Method(jump), get, [path]
         else:
             method = METHODS[name]
             get, files = method.prepare(known) if method.prepare else (lambda: None, [])

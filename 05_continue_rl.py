@@ -3,7 +3,7 @@
     accelerate launch 05_continue_rl.py --config demo --run-dir runs/demo
     accelerate launch 05_continue_rl.py --config demo --run-dir runs/demo --restart merged
 
-Reads   <run-dir>/extrapolated/<start>, the backbone, and the preset's section `train`
+Reads   <run-dir>/extrapolated/<start>, the backbone, the preset's sections `train`, `continue`
 Writes  <run-dir>/continued/<start>, <start>_merged or <name>, like train/, with steps to 250
 
 --restart merged adds the jump to the backbone, in fp32, and starts a new LoRA, likely the paper's
@@ -30,7 +30,7 @@ class ContinueConfig(stage1.TrainConfig):
     """Stage 1's options, and where to start."""
 
     start: str = option("next-aligned_alpha1.5", "of extrapolated/; merged/<name>; a path with /")
-    restart: Literal["adapter", "merged"] = option("adapter", "what becomes of the jump (open)")
+    restart: Literal["adapter", "merged"] = option("adapter", "what is trained of the jump (open)")
     name: str = option("", "folder of continued/ to write [after the start]")
     more_steps: int = option(100, "RL steps after the jump (paper: 100)")
     steps: int = option(1, "not an option here: the step of the start plus more_steps")
@@ -45,8 +45,8 @@ def main() -> None:
         raise UserError("--tune full has no adapter to restart: leave out --restart")
     if cfg.tune == "lora" and not merge and jump.get("r", 0) < 2 and base != cfg.backbone:
         raise UserError(f"{start} is no adapter to train: --tune full, or --restart merged")
-    last = pathlib.Path(cfg.start.replace("merged/", "merged__")).name
-    name = cfg.name or last + ("_merged" if merge else "")
+    last = cfg.start if cfg.start.startswith("merged/") else pathlib.Path(cfg.start).name
+    name = cfg.name or last.replace("/", "__") + ("_merged" if merge else "")
     folder = pathlib.Path(cfg.run_dir) / "continued" / safe_name(name, "--name")
     accelerator = training.start(cfg, folder)
     made_from = {"backbone": cfg.path(cfg.backbone), "base": cfg.path(base), "start": str(start)}

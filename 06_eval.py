@@ -6,13 +6,13 @@ r"""Stage 6: accuracy over repeated runs, ICER, the paper's tables and figures. 
         --test-data runs/demo/data/valid.jsonl --output validation
 
 Reads   the policies named, the test problems, and every stage's logs
-Writes  <run-dir>/eval/<policy>/<task>.jsonl   a response a line, with its number of the run, score
+Writes  <run-dir>/eval/<policy>/<task>.jsonl   a response a line, with run number and score
         <run-dir>/eval/<policy>/<task>.json    accuracy, standard error, n, response length
         <run-dir>/report.html, report.md       tables, claims and figures: common/reproduce
 
-A policy is an adapter, measured on the backbone that it was trained on, or a whole model. Those of
-another trainer: --run-dir outputs --policies 'checkpoint-*'. With --output the results go to that
-folder, and there is no report: methods that choose by accuracy look there, never at test problems.
+A policy is an adapter, measured on the backbone that it was trained on, or a whole model. Another
+trainer's: --run-dir outputs --policies 'checkpoint-*'. With --output the results go to that folder,
+and there is no report. Methods that choose by accuracy read those of --output validation alone.
 
 Every problem is answered `runs` times. The standard error is over problems: the runs of one problem
 are not independent, so their mean is one observation. All policies get the same seeds, so their
@@ -70,7 +70,7 @@ class EvalConfig(SamplingConfig):
 
 
 def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> None:
-    """Measures every policy on every task; those on one model share it."""
+    """Measures every policy on every task; those on one model, one after the other, share it."""
     tasks, now = data.load_tasks([*map(cfg.path, cfg.test_data)], **cfg.columns), None
     names = find_policies(run, cfg.policies)
     loras = {name: run / name for name in names if adapters.is_adapter(run / name)}
@@ -81,22 +81,23 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
     for number, name in enumerate(bar, 1):
         # What the result depends on. Where all of it is the same, it was measured before.
         base, lora = base_of(run, name, cfg.backbone), loras.get(name)
-        model, made = metrics.find_model(cfg.path(base)), {"settings": settings}
-        made |= {"weights": weights_hash(lora or model), "backbone": weights_hash(model)}
-        made |= {"versions": versions()}
-        made = {task: {**made, "data": data.fingerprint(tasks[task])} for task in tasks}
+        model, same = metrics.find_model(cfg.path(base)), {"settings": settings}
+        same |= {"weights": weights_hash(lora or model), "backbone": weights_hash(model)}
+        same |= {"versions": versions()}
+        made = {task: {**same, "data": data.fingerprint(tasks[task])} for task in tasks}
         folder = run / cfg.output / name.replace("/", "__")
         left = [t for t in tasks if cfg.overwrite or not is_made(folder / f"{t}.json", made[t])]
         if not left:
             continue
         # The model, then the adapter on it.
         if now is None or now.base != base:
+            is_first = now is None
             if now:
                 now.engine.close()  # the next model needs its memory
-            before, now = now, metrics.Loaded(cfg, base, tasks, max(ranks, default=0), accelerator)
-            for task, (_, prompts) in now.tasks.items() if before is None else ():
-                first = f"first prompt: {now.tokenizer.decode(prompts[0])!r}"
-                accelerator.print(f"{task}: {len(prompts)} problems; {first}")
+            now = metrics.Loaded(cfg, base, tasks, max(ranks, default=0), accelerator)
+            for task, (_, prompts) in now.tasks.items() if is_first else ():
+                prompt = now.tokenizer.decode(prompts[0])
+                accelerator.print(f"{task}: {len(prompts)} problems; first prompt: {prompt!r}")
         if lora:
             policy.refuse_foreign(lora, now.fingerprint)
         now.engine.use(lora)

@@ -18,18 +18,16 @@ def centred_scores(scores: torch.Tensor) -> torch.Tensor:
 def grpo_advantages(scores: torch.Tensor) -> torch.Tensor:
     """Eq. 2: (S_i - mean) / std within each group. [groups, samples] -> [groups, samples].
 
-    Equal scores, or a group of one, get zeros. [1, 0, 0, 0] -> [1.5, -0.5, -0.5, -0.5].
+    Equal scores get zeros. [1, 0, 0, 0] -> [1.5, -0.5, -0.5, -0.5].
     """
-    if scores.shape[1] == 1:
-        return centred_scores(scores)
     # The std is the unbiased one plus 1e-6, as in verl.
     return centred_scores(scores) / (scores.std(1, keepdim=True) + 1e-6)
 
 
 def rloo_advantages(scores: torch.Tensor) -> torch.Tensor:
-    """RLOO (arXiv 2402.14740): S_i - mean of the others in its group. A group of one gets zeros."""
+    """RLOO (arXiv 2402.14740): S_i - mean of the others in its group."""
     samples = scores.shape[1]
-    return centred_scores(scores) * samples / max(samples - 1, 1)
+    return centred_scores(scores) * samples / (samples - 1)
 
 
 def reinforce_returns(rewards, penalty, lengths: torch.Tensor) -> torch.Tensor:
@@ -77,11 +75,12 @@ def token_weights(lengths: torch.Tensor, aggregation: str) -> torch.Tensor:
     if aggregation == "seq":
         return torch.repeat_interleave(1 / (lengths * len(lengths)), lengths)
     # token, the default of verl: every token counts the same.
-    return torch.full((int(lengths.sum()),), 1 / int(lengths.sum()))
+    tokens = int(lengths.sum())
+    return torch.full((tokens,), 1 / tokens)
 
 
 def clipped_loss(logprobs, old_logprobs, advantages, weights, clip_low: float, clip_high: float):
-    """Eq. 1 without KL: -sum_t w_t min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t).
+    """Minus Eq. 1, without KL: -sum_t w_t min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t).
 
     Inputs [tokens]. Returns the loss, a scalar that adds up over micro-batches, and the weighted
     share of tokens where the clip acts.
@@ -107,7 +106,7 @@ def rollout_correction(old_logprobs, engine_logprobs, cap: float):
 def micro_batches(lengths: dict[int, int], budget: int, at_least: int = 1) -> list[list[int]]:
     """Sequences (id -> tokens) in parts of at most `budget` padded tokens, or one sequence.
 
-    Then the fullest parts are halved until there are `at_least` of them, or one a sequence.
+    Then the fullest parts are halved until there are `at_least` parts (or one per sequence).
 
     >>> micro_batches({0: 5, 1: 2, 2: 3, 3: 9}, budget=8)  # 2 x 3 padded tokens fit, 3 x 5 do not
     [[1, 2], [0], [3]]

@@ -1,13 +1,13 @@
 """The trajectory predictor of Sec. 4.2: from (global, local) to target (Eq. 8, 9, 11).
 
-One predictor for each kind of vector and length ("u.64", "v.192") and one for all sigmas are shared
-by all matrices that have such vectors. Two recipes train the same network:
+As in the official code, matrices share a predictor for each kind and length of vector ("u.64",
+"v.192"), and one for all sigmas. Two recipes train the same network:
 
     paper      what the official code does: signs as they came, sigma in its raw unit, AdamW 2e-5
-    aligned    consistent signs, sigma over the matrix's last global sigma, AdamW 3e-4
+    aligned    ours: consistent signs, sigma divided by the last global sigma, AdamW 3e-4
 
-(u, v) and (-u, -v) are one singular pair: without alignment a part of what is asked of the network
-is a coin flip. At 2e-5 it is far from fitted after 1,000 epochs.
+(u, v) and (-u, -v) are one singular pair: without alignment the signs of the targets are random. At
+2e-5 the network is far from fitted after 1,000 epochs.
 """
 
 import collections
@@ -25,7 +25,7 @@ SIDES = ("u", "sigma", "v")
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How data are prepared and the network is trained. The paper does not say; its code does."""
+    """How data are prepared and the network is trained, which the paper leaves mostly open."""
 
     align: bool
     scale_sigma: bool
@@ -42,7 +42,7 @@ RECIPES = {
 
 def block(d_in: int, d_out: int) -> nn.Sequential:
     """ "MLP layers and the activation function" (Sec. 4.2) as the official code reads it: two pairs
-    of linear layers, one ReLU between them. A pair is one affine map of rank 256."""
+    of linear layers, one ReLU between them. A pair is one affine map of rank 256 or less."""
     first = (nn.Linear(d_in, HIDDEN), nn.Linear(HIDDEN, d_in))
     return nn.Sequential(*first, nn.ReLU(), nn.Linear(d_in, HIDDEN), nn.Linear(HIDDEN, d_out))
 
@@ -57,7 +57,7 @@ class TrajectoryPredictor(nn.Module):
         self.decode = block(len(inputs) * d, d)
 
     def forward(self, s_global: torch.Tensor, s_local: torch.Tensor) -> torch.Tensor:
-        """s_global, s_local [..., d] -> s_target [..., d], predicted. Without encoder: unused."""
+        """s_global, s_local [..., d] -> s_target [..., d], predicted. Without encoder: ignored."""
         pairs = ((self.encode_global, s_global), (self.encode_local, s_local))
         hidden = [encode(s) for encode, s in pairs if encode is not None]
         return self.decode(torch.cat(hidden, -1))
@@ -83,7 +83,7 @@ def vectors(triples, side: str, unit: torch.Tensor) -> torch.Tensor:
 
 
 def family(side: str, rows: torch.Tensor) -> str:
-    """The predictor for the vectors `rows` [c, d]: "u.64", "v.192", "sigma"."""
+    """The name of the predictor for the vectors `rows` [c, d]: "u.64", "v.192", "sigma"."""
     return side if side == "sigma" else f"{side}.{rows.shape[1]}"
 
 
@@ -92,11 +92,11 @@ def stack_families(trajectory, units: dict) -> dict[str, tuple[torch.Tensor, ...
     members = collections.defaultdict(list)
     for module, roles in trajectory.deltas.items():
         count = len(roles["target"].sigma)
-        for side in ("u", "v", "sigma"):
+        for side in SIDES:
             rows = [vectors(roles[r], side, units[module])[:count] for r in ROLES]
             members[family(side, rows[0])].append(rows)
-    stacked = {name: zip(*rows, strict=True) for name, rows in members.items()}
-    return {name: tuple(torch.stack(p, 1) for p in parts) for name, parts in stacked.items()}
+    roles = {name: zip(*rows, strict=True) for name, rows in members.items()}
+    return {name: tuple(torch.stack(part, 1) for part in parts) for name, parts in roles.items()}
 
 
 class Trained(NamedTuple):
@@ -107,10 +107,10 @@ class Trained(NamedTuple):
     zeros: dict[str, float]  # Eq. 9 if the prediction were 0
 
 
-def train(trajectory, recipe: Recipe, seed: int, tick: Callable[[], None]) -> Trained:
-    """A predictor for every family; tick() is called every epoch."""
+def train(families: dict, recipe: Recipe, seed: int, tick: Callable[[], None]) -> Trained:
+    """A predictor for each of `stack_families`; tick() is called every epoch."""
     trained, device = Trained({}, {}, {}), "cuda" if torch.cuda.is_available() else "cpu"
-    for name, data in stack_families(*prepare(trajectory, recipe)).items():
+    for name, data in families.items():
         trained.zeros[name] = float(data[2].abs().sum() / len(data[2]))
         data = tuple(part.to(device) for part in data)
         trained.models[name], trained.losses[name] = train_family(data, recipe, seed, tick)
@@ -119,9 +119,9 @@ def train(trajectory, recipe: Recipe, seed: int, tick: Callable[[], None]) -> Tr
 
 def train_family(data: tuple[torch.Tensor, ...], recipe: Recipe, seed: int, tick=lambda: None):
     """Eq. 9 on one family (global, local, target), [c - k, l, d] each: the predictor, the loss of
-    every epoch: sum over vectors and entries of |pi(s_G, s_L) - s_T|, mean over checkpoints.
-
-    Full-batch AdamW from torch's uniform initialisation (Alg. 1).
+    every epoch: sum over vectors and entries of |pi(s_G, s_L) - s_T|, mean over checkpoints, of
+    which the last k have no target (as in Alg. 1; Eq. 9 sums to c). Full-batch AdamW from torch's
+    uniform initialisation (Alg. 1).
     """
     s_global, s_local, s_target = data
     with torch.random.fork_rng(devices=[]):
@@ -154,5 +154,6 @@ def predict(models: dict[str, nn.Module], trajectory, recipe: Recipe) -> dict[st
             out[side] = models[family(side, seen[0])](seen[0][-1], seen[1][-1])  # Eq. 8
         for side in ("u", "v"):
             out[side] = nn.functional.normalize(out[side], dim=0)  # Eq. 11
-        found[module] = {**out, "sigma": out["sigma"][0] * units[module]}
+        out["sigma"] = out["sigma"][0] * units[module]
+        found[module] = out
     return found

@@ -1,11 +1,11 @@
 """The algebra of low-rank updates: deltas (Eq. 6), their rank 1 (Eq. 3, 7), the jump (Eq. 10).
 
 A LoRA checkpoint is W = W_0 + s B A, and W - W_0 is a matrix that is never formed: `LowRank` holds
-its factors and knows +, - and scalar *, as dense tensors do. So a formula of the paper is a line of
-code, the same for LoRA, where W[0] is zero, and for whole models, where W[0] is the backbone:
+its factors and knows +, - and scalar * and /, as dense tensors do. So a formula of the paper is a
+line of code, the same for LoRA, where W[0] is zero, and for whole models (W[0] is the backbone):
 
     global_ = top(W[i] - W[0])                     # Eq. 6, then 7
-    jumped  = W[c] + alpha * rank1(u, sigma, v)    # Eq. 10: of a LoRA an adapter of rank r + 1
+    jumped  = W[c] + alpha * rank1(u, sigma, v)    # Eq. 10: for a LoRA an adapter of rank r + 1
 """
 
 import functools
@@ -16,11 +16,11 @@ import torch
 
 ROLES = ("global", "local", "target")
 MAX_ERROR = 1e-9  # the largest relative error of sigma_1; above it the exact way is taken
-KEEP, SPARE, ROUNDS = 64, 8, 16  # dense matrices: sigmas kept, spare columns, rounds
+KEEP, SPARE, ROUNDS = 64, 8, 16  # dense matrices: sigmas kept, spare columns, iterations
 
 
 class Term(NamedTuple):
-    """weight * left @ right; `balanced` if both are of equal norm, as unit vectors are."""
+    """weight * left @ right; `balanced`: both have equal norms, so `factors` shares the weight."""
     weight: float
     left: torch.Tensor  # [m, q]
     right: torch.Tensor  # [q, n]
@@ -50,7 +50,7 @@ class LowRank:
     def __add__(self, other):
         if isinstance(other, torch.Tensor):
             return other + self.dense().to(other)
-        return self._of(self.terms + other.terms) if other.terms else self  # which keeps its grams
+        return self._of(self.terms + other.terms) if other.terms else self  # with its grams
 
     def __radd__(self, other):
         return self + other if isinstance(other, torch.Tensor) else self  # sum() begins with 0
@@ -99,8 +99,8 @@ class LowRank:
         return LowRank(u[:, :rank] * root, root[:, None] * vh[:rank], balanced=True), float(lost)
 
     def factors(self, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B [m, r], A [r, n]) in fp32, scale * B A = this matrix, r from 1 to min(m, n). LoRA's
-        come back as they were, balanced ones times sqrt(weight / scale): both will be trained."""
+        """(B [m, r], A [r, n]) in fp32, scale * B A = this matrix, r from 1 to min(m, n). Those of
+        a LoRA are unchanged; balanced ones take sqrt(weight / scale) each: stage 5 trains both."""
         if not self.terms:
             return torch.zeros(self.shape[0], 1), torch.zeros(1, self.shape[1])
         lefts, rights = [], []
@@ -118,32 +118,32 @@ def blocks(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
 
 
 def rank1(u: torch.Tensor, sigma: float | torch.Tensor, v: torch.Tensor) -> LowRank:
-    """sigma u v^T, for unit vectors u [m] and v [n]."""
+    """Eq. 7: sigma u v^T, for unit vectors u [m] and v [n]."""
     return LowRank(u[:, None], v[None], float(sigma), balanced=True)
 
 
 class Top(NamedTuple):
     """The leading singular triple of a matrix (Eq. 3)."""
     u: torch.Tensor  # [m]
-    sigma: torch.Tensor  # sigma_1 first, then the others that were looked at [q]
+    sigma: torch.Tensor  # all that were computed, in falling order [q]
     v: torch.Tensor  # [n]
 
 
 def top(matrix: LowRank | torch.Tensor) -> Top:
-    """The leading singular triple: of checkpoints and their differences in float64 from their Gram
-    matrices if rounding is harmless, of other LowRanks the exact way, of tensors by iteration."""
+    """The leading singular triple, in one of three ways: by Gram matrices (checkpoints and their
+    differences, if the error is small), QR and SVD (other LowRanks), iteration (tensors)."""
     if isinstance(matrix, torch.Tensor):
         return top_of_dense(matrix.float())
     terms, scale = matrix.terms, matrix.terms[0].weight
-    *found, bound = top_of_grams(*matrix.grams) if matrix.grams and scale > 0 else [math.inf]
-    if not bound <= MAX_ERROR:  # in fp32 it never is
-        u, sigma, vh = matrix.svd()
-        moved = (sigma[0] > 0).to(u.dtype)  # a zero matrix has no direction: u and v are zeros
-        return Top(u[:, 0] * moved, sigma, vh[0] * moved)
-    x, sigma, y = found
-    u = sum(t.left @ part for t, part in zip(terms, x.chunk(len(terms)), strict=True))
-    v = sum(part @ t.right for t, part in zip(terms, y.chunk(len(terms)), strict=True))
-    return Top(u, sigma[: min(matrix.shape)] * scale, v)
+    if matrix.grams and scale > 0:
+        x, sigma, y, bound = top_of_grams(*matrix.grams)
+        if bound <= MAX_ERROR:  # in fp32 it never is
+            u = sum(t.left @ part for t, part in zip(terms, x.chunk(len(terms)), strict=True))
+            v = sum(part @ t.right for t, part in zip(terms, y.chunk(len(terms)), strict=True))
+            return Top(u, sigma[: min(matrix.shape)] * scale, v)
+    u, sigma, vh = matrix.svd()
+    moved = (sigma[0] > 0).to(u.dtype)  # a zero matrix has no direction: u and v are zeros
+    return Top(u[:, 0] * moved, sigma, vh[0] * moved)
 
 
 def top_of_grams(gram: torch.Tensor, other: torch.Tensor):
@@ -184,8 +184,8 @@ def top_of_dense(matrix: torch.Tensor) -> Top:
 def trajectory(W: list[LowRank | torch.Tensor], k: int) -> dict[str, torch.Tensor]:
     """Eq. 6 and 7 for one matrix. W[0] is the backbone, W[1] ... W[c] are the checkpoints.
 
-    Returns u [c, m], sigma [c], v [c, n] as "global.u" and so on, of targets for the first c - k,
-    and "spectrum" [c, q], all sigmas of the global deltas (KEEP of dense ones)."""
+    Returns u [c, m], sigma [c], v [c, n] as "global.u" and so on; the targets have c - k rows. And
+    "spectrum" [c, q], all sigmas of the global deltas (of dense ones the first KEEP)."""
     found = {role: [] for role in ROLES}
     for i in range(1, len(W)):
         found["global"].append(top(W[i] - W[0]))

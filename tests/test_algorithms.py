@@ -65,11 +65,13 @@ def test_the_cap_on_importance_weighs_the_objective_and_not_the_kl_term(monkeypa
     cfg = stage1.TrainConfig(kl_coef=0.7, importance_cap=1.2)
     place = types.SimpleNamespace(autocast=contextlib.nullcontext)
     run = types.SimpleNamespace(cfg=cfg, accelerator=place, model=None)
-    found, _ = stage1.loss_of(run, batch, [0], weights)
+    found, clipped = stage1.loss_of(run, batch, [0], weights)
     ratio = (old - engine).exp().clamp_max(1.2)
     objective, _ = grpo.clipped_loss(now, old, one[0], weights[0] * ratio, 0.2, 0.2)
     wanted = objective + 0.7 * grpo.k3_kl(now, reference, weights[0])
     assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
+    uncapped = grpo.clipped_loss(now, old, one[0], weights[0], 0.2, 0.2)
+    assert clipped == uncapped[1]  # a share of the tokens, whatever the cap
 
 
 # --------------------------------------------------------------------------------------------------

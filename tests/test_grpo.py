@@ -18,9 +18,9 @@ def test_grpo_advantages_by_hand():
     )
 
 
-@pytest.mark.parametrize("rewards", [[[1.0, 1.0, 1.0]], [[0.0, 0.0]], [[1.0]]])
+@pytest.mark.parametrize("rewards", [[[1.0, 1.0, 1.0]], [[0.0, 0.0]]])
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo", "reinforce++-baseline"])
-def test_equal_rewards_and_single_samples_teach_nothing(algorithm, rewards):
+def test_equal_rewards_teach_nothing(algorithm, rewards):
     rewards = torch.tensor(rewards)
     lengths = torch.arange(1, rewards.numel() + 1)
     found = grpo.advantages(algorithm, rewards, torch.zeros(int(lengths.sum())), lengths, alone)

@@ -170,25 +170,23 @@ def dense(triples, i):
     return triples.sigma[i].double() * torch.outer(triples.u[i].double(), triples.v[i].double())
 
 
-def dense_terms(roles, i, before=0):
-    """The three terms at checkpoint i, from 0 after `before` left out, as whole matrices."""
+def dense_terms(roles, i):
+    """The three terms at checkpoint i, from 0, as whole matrices."""
     recent = [dense(roles["local"], j) for j in range(max(0, i - 2), i + 1)]
-    return [recent[-1], sum(recent) / len(recent), dense(roles["global"], i) / (before + i + 1)]
+    return [recent[-1], sum(recent) / len(recent), dense(roles["global"], i) / (i + 1)]
 
 
-@pytest.mark.parametrize("before", [0, 2])
-def test_the_weights_equal_a_dense_least_squares_fit(monkeypatch, before):
-    """Also on the last 7 of 9 checkpoints, whose first is number 3."""
+def test_the_weights_equal_a_dense_least_squares_fit(monkeypatch):
     prior = (0.6, 0.3, 0.1)
     for name, value in {"DECAY": 0.7, "RIDGE": 0.05, "PRIOR": prior}.items():
         monkeypatch.setattr(methods, name, value)
-    trajectory = tiny_trajectory(c=7 + before).last(7)
+    trajectory = tiny_trajectory(c=7)
     rows, answers, total = [], [], 0.0
     for roles in trajectory.deltas.values():
         for i in range(1, 6):  # checkpoints 2 to 6 have a local behind them and one ahead
             share = 0.7 ** (5 - i)
             scale = share**0.5 / roles["local"].sigma[i].double()
-            terms = dense_terms(roles, i, before)
+            terms = dense_terms(roles, i)
             rows.append(torch.stack([scale * term.flatten() for term in terms], 1))
             answers.append(scale * dense(roles["local"], i + 1).flatten())
             total += share
@@ -202,7 +200,7 @@ def test_the_weighted_prediction_is_rank_1_of_the_dense_sum():
     trajectory = tiny_trajectory()
     weights = methods.weighted_fit(trajectory)
     for roles in trajectory.deltas.values():
-        found = methods.weighted(roles, trajectory.steps, 2, weights)
+        found = methods.weighted(roles, 2, weights)
         whole = sum(w * term for w, term in zip(weights, dense_terms(roles, 5), strict=True))
         torch.testing.assert_close(found.dense(), rank_1(2 * whole), atol=1e-5, rtol=1e-4)
         assert found.terms[0].balanced
@@ -223,7 +221,7 @@ def test_a_steady_run_is_predicted_to_go_on():
             roles[role] = Triples(local.u[:1].expand(6, -1), sigma, local.v[:1].expand(6, -1))
     weights = methods.weighted_fit(trajectory)
     for roles in trajectory.deltas.values():
-        found = methods.weighted(roles, trajectory.steps, 2, weights).dense().double()
+        found = methods.weighted(roles, 2, weights).dense().double()
         torch.testing.assert_close(found, 2 * dense(roles["local"], 0), rtol=1e-5, atol=1e-6)
 
 
@@ -238,7 +236,7 @@ def test_weighted_sees_neither_signs_nor_targets():
     other = changed(trajectory, spoil)
     torch.testing.assert_close(methods.weighted_fit(other), methods.weighted_fit(trajectory))
     one, two = (
-        methods.weighted(t.deltas["m0"], t.steps, 2, methods.weighted_fit(trajectory)).dense()
+        methods.weighted(t.deltas["m0"], 2, methods.weighted_fit(trajectory)).dense()
         for t in (trajectory, other)
     )
     torch.testing.assert_close(one, two)
@@ -255,7 +253,7 @@ def test_a_matrix_that_does_not_move_is_left_alone():
     trajectory.deltas["m1"] = still
     weights = methods.weighted_fit(trajectory)
     assert weights.isfinite().all()
-    assert not methods.weighted(still, trajectory.steps, 2, weights).dense().any()
+    assert not methods.weighted(still, 2, weights).dense().any()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -22,18 +22,18 @@ def controls(trajectory) -> dict[str, dict[str, LowRank]]:
     """
     trajectory, k = trajectory.aligned(), trajectory.k
     c, fitted = len(trajectory.steps), methods.weighted_fit(trajectory)
-    t = torch.arange(c, dtype=torch.float32) - (c - 1) / 2
     names = ("copy-global", "repeat-last", "recent-locals", "linear-fit", "weighted")
     found = {name: {} for name in names}
     for module, roles in trajectory.deltas.items():
         whole = roles["global"]
-        slope = (t[:, None] * whole.sigma[:, None] * whole.u).sum(0) / t.square().sum() * k  # [m]
+        moved = whole.sigma[:, None] * whole.u  # [c, m]
+        slope = methods.line_at(moved, c + k) - methods.line_at(moved, c)  # [m]
         unit = torch.nn.functional.normalize(slope, dim=0)
         found["copy-global"][module] = k / c * whole[-1]
         found["repeat-last"][module] = roles["target"][-1]
         found["recent-locals"][module] = methods.recent(roles, k)
         found["linear-fit"][module] = rank1(unit, slope.norm(), whole.v[-1])
-        found["weighted"][module] = methods.weighted(roles, trajectory.steps, k, fitted)
+        found["weighted"][module] = methods.weighted(roles, k, fitted)
     return found
 
 
@@ -70,7 +70,7 @@ def backtest(trajectory, series, holdout: int, predict: Callable) -> dict:
 
 
 def describe(name: str, tested: dict) -> str:
-    """The backtest in three lines, and a fourth where it goes against the predictor."""
+    """The backtest in three lines; a fourth if the predictor is no better than repeat-last."""
     cosines = {row: found["cosine"] for row, found in tested.items() if isinstance(found, dict)}
     lines = [f"{name}: backtest, step {tested['at_step']} -> {tested['predicts_step']}, cosines"]
     lines.append("   " + "  ".join(f"{row} {cosine:.3f}" for row, cosine in cosines.items()))

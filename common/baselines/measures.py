@@ -29,7 +29,8 @@ def cosine(a: LowRank | torch.Tensor, b: LowRank | torch.Tensor) -> float:
 
 def energy_ratio(sigma: torch.Tensor, power: int = 1) -> torch.Tensor:
     """E_1 = sigma_1 / sum_q sigma_q (Sec. 3.2), [..., q] -> [...]; nan for a zero matrix. power 2:
-    the share of the squared Frobenius norm."""
+    the share of the squared norm. Of whole models the sum has rank1.KEEP terms, as a LoRA of that
+    rank has. With all of them E_1 would be smaller."""
     return sigma[..., 0] ** power / (sigma**power).sum(-1)
 
 

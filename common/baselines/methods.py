@@ -20,7 +20,7 @@ WSM_CHECKPOINTS = 5  # that `wsm` averages
 DARE_DROP = 0.9  # share of entries that `dare` drops (its authors: 0.9 and up)
 # Of `weighted`, chosen on demo runs of seeds 10 to 14 by the cosine of stage 3's backtest.
 WINDOW = 3  # local deltas in the mean that is the second term
-DECAY = 0.5  # a regression pair counts this much less than the one a checkpoint later
+DECAY = 0.5  # each older regression pair counts this much less
 RIDGE = 0.01  # pull of the weights towards PRIOR; the squared length of the first term is 1
 PRIOR = (0.5, 0.5, 0.0)
 
@@ -31,7 +31,7 @@ class Matrix:
 
     name: str
     W: Sequence[LowRank | torch.Tensor]  # W[0] the backbone (zero for LoRA), W[1] ... W[c]
-    last: LowRank  # W[c] as rank 1 is added to it; zero on the last of whole models
+    last: LowRank  # what rank 1 is added to: the adapter W[c]; zero on the last of whole models
     deltas: dict  # role -> Triples (common/files/deltas.py), signs aligned: [i] is a LowRank
     steps: list[int]  # of the checkpoints
     k: int
@@ -50,7 +50,10 @@ def recent(deltas: dict, k: int) -> LowRank:
 
 
 def rl_extra(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
-    """RL-Extra (Wang et al. 2026, arXiv 2601.04537): W_0 + a (W_c - W_0), a = (c + alpha k) / c."""
+    """RL-Extra (Wang et al. 2026, arXiv 2601.04537): W_0 + a (W_c - W_0), a = (c + alpha k) / c.
+
+    The paper's text swaps this citation and AlphaRL's.
+    """
     c = len(m.steps)
     return m.W[0] + (c + alpha * m.k) / c * (m.W[-1] - m.W[0])
 
@@ -65,9 +68,9 @@ def line_at(y: torch.Tensor, at: float) -> torch.Tensor:
 def alpharl(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
     """AlphaRL (Cai et al. 2025, arXiv 2510.00553): W_0 + a* v^T, v that of the last global delta.
 
-    a* is what a_t = sigma_t u_t comes to at t = c + alpha k: by the line through a_t, or, where
-    accuracies are measured, by partial least squares at the accuracy that their line has there.
-    Theirs is set by hand. Their code adds a* v^T to a checkpoint, although a* is the total update.
+    a* is a_t = sigma_t u_t extrapolated to t = c + alpha k by a line, or, where accuracies are
+    measured, by partial least squares at the accuracy that a line has there. They set it by hand.
+    Their code adds a* v^T to a checkpoint, although a* is the total update.
     """
     whole, at = m.deltas["global"], len(m.steps) + alpha * m.k
     a = whole.sigma.double()[:, None] * whole.u.double()  # [c, m]
@@ -101,7 +104,7 @@ def pls_inverse(x: torch.Tensor, y: torch.Tensor, target: float | torch.Tensor) 
 def relex(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
     """RELEX (Wei et al. 2026, arXiv 2605.21468): W_0 + y* V, y* the line of y_t at c + alpha k.
 
-    W_t - W_0 ~ y_t V; V = sum_t d_t (W_t - W_0) is one direction over time and has all ranks. Both
+    W_t - W_0 ~ y_t V; V = sum_t d_t (W_t - W_0) is one fixed matrix, not of low rank. Both
     follow from the inner products <W_s - W_0, W_t - W_0>. Their series is every RL step.
     """
     moved = [w - m.W[0] for w in m.W[1:]]
@@ -128,21 +131,19 @@ def dare(m: Matrix, alpha: float) -> torch.Tensor:
     return m.W[0] + delta * kept / (1 - DARE_DROP)
 
 
-def weighted_terms(steps: list[int]) -> torch.Tensor:
+def weighted_terms(count: int) -> torch.Tensor:
     """[c, 3, 2 c]: at checkpoint i, three deltas as sums over the locals L, then the globals G:
 
         L_i,    the mean of the last WINDOW locals (of all there are before that),    G_i / i
 
-    All three are what one checkpoint moved, with a shorter and a longer memory. i counts from the
-    backbone; `steps`, evenly spaced, may begin later.
+    All three are what one checkpoint moved, with a shorter and a longer memory. count: c.
     """
-    count = len(steps)
     mix = torch.zeros(count, 3, 2 * count, dtype=torch.float64)
-    for i, step in enumerate(steps):
+    for i in range(count):
         first = max(0, i + 1 - WINDOW)
         mix[i, 0, i] = 1
         mix[i, 1, first : i + 1] = 1 / (i + 1 - first)
-        mix[i, 2, count + i] = (steps[1] - steps[0]) / step
+        mix[i, 2, count + i] = 1 / (i + 1)
     return mix
 
 
@@ -160,8 +161,8 @@ def weighted_fit(trajectory) -> torch.Tensor:
     T_ij are the terms at checkpoint i. The mean is over matrices and i = 2 .. c - 1, which count
     DECAY^(c - 1 - i). Locals and not targets, because the last local ends at c.
     """
-    count, mix = len(trajectory.steps), weighted_terms(trajectory.steps)
-    pairs = range(1, count - 1)
+    count = len(trajectory.steps)
+    pairs, mix = range(1, count - 1), weighted_terms(count)
     left, right = torch.zeros(3, 3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     for roles in trajectory.deltas.values():
         u, sigma, v = locals_and_globals(roles)
@@ -178,10 +179,10 @@ def weighted_fit(trajectory) -> torch.Tensor:
     return torch.linalg.solve(left / total + RIDGE * torch.eye(3), right / total + RIDGE * prior)
 
 
-def weighted(roles: dict, steps: list[int], k: int, weights: torch.Tensor) -> LowRank:
+def weighted(roles: dict, k: int, weights: torch.Tensor) -> LowRank:
     """Ours, without a network: rank 1 of k times a weighted sum of one matrix's deltas. No signs
     have to be aligned, because it sees products sigma u v^T alone."""
-    amounts = k * weights @ weighted_terms(steps)[-1]  # [2 c]
+    amounts = k * weights @ weighted_terms(len(roles["global"]))[-1]  # [2 c]
     u, sigma, v = locals_and_globals(roles)
     used = amounts.nonzero()[:, 0].tolist()
     found = top(sum(float(amounts[j]) * rank1(u[j], sigma[j], v[j]) for j in used))
@@ -192,16 +193,16 @@ class Method(NamedTuple):
     """A function of (Matrix, alpha), what it must be given beside, and whether alpha matters."""
 
     jump: Callable[[Matrix, float], LowRank | torch.Tensor]
-    prepare: Callable | None = None  # a function of common/baselines/given.py
+    prepare: Callable | None = None  # Known -> (what makes Matrix.given, the files it reads)
     has_alpha: bool = True
 
 
 METHODS = {
-    # The last target that is known; what moved in the last two checkpoints, which is newer.
+    # The last known target; the last two local deltas, which are newer.
     "repeat-last": Method(lambda m, alpha: m.last + alpha * m.deltas["target"][-1]),
     "recent-locals": Method(lambda m, alpha: m.last + alpha * recent(m.deltas, m.k)),
     "weighted": Method(
-        lambda m, alpha: m.last + alpha * weighted(m.deltas, m.steps, m.k, m.given),
+        lambda m, alpha: m.last + alpha * weighted(m.deltas, m.k, m.given),
         lambda known: (lambda: weighted_fit(known.trajectory).float().double(), []),
     ),
     # The ceiling: rank 1 of the true W_(c+k) - W_c, from a run that really went on.
@@ -211,14 +212,14 @@ METHODS = {
     # No jump. With stage 5 it is a mere restart of the optimizer.
     "none": Method(lambda m, alpha: m.last, has_alpha=False),
     "rl-extra": Method(rl_extra),
-    # ExPO (Zheng et al. 2024, arXiv 2404.16792): W_c + alpha (W_c - W_0), by them alpha 0.3 to 0.5.
+    # ExPO (Zheng et al. 2024, arXiv 2404.16792): W_c + alpha (W_c - W_0), there alpha 0.3 to 0.5.
     "expo": Method(lambda m, alpha: m.W[0] + (1 + alpha) * (m.W[-1] - m.W[0])),
     # A public replication of RELEX reports that on MATH this is about as good as RELEX.
     "first-update": Method(lambda m, alpha: m.W[0] + alpha * (m.W[1] - m.W[0])),
     "alpharl": Method(alpharl),
     "alpharl-pls": Method(alpharl, given.accuracies),
     "relex": Method(relex),
-    # WSM (Tian et al. 2025, arXiv 2507.17634), in place of a learning rate that falls.
+    # WSM (Tian et al. 2025, arXiv 2507.17634), which replaces a falling learning rate.
     "wsm": Method(lambda m, alpha: mean(m.W[1:][-WSM_CHECKPOINTS:]), has_alpha=False),
     # Greedy soup (Wortsman et al. 2022, arXiv 2203.05482).
     "greedy-soup": Method(lambda m, alpha: mean([m.W[i] for i in m.given]), given.soup, False),

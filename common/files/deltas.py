@@ -117,7 +117,7 @@ def read_index(folder: pathlib.Path) -> dict:
 
 
 def check_predicted(run: pathlib.Path, recipe: str) -> pathlib.Path:
-    """The file with what stage 3 predicted by `recipe` from the deltas that are there now."""
+    """The file with what stage 3 predicted by `recipe`. UserError where the deltas have changed."""
     folder = run / "predictor" / safe_name(recipe, "a recipe")
     done = read_json(folder / "done.json", "03_train_predictor.py", {"inputs": {"deltas": str}})
     if done["inputs"]["deltas"] != fingerprint(run / "deltas"):
@@ -126,9 +126,9 @@ def check_predicted(run: pathlib.Path, recipe: str) -> pathlib.Path:
     return folder / "predicted.safetensors"
 
 
-def load_predicted(run: pathlib.Path, recipe: str) -> dict[str, dict[str, torch.Tensor]]:
+def load_predicted(path: pathlib.Path) -> dict[str, dict[str, torch.Tensor]]:
     """module -> {"u": [m], "sigma": [], "v": [n]}: the predicted next target (Eq. 8, 11)."""
-    path, found = check_predicted(run, recipe), {}
+    found = {}
     with open_tensors(path, "run 03_train_predictor.py --overwrite") as file:
         for name in file.keys():  # noqa: SIM118  (a safe_open is no dict)
             module, side = name.rsplit(".", 1)

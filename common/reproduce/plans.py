@@ -67,7 +67,7 @@ class Plan:
         prefix, more = train["steps"], self.preset["continue"]["more_steps"]
         total, reference = prefix + more, self.wanted["reference_steps"]
         self.values = {
-            **{"root": shlex.quote(root), "alpha": ALPHA, "rate": "", "seed": ""},
+            **{"root": shlex.quote(root), "alpha": ALPHA, "rate": "", "seed": "", "grid": ""},
             # RL steps: before the jump, after it, both; of the longest run, and what that adds
             **{"prefix": prefix, "more": more, "total": total, "reference": reference},
             **{"longer": reference - prefix, "beyond": max(0, reference - total)},
@@ -190,7 +190,7 @@ def by_rate(plan: Plan, seeds: list[int], choose: bool) -> None:
             plan.at_rate("plain", rate, seed, choose=True)
         return
     for rate, seed in itertools.product(whole, seeds):
-        plan.at_rate("single", rate, seed, grid=True)
+        plan.at_rate("single", rate, seed, grid=TABLES["swept"])
     for rate, seed in itertools.product(rates[:1], seeds):
         second_jump(plan, rate, seed)
     for rate, seed in itertools.product(sweep, seeds[:SWEEP_SEEDS]):

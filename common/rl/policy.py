@@ -62,7 +62,8 @@ def fingerprint(backbone) -> str:
 
 
 def add_lora(backbone, rank: int, alpha: float, seed: int):
-    """A new LoRA on all linear layers but the head. Eq. 4: h = W x + (alpha / rank) B A x."""
+    """A new LoRA on all linear layers but the head. Eq. 4: h = W x + (alpha / rank) B A x,
+    with PEFT's scale, which the paper leaves out."""
     # B is 0 and A is Kaiming-uniform, both in fp32.
     torch.manual_seed(seed)
     lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -405,7 +405,7 @@ def test_what_stage_3_writes_is_the_prediction_of_the_network_it_saved(run, stag
         }
         networks[family].load_state_dict(own)
     wanted = predictor.predict(networks, trajectory, recipe)
-    found = deltas.load_predicted(run, name)
+    found = deltas.load_predicted(deltas.check_predicted(run, name))
     assert found.keys() == wanted.keys() == MODULES.keys()
     for module, triple in wanted.items():
         assert all(torch.equal(x, found[module][side]) for side, x in triple.items())
@@ -475,7 +475,8 @@ def test_peft_computes_with_what_stage_4_writes(run, stage, backbone_dir):
         assert [path for path in read.values() if path in info["inputs"]] == [
             path for method, path in read.items() if method == name
         ]
-    predicted, last = deltas.load_predicted(run, "aligned"), checkpoint(run, 80)
+    predicted = deltas.load_predicted(deltas.check_predicted(run, "aligned"))
+    last = checkpoint(run, 80)
     for module, triple in predicted.items():
         step = 1.5 * triple["sigma"] * torch.outer(triple["u"], triple["v"])
         torch.testing.assert_close(found["next"][module], last[module] + step, atol=1e-6, rtol=0)

@@ -92,7 +92,7 @@ def backtest(run: pathlib.Path, at: int) -> dict[str, dict]:
     now, future = map(adapters.read_adapter, folders)
     rows, true = controls(deltas.load_trajectory(run / "deltas")), {}
     for name in RECIPES:
-        predicted = deltas.load_predicted(run, name)
+        predicted = deltas.load_predicted(deltas.check_predicted(run, name))
         rows[f"next-{name}"] = {module: rank1(**triple) for module, triple in predicted.items()}
     rows["oracle"] = {}
     for module in now.factors:

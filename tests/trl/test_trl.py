@@ -118,7 +118,7 @@ def test_trl_trained_and_every_checkpoint_was_read(run):
 
 def predicted(run):
     """module -> u, sigma, v of the trained predictor."""
-    return deltas.load_predicted(run, "aligned")
+    return deltas.load_predicted(deltas.check_predicted(run, "aligned"))
 
 
 def last_known(run):
