@@ -30,7 +30,7 @@ class ContinueConfig(stage1.TrainConfig):
     """Stage 1's options, and where to start."""
 
     start: str = option("next-aligned_alpha1.5", "of extrapolated/; merged/<name>; a path with /")
-    restart: Literal["adapter", "merged"] = option("adapter", "what is trained of the jump (open)")
+    restart: Literal["adapter", "merged"] = option("adapter", "train it, or a new LoRA on it")
     name: str = option("", "folder of continued/ to write [after the start]")
     more_steps: int = option(100, "RL steps after the jump (paper: 100)")
     steps: int = option(1, "not an option here: the step of the start plus more_steps")
