@@ -27,7 +27,7 @@ def controls(trajectory) -> dict[str, dict[str, LowRank]]:
     for module, roles in trajectory.deltas.items():
         whole = roles["global"]
         moved = whole.sigma[:, None] * whole.u  # [c, m]
-        slope = methods.line_at(moved, c + k) - methods.line_at(moved, c)  # [m]
+        slope = (methods.line_at(moved, c + k) - methods.line_at(moved, c)).float()  # [m]
         unit = torch.nn.functional.normalize(slope, dim=0)
         found["copy-global"][module] = k / c * whole[-1]
         found["repeat-last"][module] = roles["target"][-1]
