@@ -701,4 +701,4 @@ def test_accept_names_the_jump_that_was_not_measured_and_the_command(run, stage)
 def test_accept_refuses_the_method_for_which_no_jump_is_not_alpha_0(run, stage):
     code, line = stage("04_extrapolate.py", "--methods", "first-update", "--accept", "true")
     assert code == 2
-    assert "--accept takes alpha 0 for no jump" in line
+    assert "of first-update it is the backbone" in line
