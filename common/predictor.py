@@ -20,7 +20,7 @@ from torch import nn
 
 HIDDEN = 256  # as in the official code
 ROLES = ("global", "local", "target")
-SIDES = ("u", "sigma", "v")
+SIDES = ("u", "v", "sigma")
 
 
 @dataclasses.dataclass(frozen=True)
