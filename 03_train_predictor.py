@@ -37,6 +37,7 @@ class PredictorConfig(config.StageConfig):
     align: bool | None = option(None, "consistent signs of (u, v) [the recipe's]")
     scale_sigma: bool | None = option(None, "divide sigma by the last global one [the recipe's]")
     epochs: int | None = option(None, "full-batch steps of AdamW [the recipe's]")
+    bf16: bool = option(False, "matrix products in bf16: half the time for a large model (ours)")
     checkpoints: int = option(0, "learn from the last N alone; 0 takes all (paper: 15)")
     holdout: int = option(0, "checkpoints that the backtest hides; 0 means k")
     name: str = option("", "folder below predictor/ [the recipe's name]")
@@ -53,7 +54,7 @@ class PredictorConfig(config.StageConfig):
 
     def recipe(self, name: str) -> predictor.Recipe:
         """The recipe `name` with what the options change."""
-        own = {"align": self.align, "scale_sigma": self.scale_sigma, "epochs": self.epochs}
+        own = {x: getattr(self, x) for x in ("align", "scale_sigma", "epochs", "bf16")}
         changed = {key: value for key, value in own.items() if value is not None}
         return dataclasses.replace(predictor.RECIPES[name], inputs=tuple(self.inputs), **changed)
 
@@ -80,7 +81,6 @@ def flat(nested: dict[str, dict]) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     cfg = config.parse(PredictorConfig, "predict", __doc__)
-    torch.set_num_threads(cfg.threads or torch.get_num_threads())
     run = pathlib.Path(cfg.run_dir)
     trajectory, checkpoints = deltas.load_trajectory(run / "deltas"), series.reopen(run)
     count, k = len(trajectory.steps), trajectory.k

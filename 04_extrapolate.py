@@ -86,7 +86,6 @@ def make(known: Known, method: Method, given: object, places: tuple, info: dict)
 
 def main() -> None:
     cfg = config.parse(ExtrapolateConfig, "extrapolate", __doc__)
-    torch.set_num_threads(cfg.threads or torch.get_num_threads())
     run = pathlib.Path(cfg.run_dir)
     fingerprint = deltas.fingerprint(run / "deltas")
     trajectory = deltas.load_trajectory(run / "deltas").aligned()

@@ -24,7 +24,6 @@ import json
 import pathlib
 import time
 
-import torch
 from accelerate import Accelerator
 
 from common import UserError
@@ -123,7 +122,6 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
 
 def main() -> None:
     cfg = config.parse(EvalConfig, "eval", __doc__)
-    torch.set_num_threads(cfg.threads or torch.get_num_threads())
     accelerator = policy.start_processes("auto")
     if accelerator.num_processes > 1:
         accelerator.print(f"{accelerator.num_processes} processes")

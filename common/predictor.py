@@ -31,6 +31,7 @@ class Recipe:
     scale_sigma: bool
     learning_rate: float
     epochs: int = 1000  # full-batch steps of AdamW (torch's defaults), its rate falls to a tenth
+    bf16: bool = False  # matrix products in bf16
     inputs: tuple[str, ...] = ("global", "local")  # what the network sees (Table 5 leaves one out)
 
 
@@ -101,7 +102,6 @@ def stack_families(trajectory, units: dict) -> dict[str, tuple[torch.Tensor, ...
 
 class Trained(NamedTuple):
     """What training leaves, by family of vectors."""
-
     models: dict[str, TrajectoryPredictor]
     losses: dict[str, list[float]]  # Eq. 9 by epoch
     zeros: dict[str, float]  # Eq. 9 if the prediction were 0
@@ -124,14 +124,15 @@ def train_family(data: tuple[torch.Tensor, ...], recipe: Recipe, seed: int, tick
     uniform initialisation (Alg. 1).
     """
     s_global, s_local, s_target = data
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = TrajectoryPredictor(s_target.shape[-1], recipe.inputs).to(s_target.device)
+    torch.manual_seed(seed)
+    model = TrajectoryPredictor(s_target.shape[-1], recipe.inputs).to(s_target.device)
     rate, losses = recipe.learning_rate, []
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs, 0.1 * rate)
     for _ in range(recipe.epochs):
-        loss = (model(s_global, s_local) - s_target).abs().sum() / len(s_target)  # Eq. 9
+        with torch.autocast(s_target.device.type, torch.bfloat16, recipe.bf16):
+            error = model(s_global, s_local) - s_target
+        loss = error.abs().sum() / len(s_target)  # Eq. 9
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

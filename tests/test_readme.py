@@ -164,7 +164,7 @@ def test_flags_within_a_line_exist(page):
     others |= {"--help", "--model", "--epochs"}  # of argparse, and of benches
     known = others.union(*map(known_flags, (*STAGES.values(), "common.reproduce", "common.demo")))
     known |= known_flags("tests/bench/torture.py") | known_flags("tests/bench/bench_bf16.py")
-    assert set(re.findall(r"--[a-z][a-z_-]+", outside_blocks(page))) - known == set()
+    assert set(re.findall(r"--[a-z][a-z0-9_-]+", outside_blocks(page))) - known == set()
 
 
 def test_ci_finds_the_two_commands():

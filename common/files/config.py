@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Iterable
 from typing import get_type_hints
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
@@ -114,7 +115,10 @@ def preset_values(cls: type, preset: dict, sections: tuple[str, ...], source: st
 
 
 def parse(cls: type, sections: str | tuple[str, ...], doc: str, argv=None) -> StageConfig:
-    """The options of a stage: defaults of `cls`, the preset's `sections`, the flags in `argv`."""
+    """The options of a stage: defaults of `cls`, the preset's `sections`, the flags in `argv`.
+
+    Sets the CPU threads of torch to `--threads`.
+    """
     usage = "%(prog)s [--config PRESET] [--run-dir DIR] [options]"
     parser = _Parser(cls, usage=usage, description=doc, formatter_class=_Help, allow_abbrev=False)
     left = parser._optionals._group_actions
@@ -138,6 +142,7 @@ def parse(cls: type, sections: str | tuple[str, ...], doc: str, argv=None) -> St
         flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
         raise UserError(f"unknown option {unknown[0]}; {nearest(unknown[0].split('=')[0], flags)}")
     config.prepare = preset.get("reproduce", {}).get("prepare", "")
+    torch.set_num_threads(config.threads or torch.get_num_threads())
     return config
 
 

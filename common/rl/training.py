@@ -66,12 +66,11 @@ class Batch:
 
 
 def start(cfg, folder) -> Accelerator:
-    """Threads, engine, process group, device, precision and tracker."""
+    """Engine, process group, device, precision and tracker."""
     for given in (cfg.backbone, cfg.train_data) if cfg.prepare else ():
         if "{run_dir}" in given and not os.path.exists(cfg.path(given)):
             first = f"run {cfg.prepare} --run-dir {cfg.run_dir} first"
             raise UserError(f"{cfg.path(given)} not found: {first}")
-    torch.set_num_threads(cfg.threads or torch.get_num_threads())
     cfg.engine = rollout.choose_engine(cfg.engine)  # a run goes on with the engine it began with
     tracker = {"log_with": cfg.report_to or None, "project_dir": folder}
     accelerator = policy.start_processes(cfg.mixed_precision, **tracker)

@@ -1,6 +1,6 @@
 """Jumps early and often: can they win at the demo's learning rate?
 
-    python tests/bench/early_jumps.py --run-dir runs/early          # seeds 10 to 14, half an hour
+    python tests/bench/early_jumps.py --run-dir runs/early          # seeds 10 to 14, 40 minutes
 
 GRPO saves a checkpoint every 5 steps. `once` jumps at step 50 and trains on to 250. `often` jumps
 at 50, 100, 150 and 200: each time the jump is merged into the model, and a new LoRA goes on from
