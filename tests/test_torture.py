@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -186,11 +187,14 @@ def test_reproduce_passes_a_signal_on_and_waits_for_the_stage_behind_its_launche
     class Bar(runner.tqdm):
         def write(self, line):
             if line == "[01] 1":
+                while not found.running:  # its start is not over yet, on a busy machine
+                    time.sleep(0.01)
                 os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(runner, "tqdm", Bar)
+    found = runner.Runner([job], [None], tmp_path / "reproduce.json", "stamp")
     with pytest.raises(SystemExit) as stop:
-        stages.run_stage(runner.Runner([job], [None], tmp_path / "reproduce.json", "stamp").run)
+        stages.run_stage(found.run)
     assert stop.value.code == 143
     assert (tmp_path / "ended").exists()
 
