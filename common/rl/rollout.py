@@ -143,6 +143,7 @@ class HFEngine:
         tokens = torch.full(uniform.shape, self.pad, device=device)
         logprobs = torch.zeros(uniform.shape, device=device)
         model, ends = base_model(self.policy), torch.tensor(self.ends, device=device)
+        sharded = is_sharded(self.policy)
         cache, rows = DynamicCache(config=model.config), torch.arange(len(prompts), device=device)
         for t in range(length):
             seen = {"attention_mask": mask, "position_ids": position, "past_key_values": cache}
@@ -152,7 +153,7 @@ class HFEngine:
             ids, position = token[:, None], position[:, -1:] + 1
             mask = torch.cat([mask, torch.ones_like(ids)], 1)
             going = ~torch.isin(token, ends)
-            if is_sharded(self.policy) or going.all():
+            if sharded or going.all():
                 continue  # the processes of a sharded model run it in step: none stops early
             if not going.any():
                 break

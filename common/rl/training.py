@@ -127,8 +127,9 @@ def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str
     accelerator.print(f"{where}, rollouts by {cfg.engine}; {len(problems)} problems")
     first, answer = tokenizer.decode(prompts[0]), problems[0].answer
     accelerator.print(f"first prompt: {first!r}  answer: {answer!r}")
-    trained = policy.trained(model).values()
-    optimizer = torch.optim.AdamW(trained, cfg.learning_rate, weight_decay=cfg.weight_decay)
+    # Fused: a step in one call. It cannot mix whole and sharded tensors.
+    how = {"weight_decay": cfg.weight_decay, "fused": not policy.is_sharding()}
+    optimizer = torch.optim.AdamW(policy.trained(model).values(), cfg.learning_rate, **how)
     judge = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format)
     judge = rewards.Rewards(cfg.reward, judge)
     stands_on = {
@@ -202,7 +203,7 @@ def descend(run: Run, step: int, losses: list[tuple[float, float]]) -> dict:
 
     Returns loss, clip_share and grad_norm. Raises UserError where they are not finite.
     """
-    parameters, reduce = policy.trained(run.model).values(), run.accelerator.reduce
+    parameters, reduce = run.optimizer.param_groups[0]["params"], run.accelerator.reduce
     sharded = [p for p in parameters if isinstance(p, DTensor)]
     whole = [p for p in parameters if not isinstance(p, DTensor)]
     for parameter in sharded:  # FSDP2 has taken the mean over processes, in the backward pass
