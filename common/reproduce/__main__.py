@@ -81,7 +81,8 @@ def main() -> None:
         jobs = plans.single(args.preset, preset, str(root))
     if args.print:
         print("\n".join(job.line for job in jobs))
-        print(f"# {check.summary(jobs, preset.get('reproduce', {}))}", file=sys.stderr)
+        train, *_ = check.options(args.preset, str(root))
+        print(f"# {check.summary(jobs, preset.get('reproduce', {}), train)}", file=sys.stderr)
         return
     if args.check:
         check.check(args.preset, preset, str(root), jobs)

@@ -3,17 +3,20 @@
 `--check` also fetches the model and the problems, and says what the runs will need.
 """
 
+import contextlib
+import dataclasses
 import importlib
 import itertools
 import math
 import pathlib
 
 from accelerate.commands.config.config_args import load_config_from_file
+from transformers import AutoConfig
 
 from common import UserError
 from common.files import config
 from common.reproduce import plans
-from common.rl import benchmarks, data, memory, policy
+from common.rl import benchmarks, data, in_one_line, memory, policy
 
 STAGES = {  # class of the options -> the preset's sections
     "01_train_lora_grpo.TrainConfig": ("train",),
@@ -40,11 +43,13 @@ def options(name: str, root: str) -> list:
     return found
 
 
-def summary(jobs: list[plans.Job], wanted: dict) -> str:
-    """How much there is to do. wanted: the preset's section `reproduce`."""
+def summary(jobs: list[plans.Job], wanted: dict, cfg) -> str:
+    """How much there is to do. wanted: the preset's `reproduce`; cfg: the options of stage 1."""
     steps = sum(job.work for job in jobs if {"01", "05"} & {*job.name.split()})
     hours = steps * wanted.get("gpu_hours_per_step", 0)
     told = f", {hours:.0f} GPU hours and the evaluation" if hours else ""
+    with contextlib.suppress(UserError):  # a model that is not here yet
+        told += f", {disk_of(cfg, jobs) / 1e9:.2g} GB of checkpoints"
     return f"{len(jobs)} commands, {steps:.0f} RL steps{told}"
 
 
@@ -66,7 +71,7 @@ def check(name: str, preset: dict, root: str, jobs: list[plans.Job]) -> None:
             wrong += counted(flag, cfg.path(spec), cfg, tokenizer)
         except UserError as error:
             wrong.append(f"missing: {error}")
-    print("\n".join([summary(jobs, wanted), *wrong]))
+    print("\n".join([summary(jobs, wanted, train), *wrong]))
     if wrong:
         raise UserError(f"of model and data, {len(wrong)} are not as they should be, see above")
 
@@ -86,22 +91,28 @@ def counted(flag: str, spec: str, cfg, tokenizer) -> list[str]:
 
 
 def needs(model, cfg, jobs: list[plans.Job]) -> str:
-    """What a GPU will hold, and all checkpoints on the disk. cfg: the options of stage 1."""
+    """What a GPU will hold. cfg: the options of stage 1."""
     cfg.engine, shards = "vllm" if cfg.engine == "auto" else cfg.engine, 1  # as where a GPU is
     if file := dict(itertools.pairwise(jobs[-1].argv)).get("--config_file"):
         launcher = load_config_from_file(file)
         shards = launcher.num_processes if launcher.distributed_type == "FSDP" else 1
     parts = memory.plan(model.config, cfg, shards)
-    size = sum(p.numel() for p in model.parameters())
     listed = ", ".join(f"{part} {share / 1e9:.1f}" for part, share in parts.items())
-    adapter = 4 * parts["trained"] / memory.TRAINED
-    kept = disk(jobs, cfg.save_every, adapter, 4 * size)
-    text = f"memory of a GPU: {sum(parts.values()) / 1e9:.1f} GB ({listed}), and vLLM's share\n"
-    return f"{text}disk: {kept / 1e9:.1f} GB of checkpoints"
+    return f"memory of a GPU: {sum(parts.values()) / 1e9:.1f} GB ({listed}), and vLLM's share"
+
+
+def disk_of(cfg, jobs: list[plans.Job]) -> float:
+    """Bytes of all checkpoints, by the config.json of a backbone that is here; else UserError."""
+    with in_one_line(f"cannot load backbone {cfg.backbone}", policy.WANTED):
+        safe = {"local_files_only": True, "trust_remote_code": False}
+        config = AutoConfig.from_pretrained(cfg.path(cfg.backbone), **safe)
+    models = [memory.on_paper(config, c) for c in (cfg, dataclasses.replace(cfg, tune="full"))]
+    own, whole = (4 * sum(p.numel() for p in policy.trained(m).values()) for m in models)
+    return disk(jobs, cfg.save_every, own, whole)
 
 
 def disk(jobs: list[plans.Job], every: int, adapter: float, whole: float) -> float:
-    """Bytes of all checkpoints and resume states. adapter, whole: of a checkpoint in fp32."""
+    """The same with resume states, given the bytes of a checkpoint in fp32: `adapter`, `whole`."""
     total, folders = 0.0, {}
     for job in jobs:
         if {"01", "05"} & {*job.name.split()}:

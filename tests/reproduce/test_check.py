@@ -76,6 +76,18 @@ def test_the_disk_that_is_told_is_the_disk_that_is_used(finished_run):
     )  # of the jump: rank 5
 
 
+def test_the_disk_is_told_beside_the_commands_once_the_model_is_there(
+    tmp_path, monkeypatch, capsys
+):
+    argv = ["reproduce", "--preset", TINY, "--run-dir", str(tmp_path), "--print"]
+    monkeypatch.setattr("sys.argv", argv)
+    reproduce.main()
+    assert "GB of checkpoints" not in capsys.readouterr().err
+    lay_out(tmp_path)
+    reproduce.main()
+    assert "12 RL steps, 0.0" in capsys.readouterr().err
+
+
 def test_of_a_whole_model_the_tables_keep_few_checkpoints():
     name = "paper_qwen2.5_1.5b"
     jobs = plans.grid("paper", name, config.load_preset(name), "runs/x", [0], {3})
