@@ -1,7 +1,7 @@
 """Stage 1: RL with verifiable rewards.                  Paper: Sec. 3.1, 4.1; Eq. 1, 2, 4; Table 2
 
     accelerate launch 01_train_lora_grpo.py --config demo --run-dir runs/demo
-    accelerate launch --num_processes 8 01_train_lora_grpo.py --config demo --run-dir runs/demo
+    accelerate launch --num_processes 2 01_train_lora_grpo.py --config demo --run-dir runs/demo
 
 Reads   the backbone and the problems: a file, a hub id or a name of common/rl/benchmarks.yaml
 Writes  <run-dir>/train/step_0010 ... step_0150   PEFT adapters in fp32; with --tune full models
@@ -14,13 +14,12 @@ its learning rate is constant. Not here: critics, multi-turn answers, packing, w
 """
 
 import dataclasses
-import functools
 import pathlib
 from typing import Literal
 
 import torch
 
-from common import grpo
+from common import UserError, grpo
 from common.files import models, write
 from common.files.config import option, parse
 from common.files.read import quick_hash
@@ -93,9 +92,8 @@ def advantages(run: Run, batch: Batch) -> list[torch.Tensor]:
     penalty = torch.zeros_like(old)
     if cfg.kl_in == "reward":
         penalty = cfg.kl_coef * (old - torch.cat(batch.reference))  # beta k1, [tokens]
-    total = functools.partial(run.accelerator.reduce, reduction="sum")  # over all processes
     # Eq. 2, or the algorithm's own formula. [tokens]
-    found = grpo.advantages(cfg.algorithm, batch.rewards, penalty, lengths, total)
+    found = grpo.advantages(cfg.algorithm, batch.rewards, penalty, lengths, run.accelerator.reduce)
     return found.split(lengths.tolist())
 
 
@@ -176,6 +174,8 @@ def main() -> None:
     folder = pathlib.Path(cfg.run_dir) / "train"
     accelerator = training.start(cfg, folder)
     start, first_step = models.find_adapter(cfg.path(cfg.start))
+    if first_step >= cfg.steps:
+        raise UserError(f"{start} is of step {first_step}, to train it on say more --steps")
     inputs = {"backbone": quick_hash(cfg.path(cfg.backbone)), "start": quick_hash(str(start))}
     inputs["train_data"] = data.content_hash(cfg.path(cfg.train_data))
     with accelerator.main_process_first():

@@ -54,6 +54,8 @@ def select(cfg: ExtractConfig) -> dict[int, pathlib.Path]:
     if last not in found:
         raise UserError(f"{where} has no step {last}: train on, or lower last_step")
     paths = {step: path for step, path in found.items() if step <= last}
+    if len(paths) < 4:
+        raise UserError(f"{where}: {len(paths)} checkpoints are too few, at least 4 are needed")
     if not 1 <= cfg.k <= len(paths) - 2:
         raise UserError(f"{where}: {len(paths)} checkpoints allow k from 1 to {len(paths) - 2}")
     if not 2 <= cfg.fit_checkpoints <= len(paths) - 2:
@@ -68,7 +70,8 @@ def main() -> None:
     run = pathlib.Path(cfg.run_dir)
     found = series.open_series(select(cfg), cfg.backbone, cfg.run_dir)
     with state.main_process_first():
-        stage = Stage(run / "deltas", cfg, found.hashes(), may_change=("backbone",))
+        inputs = {**found.hashes(), "steps": str(found.steps)}
+        stage = Stage(run / "deltas", cfg, inputs, may_change=("backbone",))
     if stage.done:
         return
     if state.is_main_process:
@@ -81,8 +84,8 @@ def main() -> None:
     mine = found.modules[state.process_index :: state.num_processes]
     mine = [module for module in mine if not files[module].is_file()]
     with concurrent.futures.ThreadPoolExecutor(workers, "", torch.set_num_threads, (1,)) as pool:
-        # Eq. 6, 7. While a matrix is worked on, W[0] and W[i - k] ... W[i] are in memory.
-        k, keep = cfg.k, cfg.k + 2
+        # Eq. 6, 7. W[i - k] is asked for again when 2 k others were: so many stay in memory.
+        k, keep = cfg.k, 2 * cfg.k + 1
         work = {m: pool.submit(rank1.trajectory, found.weights(m, keep), k) for m in mine}
         try:
             for module in progress(mine, "rank-1 SVDs", in_log=True):

@@ -74,15 +74,15 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
     names = find_policies(run, cfg.policies)
     loras = {name: run / name for name in names if adapters.is_adapter(run / name)}
     ranks = [adapters.highest_rank(adapters.read_config(lora)) for lora in loras.values()]
-    settings = config.as_dict(cfg, leave_out=NOT_SETTINGS)
+    how = {"settings": config.as_dict(cfg, leave_out=NOT_SETTINGS), "versions": versions()}
     judge = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format)
+    judge.check([problem for problems in tasks.values() for problem in problems])
     bar = progress(names, "evaluating")
     for number, name in enumerate(bar, 1):
         # What the result depends on. Where all of it is the same, it was measured before.
         base, lora = base_of(run, name, cfg.backbone), loras.get(name)
-        model, same = metrics.find_model(cfg.path(base)), {"settings": settings}
+        model, same = metrics.find_model(cfg.path(base)), {**how}
         same |= {"weights": weights_hash(lora or model), "backbone": weights_hash(model)}
-        same |= {"versions": versions()}
         made = {task: {**same, "data": data.fingerprint(tasks[task])} for task in tasks}
         folder = run / cfg.output / name.replace("/", "__")
         left = [t for t in tasks if cfg.overwrite or not is_made(folder / f"{t}.json", made[t])]

@@ -11,8 +11,9 @@ LOG_RATIO = 20.0  # log-ratios are clamped to +- this against overflow, as in ve
 
 
 def centred_scores(scores: torch.Tensor) -> torch.Tensor:
-    """S_i - mean of its group. [groups, samples] -> [groups, samples]."""
-    return scores - scores.mean(1, keepdim=True)
+    """S_i - mean of its group, exactly 0 where all are equal. [groups, samples], in and out."""
+    differ = (scores != scores[:, :1]).any(1, keepdim=True)  # fp32 rounds the mean
+    return (scores - scores.mean(1, keepdim=True)) * differ
 
 
 def grpo_advantages(scores: torch.Tensor) -> torch.Tensor:

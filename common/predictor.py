@@ -155,6 +155,6 @@ def predict(models: dict[str, nn.Module], trajectory, recipe: Recipe) -> dict[st
             out[side] = models[family(side, seen[0])](seen[0][-1], seen[1][-1])  # Eq. 8
         for side in ("u", "v"):
             out[side] = nn.functional.normalize(out[side], dim=0)  # Eq. 11
-        out["sigma"] = out["sigma"][0] * units[module]
+        out["sigma"] = out["sigma"][0] * units[module] * (roles["global"].sigma[-1] > 0)
         found[module] = out
     return found

@@ -67,7 +67,10 @@ def full_run(empty_run, tmp_path_factory) -> pathlib.Path:
 # --------------------------------------------------------------------------------------------------
 
 
-def test_logprobs_and_gradients_of_all_parameters_equal_a_plain_forward_pass(backbone_dir):
+def test_logprobs_and_gradients_of_all_parameters_equal_a_plain_forward_pass(
+    backbone_dir, monkeypatch
+):
+    monkeypatch.setattr(policy, "HEAD_CHUNK", 5)  # so that chunks cut through sequences
     model, tokenizer = policy.load_backbone(str(backbone_dir))
     model.float().requires_grad_(True)
     prompts = encode(tokenizer, PROMPTS[:2])
@@ -216,8 +219,6 @@ def test_going_on_from_a_whole_model_is_going_on_from_its_jump(full_run, tmp_pat
     """merged/none is the last checkpoint with a jump of zeros: the same weights, by another way."""
     run = tmp_path / "run"
     shutil.copytree(full_run, run)
-    info = json.loads((run / "extrapolated" / "none" / "checkpoint.json").read_text())
-    (run / "merged" / "none" / "checkpoint.json").write_text(json.dumps(info))
     call("05_continue_rl.py", run, "--start", "merged/none", "--more-steps", "1")
     names = ("merged__none", "none")
     on, jump = (tensors(run / "continued" / name / "step_0007") for name in names)

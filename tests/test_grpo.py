@@ -1,7 +1,6 @@
 """grpo.py against numbers worked out by hand."""
 
 import math
-import threading
 
 import pytest
 import torch
@@ -39,18 +38,19 @@ def alone(x):
     return x
 
 
+@pytest.mark.parametrize("samples", range(2, 17))
+def test_equal_rewards_teach_nothing_whatever_their_value(samples):
+    """Also where the mean of fp32 numbers is not their value."""
+    for value in (0.1, 1.8, 20.3, -7.7):
+        scores = torch.full((2, samples), value)
+        for algorithm in grpo.IN_GROUP.values():
+            assert not algorithm(scores).any()
+
+
 # Two groups of two: five tokens of reward 1, one of 0; two of 0, two of 0. KL costs 0.1 on some
 # tokens, -0.2 on one.
 REWARDS, LENGTHS = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([5, 1, 2, 2])
 PENALTY = torch.tensor([0.1, 0.0, 0.1, 0.0, 0.0, 0.0, 0.1, -0.2, 0.0, 0.1])
-
-
-def test_reinforce_pp_without_kl_whitens_rewards_over_tokens():
-    """Five tokens of 1 and five of 0: mean 1/2, unbiased variance 10 / 4 / 9."""
-    found = grpo.advantages("reinforce++", REWARDS, torch.zeros(10), LENGTHS, alone)
-    assert found.tolist() == pytest.approx(
-        [0.5 / (10 / 36) ** 0.5] * 5 + [-0.5 / (10 / 36) ** 0.5] * 5
-    )
 
 
 def test_reinforce_pp_charges_each_token_the_kl_still_to_come():
@@ -94,27 +94,6 @@ def test_reinforce_pp_baseline_centres_in_the_group_and_whitens_over_tokens():
     assert found.tolist() == pytest.approx([0.3 / std] * 5 + [-0.7 / std] + [-0.2 / std] * 4)
 
 
-def test_kl_in_the_reward_enters_the_group_as_its_sum_over_the_sequence():
-    """Scores 0.8, 0 and 0.1, -0.1: without KL the second group would teach nothing."""
-    per_sequence = {
-        "grpo": [
-            0.5**0.5,
-            -(0.5**0.5),
-            0.5**0.5,
-            -(0.5**0.5),
-        ],  # of two: half their distance over its unbiased std
-        "rloo": [0.8, -0.8, 0.2, -0.2],
-    }
-    for algorithm, values in per_sequence.items():
-        found = grpo.advantages(algorithm, REWARDS, PENALTY, LENGTHS, alone)
-        assert found.tolist() == pytest.approx(
-            [values[0]] * 5 + [values[1]] + [values[2]] * 2 + [values[3]] * 2, rel=1e-4
-        )
-    centred = torch.tensor([0.4] * 5 + [-0.4] + [0.1] * 2 + [-0.1] * 2)
-    found = grpo.advantages("reinforce++-baseline", REWARDS, PENALTY, LENGTHS, alone)
-    torch.testing.assert_close(found, (centred - 0.16) / ((1.0 - 0.256) / 9) ** 0.5)
-
-
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo", "reinforce++", "reinforce++-baseline"])
 def test_tokens_without_padding_get_what_padded_and_masked_ones_would(algorithm):
     """The same on [sequences, time] in float64, with junk as padding that a mask must take out."""
@@ -150,35 +129,6 @@ def test_tokens_without_padding_get_what_padded_and_masked_ones_would(algorithm)
         want = (want - want.mean()) / (want.var() + 1e-8).sqrt()
     found = grpo.advantages(algorithm, rewards, penalty, lengths, alone)
     torch.testing.assert_close(found.double(), want, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("algorithm", ["reinforce++", "reinforce++-baseline"])
-def test_whitening_is_over_the_tokens_of_all_processes(algorithm):
-    """Two threads play two processes with a group each; a barrier is their reduction."""
-    barrier, parts, found = threading.Barrier(2, timeout=10), {}, {}
-
-    def process(rank):
-        def total(x):
-            parts[rank] = x
-            barrier.wait()
-            result = parts[0] + parts[1]
-            barrier.wait()
-            return result
-
-        tokens = slice(0, 6) if rank == 0 else slice(6, 10)
-        found[rank] = grpo.advantages(
-            algorithm, REWARDS[[rank]], PENALTY[tokens], LENGTHS[2 * rank : 2 * rank + 2], total
-        )
-
-    threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    torch.testing.assert_close(
-        torch.cat([found[0], found[1]]),
-        grpo.advantages(algorithm, REWARDS, PENALTY, LENGTHS, alone),
-    )
 
 
 def test_token_weights_add_up_to_one_and_differ_as_they_should():

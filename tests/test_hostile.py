@@ -1,6 +1,5 @@
 """Input that means harm: nothing of it is run or written elsewhere, and the answer is one line."""
 
-import importlib
 import json
 import pathlib
 import pickle
@@ -57,12 +56,6 @@ def weights_in_a_pickle(folder, canary):
     torch.save(Canary(canary), folder / "pytorch_model.bin")
 
 
-def a_shard_that_is_a_pickle(folder, canary):
-    weights_in_a_pickle(folder, canary)
-    index = {"weight_map": {"model.norm.weight": "pytorch_model.bin"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
 def a_shard_outside(folder, canary):
     names = safetensors.torch.load_file(folder / "model.safetensors")
     (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
@@ -77,13 +70,6 @@ def remote_code(folder, canary):
     edit_json(folder / "config.json", model_type="x", architectures=["X"], auto_map=classes)
 
 
-def a_tokenizer_with_remote_code(folder, canary):
-    (folder / "tokenization_x.py").write_text(code(canary))
-    (folder / "tokenizer.json").unlink()
-    classes = {"AutoTokenizer": ["tokenization_x.X", "tokenization_x.X"]}
-    edit_json(folder / "tokenizer_config.json", tokenizer_class="X", auto_map=classes)
-
-
 def kernels_from_the_hub(folder, canary):
     edit_json(folder / "config.json", attn_implementation="somebody/kernel")
 
@@ -96,10 +82,8 @@ def an_adapter_of_another_base(folder, canary):
 
 BACKBONES = {
     weights_in_a_pickle: "has no model.safetensors",
-    a_shard_that_is_a_pickle: "pytorch_model.bin is broken",
     a_shard_outside: "'../outside.safetensors' cannot be a name here",
     remote_code: "contains custom code",
-    a_tokenizer_with_remote_code: "cannot load backbone",
     kernels_from_the_hub: "remove attn_implementation, the hub's code",
     an_adapter_of_another_base: "adapter_",
 }
@@ -134,32 +118,14 @@ def pickled(folder, canary):
     torch.save(Canary(canary), folder / "adapter_model.bin")
 
 
-def a_module_to_import(folder, canary):
-    """PEFT imports the module that `megatron_core` names; of late, if it is one of Megatron's."""
-    (canary.parent / "hostile_megatron.py").write_text(code(canary))
-    importlib.invalidate_caches()
-    core = {"megatron_config": {"x": 1}, "megatron_core": "hostile_megatron"}
-    edit_json(folder / "adapter_config.json", **core)
-
-
 @pytest.mark.parametrize("load", [adapters.read_adapter, "policy"])
-@pytest.mark.parametrize(
-    ("poison", "message"),
-    [
-        (pickled, "a pickle|adapter_model.safetensors not found"),
-        (a_module_to_import, r"not a plain LoRA \(megatron_config\)"),
-    ],
-)
-def test_an_adapter_is_refused_for_what_is_more_than_weights(
-    lora_policy, backbone, canary, monkeypatch, tmp_path, load, poison, message
-):
-    monkeypatch.syspath_prepend(canary.parent)
+def test_an_adapter_in_a_pickle_is_refused(lora_policy, backbone, canary, tmp_path, load):
     save_lora(lora_policy[0], tmp_path / "step_0006", {"step": 6})
-    poison(tmp_path / "step_0006", canary)
+    pickled(tmp_path / "step_0006", canary)
     if load == "policy":
         model, _ = policy.load_backbone(str(backbone))
         load = lambda folder: policy.load_lora(model, folder)  # noqa: E731
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=r"a pickle|adapter_model.safetensors not found"):
         load(tmp_path / "step_0006")
 
 
@@ -172,13 +138,6 @@ def test_a_resume_state_that_is_a_pickle_is_refused(lora_policy, canary, tmp_pat
     (state / "sha256.json").unlink()
     with pytest.raises(UserError, match=r"(?s)cannot load resume state .*WeightsUnpickler"):
         go_on(tmp_path, 0, 1, {}, model, optimizer)
-
-
-def test_a_data_set_with_a_script_is_refused(canary, tmp_path):
-    (tmp_path / "sums").mkdir()
-    (tmp_path / "sums" / "sums.py").write_text(code(canary))
-    with pytest.raises(UserError, match="scripts are no longer supported"):
-        data.load_tasks([f"sums={tmp_path}/sums"])
 
 
 # Names that would become paths
@@ -288,11 +247,7 @@ def test_a_chat_template_that_fails_is_one_clear_error(backbone_dir, template, m
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"hidden_size": "x"}, {"num_attention_heads": 0}, {"dtype": "evil"}, {"model_type": ["x"]}],
-)
-def test_a_backbone_whose_config_is_nonsense_is_one_line(backbone, change):
-    edit_json(backbone / "config.json", **change)
+def test_a_backbone_whose_config_is_nonsense_is_one_line(backbone):
+    edit_json(backbone / "config.json", hidden_size="x")
     with pytest.raises(UserError, match="cannot load backbone"):
         policy.load_backbone(str(backbone))

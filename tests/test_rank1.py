@@ -352,15 +352,6 @@ def test_an_aligned_trajectory_has_no_random_signs():
     assert torch.equal(aligned["target"].u, u[:4])
 
 
-def test_a_trajectory_until_a_checkpoint_hides_what_was_not_known_then():
-    t = Triples(torch.arange(6.0)[:, None], torch.arange(6.0), torch.arange(6.0)[:, None])
-    roles = {"global": t, "local": t, "target": t.part(slice(4))}
-    past = Trajectory([1, 2, 3, 4, 5, 6], 2, {"m": roles}).until(4)
-    assert past.steps == [1, 2, 3, 4]
-    assert past.deltas["m"]["global"].sigma.tolist() == [0, 1, 2, 3]
-    assert past.deltas["m"]["target"].sigma.tolist() == [0, 1]  # that of checkpoint 3 ends at 5
-
-
 def test_energy_ratio_by_hand():
     sigma = torch.tensor([[3.0, 1.0], [1.0, 0.0]])
     assert measures.energy_ratio(sigma).tolist() == [0.75, 1.0]

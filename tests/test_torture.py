@@ -22,8 +22,8 @@ import torch
 from conftest import ROOT, TINY, contents, metrics, weights
 
 from common import UserError
-from common.files import config, read, write
 from common.files import stage as stages
+from common.files import write
 from common.reproduce import __main__ as reproduce
 from common.reproduce import plans, runner
 from common.rl import policy, rollout
@@ -133,22 +133,6 @@ def test_a_signal_ends_a_stage_with_a_hint_how_to_go_on(capsys, number, want):
     assert signal.getsignal(number) == before
 
 
-def test_a_signal_that_a_library_turns_into_another_error_is_a_signal(capsys):
-    """An interrupted read of safetensors raises a ValueError about the shape of a storage."""
-
-    def main():
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-            signal.pause()
-        except KeyboardInterrupt:
-            raise ValueError("could not determine the shape of object type") from None
-
-    with pytest.raises(SystemExit) as stop:
-        stages.run_stage(main)
-    assert stop.value.code == 143
-    assert "stopped: type the same command" in capsys.readouterr().err
-
-
 def test_a_second_signal_while_a_stage_ends_changes_nothing(monkeypatch):
     """A launcher passes a signal on to a group that has it already."""
     monkeypatch.setattr(write, "release", lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -233,14 +217,6 @@ def test_a_second_process_in_a_stages_folder_is_refused(run, stage, script, fold
     assert (code, line) == (2, told)
     (run / folder).with_name(f".{(run / folder).name}.lock").unlink()
     assert contents(run) == before
-
-
-def test_what_another_process_is_writing_is_not_overwritten(tmp_path):
-    (tmp_path / "stage").mkdir()
-    (tmp_path / "stage" / "half").write_text("precious")
-    with held(tmp_path / "stage"), pytest.raises(UserError, match="another process is writing"):
-        stages.Stage(tmp_path / "stage", config.StageConfig(overwrite=True), {})
-    assert contents(tmp_path / "stage") == {"half": b"precious"}
 
 
 def test_two_reproduce_in_one_run_directory_are_one_too_many(tmp_path, monkeypatch):
@@ -367,23 +343,6 @@ def test_training_on_a_full_disk_stops_in_one_line_and_goes_on_when_there_is_roo
     assert metrics(train) == metrics(finished_run / "train")[:4]
 
 
-def test_what_fails_while_the_optimizer_is_saved_is_one_line(tmp_path, monkeypatch):
-    def cut_short(*_):
-        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
-
-    monkeypatch.setattr(torch, "save", cut_short)
-    with pytest.raises(
-        UserError, match=r"cannot write .*optimizer.pt \(the file was cut short\): make room"
-    ):
-        write.save_optimizer(tmp_path / "optimizer.pt", {})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_error_that_is_no_disks_is_itself_while_writing(tmp_path):
-    with pytest.raises(KeyError), write.writing(tmp_path):
-        raise KeyError("x")
-
-
 def test_a_full_disk_under_the_logs_of_reproduce_is_one_line(tmp_path, capsys):
     (tmp_path / "01.log").symlink_to("/dev/full")
     job = plans.Job("01", [sys.executable, "-c", "print('a line')"], [], 1)
@@ -433,19 +392,6 @@ def test_training_does_not_go_on_on_a_backbone_with_a_flipped_bit(run, stage):
     (run / "backbone/model.safetensors").write_bytes(content)
     code, line = stage("01", run, "--steps", "9")
     assert (code, "input backbone" in line) == (2, True)
-
-
-@pytest.mark.parametrize("record", ['{"w.safetensors": 1}', '{"w.safetensors": '])
-def test_a_record_of_hashes_that_is_none_is_one_line(tmp_path, record):
-    with write.atomic_dir(tmp_path / "step_0001") as folder:
-        write.save_tensors(folder / "w.safetensors", {"w": torch.zeros(2)})
-    read.check_intact(tmp_path / "step_0001")
-    (tmp_path / "step_0001" / "sha256.json").write_text(record)
-    with pytest.raises(UserError) as error:
-        read.check_intact(tmp_path / "step_0001")
-    assert "\n" not in str(error.value)
-    (tmp_path / "step_0001" / "sha256.json").unlink()
-    read.check_intact(tmp_path / "step_0001")  # what others wrote has none
 
 
 # Odd rollouts
@@ -533,19 +479,6 @@ def test_an_adapter_travels_over_the_disk_where_the_ram_disk_is_small(monkeypatc
     assert write.RamDisk().path.parent == tmp_path / "disk"
 
 
-def test_a_vllm_that_answers_is_taken_at_its_word(vllm_engine):
-    def response(*tokens: int) -> types.SimpleNamespace:
-        logprobs = types.SimpleNamespace(logprobs=[-1.0] * len(tokens))
-        made = {"token_ids": [*tokens], "logprobs": logprobs, "finish_reason": "stop"}
-        return types.SimpleNamespace(outputs=[types.SimpleNamespace(**made)])
-
-    answers = [response(5, 1), response(1)]
-    vllm_engine.llm = types.SimpleNamespace(generate=lambda *_, **__: answers)
-    found = vllm_engine.generate([[2], [3]], [0, 1], 8)
-    wanted = [([5, 1], [-1.0, -1.0], True), ([1], [-1.0], True)]
-    assert [(r.tokens, r.logprobs, r.finished) for r in found] == wanted
-
-
 def broken(*_, **__):
     raise RuntimeError("Engine core initialization failed.\nSee root cause above.")
 
@@ -572,11 +505,6 @@ def test_a_vllm_that_does_not_start_is_one_line(vllm_engine, lora_policy, monkey
     wanted = r"^vLLM does not start \(RuntimeError: .*: see --vllm-options, then type the same"
     with pytest.raises(UserError, match=wanted):
         type(vllm_engine)(*lora_policy, "backbone", 100, 4, {})
-
-
-def test_an_error_of_ours_beside_vllm_is_itself(vllm_engine):
-    with pytest.raises(AttributeError):
-        vllm_engine.sync("no model")
 
 
 def test_a_full_ram_disk_is_one_line(vllm_engine, lora_policy):

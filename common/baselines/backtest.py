@@ -46,6 +46,7 @@ def score(predicted: dict[str, LowRank], true: dict) -> dict[str, float]:
         if sigma > 0:
             cosines.append(cosine(matrix, delta))
             errors.append(abs(matrix.terms[0].weight / sigma - 1))
+    cosines, errors = cosines or [0.0], errors or [0.0]  # a run in which nothing moves any more
     return {"cosine": statistics.fmean(cosines), "sigma_error": statistics.fmean(errors)}
 
 

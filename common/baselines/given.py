@@ -5,20 +5,25 @@ files it comes from): what takes long is done only for a jump that is not there 
 """
 
 import dataclasses
+import os
 import pathlib
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 
 import torch
 
 from common import UserError
 from common.files import deltas, merge, series, write
+from common.files.models import weights_hash
 from common.files.read import read_json
 from common.files.stage import within
 from common.rank1 import LowRank
 
-MEASURED = {"accuracy": float, "data": str, "settings": dict}  # of a result of stage 6
+# Of a result of stage 6; and what says that this process is one of several.
+MEASURED = {"accuracy": float, "data": str, "settings": dict, "weights": str}
+OF_SEVERAL = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 @dataclasses.dataclass
@@ -66,16 +71,18 @@ def results(known: Known, policy: str) -> tuple[list[dict], list[pathlib.Path]]:
     return [read_json(file, "06_eval.py", MEASURED) for file in files], files
 
 
-def measured(known: Known) -> tuple[dict[str, list[dict]], list[pathlib.Path]]:
-    """policy -> its results, a row a task, for every checkpoint. All must be measured alike."""
+def measured(known: Known, policies: Iterable[str] = ()) -> tuple[dict, list[pathlib.Path]]:
+    """policy -> its results, a row a task; without `policies` of every checkpoint. Raises UserError
+    where they were not measured alike, or where the weights are others by now."""
     rows, files, ways = {}, [], []
-    for path in known.series.paths.values():
-        policy = within(path, known.run)
+    for policy in policies or [within(path, known.run) for path in known.series.paths.values()]:
         rows[policy], read = results(known, policy)
         files += read
         ways.append([(row["data"], row["settings"]) for row in rows[policy]])
         if ways[-1] != ways[0]:
             raise UserError(f"validation: {policy} was measured otherwise (problems or options)")
+        if any(row["weights"] != weights_hash(known.run / policy) for row in rows[policy]):
+            raise UserError(f"validation: {policy} has changed, measure it again with stage 6")
     return rows, files
 
 
@@ -86,10 +93,10 @@ def mean(rows: list[dict]) -> float:
 
 def best_alpha(known: Known, jumps: dict[str, float]) -> float:
     """Of jumps (folder of extrapolated/ -> alpha) the alpha that is best on validation problems,
-    0 where none is better than `none`. Raises UserError for what was not measured."""
-    jumps = {"none": 0.0, **jumps}
-    accuracy = {a: mean(results(known, f"extrapolated/{name}")[0]) for name, a in jumps.items()}
-    return max(accuracy, key=accuracy.get)  # of equals the first
+    0 where none is better than `none`. Raises UserError as `measured` does."""
+    alphas = {f"extrapolated/{name}": a for name, a in {"none": 0.0, **jumps}.items()}
+    rows, _ = measured(known, alphas)
+    return alphas[max(alphas, key=lambda policy: mean(rows[policy]))]  # of equals the first
 
 
 def accuracies(known: Known):
@@ -133,7 +140,8 @@ def measure_mean(known: Known, members: list[int], name: str, settings: dict) ->
     flags += measuring(known.cfg, name)
     if info.get("backbone"):
         flags += ["--backbone", info["backbone"]]
-    if subprocess.run([sys.executable, "06_eval.py", *flags]).returncode:
+    alone = {key: value for key, value in os.environ.items() if key not in OF_SEVERAL}
+    if subprocess.run([sys.executable, "06_eval.py", *flags], env=alone).returncode:
         raise UserError(f"stage 6 failed on {folder}; its message is above")
     write.remove(folder)
     return mean(results(known, name)[0])

@@ -78,9 +78,8 @@ def alpharl(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
         a = line_at(a, at)
     else:
         a = pls_inverse(a, m.given, line_at(m.given, at).clamp(0, 1))
-    length = torch.linalg.vector_norm(a)
-    unit = a / length if length > 0 else a
-    return m.W[0] + rank1(unit, length, whole.v[-1].double())
+    unit = torch.nn.functional.normalize(a, dim=0)
+    return m.W[0] + rank1(unit, a.norm(), whole.v[-1].double())
 
 
 def pls_inverse(x: torch.Tensor, y: torch.Tensor, target: float | torch.Tensor) -> torch.Tensor:
@@ -124,8 +123,7 @@ def mean(W: Sequence) -> LowRank | torch.Tensor:
 def dare(m: Matrix, alpha: float) -> torch.Tensor:
     """DARE (Yu et al. 2024, arXiv 2311.03099): of W_c - W_0 entries are dropped, the others scaled
     up. What is left has all ranks. The mask depends on the module's name alone."""
-    delta = m.W[-1] - m.W[0]
-    delta = delta.dense().float() if isinstance(delta, LowRank) else delta
+    delta = torch.zeros(m.W[0].shape) + (m.W[-1] - m.W[0])  # dense, in fp32
     seed = int(hashlib.sha256(m.name.encode()).hexdigest()[:15], 16)
     kept = torch.rand(delta.shape, generator=torch.Generator().manual_seed(seed)) >= DARE_DROP
     return m.W[0] + delta * kept / (1 - DARE_DROP)

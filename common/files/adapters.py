@@ -90,6 +90,8 @@ def read_config(folder: pathlib.Path) -> dict:
         raise UserError(f"{folder} is not a plain LoRA (peft_type {config.get('peft_type')})")
     if other := [option for option in _OTHER_FORMULAS if config.get(option)]:
         raise UserError(f"{folder} is not a plain LoRA ({other[0]}): a jump adds to W + s B A")
+    if not config.get("lora_alpha"):
+        raise UserError(f"{folder}: lora_alpha is 0 in {CONFIG}, so the adapter does nothing")
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(_OTHER_BACKBONES):
         raise UserError(f"{folder} is not a plain LoRA: {start}, which changes the backbone")
@@ -162,8 +164,7 @@ def write_adapter(folder: pathlib.Path, adapter: Adapter, info: dict) -> None:
     for module, (b, a) in adapter.factors.items():
         if not (b.isfinite().all() and a.isfinite().all()):
             raise UserError(f"{folder} would not be finite: lower alpha")
-        tensors[_NAME.format(module, "A")] = a.float()
-        tensors[_NAME.format(module, "B")] = b.float()
+        tensors |= {_NAME.format(module, x): y.float() for x, y in (("A", a), ("B", b))}
     with atomic_dir(folder, info) as temporary:
         save_tensors(temporary / WEIGHTS, tensors, {"format": "pt"}, dtype=None)
         write_text(temporary / CONFIG, json.dumps(adapter.config, indent=2))
@@ -182,8 +183,7 @@ def extended(last: Adapter, factors: dict[str, tuple[torch.Tensor, torch.Tensor]
     alpha = statistics.mode(alphas[module] for module in ranks if ranks[module] == r)
     rare = {f"^{re.escape(m)}": rank for m, rank in ranks.items() if rank != r}
     others = {f"^{re.escape(m)}": x for m, x in alphas.items() if not math.isclose(x, alpha)}
-    patterns = {"rank_pattern": rare, "alpha_pattern": others}
     # The file's tensors replace any initialisation, and some kinds of it do not work at every rank.
     config = {**last.config, "r": r, "lora_alpha": alpha, "init_lora_weights": True}
-    config |= {key: found for key, found in patterns.items() if found or config.get(key)}
+    config |= {"rank_pattern": rare, "alpha_pattern": others}
     return Adapter(config, factors, last.others)

@@ -28,9 +28,8 @@ PRESETS = pathlib.Path(__file__).parents[1] / "presets"
 
 def option(default: object, help: str) -> object:
     """A field of a config class: its default, and its line in --help. A list is copied."""
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=default.copy, metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+    how = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(**how, metadata={"help": help})
 
 
 @dataclasses.dataclass

@@ -98,12 +98,20 @@ def merge(
         print(f"warning: {out}: rounding to {rounded} {loses}: --merge fp32", file=sys.stderr)
 
 
+def backbone_of(info: dict) -> str:
+    """What an adapter stands on. UserError where it does not say: verl's does not."""
+    if "backbone" not in info:
+        key = "base_model_name_or_path in the adapter_config.json of the last checkpoint"
+        raise UserError(f"no backbone to merge into: write its name to {key}")
+    return info["backbone"]
+
+
 def merge_jump(source: pathlib.Path, out: pathlib.Path, cfg) -> None:
     """Merges the adapter in `source` into its backbone, in the folder `out`, unless that is there.
 
     cfg is stage 4's: --merge, --overwrite, and the run directory that {run_dir} stands for.
     """
-    backbone = adapters.read_info(source)["backbone"]
+    backbone = backbone_of(adapters.read_info(source))
     record = {"backbone": backbone, "dtype": cfg.merge}
     record["adapter"] = sha256(source / adapters.WEIGHTS)
     write.claim(out)
@@ -141,7 +149,7 @@ def save_jump(series: Series, new: Callable, places: tuple, info: dict, cfg) -> 
 
     write.claim(places[1])
     write.remove(places[0])  # made otherwise before
-    base, fp32 = find_model(cfg.path(info["backbone"])), cfg.merge != "backbone"
+    base, fp32 = find_model(cfg.path(backbone_of(info))), cfg.merge != "backbone"
     merge(places[1], last, base, fp32, {}, change)
     info = info | {"dtype": cfg.merge or "fp32", "seconds": round(time.perf_counter() - began, 3)}
     write.write_json(places[1] / "checkpoint.json", info)

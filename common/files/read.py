@@ -104,9 +104,9 @@ def sha256(path: pathlib.Path) -> str:
 
 
 def step_of(path: pathlib.Path) -> int | None:
-    """The step in a name, the digits after a last - or _: checkpoint-20, step_0020,
-    global_step_20/actor/lora_adapter. None where no part of `path` ends so: user2/final."""
-    found = [re.search(r"[-_](\d+)$", part) for part in path.parts]
+    """The step in the last name of `path` that ends in one: checkpoint-20, step_0020,
+    global_step_20/actor/lora_adapter. None without such a name: job-7/final."""
+    found = [re.search(r"(?:checkpoint|step)[-_](\d+)$", part) for part in path.parts]
     return next((int(match[1]) for match in reversed(found) if match), None)
 
 

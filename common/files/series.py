@@ -125,7 +125,7 @@ class ModelSeries(Series):
             for name in names:
                 if (found := model.shapes.get(name)) != wanted[name]:
                     raise UserError(f"{model.path} has {name} as {found}, not {wanted[name]}")
-        self.dtypes = {model.dtypes[name] for model in self.models for name in names}
+        self.dtypes = {model.dtypes[name] for model in self.models[1:] for name in names}
         if odd := self.dtypes - adapters.FLOATS:  # read as floats, their deltas would mean nothing
             raise UserError(f"quantised weights ({', '.join(sorted(odd))}) cannot jump")
         self.others = sorted(wanted.keys() - {*names})

@@ -31,6 +31,8 @@ from common.reproduce.runs import Runs
 def lanes_of(preset: dict, jobs: int | None, grid: bool) -> list[str | None]:
     """What every lane sees of the GPUs: with `gpus_per_job` its own share, else what we see."""
     wanted, gpus = preset.get("reproduce", {}), [*map(str, range(torch.cuda.device_count()))]
+    if seen := os.environ.get("CUDA_VISIBLE_DEVICES"):  # others are not ours to take
+        gpus = seen.split(",")
     each = wanted.get("gpus_per_job", 0)
     if each and len(gpus) >= each:
         starts = range(0, len(gpus) - each + 1, each)

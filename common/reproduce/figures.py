@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 
 from common.files.read import read_jsonl
 from common.reproduce.estimates import Estimate, over_seeds
-from common.reproduce.results import LOGGED, MAIN_ALPHA, METHODS, label_of, place
+from common.reproduce.results import LOGGED, MAIN_ALPHA, METHODS, POLICY, label_of, place
 from common.reproduce.runs import MAIN, Runs
 from common.reproduce.tables import RECIPES
 
@@ -79,9 +79,11 @@ def logged(runs: Runs, key: str) -> dict[str, dict[int, float]]:
     for folder in map(runs.folder, runs.seeds):
         paths = sorted(folder.glob("continued/*/metrics.jsonl"))
         for path in [folder / "train" / "metrics.jsonl", *paths]:
-            name = path.parent.name
-            method = "grpo" if name == "train" else name.split("_alpha")[0]
-            if method in found and path.is_file() and not name.endswith("_merged"):
+            name = f"continued/{path.parent.name}"
+            method, *usual = POLICY.fullmatch(name).groups()
+            method = "grpo" if method == "train" else method
+            usual = usual in ([None, None], [f"{MAIN_ALPHA:g}", None])
+            if method in found and path.is_file() and usual:
                 for row in filter(lambda row: key in row, read_jsonl(path, LOGGED)):
                     found[method][row["step"]].append(row[key])
     means = {m: {s: statistics.fmean(v) for s, v in rows.items()} for m, rows in found.items()}

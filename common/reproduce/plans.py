@@ -66,6 +66,9 @@ class Plan:
         recipes, problems = self.preset["predict"]["recipes"], self.wanted["validation_data"]
         prefix, more = train["steps"], self.preset["continue"]["more_steps"]
         total, reference = prefix + more, self.wanted["reference_steps"]
+        least = max(total, prefix + self.preset["extract"]["k"] * train["save_every"])  # oracle
+        if reference < least:
+            raise UserError(f"preset {name}: reference_steps must be {least} or more")
         self.values = {
             **{"root": shlex.quote(root), "alpha": ALPHA, "rate": "", "seed": "", "grid": ""},
             # RL steps: before the jump, after it, both; of the longest run, and what that adds
@@ -88,10 +91,8 @@ class Plan:
         return [path.replace("{run_dir}", self.root) for path in paths]
 
     def add(self, table: str, run: str, **values) -> None:
-        """Appends the rows of `table` in plans.yaml on the run `root/run`; `values`: more of them.
-
-        What is planned already is not planned twice.
-        """
+        """Appends those rows of `table` in plans.yaml on the run `root/run` that are not there yet.
+        `values`: more of them."""
         values = {**self.values, **values}
         for label, flags, needs, work, *words in TABLES[table]:
             name, bracket, each = label.format_map(values).rstrip("]").partition("[")
@@ -110,8 +111,8 @@ class Plan:
         """A run with another algorithm, or "full": all parameters trained. jumps: in plans.yaml."""
         flags = f"--algorithm {name}"
         if name == "full":
-            other = self.wanted["full_preset"]
-            rate = load_preset(other)["train"]["learning_rate"] if other else 5e-7
+            other, rate = self.wanted["full_preset"], self.preset["train"]["learning_rate"] / 10
+            rate = load_preset(other)["train"]["learning_rate"] if other else rate  # paper: a tenth
             flags = f"--tune full --learning-rate {rate} {self.wanted['full_flags']}"
         values |= {"seed": seed, "flags": flags, **TABLES["jumps"][jumps]}
         self.add("side", f"seed{seed}/{name}", **values)
@@ -164,7 +165,6 @@ def single(preset_name: str, preset: dict, run_dir: str) -> list[Job]:
 def grid(kind: str, preset_name: str, preset: dict, root: str, seeds, wanted=()) -> list[Job]:
     """`paper`: the rows of the paper's tables `wanted`. `main`: what the preset does, for several
     seeds. `tables`: everything, the main rows first.
-
     `learning-rate`: everything at the preset's rate and its `rates`, jumps alone at those of its
     `sweep`. `sweep`: plain GRPO at all of them, measured on validation problems: to choose a rate.
     """

@@ -34,9 +34,9 @@ def columns(runs: Runs) -> dict[float, Runs]:
 def gained(runs: Runs) -> dict[int, dict[str, str]]:
     """RL steps -> method -> policy: the jumps by the paper's alpha or none, and their ends."""
     found = [m for m in runs.some() if m.policy.startswith("extrapolated/") and m.method != "none"]
-    found = [m for m in sorted(found, key=place) if m.alpha in (MAIN_ALPHA, None)]
-    sides = {runs.prefix: found, runs.total: runs.ended()}
-    return {step: {m.method: m.policy for m in side} for step, side in sides.items()}
+    sides = {runs.prefix: sorted(found, key=place), runs.total: runs.ended()}
+    usual = (MAIN_ALPHA, None)
+    return {s: {m.method: m.policy for m in some if m.alpha in usual} for s, some in sides.items()}
 
 
 def page(runs: Runs) -> str:
@@ -64,7 +64,7 @@ def sentence(runs: Runs) -> str:
     text = f"**After {total} RL steps, {label_of(method)}, is worth {'; '.join(worth)} (points).**"
     if gap := runs.at(total) - next(iter(at.values())).at(total):
         alone = next(rate for rate, run in rates(runs).items() if run.name == MAIN)
-        text += f" Learning rate {alone:g} alone is worth {gap.points()}."
+        text += f" Learning rate {alone:g} in place of {min(at):g} is worth {gap.points()}."
     return text
 
 
@@ -103,7 +103,7 @@ def gains(runs: Runs) -> list[str]:
         late.append([label, *((m - own[r].at(total)).points() if r in own else "–" for r in at)])
     swept = [m for m in runs.some() if m.jumped and m.alpha and m.method in BY_ALPHA]
     swept.sort(key=lambda m: (place(m), m.alpha))
-    far = [line(f"{m.label}, alpha {m.alpha:g}", m.policy, prefix) for m in swept]
+    far = [line(f"{label_of(m.method)}, alpha {m.alpha:g}", m.policy, prefix) for m in swept]
     header = [f"learning rate {rate:g} {runs.interval}" for rate in at]
     return [
         table([f"right after the jump, − GRPO at {prefix}", *header], after),
@@ -166,7 +166,7 @@ def wide(axis) -> None:
     axis.set_yscale("symlog", linthresh=5)
     ticks = (-50, -20, -10, -5, -2, 0, 2, 5, 10, 20)
     axis.set_yticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
-    axis.set_ylim(top=20)
+    axis.set_ylim(top=max(20, axis.get_ylim()[1]))
 
 
 def gain(runs: Runs):

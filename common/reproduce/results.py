@@ -24,8 +24,9 @@ MAIN_ALPHA = 1.5  # the paper's extending coefficient: the alpha of the tables
 MADE = {"": "", "_merged": ", merged restart", "_linear": ", then a rate that falls to 0"}
 MADE["_accepted"] = ", alpha chosen on validation problems"
 OWN_ALPHA = {"expo": 0.5}  # methods whose alpha means something else
-FROM_DELTAS = ("next-", "weighted", "repeat-last", "recent-locals")  # methods that need stage 2
-BY_ACCURACY = ("alpharl-pls", "greedy-soup")  # methods that measure every checkpoint
+# Methods that need stage 2; and what was measured for those that choose by accuracy.
+FROM_DELTAS = ("next-", "weighted", "repeat-last", "recent-locals", "alpharl")
+MEASURED = {"alpharl-pls": ("*__step_*",), "greedy-soup": ("*__step_*", "*__candidate_*")}
 OURS = ("train", "extrapolated", "merged", "continued", "validation")  # folders of policies
 SUITES = ("maths", "gpqa", "mmlu-pro")  # only tasks of one suite are averaged
 LOGGED = {"step": int, "seconds": float, "accuracy": float, "response_length": float}
@@ -39,8 +40,7 @@ POLICY = re.compile(
 NOT_TRAINING = {
     *MAY_CHANGE,
     *("backbone", "train_data", "prompt_column", "answer_column", "data_split", "engine", "seed"),
-    *("steps", "start", "restart", "mixed_precision", "name"),
-    "learning_rate_schedule",
+    *("steps", "start", "restart", "mixed_precision", "name", "learning_rate_schedule"),
 }
 
 
@@ -105,7 +105,9 @@ class Result:
         if self.method == "grpo" and self.trained.get("tune") == "full":
             return label_of("full")
         merged = self.policy.startswith("merged/") and self.method != "dare"
-        return label_of(self.method) + (", merged" if merged else "")
+        usual = self.alpha in (None, MAIN_ALPHA, OWN_ALPHA.get(self.method))
+        far = "" if usual else f", alpha {self.alpha:g}"
+        return label_of(self.method) + (", merged" if merged else "") + far
 
 
 def label_of(method: str) -> str:
@@ -189,7 +191,8 @@ def _logged(path: pathlib.Path, changed: int) -> list[dict]:
 def spent(run: pathlib.Path, policy: str, method: str, steps: int) -> dict[str, float]:
     """Wall seconds by part: RL before and after the jump, and the method's own computing.
 
-    Empty where they are not known (the run was another trainer's) or no fair cost (the oracle).
+    Empty where they are not known (another trainer's run, a start from elsewhere) or no fair cost
+    (the oracle).
     """
 
     def seconds(path: pathlib.Path, key: str = "seconds") -> float:
@@ -202,6 +205,8 @@ def spent(run: pathlib.Path, policy: str, method: str, steps: int) -> dict[str, 
         return {"RL": rl_seconds(train, steps)}
     folder = policy.split("/")[1]
     name = re.sub("^merged__|_merged$|_linear$", "", folder)
+    if not any((run / top / name).is_dir() for top in ("extrapolated", "merged")):
+        return {}
     jump = jump_info(run, f"extrapolated/{name}")
     parts = {"RL": rl_seconds(train, jump["step"]), "extrapolation": jump.get("seconds") or 0.0}
     if policy.startswith("continued/"):
@@ -211,8 +216,8 @@ def spent(run: pathlib.Path, policy: str, method: str, steps: int) -> dict[str, 
     if method.startswith("next-"):  # without its backtest
         trained = run / "predictor" / method.removeprefix("next-") / "done.json"
         parts["predictor"] = seconds(trained, "training_seconds")
-    measured = "*__step_*" if method in BY_ACCURACY else ""
-    measured = f"extrapolated__{method}_alpha*" if name.endswith("_accepted") else measured
-    if measured:
-        parts["validation"] = sum(map(seconds, run.glob(f"validation/{measured}/*.json")))
+    chosen = (f"extrapolated__{method}_alpha*",) if name.endswith("_accepted") else ()
+    if globs := chosen or MEASURED.get(method):
+        paths = [path for some in globs for path in run.glob(f"validation/{some}/*.json")]
+        parts["validation"] = sum(map(seconds, paths))
     return parts

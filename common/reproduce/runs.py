@@ -181,8 +181,7 @@ class Runs:
 
     def count(self, found: Measured) -> str:
         """How many seeds of a grid have it; of one run the number of responses."""
-        many = [1 if self.is_grid else r.n for r in found.by_seed.values()]
-        return str(sum(many))
+        return str(sum(1 if self.is_grid else r.n for r in found.by_seed.values()))
 
     def spectra(self) -> dict[int, dict]:
         """Seed -> stage 2's spectrum.json, where there is one."""

@@ -2,7 +2,6 @@
 
 import itertools
 import statistics
-from collections.abc import Iterable
 
 from common.files.deltas import read_index
 from common.files.read import read_json
@@ -156,7 +155,7 @@ def backtests(runs: Runs) -> str:
     return text + table(["recipe", *TESTED], rows) if rows else ""
 
 
-def groups(found: Iterable[Measured]) -> dict[str, list[str]]:
+def groups(found: list[Measured]) -> dict[str, list[str]]:
     """Tasks of which a mean means something: each suite, and Tables 7 and 8 of the paper."""
     results = [r for m in found for r in m.by_seed.values()]
     suites = {suite: sorted({t for r in results for t in r.of_suite(suite)}) for suite in SUITES}

@@ -37,9 +37,9 @@ class Problem:
     columns: dict = dataclasses.field(default_factory=dict, compare=False)  # the row's others
 
 
-def load_problems(spec, **options) -> list[Problem]:
+def load_problems(spec, flag="--train-data", **options) -> list[Problem]:
     """The problems of one data set for training; see `load_tasks`."""
-    tasks = load_tasks([spec], "--train-data", **options)
+    tasks = load_tasks([spec], flag, **options)
     return [problem for problems in tasks.values() for problem in problems]
 
 

@@ -88,8 +88,7 @@ def of_step(run, batch, scored: dict, updates: list[dict]) -> dict:
         "response_length": tokens / sequences,
         "truncated_share": total["cut"] / sequences,
         "zero_variance_groups": total["flat"] / total["groups"],
-        "loss": mean["loss"],
-        "clip_share": mean["clip_share"],
+        **mean,  # loss, clip_share, grad_norm
         **({"kl": total["kl"] / tokens} if cfg.kl_coef else {}),
         "entropy": total["entropy"] / tokens,
         "logprob_gap_mean": total["gap"] / tokens,
@@ -97,7 +96,6 @@ def of_step(run, batch, scored: dict, updates: list[dict]) -> dict:
         "importance_ratio_mean": total["ratio"] / tokens,
         "importance_ratio_min": fall.neg().exp().item(),
         "importance_ratio_max": rise.exp().item(),
-        "grad_norm": mean["grad_norm"],
         "learning_rate": run.optimizer.param_groups[0]["lr"],
         "tokens": int(tokens),
         "verifier_timeouts": int(total["timeouts"]),
@@ -111,7 +109,10 @@ def start_tracker(cfg, accelerator) -> None:
     folder = pathlib.Path(accelerator.project_dir)
     run = {"name": f"{pathlib.Path(cfg.run_dir).name}-{folder.name}", "resume": "allow"}
     own = {"trackio": run, "wandb": {**run, "id": run["name"]}}
-    accelerator.init_trackers(cfg.project, config=as_dict(cfg), init_kwargs=own)
+    if not accelerator.log_with:  # what is not installed is left out
+        raise UserError(f"--report-to {cfg.report_to} is not installed")
+    config = {key: str(value) for key, value in as_dict(cfg).items()}
+    accelerator.init_trackers(cfg.project, config=config, init_kwargs=own)
 
 
 def show(run, line: dict) -> None:
@@ -139,8 +140,9 @@ def evaluate(run, step: int, timer: Timer) -> dict:
     """{"eval_accuracy": that on --eval-data} where it is due. The seeds are always the same."""
     if not run.cfg.eval_every or step % run.cfg.eval_every:
         return {}
-    processes = run.accelerator.num_processes
-    whole = len(run.held_out[0]) // processes * processes  # as many in each
+    processes, whole = run.accelerator.num_processes, len(run.held_out[0])
+    if policy.is_sharded(run.model):  # as many in each
+        whole -= whole % processes
     with timer("eval"):
         run.engine.sync(run.model)
         held_out = [column[:whole] for column in run.held_out]
@@ -156,7 +158,9 @@ def answers(run, task: tuple, runs: int, judge) -> list[dict]:
     asked = asked[accelerator.process_index :: accelerator.num_processes]
     seeds = [rollout.sequence_seed(cfg.seed, 0, i, number) for i, number in asked]
     draw = (cfg.max_new_tokens, cfg.temperature, cfg.top_p)
-    found = run.engine.generate([prompts[i] for i, _ in asked], seeds, *draw)
+    # vLLM sees to its own precision.
+    with accelerator.autocast() if cfg.engine == "hf" else contextlib.nullcontext():
+        found = run.engine.generate([prompts[i] for i, _ in asked], seeds, *draw)
     texts = run.tokenizer.batch_decode([r.tokens for r in found], skip_special_tokens=True)
     sampled, finished = [problems[i] for i, _ in asked], [r.finished for r in found]
     scores, rows = judge.score(texts, sampled, finished), []
@@ -192,10 +196,7 @@ class Loaded:
 
     def answers(self, task: str, judge) -> list[dict]:
         """cfg.runs answers to every problem of the task, see `answers`."""
-        # vLLM sees to its own precision.
-        is_hf = self.cfg.engine == "hf"
-        with self.accelerator.autocast() if is_hf else contextlib.nullcontext():
-            return answers(self, self.tasks[task], self.cfg.runs, judge)
+        return answers(self, self.tasks[task], self.cfg.runs, judge)
 
 
 def summarise(rows: list[dict], problems: int) -> dict:

@@ -9,6 +9,7 @@ import sys
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch.distributed.fsdp import FSDPModule
@@ -26,9 +27,14 @@ HEAD_CHUNK = 1024  # tokens whose [tokens, vocabulary] logits exist at one time
 WANTED = "want a Hugging Face folder with safetensors weights, or a hub id"
 
 
+def on_gpu() -> bool:
+    """Whether this process may use a GPU: not with common/accelerate/cpu.yaml."""
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
 def start_processes(mixed_precision: str, **options) -> Accelerator:
     """The processes that `accelerate launch` has started, or this one. "auto": bf16 on GPUs."""
-    auto = "bf16" if torch.cuda.is_available() else "no"
+    auto = "bf16" if on_gpu() else "no"
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # else CPU processes do not find each other
         mixed_precision=auto if mixed_precision == "auto" else mixed_precision,
@@ -78,7 +84,8 @@ def load_lora(backbone, folder: pathlib.Path):
         if config.lora_dropout:  # the policy that is trained would not be the one that sampled
             print(f"{folder}: lora_dropout is set to 0, as rollouts have none", file=sys.stderr)
         config.lora_dropout = 0.0
-        return PeftModel.from_pretrained(backbone, folder, is_trainable=True, config=config)
+        how = {"is_trainable": True, "config": config, "torch_device": "cpu"}
+        return PeftModel.from_pretrained(backbone, folder, **how)
 
 
 def refuse_foreign(folder: pathlib.Path, backbone_fingerprint: str) -> None:

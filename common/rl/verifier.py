@@ -128,15 +128,18 @@ class Verifier:
         self.timeouts = self.errors = 0
         self._worker = None
 
+    def check(self, problems: list) -> None:
+        """Raises UserError where no response can be right: last_number wants numbers."""
+        for gold in [] if self.boxed else [problem.answer for problem in problems]:
+            if plain_number(gold) is None:
+                raise UserError(f"answer_format: {gold[:50]!r} is not a number; use boxed")
+
     def score(self, responses: list[str], problems: list, finished: list[bool]) -> list[float]:
         """1.0 for each finished response with the answer of its problem, else 0.0. Raises
         UserError where math-verify does not work."""
         self.timeouts, self.errors, verdicts = 0, 0, []
         for response, problem, whole in zip(responses, problems, finished, strict=True):
-            gold = problem.answer
-            if whole and not self.boxed and plain_number(gold) is None:
-                raise UserError(f"answer_format: {gold[:50]!r} is not a number; use boxed")
-            extract = extract_boxed if self.boxed else last_number
+            gold, extract = problem.answer, extract_boxed if self.boxed else last_number
             answer = extract(response) if whole else None
             verdict = False if answer is None else quick_verdict(answer, gold, problem.kind)
             verdicts.append((answer, gold) if verdict is None else verdict)

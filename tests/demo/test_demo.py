@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import demo
 from common.files import read as inputs
-from common.rl import verifier
 
 spec = importlib.util.spec_from_file_location("b", ROOT / "tests/bench/demo_backbone.py")
 spec.loader.exec_module(backbone := importlib.util.module_from_spec(spec))
@@ -47,29 +46,6 @@ def test_tokenizer_round_trip_and_chat_template():
         [{"role": "user", "content": "1+2"}], add_generation_prompt=True, tokenize=False
     )
     assert chat == "<|user|>1+2<|assistant|>"
-
-
-def test_careful_answers_are_right_and_slips_are_as_frequent_as_said():
-    rng = random.Random(0)
-    pairs = demo.problems(3000, seed=5)
-    assert all(
-        verifier.extract_boxed(backbone.careful_answer(a, b, rng, slip=0)) == str(a + b)
-        for a, b in pairs
-    )
-    right = sum(
-        verifier.extract_boxed(backbone.careful_answer(a, b, rng)) == str(a + b) for a, b in pairs
-    ) / len(pairs)
-    assert right == pytest.approx((1 - backbone.SLIP) ** 5, abs=0.03)
-
-
-def test_guesses_are_as_wrong_as_said():
-    rng = random.Random(0)
-    pairs = [(a, b) for a, b in demo.problems(3000, seed=6) if a + b > demo.HIGH]
-    guessed = [backbone.guessed_answer(a, b, rng) == f"\\boxed{{{a + b}}}" for a, b in pairs]
-    right = sum(guessed) / len(guessed)
-    assert right == pytest.approx(
-        (1 - 0.9 * backbone.WRONG_DIGIT) ** 6, abs=0.04
-    )  # one wrong draw in ten is the right digit
 
 
 def test_no_problem_is_in_two_of_the_three_files_in_either_order(empty_run):

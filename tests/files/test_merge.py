@@ -135,19 +135,21 @@ def series(adapter_dir, base, run):
     write.write_json(run / "deltas" / "done.json", {"inputs": {}, "outputs": {}})
 
 
-def test_without_the_option_no_model_is_written(
-    backbone_dir, adapter_dir, tmp_path, monkeypatch, capsys
-):
-    series(adapter_dir, backbone_dir, tmp_path)
-    assert jumped(monkeypatch, capsys, tmp_path) == (0, "")
-    assert {path.name for path in tmp_path.iterdir()} == {"train", "deltas", "extrapolated"}
-
-
 def test_a_backbone_that_is_nowhere_is_named(adapter_dir, tmp_path, monkeypatch, capsys):
     series(adapter_dir, "some/model-that-is-not-cached", tmp_path)
     code, line = jumped(monkeypatch, capsys, tmp_path, "--merge", "fp32")
     assert code == 2
     assert "backbone some/model-that-is-not-cached is no folder, and not in the hub's" in line
+
+
+def test_adapters_that_name_no_backbone_say_where_to_write_it(
+    adapter_dir, tmp_path, monkeypatch, capsys
+):
+    series(adapter_dir, "", tmp_path)
+    for path in tmp_path.glob("train/*/checkpoint.json"):
+        path.write_text("{}")
+    code, line = jumped(monkeypatch, capsys, tmp_path, "--merge", "fp32")
+    assert (code, "write its name to base_model_name_or_path" in line) == (2, True)
 
 
 @pytest.mark.parametrize("fp32", [True, False])

@@ -129,16 +129,6 @@ def test_overwrite_begins_again_and_says_how_to_go_on(folder, capsys):
     assert "type the same command without --overwrite to go on" in capsys.readouterr().err
 
 
-def test_what_was_done_and_lost_a_file_is_made_again(folder, capsys):
-    made = opened(folder)
-    write.save_tensors(folder / "a.safetensors", {"w": torch.ones(2)})
-    made.finish()
-    (folder / "a.safetensors").unlink()
-    assert not opened(folder).done
-    assert not (folder / "done.json").exists()
-    assert "has lost files: it is made again" in capsys.readouterr().err
-
-
 def test_a_foreign_folder_is_not_touched(folder):
     folder.mkdir(parents=True)
     (folder / "thesis.txt").write_text("precious")

@@ -144,6 +144,7 @@ def test_every_lane_has_gpus_of_its_own_and_waits_for_what_a_job_needs(tmp_path)
 
 def test_gpus_are_shared_out_by_the_preset(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert reproduce.lanes_of({"reproduce": {"gpus_per_job": 2}}, None, grid=True) == [
         "0,1",
         "2,3",
@@ -151,6 +152,9 @@ def test_gpus_are_shared_out_by_the_preset(monkeypatch):
         "6,7",
     ]
     assert reproduce.lanes_of({"reproduce": {"gpus_per_job": 2}}, 1, grid=True) == ["0,1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")  # the others are not ours
+    assert reproduce.lanes_of({"reproduce": {"gpus_per_job": 1}}, None, grid=True) == ["4", "7"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert (
         reproduce.lanes_of({"reproduce": {"gpus_per_job": 2, "jobs": 3}}, None, grid=True)
@@ -250,7 +254,7 @@ def test_wall_seconds_have_every_methods_own_computing(tmp_path):
         "weighted": 13.0,
         "repeat-last": 13.0,
         "rl-extra": 3.0,
-        "alpharl-pls": 1003.0,
+        "alpharl-pls": 1013.0,
         "oracle": None,
     }
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from test_grid import log, record, share
 
+from common import UserError
 from common.files import config, write
 from common.reproduce import estimates, plans, rates, report, results, runs
 
@@ -52,8 +53,9 @@ def test_the_sentence_says_what_the_jump_is_worth_at_each_rate_and_what_the_rate
     text = rates.sentence(demo)
     assert "worth +6.0 [" in text
     assert "at learning rate 0.0005; +1.0 [" in text
-    assert text.endswith("at learning rate 0.001 (points).** Learning rate 0.001 alone is worth "
-                         + (demo.at(3) - demo.of("rate0.0005").at(3)).points() + ".")  # fmt: skip
+    gap = (demo.at(3) - demo.of("rate0.0005").at(3)).points()
+    end = f"0.001 (points).** Learning rate 0.001 in place of 0.0005 is worth {gap}."
+    assert text.endswith(f"at learning rate {end}")
 
 
 def test_every_gain_is_over_the_same_rate_but_for_the_controls_at_a_larger_one(demo):
@@ -176,6 +178,26 @@ def test_a_jump_back_has_its_alpha(tmp_path):
     record(tmp_path, "extrapolated/next-paper_alpha-0.5", share(50), 2)
     (found,) = results.load_results(tmp_path).values()
     assert (found.method, found.alpha) == ("next-paper", -0.5)
+    assert found.label == "NExt, published recipe, alpha -0.5"
+
+
+def test_what_goes_on_from_elsewhere_has_a_name_and_no_cost(tmp_path):
+    log(tmp_path / "train", range(1, 3))
+    record(tmp_path, "continued/mine/step_0003", share(50), 3)
+    (found,) = results.load_results(tmp_path).values()
+    assert (found.label, found.steps, found.seconds) == ("mine", 3, None)
+
+
+def test_a_preset_that_only_names_next_still_gets_every_control():
+    lines = [job.line for job in plans.grid("learning-rate", "p", {}, "runs/x", [0])]
+    made = next(line for line in lines if " 04_" in line)
+    assert f"--methods next weighted repeat-last none {plans.TABLES['swept']}" in made
+    assert any("--start none --name none_linear" in line for line in lines)
+
+
+def test_a_reference_run_ends_no_sooner_than_what_it_is_compared_with():
+    with pytest.raises(UserError, match="reference_steps must be 250 or more"):
+        plans.single("p", {"reproduce": {"reference_steps": 200}}, "runs/x")
 
 
 def test_the_demo_runs_at_its_rate_and_at_a_tenth_and_ends_with_its_own_page():
@@ -202,14 +224,17 @@ def test_a_rate_is_chosen_on_validation_problems_and_measured_on_test_problems()
     preset = config.load_preset("demo")
     chosen = plans.grid("sweep", "demo", preset, "runs/x", [10, 11])
     trained = [job.line for job in chosen if " 01_" in job.line]
-    assert len(trained) == len({*trained}) == 16  # eight rates, two seeds
+    assert len(trained) == len({*trained}) == 18  # nine rates, two seeds
     measured = [job.line for job in chosen if " 06_" in job.line]
     assert all("valid.jsonl" in line and "test.jsonl" not in line for line in measured)
     lines = [job.line for job in plans.grid("learning-rate", "demo", preset, "runs/x", [0, 1, 2])]
     chosen = [line for line in lines if "valid.jsonl" in line]  # alpha, never anything else
     assert len(chosen) == 9
     assert all(line.endswith("--output validation") for line in chosen)
-    for seed, alone in ((0, 5), (1, 5), (2, 0)):  # of GRPO alone: fewer seeds
+    accepted = [line for line in lines if "--accept" in line]
+    assert len(accepted) == 9
+    assert all(line.endswith(plans.TABLES["swept"]) for line in accepted)  # what was measured
+    for seed, alone in ((0, 6), (1, 6), (2, 0)):  # of GRPO alone: fewer seeds
         own = [line for line in lines if f"/seed{seed}/" in line and " 01_" in line]
         assert len(own) == 6 + alone + 1  # the last after a jump
 

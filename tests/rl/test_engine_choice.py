@@ -68,24 +68,12 @@ def test_options_can_load_no_other_code_and_no_other_weights(text):
         rollout.vllm_options(text)
 
 
-@pytest.mark.parametrize("script", ["01_train_lora_grpo.py", "06_eval.py"])
-def test_a_preset_cannot_open_that_door_either(tmp_path, monkeypatch, capsys, script):
-    (tmp_path / "evil.yaml").write_text(
-        """base: demo\nshared: {vllm_options: '{"trust_remote_code": true}'}\n"""
-    )
-    code, line = call_stage(
-        monkeypatch,
-        capsys,
-        script,
-        "--config",
-        str(tmp_path / "evil.yaml"),
-        "--run-dir",
-        str(tmp_path),
-    )
-    assert code == 2
-    assert line.startswith(
-        "error: vllm_options '{\"trust_remote_code\": true}': want a JSON object"
-    )
+def test_cpu_yaml_means_the_cpu_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(rollout.importlib.util, "find_spec", lambda name: name)
+    assert rollout.choose_engine("auto") == "vllm"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert rollout.choose_engine("auto") == "hf"
 
 
 @pytest.mark.parametrize("path", sorted(config.PRESETS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import PROMPTS, encode, plain_logprobs, save_lora
 
-from common import UserError
 from common.rl import policy, rollout
 
 
@@ -29,27 +28,6 @@ def test_token_logprobs_equal_a_plain_forward_pass(lora_policy, temperature, mon
     torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
 
 
-def test_gradients_equal_a_plain_forward_pass(lora_policy, monkeypatch):
-    model, tokenizer = lora_policy
-    monkeypatch.setattr(policy, "HEAD_CHUNK", 5)
-    prompts, completions = (
-        encode(tokenizer, PROMPTS[:2]),
-        encode(tokenizer, ["3+9+0=12<|end|>", "\\boxed{19}<|end|>"]),
-    )
-    gradients = []
-    for values in (
-        lambda: policy.token_logprobs(model, prompts, completions, 1.0),
-        lambda: torch.cat(
-            [plain_logprobs(model, p, c, 1.0) for p, c in zip(prompts, completions, strict=True)]
-        ),
-    ):
-        model.zero_grad()
-        values().sum().backward()
-        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
-    for ours, plain in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, plain, atol=2e-5, rtol=1e-4)
-
-
 def test_gradient_checkpointing_runs_layers_twice_and_changes_nothing(lora_policy):
     model, tokenizer = lora_policy
     prompts, completions = (
@@ -68,15 +46,6 @@ def test_gradient_checkpointing_runs_layers_twice_and_changes_nothing(lora_polic
     assert len(runs) == 1 + 2
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed)
-
-
-def test_the_end_token_gets_a_gradient(lora_policy):
-    model, tokenizer = lora_policy
-    prompt, completion = encode(tokenizer, [PROMPTS[0]]), encode(tokenizer, ["\\boxed{6}<|end|>"])
-    logprobs = policy.token_logprobs(model, prompt, completion, 1.0)
-    assert completion[0][-1] == tokenizer.eos_token_id
-    logprobs[-1].backward()
-    assert any(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
 
 
 def sample(model, tokenizer, texts, seeds, **kwargs):
@@ -193,18 +162,6 @@ def test_a_saved_adapter_loads_equal_and_is_stored_in_fp32(lora_policy, tmp_path
         again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=0
     )
     assert {p.dtype for p in again.parameters() if p.requires_grad} == {torch.float32}
-
-
-def test_an_adapter_of_another_backbone_is_refused(lora_policy, tmp_path, backbone_dir):
-    model, _ = lora_policy
-    save_lora(
-        model,
-        tmp_path / "step_0001",
-        {"step": 1, "backbone": "x", "backbone_fingerprint": "another"},
-    )
-    backbone, _ = policy.load_backbone(str(backbone_dir))
-    with pytest.raises(UserError, match="another backbone"):
-        policy.load_lora(backbone, tmp_path / "step_0001")
 
 
 def test_fingerprint_sees_a_changed_weight(backbone_dir):

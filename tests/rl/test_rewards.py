@@ -30,6 +30,9 @@ def two(completions, **columns):
 def one(completions, **columns):
     return [1.0]
 
+def nans(completions, **columns):
+    return [1.0, float("nan")]
+
 def equal(completions, **columns):
     return [0.5 for _ in completions]
 
@@ -48,7 +51,7 @@ def mine(tmp_path):
 
 
 def scored(*wanted: str):
-    made = rewards.Rewards(list(wanted), Verifier())
+    made = rewards.Rewards(list(wanted), Verifier(), PROBLEMS)
     return made.score(TEXTS, PROBLEMS, [True, False], [[1, 2], [3]]), made
 
 
@@ -59,6 +62,15 @@ def test_the_verifier_is_the_default_and_a_weight_multiplies():
 
 def test_a_function_gets_the_chats_the_answers_and_the_datas_other_columns(mine):
     assert scored(f"{mine}:seen")[0] == [3 + 100 + 1, 5 + 10 + 200 + 0]
+
+
+def test_a_function_gets_a_column_even_where_no_row_of_the_batch_has_it(mine):
+    rare = Problem("1 + 1?", "2", columns={"rare": 1})
+    made = rewards.Rewards([f"{mine}:ids"], Verifier(), [*PROBLEMS, rare])
+    asked = {}
+    made.parts["ids"] = (1.0, lambda **columns: asked.update(columns) or [0.0, 0.0])
+    made.score(TEXTS, PROBLEMS, [True, False], [[1, 2], [3]])
+    assert asked["rare"] == [None, None]
 
 
 def test_trls_column_of_token_ids_is_there(mine):
@@ -85,6 +97,7 @@ def test_several_are_added_and_each_has_its_own_sum(mine):
     [
         ("{}:broken", r"reward broken failed \(ZeroDivisionError: .* by zero\): it gets prompts"),
         ("{}:one", "reward one returned 1 for 2 responses"),
+        ("{}:nans", "reward nans returned nan or inf"),
         ("{}:none", r"cannot load reward .*AttributeError"),
         ("{0}:two {0}:two", "there is another two, give it another name"),
         ("{}:two=much", r"want a number behind ="),

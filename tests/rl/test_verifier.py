@@ -48,20 +48,6 @@ def test_the_last_balanced_box_is_taken(text, want):
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "{" * 2_000_000,
-        r"\boxed{" * 200_000,
-        "}" * 2_000_000,
-        r"\boxed{1" + "{}" * 1_000_000,
-        "\\" * 2_000_000,
-    ],
-)
-def test_walls_of_braces_take_linear_time(text):
-    verifier.extract_boxed(text)  # a quadratic scan would take hours
-
-
-@pytest.mark.parametrize(
     ("kind", "gold", "answer", "want"),
     [
         # plain numbers: leading zeros, 27.0, thousands, dollars, units
@@ -239,9 +225,8 @@ def test_the_last_number_is_the_answer_where_that_is_the_format(response, gold, 
 
 def test_last_number_refuses_a_gold_that_no_number_can_equal():
     with pytest.raises(UserError, match="'Saturday' is not a number"):
-        verifier.Verifier(answer_format="last_number").score(
-            ["It is Saturday"], asked("Saturday"), [True]
-        )
+        verifier.Verifier(answer_format="last_number").check(asked("Saturday"))
+    verifier.Verifier().check(asked("Saturday"))
 
 
 def test_no_box_or_a_cut_response_scores_zero(judge):

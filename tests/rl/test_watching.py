@@ -1,5 +1,6 @@
 """What is seen of a run while it trains: accuracy on problems held out, the tracker, the timer."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -9,6 +10,7 @@ import types
 import pytest
 from conftest import TINY, call_stage
 
+from common import UserError
 from common.files.read import read_jsonl
 from common.rl import metrics, rollout
 
@@ -42,7 +44,7 @@ def test_accuracy_held_out_is_that_of_stage_6_and_changes_nothing_else(
 def test_accuracy_held_out_wants_problems(empty_run, monkeypatch, capsys):
     flags = ["--config", TINY, "--run-dir", str(empty_run), "--eval-every", "2"]
     code, line = call_stage(monkeypatch, capsys, "01_train_lora_grpo.py", *flags)
-    assert (code, "eval_every wants --eval-data" in line) == (2, True)
+    assert (code, "--eval-every and --eval-data, problems for validation" in line) == (2, True)
 
 
 def test_the_seconds_of_a_step_are_those_of_training(monkeypatch):
@@ -64,14 +66,19 @@ def test_a_tracker_gets_the_name_of_the_run_and_goes_on_with_it(tmp_path):
         asked.update(project=project, options=config, **init_kwargs)
 
     place = str(tmp_path / "demo" / "train")
-    accelerator = types.SimpleNamespace(project_dir=place, init_trackers=init_trackers)
+    made = {"project_dir": place, "init_trackers": init_trackers, "log_with": ["trackio"]}
+    accelerator = types.SimpleNamespace(**made)
     options = importlib.import_module("01_train_lora_grpo").TrainConfig
     cfg = options(project="mine", run_dir=str(tmp_path / "demo"))
     metrics.start_tracker(cfg, accelerator)
     assert asked["project"] == "mine"
     assert asked["options"]["algorithm"] == "grpo"
+    assert {type(value) for value in asked["options"].values()} == {str}  # no list: tensorboard
     assert asked["trackio"] == {"name": "demo-train", "resume": "allow"}
     assert asked["wandb"] == {"name": "demo-train", "id": "demo-train", "resume": "allow"}
+    accelerator.log_with = []  # accelerate leaves out what is not installed
+    with pytest.raises(UserError, match="--report-to wandb is not installed"):
+        metrics.start_tracker(dataclasses.replace(cfg, report_to="wandb"), accelerator)
 
 
 def test_importance_ratios_are_the_trainers_over_the_engines(new_run, stage, monkeypatch):
