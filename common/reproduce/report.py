@@ -36,8 +36,9 @@ KEYS += ("length", "seconds")  # in results.json
 def page(runs: Runs, made_with: str) -> str:
     """The whole page as markdown; draws the figures into `figures` in the page's folder."""
     at = rates.columns(runs)
-    verdicts = {f"The paper's claims, at learning rate {rate:g}": run for rate, run in at.items()}
-    verdicts = verdicts or {"The paper's claims": runs}
+    claimed = "The paper's claims" + ("" if len(runs.seeds) > 1 else ", in one training run")
+    verdicts = {f"{claimed}, at learning rate {rate:g}": run for rate, run in at.items()}
+    verdicts = verdicts or {claimed: runs}
     after = f"what {runs.total} RL steps come to" if runs.total else "what was measured"
     parts = {
         "What the learning rate is worth, and the jump at each": rates.page(runs),

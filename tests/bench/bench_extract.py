@@ -49,7 +49,8 @@ def weights(series: list) -> list[rank1.LowRank]:
     """W[0] ... W[c] of (B, A) of every checkpoint."""
     (b, a), *_ = series
     zero = rank1.LowRank(torch.zeros(len(b), 0), torch.zeros(0, a.shape[1]))
-    return [zero, *(rank1.LowRank(b.double(), a.double(), SCALE) for b, a in series)]
+    columns = [(b.mT.contiguous().double().mT, a.double()) for b, a in series]  # as stage 2 does
+    return [zero, *(rank1.LowRank(b, a, SCALE) for b, a in columns)]
 
 
 def one_matrix(m: int = 8960, n: int = 1536) -> None:

@@ -109,7 +109,7 @@ def test_the_page_begins_with_the_rates_and_has_both_figures(demo):
 
 def test_the_claims_are_judged_at_each_rate_that_has_a_jump(demo):
     page = report.page(demo, "made by a test")
-    slow, tuned = page.split("## The paper's claims, at learning rate ")[1:]
+    slow, tuned = page.split("## The paper's claims, in one training run, at learning rate ")[1:]
     assert slow.startswith("0.0005")
     assert tuned.startswith("0.001")
     assert "**holds**: +6.0 [" in slow
