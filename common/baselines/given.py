@@ -63,6 +63,8 @@ def measuring(cfg, policies: str) -> list[str]:
 def results(known: Known, policy: str) -> tuple[list[dict], list[pathlib.Path]]:
     """What stage 6 wrote to <run>/validation about `policy`: a row and a file a task."""
     folder = known.run / "validation"
+    if pathlib.Path(policy).is_absolute():
+        raise UserError(f"{policy} is not in {known.run}: what chooses by accuracy needs it there")
     files = sorted((folder / policy.replace("/", "__")).glob("*.json"))
     if not files:
         pattern = str(pathlib.PurePath(policy).with_name("*"))

@@ -16,7 +16,7 @@ import torch
 
 from common import UserError
 from common.files import adapters, deltas, models
-from common.files.read import open_tensors, sha256, step_of
+from common.files.read import open_tensors, read_json, sha256, step_of
 from common.files.stage import within
 from common.rank1 import LowRank
 
@@ -181,10 +181,16 @@ def open_series(paths: dict[int, pathlib.Path], backbone: str, run_dir: str) -> 
 
 
 def reopen(run: pathlib.Path) -> Series:
-    """The checkpoints that the deltas of the run directory `run` were made from."""
-    index = deltas.read_index(run / "deltas")
+    """The checkpoints that the deltas of the run directory `run` were made from. UserError where
+    the last one is another by now."""
+    index, folder = deltas.read_index(run / "deltas"), run / "deltas"
     paths = {int(step): run / path for step, path in index["checkpoints"].items()}
-    return open_series(paths, index["backbone"], str(run))
+    found, last = open_series(paths, index["backbone"], str(run)), max(paths)
+    noted = read_json(folder / "done.json", deltas.STAGE, {"inputs": dict})["inputs"]
+    hashed_then = noted.get(f"step_{last:04d}")  # of an adapter
+    if hashed_then and sha256(paths[last] / adapters.WEIGHTS) != hashed_then:
+        raise UserError(f"{paths[last]} has changed: {deltas.AGAIN}")
+    return found
 
 
 def warn(series: Series) -> None:

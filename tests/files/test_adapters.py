@@ -328,6 +328,21 @@ def test_deltas_of_fewer_checkpoints_are_not_taken_for_those_of_more(
     assert (code, "was made with input steps = " in line) == (2, True)
 
 
+def test_a_jump_does_not_add_old_deltas_to_another_last_checkpoint(
+    small_series, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(small_series, tmp_path / "out")
+    run, last = tmp_path / "run", tmp_path / "out" / "checkpoint-80"
+    assert extract_from(monkeypatch, capsys, run, tmp_path / "out" / "checkpoint-*") == (0, "")
+    shutil.copy(small_series / "checkpoint-70" / adapters.WEIGHTS, last)
+    flags = ("04_extrapolate.py", run, "--methods")
+    code, line = call_on(monkeypatch, capsys, *flags, "repeat-last")
+    assert (code, "checkpoint-80 has changed: run 02" in line) == (2, True)
+    shutil.copy(small_series / "checkpoint-80" / adapters.WEIGHTS, last)
+    code, line = call_on(monkeypatch, capsys, *flags, "greedy-soup")
+    assert (code, "what chooses by accuracy needs it there" in line) == (2, True)
+
+
 def test_the_run_directory_may_be_moved_and_checkpoints_elsewhere_may_not(
     small_series, tmp_path, monkeypatch, capsys
 ):
