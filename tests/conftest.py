@@ -44,6 +44,12 @@ def plain_logprobs(model, prompt, completion, temperature):
     )[:, 0]
 
 
+def rank_1(matrix: torch.Tensor) -> torch.Tensor:
+    """sigma_1 u v^T of a dense matrix."""
+    u, sigma, vh = torch.linalg.svd(matrix)
+    return sigma[0] * torch.outer(u[:, 0], vh[0])
+
+
 def encode(tokenizer, texts):
     return tokenizer(texts)["input_ids"]
 

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from conftest import call_on, extract_from, save_lora
+from conftest import call_on, extract_from, rank_1, save_lora
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from common import predictor, rank1
@@ -154,11 +154,6 @@ def W(runs, backbone_dir):
     points = [models.open_model(folder) for folder in folders]
     modules = models.linear_layers(points[0])
     return {m: [point.tensor(f"{m}.weight").double() for point in points] for m in modules}
-
-
-def rank_1(x):
-    u, sigma, vh = torch.linalg.svd(x)
-    return sigma[0] * torch.outer(u[:, 0], vh[0])
 
 
 def test_whole_models_have_the_deltas_of_the_lora_they_were_merged_from(

@@ -7,6 +7,7 @@ import types
 import numpy
 import pytest
 import torch
+from conftest import rank_1
 from torch.nn.functional import normalize
 
 from common import predictor
@@ -205,14 +206,8 @@ def test_the_weighted_prediction_is_rank_1_of_the_dense_sum():
     for roles in trajectory.deltas.values():
         found = methods.weighted(roles, 2, weights)
         whole = sum(w * term for w, term in zip(weights, dense_terms(roles, 5), strict=True))
-        torch.testing.assert_close(found.dense(), rank_1(2 * whole), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found.dense().double(), rank_1(2 * whole), atol=1e-5, rtol=1e-4)
         assert found.terms[0].balanced
-
-
-def rank_1(matrix):
-    """The rank 1 of a dense matrix, in fp32."""
-    u, sigma, vh = torch.linalg.svd(matrix)
-    return (sigma[0] * torch.outer(u[:, 0], vh[0])).float()
 
 
 def test_two_checkpoints_leave_the_prior():

@@ -10,7 +10,7 @@ import numpy
 import pytest
 import safetensors.torch
 import torch
-from conftest import call_on, edit_json
+from conftest import call_on, edit_json, rank_1
 from peft import PeftModel
 from torch.nn.functional import normalize
 
@@ -71,11 +71,6 @@ def make_matrix(points, kind, name="q_proj"):
         roles[role] = deltas.Triples(*(x.float() for x in (u[:, :, 0], sigma[:, 0], vh[:, 0])))
     roles, steps = deltas.align_roles(roles), list(range(10, 10 * len(points), 10))
     return methods.Matrix(name, W[:-1], last, roles, steps, K), whole, base, W[-1]
-
-
-def rank_1(matrix):
-    u, sigma, vh = torch.linalg.svd(matrix)
-    return sigma[0] * torch.outer(u[:, 0], vh[0])
 
 
 def line(y):
@@ -182,16 +177,8 @@ def test_next_adds_alpha_times_the_prediction_and_nothing_else(alpha, sigma):
 
 def test_a_method_that_keeps_the_adapter_keeps_its_rank():
     m, *_ = make_matrix(lora_points(), "LoRA")
-    ranks = {
-        "none": 3,
-        "rl-extra": 3,
-        "expo": 3,
-        "first-update": 3,
-        "repeat-last": 4,
-        "alpharl": 1,
-        "relex": 16,
-        "wsm": 15,
-    }
+    ranks = {"none": 3, "rl-extra": 3, "expo": 3, "first-update": 3, "repeat-last": 4}
+    ranks |= {"alpharl": 1, "relex": 16, "wsm": 15}
     for name, rank in ranks.items():
         assert methods.METHODS[name].jump(m, ALPHA).factors(SCALE)[0].shape[1] == rank, name
 
@@ -467,16 +454,7 @@ def test_what_has_more_ranks_than_vllm_takes_is_cut_or_merged(run, stage, monkey
 
 def test_a_jump_is_made_once_and_again_when_what_it_is_made_from_changes(run, stage, monkeypatch):
     measured(run, [0.1, 0.2, 0.25, 0.3, 0.4, 0.45, 0.5, 0.6])
-    flags = [
-        "04_extrapolate.py",
-        "--methods",
-        "alpharl-pls",
-        "dare",
-        "none",
-        "--alphas",
-        "0.5",
-        "2",
-    ]
+    flags = "04_extrapolate.py --methods alpharl-pls dare none --alphas 0.5 2".split()
     assert stage(*flags) == (0, "")
     made = {path.name for path in (run / "extrapolated").glob("[!.]*")}
     assert made == {"alpharl-pls_alpha0.5", "alpharl-pls_alpha2", "none"}

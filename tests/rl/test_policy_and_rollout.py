@@ -14,30 +14,21 @@ from common.rl import policy, rollout
 def test_token_logprobs_equal_a_plain_forward_pass(lora_policy, temperature, monkeypatch):
     model, tokenizer = lora_policy
     monkeypatch.setattr(policy, "HEAD_CHUNK", 5)  # so that chunks cut through sequences
-    prompts, completions = (
-        encode(tokenizer, PROMPTS),
-        encode(tokenizer, ["3+9+0=12<|end|>", "\\boxed{19}<|end|>", "8"]),
-    )
+    texts = ["3+9+0=12<|end|>", "\\boxed{19}<|end|>", "8"]
+    prompts, completions = encode(tokenizer, PROMPTS), encode(tokenizer, texts)
     logprobs = policy.token_logprobs(model, prompts, completions, temperature)
-    expected = torch.cat(
-        [
-            plain_logprobs(model, p, c, temperature)
-            for p, c in zip(prompts, completions, strict=True)
-        ]
-    )
+    pairs = zip(prompts, completions, strict=True)
+    expected = torch.cat([plain_logprobs(model, p, c, temperature) for p, c in pairs])
     torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
 
 
 def test_gradient_checkpointing_runs_layers_twice_and_changes_nothing(lora_policy):
     model, tokenizer = lora_policy
-    prompts, completions = (
-        encode(tokenizer, PROMPTS[:2]),
-        encode(tokenizer, ["3+9+0=12<|end|>", "\\boxed{19}<|end|>"]),
-    )
+    texts = ["3+9+0=12<|end|>", "\\boxed{19}<|end|>"]
+    prompts, completions = encode(tokenizer, PROMPTS[:2]), encode(tokenizer, texts)
     runs, gradients = [], []
-    model.get_base_model().get_decoder().layers[1].register_forward_pre_hook(
-        lambda *_: runs.append(1)
-    )
+    layer = model.get_base_model().get_decoder().layers[1]
+    layer.register_forward_pre_hook(lambda *_: runs.append(1))
     for _ in range(2):
         model.zero_grad()
         policy.token_logprobs(model, prompts, completions, 1.0).sum().backward()
@@ -146,21 +137,10 @@ def test_sampling_defaults_in_the_backbones_folder_are_ignored(tmp_path, backbon
 def test_a_saved_adapter_loads_equal_and_is_stored_in_fp32(lora_policy, tmp_path, backbone_dir):
     model, tokenizer = lora_policy
     ids = torch.tensor(encode(tokenizer, PROMPTS[:1]))
-    save_lora(
-        model,
-        tmp_path / "step_0001",
-        {
-            "step": 1,
-            "backbone": "x",
-            "backbone_fingerprint": policy.fingerprint(model.get_base_model()),
-        },
-    )
     backbone, _ = policy.load_backbone(str(backbone_dir))
-    model.save_pretrained(tmp_path / "plain")
-    again = policy.load_lora(backbone, tmp_path / "plain")
-    torch.testing.assert_close(
-        again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=0
-    )
+    save_lora(model, tmp_path / "step_0001", {"backbone_fingerprint": policy.fingerprint(backbone)})
+    again = policy.load_lora(backbone, tmp_path / "step_0001")
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
     assert {p.dtype for p in again.parameters() if p.requires_grad} == {torch.float32}
 
 
