@@ -454,7 +454,7 @@ def test_what_has_more_ranks_than_vllm_takes_is_cut_or_merged(run, stage, monkey
 
 def test_a_jump_is_made_once_and_again_when_what_it_is_made_from_changes(run, stage, monkeypatch):
     measured(run, [0.1, 0.2, 0.25, 0.3, 0.4, 0.45, 0.5, 0.6])
-    flags = "04_extrapolate.py --methods alpharl-pls dare none --alphas 0.5 2".split()
+    flags = ["04_extrapolate.py", "--methods", "alpharl-pls", "dare", "none", "--alphas", "0.5", "2"]
     assert stage(*flags) == (0, "")
     made = {path.name for path in (run / "extrapolated").glob("[!.]*")}
     assert made == {"alpharl-pls_alpha0.5", "alpharl-pls_alpha2", "none"}
