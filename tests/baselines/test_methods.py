@@ -454,17 +454,17 @@ def test_what_has_more_ranks_than_vllm_takes_is_cut_or_merged(run, stage, monkey
 
 def test_a_jump_is_made_once_and_again_when_what_it_is_made_from_changes(run, stage, monkeypatch):
     measured(run, [0.1, 0.2, 0.25, 0.3, 0.4, 0.45, 0.5, 0.6])
-    flags = ["04_extrapolate.py", "--methods", "alpharl-pls", "dare", "none", "--alphas", "0.5", "2"]
-    assert stage(*flags) == (0, "")
+    flags = ["--methods", "alpharl-pls", "dare", "none", "--alphas", "0.5", "2"]
+    assert stage("04_extrapolate.py", *flags) == (0, "")
     made = {path.name for path in (run / "extrapolated").glob("[!.]*")}
     assert made == {"alpharl-pls_alpha0.5", "alpharl-pls_alpha2", "none"}
     assert {path.name for path in (run / "merged").glob("[!.]*")} == {"dare"}
     before = {name: contents(run / "extrapolated" / name) for name in made}
     with monkeypatch.context() as patch:
         patch.setattr(stage4, "make", None)  # nothing is made
-        assert stage(*flags) == (0, "")
+        assert stage("04_extrapolate.py", *flags) == (0, "")
     measured(run, [0.1, 0.2, 0.25, 0.3, 0.4, 0.45, 0.5, 0.5])
-    assert stage(*flags) == (0, "")
+    assert stage("04_extrapolate.py", *flags) == (0, "")
     after = {name: contents(run / "extrapolated" / name) for name in made}
     assert {name for name in made if before[name] != after[name]} == made - {"none"}
 
