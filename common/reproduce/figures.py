@@ -79,11 +79,9 @@ def logged(runs: Runs, key: str) -> dict[str, dict[int, float]]:
     for folder in map(runs.folder, runs.seeds):
         paths = sorted(folder.glob("continued/*/metrics.jsonl"))
         for path in [folder / "train" / "metrics.jsonl", *paths]:
-            name = f"continued/{path.parent.name}"
-            method, *usual = POLICY.fullmatch(name).groups()
-            method = "grpo" if method == "train" else method
-            usual = usual in ([None, None], [f"{MAIN_ALPHA:g}", None])
-            if method in found and path.is_file() and usual:
+            name, alpha, made = POLICY.fullmatch(f"continued/{path.parent.name}").groups()
+            method = "grpo" if name == "train" else name + (made or "")
+            if method in found and path.is_file() and alpha in (None, f"{MAIN_ALPHA:g}"):
                 for row in filter(lambda row: key in row, read_jsonl(path, LOGGED)):
                     found[method][row["step"]].append(row[key])
     means = {m: {s: statistics.fmean(v) for s, v in rows.items()} for m, rows in found.items()}
