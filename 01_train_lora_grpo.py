@@ -114,9 +114,9 @@ def loss_of(run: Run, batch: Batch, part: list[int], weights: dict[int, torch.Te
     return loss, clipped
 
 
-def train(run: Run, folder: pathlib.Path, first_step: int) -> None:
+def train(run: Run, stage: Stage, first_step: int) -> None:
     """RL steps first_step + 1 ... cfg.steps, those not yet done. Stage 5 calls it too."""
-    cfg, processes = run.cfg, run.accelerator.num_processes
+    cfg, folder, processes = run.cfg, stage.folder, run.accelerator.num_processes
     begin = go_on(folder, first_step, cfg.resume_every, run.stands_on, run.model, run.optimizer)
     log = StepLog(folder / "metrics.jsonl", keep_to=begin)
     samples = StepLog(folder / "samples.jsonl", keep_to=begin)
@@ -157,6 +157,9 @@ def train(run: Run, folder: pathlib.Path, first_step: int) -> None:
     metrics.check_moved(folder / "metrics.jsonl")
     run.rewards.verifier.close()
     run.engine.close()
+    stage.finish()
+    run.accelerator.print(f"done: steps {first_step + 1} to {cfg.steps}, checkpoints in {folder}")
+    run.accelerator.end_training()
 
 
 def save(run: Run, folder: pathlib.Path, step: int) -> None:
@@ -190,10 +193,7 @@ def main() -> None:
         model = policy.load_lora(model, start)
     else:
         model = policy.add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)  # Eq. 4
-    train(training.prepare(cfg, accelerator, model, tokenizer, made_of), folder, first_step)
-    stage.finish()
-    accelerator.print(f"done: {cfg.steps} steps, checkpoints in {folder}")
-    accelerator.end_training()
+    train(training.prepare(cfg, accelerator, model, tokenizer, made_of), stage, first_step)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ an adapter has rank 1 and belongs on the last whole model.
 import dataclasses
 import functools
 import pathlib
-from typing import Literal
 
 import torch
 
@@ -39,7 +38,7 @@ class ExtrapolateConfig(config.StageConfig):
     methods: list[str] = option(["next"], f"next, {', '.join(METHODS)}")
     recipes: list[str] = option(["aligned"], "predictors of stage 3 that `next` uses")
     alphas: list[float] = option([1.5], "extending coefficients (paper: 1.5; Fig. 6: 0.5 to 4.0)")
-    merge: Literal["fp32", "backbone"] | None = option(None, "write whole models too")
+    merge: bool = option(False, "write whole models too, in fp32")
     accept: bool = option(False, "only write <method>_accepted: the best alpha by stage 6 (ours)")
     validation_data: list[str] = option(
         ["{run_dir}/data/valid.jsonl"], "for --accept, alpharl-pls and greedy-soup"

@@ -70,10 +70,7 @@ def main() -> None:
         model = (policy.with_jump(model, start) if jump else model).float().requires_grad_(True)
     else:
         model = policy.load_lora(model, start)
-    stage1.train(training.prepare(cfg, accelerator, model, tokenizer, made_of), folder, first_step)
-    stage.finish()
-    accelerator.print(f"done: steps {first_step + 1} to {cfg.steps}, checkpoints in {folder}")
-    accelerator.end_training()
+    stage1.train(training.prepare(cfg, accelerator, model, tokenizer, made_of), stage, first_step)
 
 
 if __name__ == "__main__":

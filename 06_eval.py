@@ -106,7 +106,7 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
         # `runs` answers to every problem, scored.
         for task in left:
             began = time.perf_counter()
-            rows = now.answers(task, judge)
+            rows = metrics.answers(now, now.tasks[task], cfg.runs, judge)
             record = {"policy": name, **made[task], "template_hash": now.template_hash}
             record |= metrics.summarise(rows, len(now.tasks[task][0]))
             record["seconds"] = round(time.perf_counter() - began, 2)

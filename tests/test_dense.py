@@ -119,7 +119,7 @@ def runs(backbone_dir, tmp_path_factory):
         base.model.norm.weight.data += 0.01
         size = "1GB" if step % 20 else "100KB"
         base.save_pretrained(bases[size], max_shard_size=size)
-        merge.merge(full, adapters.read_adapter(lora), bases[size], True, {})
+        merge.merge(full, adapters.read_adapter(lora), bases[size], {})
         assert (full / "model.safetensors.index.json").exists() == (step % 20 == 0)
     return folder
 
@@ -176,7 +176,7 @@ def test_whole_models_have_the_deltas_of_the_lora_they_were_merged_from(
 
 
 def test_a_jump_of_rank_1_is_an_adapter_on_the_last_model(runs, extracted, stage, W):
-    flags = ["--methods", "weighted", "repeat-last", "--merge", "fp32"]
+    flags = ["--methods", "weighted", "repeat-last", "--merge"]
     assert stage("04_extrapolate.py", *flags) == (0, "")
     last, label = runs / "full" / "checkpoint-80", "repeat-last_alpha1.5"
     folder = extracted / "extrapolated" / label
@@ -260,11 +260,9 @@ def test_the_oracle_of_whole_models_is_the_dense_future(
 
 
 def test_rounded_models_are_read_with_a_warning(runs, backbone_dir, tmp_path, monkeypatch, capsys):
-    backbone = policy.load_backbone(str(backbone_dir))[0].bfloat16()
-    backbone.save_pretrained(tmp_path / "bf16")
     for step in STEPS:
-        adapter = adapters.read_adapter(runs / "lora" / f"checkpoint-{step}")
-        merge.merge(tmp_path / f"checkpoint-{step}", adapter, tmp_path / "bf16", False, {})
+        model, _ = policy.load_backbone(str(runs / "full" / f"checkpoint-{step}"))
+        model.bfloat16().save_pretrained(tmp_path / f"checkpoint-{step}")
     flags = [tmp_path / "checkpoint-*", "--backbone", str(backbone_dir)]
     code, line = extract_from(monkeypatch, capsys, tmp_path / "run", *flags)
     assert code == 0

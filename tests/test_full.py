@@ -53,7 +53,7 @@ def full_run(empty_run, tmp_path_factory) -> pathlib.Path:
     shutil.copytree(empty_run, run)
     call("01_train_lora_grpo.py", run, "--steps", "7")
     call("02_extract_deltas.py", run)
-    jumps = ["--methods", "weighted", "none", "--alphas", "3", "--merge", "fp32"]
+    jumps = ["--methods", "weighted", "none", "--alphas", "3", "--merge"]
     call("04_extrapolate.py", run, *jumps)
     for start in ("weighted_alpha3", "none"):
         call("05_continue_rl.py", run, "--start", start, "--more-steps", "1")

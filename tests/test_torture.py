@@ -202,7 +202,7 @@ def held(folder: pathlib.Path):
         ("02", "deltas", ""),
         ("03", "predictor/aligned", "--recipes aligned"),
         ("04", "extrapolated/none", "--methods none --overwrite"),
-        ("04", "merged/none", "--methods none --merge fp32"),
+        ("04", "merged/none", "--methods none --merge"),
         ("05", "continued/next-aligned_alpha1.5", "--more-steps 3"),
         ("06", "eval", ""),
     ],
@@ -363,7 +363,7 @@ MERGED, PREDICTED = "continued/next-aligned_alpha1.5_merged", "predictor/aligned
     [
         ("02", ADAPTER, "--overwrite"),
         ("03", "deltas/model.layers.0.mlp.up_proj.safetensors", "--overwrite"),
-        ("04", "backbone/model.safetensors", "--methods none --merge fp32"),
+        ("04", "backbone/model.safetensors", "--methods none --merge"),
         ("04", f"{PREDICTED}.safetensors", "--methods next --overwrite"),
         ("05", JUMP, "--start none"),
         ("06", ADAPTER, "--policies train/step_0005"),

@@ -44,41 +44,23 @@ def check(adapter: Adapter, model: ModelFolder) -> None:
         raise UserError(f"cannot merge into {model.path}: {wrong}")
 
 
-def rounding(weight: torch.Tensor, update: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
-    """What rounding W + U to the dtype of W does to U [m, n] in fp32, as four numbers [4].
-
-    They are the entries that U changes, those that stay as they were, |U|^2, U's squared error.
-    """
-    error, changed = rounded.float() - weight.float() - update, update != 0
-    counts = changed.sum(), (changed & (rounded == weight)).sum()
-    sizes = (x.square().sum(dtype=torch.float64) for x in (update, error))
-    return torch.stack([x.double() for x in (*counts, *sizes)])
-
-
-def merge(
-    out: pathlib.Path, adapter: Adapter, base: pathlib.Path, fp32: bool, record: dict, change=None
-) -> None:
-    """Writes the model in `base` with `adapter` added to the folder `out`, `record` in merge.json.
+def merge(out: pathlib.Path, adapter: Adapter, base: pathlib.Path, record: dict, change=None):
+    """Writes the model in `base` with `adapter` added, in fp32, to the folder `out`, `record` in
+    merge.json. In bf16 most of an update of RL's size would be rounded away.
 
     change(module) -> [m, n] in fp32 is the update of a module of the adapter; None means s B A.
-    fp32: False keeps the dtypes of `base`, and what that loses is said on stderr.
     Raises UserError where the adapter does not fit, see `check`.
     """
-    model, counts, dtypes = open_model(base), torch.zeros(4, dtype=torch.float64), set()
+    model = open_model(base)
     check(adapter, model)
 
     def new(name: str) -> torch.Tensor:
         weight, module = model.tensor(name), name.removesuffix(".weight")
-        dtype = torch.float32 if fp32 and model.dtypes[name] in FLOATS else weight.dtype
+        weight = weight.float() if model.dtypes[name] in FLOATS else weight
         if module not in adapter.factors:
-            return weight.to(dtype)
+            return weight
         b, a = adapter.factors[module]
-        update = change(module) if change else adapter.scale(module) * (b @ a)
-        merged = (weight.float() + update).to(dtype)
-        if dtype.itemsize < 4:
-            counts.add_(rounding(weight, update, merged))
-            dtypes.add(model.dtypes[name])
-        return merged
+        return weight + (change(module) if change else adapter.scale(module) * (b @ a))
 
     with write.atomic_dir(out) as folder:
         beside = [path for path in base.iterdir() if path.suffix in _COPIED]
@@ -87,15 +69,9 @@ def merge(
             tensors = {name: new(name) for name in model.files if model.files[name] == file}
             write.save_tensors(folder / file.name, tensors, {"format": "pt"}, dtype=None)
         keys = [key for key in ("dtype", "torch_dtype") if key in model.config] or ["torch_dtype"]
-        config = {**model.config, **{key: "float32" for key in keys if fp32}}
+        config = model.config | dict.fromkeys(keys, "float32")
         write.write_text(folder / "config.json", json.dumps(config, indent=2))
-        changed, kept, size, error = counts.tolist()
-        lost = {"entries_lost": kept / max(1, changed), "norm_lost": (error / (size or 1)) ** 0.5}
-        write.write_text(folder / "merge.json", json.dumps(record | lost))
-    if dtypes:
-        rounded, (entries, norm) = ", ".join(sorted(dtypes)), lost.values()
-        loses = f"leaves {entries:.1%} of the entries as they were, loses {norm:.1%} of the norm"
-        print(f"warning: {out}: rounding to {rounded} {loses}: --merge fp32", file=sys.stderr)
+        write.write_text(folder / "merge.json", json.dumps(record))
 
 
 def backbone_of(info: dict) -> str:
@@ -108,16 +84,12 @@ def backbone_of(info: dict) -> str:
 
 def merge_jump(source: pathlib.Path, out: pathlib.Path, cfg) -> None:
     """Merges the adapter in `source` into its backbone, in the folder `out`, unless that is there.
-
-    cfg is stage 4's: --merge, --overwrite, and the run directory that {run_dir} stands for.
-    """
+    cfg: the options of stage 4."""
     backbone = backbone_of(adapters.read_info(source))
-    record = {"backbone": backbone, "dtype": cfg.merge}
-    record["adapter"] = sha256(source / adapters.WEIGHTS)
+    record = {"backbone": backbone, "adapter": sha256(source / adapters.WEIGHTS)}
     write.claim(out)
     if cfg.overwrite or not write.is_made(out / "merge.json", record):
-        base = find_model(cfg.path(backbone))
-        merge(out, adapters.read_adapter(source), base, cfg.merge == "fp32", record)
+        merge(out, adapters.read_adapter(source), find_model(cfg.path(backbone)), record)
 
 
 def save_jump(series: Series, new: Callable, places: tuple, info: dict, cfg) -> None:
@@ -149,16 +121,15 @@ def save_jump(series: Series, new: Callable, places: tuple, info: dict, cfg) -> 
 
     write.claim(places[1])
     write.remove(places[0])  # made otherwise before
-    base, fp32 = find_model(cfg.path(backbone_of(info))), cfg.merge != "backbone"
-    merge(places[1], last, base, fp32, {}, change)
-    info = info | {"dtype": cfg.merge or "fp32", "seconds": round(time.perf_counter() - began, 3)}
+    merge(places[1], last, find_model(cfg.path(backbone_of(info))), {}, change)
+    info = info | {"seconds": round(time.perf_counter() - began, 3)}
     write.write_json(places[1] / "checkpoint.json", info)
 
 
 def is_made(adapter: pathlib.Path, whole: pathlib.Path, info: dict, cfg) -> bool:
     """Whether one of the two folders is there, whole, and was made from the same."""
-    for folder, record in ((adapter, info), (whole, info | {"dtype": cfg.merge or "fp32"})):
-        if not cfg.overwrite and write.is_made(folder / "checkpoint.json", record):
+    for folder in (adapter, whole):
+        if not cfg.overwrite and write.is_made(folder / "checkpoint.json", info):
             write.claim(folder)  # clears what a kill has left
             return True
     return False

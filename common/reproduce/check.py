@@ -9,6 +9,8 @@ import importlib
 import itertools
 import math
 import pathlib
+import shlex
+import shutil
 
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoConfig
@@ -61,6 +63,12 @@ def check(name: str, preset: dict, root: str, jobs: list[plans.Job]) -> None:
     try:
         model, tokenizer = policy.load_backbone(train.path(train.backbone))
         print(needs(model, train, jobs))
+        if any("full" in job.argv for job in jobs):
+            argv = f"--config {shlex.quote(name)} --tune full {wanted['full_flags']}"
+            whole = config.parse(type(train), "train", "", shlex.split(argv))
+            print(f"without LoRA, {needs(model, whole, jobs)}")
+        free = shutil.disk_usage(pathlib.Path.cwd()).free
+        wrong += ["too little room on the disk"] if disk_of(train, jobs) > free else []
     except UserError as error:
         wrong.append(f"missing: {error}")
     validation = [wanted["validation_data"]] if wanted["validation_data"] else []

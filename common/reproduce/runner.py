@@ -94,8 +94,9 @@ class Runner:
             code = reader.result()
         if code:
             if self.logs:
-                tail = self._log(job).read_text(encoding="utf-8").splitlines()[-20:]
-                print("\n".join(tail), file=sys.stderr)
+                tail = self._log(job).read_text(encoding="utf-8").splitlines()[-100:]
+                told = [line for line in tail if line.startswith("error: ")]  # the stage's own
+                print("\n".join(told[-1:] or tail[-20:]), file=sys.stderr)
             raise UserError(f"this command failed (exit code {code}), see above: {job.line}")
         del self.running[reader]
         self.free.append(lane)

@@ -85,6 +85,7 @@ def check(model, cfg, accelerator) -> None:
     if cfg.engine == "vllm" and "kv_cache_memory_bytes" not in options:
         parts["vLLM"] = total * options.get("gpu_memory_utilization", rollout.SHARED)
     listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+    listed += "; rollouts by hf are not counted: --batch-size" if cfg.engine == "hf" else ""
     needed = f"{sum(parts.values()) / 1e9:.1f} GB of a GPU's {total / 1e9:.1f} ({listed})"
     if sum(parts.values()) > total:
         raise UserError(f"needs {needed}: --gradient-checkpointing true, or fewer --micro-tokens")

@@ -194,10 +194,6 @@ class Loaded:
         self.tasks = {t: data.encode_prompts(found, *turns, limit, t) for t, found in tasks.items()}
         self.engine = rollout.make_engine(cfg, model, self.tokenizer, cfg.path(base), rank)
 
-    def answers(self, task: str, judge) -> list[dict]:
-        """cfg.runs answers to every problem of the task, see `answers`."""
-        return answers(self, self.tasks[task], self.cfg.runs, judge)
-
 
 def summarise(rows: list[dict], problems: int) -> dict:
     """Accuracy with its standard error over problems, and the means that go with it."""

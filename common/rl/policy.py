@@ -9,7 +9,7 @@ import sys
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import AutocastKwargs, parse_flag_from_env
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch.distributed.fsdp import FSDPModule
@@ -38,8 +38,12 @@ def start_processes(mixed_precision: str, **options) -> Accelerator:
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # else CPU processes do not find each other
         mixed_precision=auto if mixed_precision == "auto" else mixed_precision,
-        # The others wait while one writes a large model: longer than NCCL's ten minutes.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))],
+        kwargs_handlers=[
+            # The others wait while one writes a large model: longer than NCCL's ten minutes.
+            InitProcessGroupKwargs(timeout=datetime.timedelta(days=1)),
+            # Else the copies of all trained weights in bf16 stay until the end of a forward pass.
+            AutocastKwargs(cache_enabled=False),
+        ],
         **options,
     )
 

@@ -100,7 +100,6 @@ class HFEngine:
         dtypes = {parameter.dtype for parameter in policy.parameters()}
         self.is_exact = dtypes == {torch.float32} and not is_sharded(policy)
         self.ends = end_tokens(policy, tokenizer)
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.ends[0]
 
     def sync(self, policy) -> None:
         """Nothing to do: the policy is the model that is sampled from."""
@@ -133,14 +132,14 @@ class HFEngine:
     def _generate(self, prompts, seeds, length, temperature, top_p) -> list[Rollout]:
         device, width = self.policy.device, max(map(len, prompts))
         # Padded on the left: all go on in the same column.
-        ids = [[self.pad] * (width - len(p)) + p for p in prompts]
+        ids = [[0] * (width - len(p)) + p for p in prompts]
         mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
         ids, mask = (torch.tensor(x, device=device) for x in (ids, mask))
         position = (mask.cumsum(1) - 1).clamp_min(0)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         uniform = [torch.rand(length, generator=g, dtype=torch.float64) for g in generators]
         uniform = torch.stack(uniform).to(device)  # [sequences, length]
-        tokens = torch.full(uniform.shape, self.pad, device=device)
+        tokens = torch.zeros(uniform.shape, dtype=torch.long, device=device)
         logprobs = torch.zeros(uniform.shape, device=device)
         model, ends = base_model(self.policy), torch.tensor(self.ends, device=device)
         sharded = is_sharded(self.policy)

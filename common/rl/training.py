@@ -122,8 +122,8 @@ def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str
         policy.checkpoint_gradients(model)
     if cfg.tune == "full" and cfg.kl_coef:
         frozen = place(policy.load_backbone(cfg.path(cfg.backbone))[0], accelerator.device)
-    found = model.peft_config["default"].to_dict() if isinstance(model, PeftModel) else {"r": 0}
-    rank = adapters.highest_rank(found)
+    lora = model.peft_config["default"].to_dict() if isinstance(model, PeftModel) else {"r": 0}
+    rank = adapters.highest_rank(lora)
     engine = rollout.make_engine(cfg, model, tokenizer, cfg.path(backbone[0]), rank)
     where = f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
     accelerator.print(f"{where}, rollouts by {cfg.engine}; {len(problems)} problems")

@@ -63,7 +63,7 @@ def seed(root: pathlib.Path, number: int) -> dict[str, float]:
     backbone = ("--backbone", root / "backbone")
     call("01_train_lora_grpo.py", first, *given, "--steps", HALF, "--save-every", EVERY)
     for method in (*RECIPES, "none"):
-        jump(first, method, "--merge", "fp32")
+        jump(first, method, "--merge")
     call("01_train_lora_grpo.py", first, *given, "--steps", TOTAL, "--save-every", HALF)
     found["GRPO"] = measured(root, first, f"train/step_{TOTAL:04d}", *backbone)
     for method, start in ONCE.items():
@@ -80,7 +80,7 @@ def seed(root: pathlib.Path, number: int) -> dict[str, float]:
             own = (*backbone, *problems, "--seed", number + 1000 * step)
             call("01_train_lora_grpo.py", run, *own, "--steps", HALF, "--save-every", EVERY)
             if step < TOTAL:
-                jump(run, method, "--merge", "fp32")
+                jump(run, method, "--merge")
         found[f"{method}, often"] = measured(root, run, f"train/step_{HALF:04d}", *backbone)
     return found
 

@@ -1,5 +1,7 @@
 """What `python -m common.reproduce` finds, fetches, counts and computes before anything runs."""
 
+import types
+
 import pytest
 import yaml
 from conftest import TINY, lay_out
@@ -104,6 +106,30 @@ def test_memory_is_told_of_as_many_gpus_as_share_the_layers(tmp_path, monkeypatc
     for file in ("", " --config_file common/accelerate/fsdp2.yaml"):
         checked(tmp_path, reproduce={"launch": f"accelerate launch{file}"})
     assert seen == [1, 8]
+
+
+def test_runs_of_all_parameters_have_a_memory_of_their_own_and_the_disk_an_end(
+    tmp_path, monkeypatch, capsys
+):
+    lay_out(tmp_path)
+    name = tmp_path / "mine.yaml"
+    flags = "--prompts-per-step 32 --mini-batch 8"
+    name.write_text(yaml.safe_dump({"base": TINY, "reproduce": {"full_flags": flags}}))
+    preset = config.load_preset(str(name))
+    for key, stage in (("backbone", "shared"), ("train_data", "train")):
+        preset[stage][key] = preset[stage][key].replace("{run_dir}", str(tmp_path))
+    name.write_text(yaml.safe_dump(preset))
+    jobs = plans.grid("paper", str(name), preset, str(tmp_path), [0], {3})
+    seen, plan = [], memory.plan
+    note = lambda config, cfg, *rest: seen.append((cfg.tune, cfg.mini_batch))  # noqa: E731
+    monkeypatch.setattr(memory, "plan", lambda *args: note(*args) or plan(*args))
+    monkeypatch.setattr(check.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=0))
+    with pytest.raises(UserError, match="1 are not as they should be"):
+        check.check(str(name), preset, str(tmp_path), jobs)
+    assert seen == [("lora", preset["train"]["mini_batch"]), ("full", 8)]
+    out = capsys.readouterr().out
+    assert "without LoRA, memory of a GPU" in out
+    assert "too little room on the disk" in out
 
 
 def test_a_sweep_wants_problems_for_validation(monkeypatch):

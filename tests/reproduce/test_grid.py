@@ -162,16 +162,18 @@ def test_gpus_are_shared_out_by_the_preset(monkeypatch):
     )
 
 
-def test_a_grid_that_failed_goes_on_with_what_is_missing(tmp_path):
+def test_a_grid_that_failed_goes_on_with_what_is_missing(tmp_path, capsys):
     count, mended = (str(tmp_path / name) for name in ("count", "mended"))
     count = f"import pathlib; p = pathlib.Path({count!r}); "
     count += "p.write_text(p.read_text() + 'x' if p.exists() else 'x')"
-    fail = "import pathlib, sys; print('why it failed'); "
+    fail = "import pathlib, sys; print('error: why it failed' + 30 * '\\nwords of a launcher'); "
     fail += f"sys.exit(not pathlib.Path({mended!r}).exists())"
     jobs = jobs_of(("a", count, []), ("b", fail, ["a"]), ("c", "print('end')", ["b"]))
     with pytest.raises(UserError, match="failed"):
         run_jobs(tmp_path, jobs)
-    assert "why it failed" in (tmp_path / "logs" / "b.log").read_text()
+    assert "words of a launcher" in (tmp_path / "logs" / "b.log").read_text()
+    told = capsys.readouterr().err
+    assert ("error: why it failed" in told, "words of a launcher" in told) == (True, False)
     (tmp_path / "mended").touch()
     run_jobs(tmp_path, jobs)
     assert (tmp_path / "count").read_text() == "x"  # a was not done again
