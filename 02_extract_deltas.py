@@ -84,7 +84,8 @@ def main() -> None:
     mine = found.modules[state.process_index :: state.num_processes]
     mine = [module for module in mine if not files[module].is_file()]
     with concurrent.futures.ThreadPoolExecutor(workers, "", torch.set_num_threads, (1,)) as pool:
-        # Eq. 6, 7. W[i - k] is asked for again when 2 k others were: so many stay in memory.
+        # Eq. 6, 7. W[i - k] is asked for again after 2 k others: so many stay in memory, and each
+        # is read once. Fewer --threads need less.
         k, keep = cfg.k, 2 * cfg.k + 1
         work = {m: pool.submit(rank1.trajectory, found.weights(m, keep), k) for m in mine}
         try:

@@ -267,6 +267,10 @@ def test_rounded_models_are_read_with_a_warning(runs, backbone_dir, tmp_path, mo
     code, line = extract_from(monkeypatch, capsys, tmp_path / "run", *flags)
     assert code == 0
     assert line.startswith("warning: checkpoints in BF16")
+    policy.load_backbone(str(backbone_dir))[0].bfloat16().save_pretrained(tmp_path / "bf16")
+    flags = [runs / "full" / "checkpoint-*", "--backbone", str(tmp_path / "bf16")]
+    code, line = extract_from(monkeypatch, capsys, tmp_path / "exact", *flags)
+    assert (code, line[:5]) == (0, "note:")  # the rounded backbone is where fp32 began
 
 
 def test_the_layers_that_take_part_are_those_of_a_lora_on_all_linear_layers(backbone_dir):

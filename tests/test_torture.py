@@ -199,7 +199,7 @@ def held(folder: pathlib.Path):
     ("script", "folder", "flags"),
     [
         ("01", "train", "--steps 9"),
-        ("02", "deltas", ""),
+        ("02", "deltas", "--overwrite"),
         ("03", "predictor/aligned", "--recipes aligned"),
         ("04", "extrapolated/none", "--methods none --overwrite"),
         ("04", "merged/none", "--methods none --merge"),

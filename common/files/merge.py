@@ -77,7 +77,7 @@ def merge(out: pathlib.Path, adapter: Adapter, base: pathlib.Path, record: dict,
 def backbone_of(info: dict) -> str:
     """What an adapter stands on. UserError where it does not say: verl's does not."""
     if "backbone" not in info:
-        key = "base_model_name_or_path in the adapter_config.json of the last checkpoint"
+        key = "base_model_name_or_path in the adapter_config.json of every checkpoint"
         raise UserError(f"no backbone to merge into: write its name to {key}")
     return info["backbone"]
 
@@ -86,7 +86,8 @@ def merge_jump(source: pathlib.Path, out: pathlib.Path, cfg) -> None:
     """Merges the adapter in `source` into its backbone, in the folder `out`, unless that is there.
     cfg: the options of stage 4."""
     backbone = backbone_of(adapters.read_info(source))
-    record = {"backbone": backbone, "adapter": sha256(source / adapters.WEIGHTS)}
+    record = {"backbone": backbone, "dtype": "fp32"}
+    record["adapter"] = sha256(source / adapters.WEIGHTS)
     write.claim(out)
     if cfg.overwrite or not write.is_made(out / "merge.json", record):
         merge(out, adapters.read_adapter(source), find_model(cfg.path(backbone)), record)
@@ -122,14 +123,14 @@ def save_jump(series: Series, new: Callable, places: tuple, info: dict, cfg) -> 
     write.claim(places[1])
     write.remove(places[0])  # made otherwise before
     merge(places[1], last, find_model(cfg.path(backbone_of(info))), {}, change)
-    info = info | {"seconds": round(time.perf_counter() - began, 3)}
+    info = info | {"dtype": "fp32", "seconds": round(time.perf_counter() - began, 3)}
     write.write_json(places[1] / "checkpoint.json", info)
 
 
 def is_made(adapter: pathlib.Path, whole: pathlib.Path, info: dict, cfg) -> bool:
     """Whether one of the two folders is there, whole, and was made from the same."""
-    for folder in (adapter, whole):
-        if not cfg.overwrite and write.is_made(folder / "checkpoint.json", info):
+    for folder, record in ((adapter, info), (whole, info | {"dtype": "fp32"})):
+        if not cfg.overwrite and write.is_made(folder / "checkpoint.json", record):
             write.claim(folder)  # clears what a kill has left
             return True
     return False

@@ -106,7 +106,7 @@ def sha256(path: pathlib.Path) -> str:
 def step_of(path: pathlib.Path) -> int | None:
     """The step in the last name of `path` that ends in one: checkpoint-20, step_0020,
     global_step_20/actor/lora_adapter. None without such a name: job-7/final."""
-    found = [re.search(r"(?:checkpoint|step)[-_](\d+)$", part) for part in path.parts]
+    found = [re.search(r"(?:checkpoint|ckpt|step|iter)[-_](\d+)$", part) for part in path.parts]
     return next((int(match[1]) for match in reversed(found) if match), None)
 
 

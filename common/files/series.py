@@ -126,8 +126,10 @@ class ModelSeries(Series):
             for name in names:
                 if (found := model.shapes.get(name)) != wanted[name]:
                     raise UserError(f"{model.path} has {name} as {found}, not {wanted[name]}")
-        self.dtypes = {model.dtypes[name] for model in self.models[1:] for name in names}
-        if odd := self.dtypes - adapters.FLOATS:  # read as floats, their deltas would mean nothing
+        dtypes = [{model.dtypes[name] for name in names} for model in self.models]
+        self.dtypes = set().union(*dtypes[1:])  # a rounded backbone spoils no delta of fp32 models
+        # Quantised weights that are read as floats would give deltas that mean nothing.
+        if odd := set().union(*dtypes) - adapters.FLOATS:
             raise UserError(f"quantised weights ({', '.join(sorted(odd))}) cannot jump")
         self.others = sorted(wanted.keys() - {*names})
 
@@ -182,12 +184,12 @@ def open_series(paths: dict[int, pathlib.Path], backbone: str, run_dir: str) -> 
 
 def reopen(run: pathlib.Path) -> Series:
     """The checkpoints that the deltas of the run directory `run` were made from. UserError where
-    the last one is another by now."""
+    the last adapter is another by now."""
     index, folder = deltas.read_index(run / "deltas"), run / "deltas"
     paths = {int(step): run / path for step, path in index["checkpoints"].items()}
     found, last = open_series(paths, index["backbone"], str(run)), max(paths)
     noted = read_json(folder / "done.json", deltas.STAGE, {"inputs": dict})["inputs"]
-    hashed_then = noted.get(f"step_{last:04d}")  # of an adapter
+    hashed_then = noted.get(f"step_{last:04d}")
     if hashed_then and sha256(paths[last] / adapters.WEIGHTS) != hashed_then:
         raise UserError(f"{paths[last]} has changed: {deltas.AGAIN}")
     return found

@@ -156,6 +156,12 @@ def hashes_of(folder: pathlib.Path, also: tuple[str, ...] = ()) -> dict[str, str
     return {path.name: sha256(path) for path in sorted(weights + others)}
 
 
+def free_bytes(path: pathlib.Path) -> int:
+    """On the disk of `path`, which need not be there yet."""
+    path = pathlib.Path(os.path.abspath(path))
+    return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+
+
 def is_complete(folder: pathlib.Path) -> bool:
     """Whether every file is there whose hash was written when `folder` was."""
     return all((folder / name).is_file() for name in written_hashes(folder))

@@ -10,13 +10,12 @@ import itertools
 import math
 import pathlib
 import shlex
-import shutil
 
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoConfig
 
 from common import UserError
-from common.files import config
+from common.files import config, write
 from common.reproduce import plans
 from common.rl import benchmarks, data, in_one_line, memory, policy
 
@@ -67,8 +66,7 @@ def check(name: str, preset: dict, root: str, jobs: list[plans.Job]) -> None:
             argv = f"--config {shlex.quote(name)} --tune full {wanted['full_flags']}"
             whole = config.parse(type(train), "train", "", shlex.split(argv))
             print(f"without LoRA, {needs(model, whole, jobs)}")
-        free = shutil.disk_usage(pathlib.Path.cwd()).free
-        wrong += ["too little room on the disk"] if disk_of(train, jobs) > free else []
+        print(f"free on the disk: {write.free_bytes(pathlib.Path(root)) / 1e9:.1f} GB")
     except UserError as error:
         wrong.append(f"missing: {error}")
     validation = [wanted["validation_data"]] if wanted["validation_data"] else []
@@ -114,7 +112,7 @@ def disk_of(cfg, jobs: list[plans.Job]) -> float:
     with in_one_line(f"cannot load backbone {cfg.backbone}", policy.WANTED):
         safe = {"local_files_only": True, "trust_remote_code": False}
         config = AutoConfig.from_pretrained(cfg.path(cfg.backbone), **safe)
-    models = [memory.on_paper(config, c) for c in (cfg, dataclasses.replace(cfg, tune="full"))]
+        models = [memory.on_paper(config, c) for c in (cfg, dataclasses.replace(cfg, tune="full"))]
     own, whole = (4 * sum(p.numel() for p in policy.trained(m).values()) for m in models)
     return disk(jobs, cfg.save_every, own, whole)
 

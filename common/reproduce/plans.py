@@ -113,7 +113,7 @@ class Plan:
         if name == "full":
             other, rate = self.wanted["full_preset"], self.preset["train"]["learning_rate"] / 10
             rate = load_preset(other)["train"]["learning_rate"] if other else rate  # paper: a tenth
-            flags = f"--tune full --learning-rate {rate} {self.wanted['full_flags']}"
+            flags = f"--tune full --learning-rate {rate:g} {self.wanted['full_flags']}"
         values |= {"seed": seed, "flags": flags, **TABLES["jumps"][jumps]}
         self.add("side", f"seed{seed}/{name}", **values)
 

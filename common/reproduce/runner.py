@@ -82,6 +82,7 @@ class Runner:
         if self.logs:
             self.logs.mkdir(exist_ok=True)
         with open(self._log(job) if self.logs else os.devnull, "a", encoding="utf-8") as log:
+            print(f"$ {job.line}", file=log, flush=True)
             for line in process.stdout:
                 print(line, end="", file=log, flush=True)
                 if line.strip() and not self.logs:
@@ -94,9 +95,10 @@ class Runner:
             code = reader.result()
         if code:
             if self.logs:
-                tail = self._log(job).read_text(encoding="utf-8").splitlines()[-100:]
-                told = [line for line in tail if line.startswith("error: ")]  # the stage's own
-                print("\n".join(told[-1:] or tail[-20:]), file=sys.stderr)
+                text = self._log(job).read_text(encoding="utf-8")
+                lines = text.rpartition(f"$ {job.line}\n")[2].splitlines()  # of this attempt
+                told = dict.fromkeys(line for line in lines if line.startswith("error: "))
+                print("\n".join(told or lines[-20:]), file=sys.stderr)
             raise UserError(f"this command failed (exit code {code}), see above: {job.line}")
         del self.running[reader]
         self.free.append(lane)

@@ -111,7 +111,7 @@ def start_tracker(cfg, accelerator) -> None:
     own = {"trackio": run, "wandb": {**run, "id": run["name"]}}
     if not accelerator.log_with:  # what is not installed is left out
         raise UserError(f"--report-to {cfg.report_to} is not installed")
-    config = {key: str(value) for key, value in as_dict(cfg).items()}
+    config = {k: v if isinstance(v, int | float) else str(v) for k, v in as_dict(cfg).items()}
     accelerator.init_trackers(cfg.project, config=config, init_kwargs=own)
 
 

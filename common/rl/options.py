@@ -81,8 +81,8 @@ class RLConfig(SamplingConfig):
             raise UserError(f"top_p {self.top_p} biases the importance ratio: set it to 1.0")
         if self.rollouts == 1 and self.algorithm != "reinforce++":
             raise UserError(f"{self.algorithm} compares responses: rollouts must be 2 or more")
-        if bool(self.eval_every) != bool(self.eval_data):
-            raise UserError("--eval-every and --eval-data, problems for validation, go together")
+        if self.eval_every and not self.eval_data:
+            raise UserError("eval_every wants --eval-data: problems for validation")
         if self.kl_in == "reward" and not self.kl_coef:
             raise UserError("kl_in reward takes nothing from it with kl_coef 0: set kl_coef")
 

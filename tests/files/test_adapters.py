@@ -242,6 +242,7 @@ def small_series(tmp_path_factory):
         ({"alpha_pattern": {"proj": 8, "q_proj": 8}}, "differs in its scales from"),
         ({"rank_pattern": {"q_proj": 3}}, "has B (6, 2) and A (2, 5), its config says rank 3"),
         ({"use_dora": True}, "(use_dora)"),
+        ({"megatron_config": {"x": 1}}, "(megatron_config)"),  # names a module to import
         ({"peft_type": "IA3"}, "(peft_type IA3)"),
         ({"init_lora_weights": "olora"}, "olora, which changes the backbone"),
         ({"target_parameters": ["experts.down"]}, "(target_parameters)"),
@@ -278,6 +279,7 @@ def test_a_pattern_that_matches_no_whole_name_changes_no_scale(small_series, tmp
         ("train/step_0020", 20),
         ("qwen2.5/global_step_40/actor/lora_adapter", 40),
         ("run3/v2-checkpoint-7", 7),
+        ("out/ckpt-300", 300),
         ("outputs/last", None),
         ("/home/user2/qwen2.5/final", None),
         ("/scratch/job-48213/adapter", None),

@@ -18,8 +18,9 @@ def test_quantised_models_are_refused(backbone_dir, tmp_path, dtype):
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[name] = tensors[name].to(dtype)
     safetensors.torch.save_file(tensors, whole / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"quantised weights .* cannot jump"):
-        series.open_series({1: whole}, str(backbone_dir), str(tmp_path))
+    for checkpoint, backbone in ((whole, backbone_dir), (backbone_dir, whole)):
+        with pytest.raises(UserError, match=r"quantised weights .* cannot jump"):
+            series.open_series({1: checkpoint}, str(backbone), str(tmp_path))
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])

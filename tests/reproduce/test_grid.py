@@ -112,6 +112,12 @@ def test_the_papers_rows_are_made_once_and_share_every_prefix(tables_, runs_, st
     assert any("paper-no-local" in job.argv for job in jobs) == (5 in tables_)
 
 
+def test_all_parameters_are_trained_at_the_papers_rate():
+    preset = config.load_preset("paper_qwen2.5_1.5b")
+    jobs = plans.grid("paper", "p", preset, "runs/x", [0], {3})
+    assert any("--tune full --learning-rate 5e-07 " in job.line for job in jobs)
+
+
 def jobs_of(*commands: tuple[str, str, list[str]]) -> list[plans.Job]:
     return [
         plans.Job(name, [sys.executable, "-c", code], needs, 1.0) for name, code, needs in commands
@@ -174,6 +180,11 @@ def test_a_grid_that_failed_goes_on_with_what_is_missing(tmp_path, capsys):
     assert "words of a launcher" in (tmp_path / "logs" / "b.log").read_text()
     told = capsys.readouterr().err
     assert ("error: why it failed" in told, "words of a launcher" in told) == (True, False)
+    crash = jobs_of(("b", fail.replace("error: why", "Killed: why"), ["a"]))
+    (tmp_path / "logs" / "b.log").open("a").write("error: of an earlier attempt\n")
+    with pytest.raises(UserError, match="failed"):
+        run_jobs(tmp_path, [jobs[0], *crash])
+    assert "error: of an earlier attempt" not in capsys.readouterr().err
     (tmp_path / "mended").touch()
     run_jobs(tmp_path, jobs)
     assert (tmp_path / "count").read_text() == "x"  # a was not done again
