@@ -31,7 +31,7 @@ class ContinueConfig(stage1.TrainConfig):
 
     start: str = option("next-aligned_alpha1.5", "of extrapolated/; merged/<name>; a path with /")
     restart: Literal["adapter", "merged"] = option("adapter", "train it, or a new LoRA on it")
-    name: str = option("", "folder of continued/ to write [after the start]")
+    name: str = option("", "folder of continued/ to write [the name of the start]")
     more_steps: int = option(100, "RL steps after the jump (paper: 100)")
     steps: int = option(1, "not an option here: the step of the start plus more_steps")
 

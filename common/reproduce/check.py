@@ -37,6 +37,9 @@ def options(name: str, root: str) -> list:
         module, cls = path.split(".")
         kind = getattr(importlib.import_module(module), cls)
         found.append(config.parse(kind, sections, "", ["--config", name, "--run-dir", root]))
+    known = {key for cfg in found for key in vars(cfg)}
+    for key in config.load_preset(name).get("shared", {}).keys() - known:
+        raise UserError(f"preset {name}: unknown key {key} in shared; {config.nearest(key, known)}")
     test = found[-1]
     for spec in map(test.path, test.test_data):
         if pathlib.Path(spec).is_file():

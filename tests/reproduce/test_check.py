@@ -23,6 +23,7 @@ def checked(tmp_path, **sections) -> None:
     ("sections", "line"),
     [
         ({"eval": {"run": 4}}, "unknown key 'run' in section eval"),
+        ({"shared": {"promt_template": ""}}, "did you mean prompt_template?"),
         ({"extrapolate": {"methods": ["nxt"]}}, "no method 'nxt'"),
         ({"eval": {"answer_column": "solution"}}, "no usable 'solution'"),
     ],
