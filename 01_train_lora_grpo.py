@@ -178,7 +178,7 @@ def main() -> None:
     accelerator = training.start(cfg, folder)
     start, first_step = models.find_adapter(cfg.path(cfg.start))
     if first_step >= cfg.steps:
-        raise UserError(f"{start} is of step {first_step}, to train it on say more --steps")
+        raise UserError(f"{start} is of step {first_step}: use a larger --steps")
     inputs = {"backbone": quick_hash(cfg.path(cfg.backbone)), "start": quick_hash(str(start))}
     inputs["train_data"] = data.content_hash(cfg.path(cfg.train_data))
     with accelerator.main_process_first():

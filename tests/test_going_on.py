@@ -72,7 +72,7 @@ def test_another_trainers_adapter_is_trained_on_from_the_step_in_its_name(
     assert (new_run / "train" / file).read_bytes() == want
     assert (new_run / "continued" / "trl" / file).read_bytes() == want
     code, line = stage("01", new_run, "--start", str(outputs), "--steps", "6", "--overwrite")
-    assert (code, "is of step 6, to train it on say more --steps" in line) == (2, True)
+    assert (code, "is of step 6: use a larger --steps" in line) == (2, True)
     code, line = stage("01", new_run, "--start", str(new_run / "data"), "--overwrite")
     assert (code, "no adapter of PEFT's is in or below it" in line) == (2, True)
 

@@ -108,12 +108,12 @@ def has_code(path: pathlib.Path) -> bool:
 
 def closure(path: pathlib.Path) -> set[pathlib.Path]:
     """The files of ours, with code in them, without which `path` cannot work."""
-    found, todo = set(), [path]
-    while todo:
-        for other in filter(None, map(file_of, imported(todo.pop()))):
+    found, left = set(), [path]
+    while left:
+        for other in filter(None, map(file_of, imported(left.pop()))):
             if other not in found | {path} and has_code(other):
                 found.add(other)
-                todo.append(other)
+                left.append(other)
     return found
 
 

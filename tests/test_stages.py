@@ -300,9 +300,9 @@ def by_two(finished_run, empty_run, tmp_path_factory) -> pathlib.Path:
     run = shutil.copytree(finished_run, folder / "run")
     for name in ("deltas", "predictor/aligned", "eval"):
         shutil.rmtree(run / name)
-    todo = [("01", lora, *LORA, *TWO), ("02", run), ("03", run)]
-    todo += [("06", run, "--policies", *EVALUATED), ("01", full, *FULL, *TWO)]
-    commands = [(SCRIPTS[number], str(place), *flags) for number, place, *flags in todo]
+    typed = [("01", lora, *LORA, *TWO), ("02", run), ("03", run)]
+    typed += [("06", run, "--policies", *EVALUATED), ("01", full, *FULL, *TWO)]
+    commands = [(SCRIPTS[number], str(place), *flags) for number, place, *flags in typed]
     (folder / "in_turn.py").write_text(IN_TURN.format(root=str(ROOT), commands=commands))
     process = start_two(str(folder / "in_turn.py"), run, "cpu_processes")
     output, _ = process.communicate(timeout=300)

@@ -21,9 +21,8 @@ from common.files.read import read_json
 from common.files.stage import within
 from common.rank1 import LowRank
 
-# Of a result of stage 6; and what says that this process is one of several.
-MEASURED = {"accuracy": float, "data": str, "settings": dict, "weights": str}
-OF_SEVERAL = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+MEASURED = {"accuracy": float, "data": str, "settings": dict, "weights": str}  # by stage 6
+OF_SEVERAL = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # set where a process is one of several
 
 
 @dataclasses.dataclass
@@ -64,7 +63,7 @@ def results(known: Known, policy: str) -> tuple[list[dict], list[pathlib.Path]]:
     """What stage 6 wrote to <run>/validation about `policy`: a row and a file a task."""
     folder = known.run / "validation"
     if pathlib.Path(policy).is_absolute():
-        raise UserError(f"{policy} is not in {known.run}: what chooses by accuracy needs it there")
+        raise UserError(f"{policy}: to choose by accuracy, have the checkpoints in {known.run}")
     files = sorted((folder / policy.replace("/", "__")).glob("*.json"))
     if not files:
         pattern = str(pathlib.PurePath(policy).with_name("*"))
@@ -75,7 +74,7 @@ def results(known: Known, policy: str) -> tuple[list[dict], list[pathlib.Path]]:
 
 def measured(known: Known, policies: Iterable[str] = ()) -> tuple[dict, list[pathlib.Path]]:
     """policy -> its results, a row a task; without `policies` of every checkpoint. Raises UserError
-    where they were not measured alike, or where the weights are others by now."""
+    where they were not measured alike, or where the weights have changed since then."""
     rows, files, ways = {}, [], []
     for policy in policies or [within(path, known.run) for path in known.series.paths.values()]:
         rows[policy], read = results(known, policy)

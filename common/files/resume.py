@@ -82,7 +82,7 @@ def go_on(folder, first_step: int, every: int, stands_on: dict, model, optimizer
             for moment, parameter in zip(moments["state"].values(), own.values(), strict=True):
                 moment |= {name: dealt(tensor, parameter) for name, tensor in moment.items()}
             weights = {name: dealt(tensor, own[name]) for name, tensor in weights.items()}
-            # Fused or not is a matter of this run, and decides where the moments lie.
+            # This run decides whether AdamW is fused, not the run that wrote the state.
             moments["param_groups"][0]["fused"] = optimizer.param_groups[0]["fused"]
             model.load_state_dict(weights, strict=False)
             optimizer.load_state_dict(moments)

@@ -184,13 +184,13 @@ def open_series(paths: dict[int, pathlib.Path], backbone: str, run_dir: str) -> 
 
 def reopen(run: pathlib.Path) -> Series:
     """The checkpoints that the deltas of the run directory `run` were made from. UserError where
-    the last adapter is another by now."""
+    the last adapter has changed since then."""
     index, folder = deltas.read_index(run / "deltas"), run / "deltas"
     paths = {int(step): run / path for step, path in index["checkpoints"].items()}
     found, last = open_series(paths, index["backbone"], str(run)), max(paths)
     noted = read_json(folder / "done.json", deltas.STAGE, {"inputs": dict})["inputs"]
-    hashed_then = noted.get(f"step_{last:04d}")
-    if hashed_then and sha256(paths[last] / adapters.WEIGHTS) != hashed_then:
+    before = noted.get(f"step_{last:04d}")  # whole models have other names here
+    if before and sha256(paths[last] / adapters.WEIGHTS) != before:
         raise UserError(f"{paths[last]} has changed: {deltas.AGAIN}")
     return found
 

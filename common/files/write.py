@@ -157,7 +157,7 @@ def hashes_of(folder: pathlib.Path, also: tuple[str, ...] = ()) -> dict[str, str
 
 
 def free_bytes(path: pathlib.Path) -> int:
-    """On the disk of `path`, which need not be there yet."""
+    """How much is free on the disk of `path`. The path itself need not exist yet."""
     path = pathlib.Path(os.path.abspath(path))
     return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
 

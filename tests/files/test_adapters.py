@@ -342,7 +342,7 @@ def test_a_jump_does_not_add_old_deltas_to_another_last_checkpoint(
     assert (code, "checkpoint-80 has changed: run 02" in line) == (2, True)
     shutil.copy(small_series / "checkpoint-80" / adapters.WEIGHTS, last)
     code, line = call_on(monkeypatch, capsys, *flags, "greedy-soup")
-    assert (code, "what chooses by accuracy needs it there" in line) == (2, True)
+    assert (code, "to choose by accuracy, have the checkpoints in" in line) == (2, True)
 
 
 def test_the_run_directory_may_be_moved_and_checkpoints_elsewhere_may_not(
