@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 
+import torch
 from tqdm import tqdm
 
 from common import UserError
@@ -27,8 +28,10 @@ signals: list[int] = []  # those that came: safetensors may raise a ValueError i
 
 
 def versions() -> dict[str, str]:
-    """What a result was made with: Python and the packages that are installed."""
-    found = {"python": sys.version.split()[0]}
+    """What a result is made with: Python, packages that are installed, device and processes."""
+    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU") != "true"
+    found = {"python": sys.version.split()[0], "processes": os.environ.get("WORLD_SIZE", "1")}
+    found["device"] = torch.cuda.get_device_name() if on_gpu else "cpu"
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)

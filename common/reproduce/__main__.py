@@ -61,6 +61,8 @@ def parse() -> argparse.Namespace:
     add("--jobs", type=int, help="commands at a time [the preset's]")
     only = "of a grid: only write its tables from the runs that are there"
     add("--report", action="store_true", help=only)
+    others = "of --report: folders of the same grid for other models, for Figs. 5 and 7"
+    add("--beside", nargs="+", default=[], metavar="RUN_DIR", help=others)
     add("--print", action="store_true", help="show the commands, run nothing")
     fetched = "fetch model and problems, count them, say what the runs need; run nothing"
     add("--check", action="store_true", help=fetched)
@@ -98,7 +100,9 @@ def main() -> None:
         Runner(jobs, lanes_of(preset, args.jobs, bool(args.grid)), record, stamp, logs).run()
     if args.grid:
         files = (root / "tables.md", root / "results.json")
-        print(report.write_page(Runs(root, args.seeds), made_with(), *files))
+        runs = Runs(root, args.seeds)
+        runs.beside = [Runs(pathlib.Path(folder), args.seeds) for folder in args.beside]
+        print(report.write_page(runs, made_with(), *files))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from common.files.read import read_jsonl
 from common.reproduce.estimates import Estimate, over_seeds
 from common.reproduce.results import LOGGED, MAIN_ALPHA, METHODS, POLICY, label_of, place
 from common.reproduce.runs import MAIN, Runs
-from common.reproduce.tables import RECIPES
 
 plt.rcParams |= {
     **{"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "legend.fontsize": 9},
@@ -34,7 +33,6 @@ RUNS = {  # runs of a grid
 WINDOW = 10  # RL steps of which the training curves are means
 EDGES = (float("-inf"), -0.5, 0.0, 0.5, 0.9, float("inf"))  # of the bins of R^2 in Fig. 3
 BINS = ("< −0.5", "−0.5 to 0", "0 to 0.5", "0.5 to 0.9", "> 0.9")
-PARTS = {"RL": "#56B4E9", "SVD": "#D55E00", "predictor": "#E69F00", "extrapolation": "#009E73"}
 
 
 def legend_below(figure, axis, columns: int) -> None:
@@ -199,31 +197,6 @@ def predictor_loss(runs: Runs):
         axis.set(title=name, xlabel="epoch", yscale="log")
     figure.axes[0].set_ylabel("L1 loss / that of predicting zeros")
     legend_below(figure, figure.axes[0], 6)
-    return figure
-
-
-def cost(runs: Runs):
-    """Fig. 5: wall seconds by what they are spent on; means over seeds."""
-    bars, policies = {}, [runs.at(runs.reference or runs.total)]
-    for m in policies + [runs.later(method) for method in reversed(RECIPES)]:
-        if found := [r.spent for r in m.by_seed.values() if r.seconds]:
-            means = {part: statistics.fmean(r.get(part, 0.0) for r in found) for part in PARTS}
-            bars[f"{m.label}, {m.steps} steps"] = means
-    if not bars:
-        return None
-    figure, axis = plt.subplots(figsize=(9, 1.3 + 0.4 * len(bars)))
-    for y, parts in enumerate(bars.values()):
-        left = 0.0
-        for part, colour in PARTS.items():
-            axis.barh(y, parts[part], left=left, color=colour, label=part if y == 0 else None)
-            left += parts[part]
-        axis.text(left, y, f" {left:.0f} s", va="center", fontsize=9)
-        rest = [f"{part} {value:.1f} s" for part, value in parts.items() if value and part != "RL"]
-        axis.text(0, y, "  " + ", ".join(rest), va="center", fontsize=8)
-    axis.set_yticks(range(len(bars)), list(bars), fontsize=9)
-    longest = max(sum(parts.values()) for parts in bars.values())
-    axis.set(xlabel="wall seconds", xlim=(0, 1.1 * longest))
-    figure.legend(ncol=4, loc="outside upper center", frameon=False)
     return figure
 
 

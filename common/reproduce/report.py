@@ -5,7 +5,7 @@ import pathlib
 import matplotlib.pyplot as plt
 
 from common.files import stage, write
-from common.reproduce import claims, figures, rates, tables, webpage
+from common.reproduce import claims, figures, rates, sizes, tables, webpage
 from common.reproduce.runs import Runs
 
 NOTES = {
@@ -26,8 +26,9 @@ FIGURES = {  # title -> name of the file, and what draws it
     "Fig. 2: how much of the update is rank 1": ("fig2_energy_ratio", figures.energy),
     "Fig. 3: a straight line through the trajectory": ("fig3_linear_fit", figures.linear_fit),
     "The predictors' training loss (Eq. 9)": ("predictor_loss", figures.predictor_loss),
-    "Fig. 5: where the time goes": ("fig5_cost", figures.cost),
+    "Fig. 5: where the time goes": ("fig5_cost", sizes.cost),
     "Fig. 6: how far to jump": ("fig6_alpha", figures.alpha_sweep),
+    "Fig. 7: GPQA, and what training costs": ("fig7_gpqa", sizes.gpqa),
 }
 KEYS = ("seed", "run", "policy", "label", "method", "alpha", "steps", "accuracy", "error", "n")
 KEYS += ("length", "seconds")  # in results.json

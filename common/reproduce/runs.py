@@ -75,6 +75,7 @@ class Runs:
     prefix, total, reference: RL steps before the jump, after the RL that follows it, and of a plain
     run that is longer than both; 0 where no measured policy has them.
     left_out: policies that were made otherwise than the rest, and why, as lines for the page.
+    beside: the pages of other models, for Figs. 5 and 7.
     """
 
     name = MAIN  # the run that the methods speak of; `of` gives the others
@@ -93,7 +94,7 @@ class Runs:
             for name in names:
                 made = results.load_results(self.of(name).folder(seed)).values()
                 found += [dataclasses.replace(result, seed=seed, run=name) for result in made]
-        self.tasks, self.left_out = (), []
+        self.tasks, self.left_out, self.beside = (), [], []
         self.all = self._alike(found) if found else []
         self.measured: dict[tuple[str, str], Measured] = {}
         for r in self.all:
@@ -156,9 +157,9 @@ class Runs:
     def jump(self, method: str, alpha: float = MAIN_ALPHA) -> Measured:
         return self.get(f"extrapolated/{method}_alpha{alpha:g}")
 
-    def later(self, method: str, alpha: float = MAIN_ALPHA) -> Measured:
-        """What RL made of a jump."""
-        return self.get(f"continued/{method}_alpha{alpha:g}/step_{self.total:04d}")
+    def later(self, method: str, alpha: float = MAIN_ALPHA, made: str = "") -> Measured:
+        """What RL made of a jump. made: "_merged" of a merged restart."""
+        return self.get(f"continued/{method}_alpha{alpha:g}{made}/step_{self.total:04d}")
 
     @property
     def before(self) -> Measured:
@@ -178,6 +179,22 @@ class Runs:
         """What went on from a jump to the last step, in the order of the tables."""
         found = [m for m in self.some() if m.policy.startswith("continued/")]
         return sorted((m for m in found if m.steps == self.total), key=place)
+
+    def made(self) -> dict:
+        """Stage 1's config.json: its options, and what it ran with. Empty where there is none."""
+        path = self.folder(self.seeds[0]) / "train" / "config.json"
+        return read_json(path, "01_train_lora_grpo.py") if path.is_file() else {"config": {}}
+
+    @property
+    def model(self) -> str:
+        """The name of the backbone."""
+        return self.made()["config"].get("backbone", "").split("/")[-1]
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs stage 1 had; 0 on a CPU, or where it is not known."""
+        versions = self.made().get("versions", {})
+        return int(versions["processes"]) if versions.get("device", "cpu") != "cpu" else 0
 
     def count(self, found: Measured) -> str:
         """How many seeds of a grid have it; of one run the number of responses."""

@@ -4,7 +4,6 @@ import itertools
 import statistics
 
 from common.files.deltas import read_index
-from common.files.read import read_json
 from common.reproduce import plans
 from common.reproduce.estimates import Estimate, over_seeds
 from common.reproduce.results import MAIN_ALPHA, OWN_ALPHA, SUITES, label_of, place, table_of
@@ -64,9 +63,7 @@ def main_table(runs: Runs) -> str:
 
 def beside_paper(runs: Runs) -> str:
     """Our accuracies beside the paper's. Empty for a model that is not in it."""
-    path = runs.folder(runs.seeds[0]) / "train" / "config.json"
-    model = read_json(path, "stage 1")["config"].get("backbone", "") if path.is_file() else ""
-    sizes = [i for i, size in enumerate(SIZES) if f"Qwen2.5-{size}-Instruct" in model]
+    sizes = [i for i, size in enumerate(SIZES) if f"Qwen2.5-{size}-Instruct" in runs.model]
     names = {"grpo": runs.at(runs.total).policy, "longest": runs.at(runs.reference).policy}
     names["end"], rows = f"step_{runs.total:04d}", []
     for (number, name, policy, *printed), size in itertools.product(table_of("paper.yaml"), sizes):

@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+import secrets
 import sys
 import time
 
@@ -10,7 +11,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from common import UserError
-from common.files import models
+from common.files import models, write
 from common.files.config import as_dict
 from common.files.read import read_jsonl
 from common.files.stage import is_writer
@@ -105,12 +106,17 @@ def of_step(run, batch, scored: dict, updates: list[dict]) -> dict:
 
 
 def start_tracker(cfg, accelerator) -> None:
-    """Begins this run in its tracker, or goes on with it there."""
-    folder = pathlib.Path(accelerator.project_dir)
-    run = {"name": f"{pathlib.Path(cfg.run_dir).name}-{folder.name}", "resume": "allow"}
-    own = {"trackio": run, "wandb": {**run, "id": run["name"]}}
+    """Begins this run in its tracker, or goes on with it there. A new run has a new name."""
     if not accelerator.log_with:  # what is not installed is left out
         raise UserError(f"--report-to {cfg.report_to} is not installed")
+    folder = pathlib.Path(accelerator.project_dir)
+    noted, name = folder / ".tracker", f"{pathlib.Path(cfg.run_dir).resolve().name}-{folder.name}"
+    if is_writer():
+        if not noted.exists():
+            write.write_text(noted, f"{name}-{secrets.token_hex(2)}")
+        name = noted.read_text(encoding="utf-8")
+    run = {"name": name, "resume": "allow"}
+    own = {"trackio": run, "wandb": {**run, "id": name}}
     config = {k: v if isinstance(v, int | float) else str(v) for k, v in as_dict(cfg).items()}
     accelerator.init_trackers(cfg.project, config=config, init_kwargs=own)
 

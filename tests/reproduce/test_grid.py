@@ -18,7 +18,7 @@ from common import UserError
 from common.files import adapters, config
 from common.files import write as run_dir
 from common.reproduce import __main__ as reproduce
-from common.reproduce import claims, estimates, plans, report, results, runner, runs, tables
+from common.reproduce import claims, estimates, plans, report, results, runner, runs, sizes, tables
 
 PARSED = {
     "01_train_lora_grpo": ("TrainConfig", "train"),
@@ -647,3 +647,56 @@ def test_lora_and_all_parameters_are_compared_seed_by_seed(tmp_path):
         (folder / "spectrum.json").write_text(json.dumps(spectrum))
     text = claims.section3(runs.Runs(tmp_path, [0, 1]))
     assert "it is higher with LoRA: **does not hold**" in text
+
+
+# --------------------------------------------------------------------------------------------------
+# Several models
+# --------------------------------------------------------------------------------------------------
+
+
+def paper_run(root: pathlib.Path, size: str, right: int, device: str = "NVIDIA A800") -> None:
+    """What the paper measures of a model on GPQA: 400 steps of GRPO, and NExt at 250."""
+    main = root / "seed0" / "lora"
+    options = {"backbone": f"Qwen/Qwen2.5-{size}-Instruct", "learning_rate": 5e-6}
+    made_with = {"config": options, "inputs": {}}
+    made_with["versions"] = {"processes": "4", "device": device}
+    run_dir.write_json(main / "train" / "config.json", made_with)
+    log(main / "train", range(1, 401), seconds=90.0)
+    run_dir.write_json(main / "deltas" / "done.json", {"seconds": 900.0})
+    trained = {"training_seconds": 450.0}
+    run_dir.write_json(main / "predictor" / "paper" / "done.json", trained)
+    for policy, step, more in (
+        ("train/step_0150", 150, 0),
+        ("train/step_0400", 400, 0),
+        ("extrapolated/next-paper_alpha1.5", 150, 1),
+        ("continued/next-paper_alpha1.5/step_0250", 250, 2),
+    ):
+        record(main, policy, share(right + more), step, "gpqa-diamond")
+    log(main / "continued" / "next-paper_alpha1.5", range(151, 251), seconds=90.0)
+
+
+def test_models_stand_beside_one_another_in_gpu_hours(tmp_path):
+    """Four GPUs, 90 s a step: an hour of all four is 10 steps."""
+    for size, right in (("1.5B", 20), ("3B", 30)):
+        paper_run(tmp_path / size, size, right)
+    page = runs.Runs(tmp_path / "1.5B", [0])
+    page.beside = [runs.Runs(tmp_path / "3B", [0])]
+    (axis,) = sizes.cost(page).axes
+    assert axis.get_xlabel() == "GPU hours: wall hours × GPUs"
+    assert [text.get_text() for text in axis.get_yticklabels()] == [
+        "Qwen2.5-3B-Instruct: NExt, published recipe, 250 steps",
+        "Qwen2.5-3B-Instruct: GRPO with LoRA, 400 steps",
+        "Qwen2.5-1.5B-Instruct: NExt, published recipe, 250 steps",
+        "Qwen2.5-1.5B-Instruct: GRPO with LoRA, 400 steps",
+    ]
+    shown = [text.get_text().strip() for text in axis.texts]
+    assert shown[:4] == ["26.5", "SVD 1, predictor 0.5, extrapolation 0.0011", "40", ""]
+    left, right = sizes.gpqa(page).axes
+    assert [round(bar.get_height(), 1) for bar in left.patches] == [20, 30, 22, 32]
+    assert [round(bar.get_height(), 1) for bar in right.patches] == [40, 40, 26.5, 26.5]
+    # Where one of them had no GPU, all are in seconds.
+    paper_run(tmp_path / "cpu", "7B", 40, "cpu")
+    page.beside = [runs.Runs(tmp_path / "cpu", [0])]
+    assert sizes.cost(page).axes[0].get_xlabel() == "wall seconds"
+    assert "fig7_gpqa.png" in report.page(page, "")
+    assert sizes.gpqa(runs.Runs(tmp_path, [0])) is None

@@ -75,8 +75,15 @@ def test_a_tracker_gets_the_name_of_the_run_and_goes_on_with_it(tmp_path):
     assert asked["options"]["algorithm"] == "grpo"
     assert asked["options"]["learning_rate"] == 5e-6
     assert asked["options"]["reward"] == "['verifier']"  # tensorboard takes no list
-    assert asked["trackio"] == {"name": "demo-train", "resume": "allow"}
-    assert asked["wandb"] == {"name": "demo-train", "id": "demo-train", "resume": "allow"}
+    name = asked["wandb"]["id"]
+    assert name.startswith("demo-train-")
+    assert asked["trackio"] == {"name": name, "resume": "allow"}
+    assert asked["wandb"] == {"name": name, "id": name, "resume": "allow"}
+    metrics.start_tracker(cfg, accelerator)
+    assert asked["wandb"]["id"] == name
+    shutil.rmtree(place)  # a run that begins again is another run
+    metrics.start_tracker(cfg, accelerator)
+    assert asked["wandb"]["id"] != name
     accelerator.log_with = []  # accelerate leaves out what is not installed
     with pytest.raises(UserError, match="--report-to wandb is not installed"):
         metrics.start_tracker(dataclasses.replace(cfg, report_to="wandb"), accelerator)

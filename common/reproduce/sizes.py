@@ -1,0 +1,75 @@
+"""Figures 5 and 7: what training costs, of one model or of several beside one another."""
+
+import statistics
+
+import matplotlib.pyplot as plt
+
+from common.reproduce.figures import legend_below
+from common.reproduce.runs import Runs
+from common.reproduce.tables import RECIPES
+
+PARTS = {"RL": "#56B4E9", "SVD": "#D55E00", "predictor": "#E69F00", "extrapolation": "#009E73"}
+SIDES = {"without a jump": "#999999", "NExt": "#0072B2"}
+
+
+def gpu_hours(models: list[Runs]) -> tuple[str, list[float]]:
+    """What costs are counted in, and how much of it a wall second is for each model."""
+    if all(one.gpus for one in models):
+        return "GPU hours: wall hours × GPUs", [one.gpus / 3600 for one in models]
+    return "wall seconds", [1.0] * len(models)
+
+
+def cost(runs: Runs):
+    """Fig. 5: GPU hours (without a GPU: wall seconds) by what they are spent on, means of seeds."""
+    bars, models = {}, [runs, *runs.beside][::-1]
+    unit, factors = gpu_hours(models)
+    for one, factor in zip(models, factors, strict=True):
+        model = f"{one.model}: " if runs.beside else ""
+        for m in [*map(one.later, reversed(RECIPES)), one.at(one.reference or one.total)]:
+            if found := [r.spent for r in m.by_seed.values() if r.seconds]:
+                means = {p: statistics.fmean(r.get(p, 0.0) for r in found) for p in PARTS}
+                means = {part: factor * value for part, value in means.items()}
+                bars[f"{model}{m.label}, {m.steps} steps"] = means
+    if not bars:
+        return None
+    figure, axis = plt.subplots(figsize=(9, 1.3 + 0.4 * len(bars)))
+    for y, parts in enumerate(bars.values()):
+        left = 0.0
+        for part, colour in PARTS.items():
+            axis.barh(y, parts[part], left=left, color=colour, label=part if y == 0 else None)
+            left += parts[part]
+        axis.text(left, y, f" {left:.3g}", va="center", fontsize=9)
+        rest = [f"{part} {value:.2g}" for part, value in parts.items() if value and part != "RL"]
+        axis.text(0, y, "  " + ", ".join(rest), va="center", fontsize=8)
+    axis.set_yticks(range(len(bars)), list(bars), fontsize=9)
+    longest = max(sum(parts.values()) for parts in bars.values())
+    axis.set(xlabel=unit, xlim=(0, 1.1 * longest))
+    figure.legend(ncol=4, loc="outside upper center", frameon=False)
+    return figure
+
+
+def gpqa(runs: Runs):
+    """Fig. 7: accuracy on GPQA and the cost of training, by model, without a jump and with it."""
+    models, found = [runs, *runs.beside], []
+    for one in models:
+        plain, jumped = one.at(one.reference or one.total), one.later("next-paper", made="_merged")
+        found.append((plain, jumped or one.later("next-paper")))
+    if not all(m and m.of_suite("gpqa") for pair in found for m in pair):
+        return None
+    unit, factors = gpu_hours(models)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
+    for i, (side, colour) in enumerate(SIDES.items()):
+        policies = [pair[i] for pair in found]
+        at = [x + 0.4 * i - 0.2 for x in range(len(models))]
+        levels = [m.on(m.of_suite("gpqa")).accuracy for m in policies]
+        look = {"width": 0.4, "color": colour, "label": side}
+        left.bar(at, [100 * y.mean for y in levels], yerr=[100 * y.error for y in levels], **look)
+        costs = [f * (m.seconds or 0.0) for f, m in zip(factors, policies, strict=True)]
+        right.bar(at, costs, **look)
+    left.set_ylabel(f"accuracy % on GPQA, ± s.e. over {runs.over}")
+    right.set_ylabel(unit)
+    for axis in (left, right):
+        names = [one.model.replace("-", "\n") for one in models]
+        axis.set_xticks(range(len(models)), names, fontsize=9)
+    legend_below(figure, left, 2)
+    return figure
