@@ -48,9 +48,9 @@ class TrainConfig(options.RLConfig):
     lora_alpha: float = option(32.0, "scale alpha / r on B A (paper: 32)")
     clip_low: float = option(0.2, "epsilon of Eq. 1 downwards (open)")
     clip_high: float = option(0.2, "epsilon of Eq. 1 upwards (open)")
-    loss_aggregation: Literal["token", "seq"] = option("token", "what counts the same (Eq. 1: seq)")
+    loss_aggregation: Literal["token", "seq"] = option("token", "what weighs the same (Eq. 1: seq)")
     kl_coef: float = option(0.0, "beta of Eq. 1, against the backbone; 0 is off (open)")
-    kl_in: Literal["loss", "reward"] = option("loss", "beta k3 in loss; rewards - beta k1 (open)")
+    kl_in: Literal["loss", "reward"] = option("loss", "loss + beta k3, or reward - beta k1 (open)")
     importance_cap: float = option(0.0, "upper limit of pi_trainer / pi_engine; 0 is off (open)")
     seed: int = option(0, "decides LoRA's A, the order of problems, every rollout")
 
@@ -117,7 +117,7 @@ def loss_of(run: Run, batch: Batch, part: list[int], weights: dict[int, torch.Te
 def train(run: Run, stage: Stage, first_step: int) -> None:
     """RL steps first_step + 1 ... cfg.steps, those not yet done. Stage 5 calls it too."""
     cfg, folder, processes = run.cfg, stage.folder, run.accelerator.num_processes
-    begin = go_on(folder, first_step, cfg.resume_every, run.stands_on, run.model, run.optimizer)
+    begin = go_on(folder, first_step, cfg, run.stands_on, run.model, run.optimizer)
     log = StepLog(folder / "metrics.jsonl", keep_to=begin)
     samples = StepLog(folder / "samples.jsonl", keep_to=begin)
     for step in progress(range(begin + 1, cfg.steps + 1), folder.name, unit="step"):
@@ -145,11 +145,11 @@ def train(run: Run, stage: Stage, first_step: int) -> None:
         line |= metrics.evaluate(run, step, timer)  # on --eval-data, where it is due
         # A checkpoint, the logs, and then a state that an interrupted run goes on from.
         with timer("save"):
-            if step % cfg.save_every == 0 or step == cfg.steps:
+            if is_checkpoint := step % cfg.save_every == 0 or step == cfg.steps:
                 save(run, folder, step)
         line |= timer.line(line["tokens"])
         log.append(line)
-        if step % cfg.save_every == 0:
+        if is_checkpoint:
             samples.append(*batch.samples(step))
         if step % cfg.resume_every == 0 or step == cfg.steps:
             save_state(folder, step, policy.trained(run.model), run.optimizer, run.stands_on)

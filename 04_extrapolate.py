@@ -4,15 +4,15 @@
     accelerate launch 04_extrapolate.py --config demo --run-dir runs/demo --methods weighted none
 
 Reads   <run-dir>/deltas, the checkpoints that these were made from, <run-dir>/predictor/<recipe>
-Writes  <run-dir>/extrapolated/<method>_alpha1.5   an adapter, exact in fp32; `next` writes one for
-                                                   each predictor: next-aligned_alpha1.5
+Writes  <run-dir>/extrapolated/<method>_alpha1.5   an adapter in fp32, exact to rank 512; `next` has
+                                                   one for each predictor: next-aligned_alpha1.5
         <run-dir>/extrapolated/<method>_accepted   with --accept: the alpha that is best on
-                                                   validation problems, 0 where no jump gains
+                                                   validation problems, W_c where no jump gains
         <run-dir>/merged/<method>_alpha1.5         a whole model: with --merge, or of high rank
 
-NExt is `jump` below; its rivals and the controls stand in common/baselines/methods.py. PEFT, vLLM
-and the trainer that made the checkpoints load the adapters as they are. After training without LoRA
-an adapter has rank 1 and belongs on the last whole model.
+NExt is `jump` below; its rivals and the controls stand in common/baselines/methods.py. PEFT, the
+trainer that made the checkpoints, and vLLM (not with modules_to_save) load the adapters as they
+are. After training without LoRA an adapter has rank 1 and belongs on the last whole model.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class ExtrapolateConfig(config.StageConfig):
     recipes: list[str] = option(["aligned"], "predictors of stage 3 that `next` uses")
     alphas: list[float] = option([1.5], "extending coefficients (paper: 1.5; Fig. 6: 0.5 to 4.0)")
     merge: bool = option(False, "write whole models too, in fp32")
-    accept: bool = option(False, "only write <method>_accepted: the best alpha by stage 6 (ours)")
+    accept: bool = option(False, "write <method>_accepted alone: the best alpha by stage 6 (ours)")
     validation_data: list[str] = option(
         ["{run_dir}/data/valid.jsonl"], "for --accept, alpharl-pls and greedy-soup"
     )
@@ -48,8 +48,6 @@ class ExtrapolateConfig(config.StageConfig):
         for name in self.methods:
             if name not in {"next", *METHODS}:
                 raise UserError(f"no method '{name}'; {config.nearest(name, ['next', *METHODS])}")
-        if self.accept and "first-update" in self.methods:
-            raise UserError("--accept: alpha 0 is no jump, but of first-update it is the backbone")
 
 
 def jump(m: Matrix, alpha: float) -> LowRank:
@@ -103,7 +101,8 @@ def main() -> None:
             if merge.is_made(adapter, whole, info, cfg):
                 kept += 1
             else:
-                make(known, method, get(), (adapter, whole), info)
+                jumps = alpha or not cfg.accept  # accepted at alpha 0: W_c
+                make(known, method if jumps else METHODS["none"], get(), (adapter, whole), info)
                 made += 1
             if cfg.merge and adapters.is_adapter(adapter):
                 merge.merge_jump(adapter, whole, cfg)

@@ -6,8 +6,9 @@
 Reads   <run-dir>/extrapolated/<start>, the backbone, the preset's sections `train`, `continue`
 Writes  <run-dir>/continued/<start>, <start>_merged or <name>, like train/, with steps to 250
 
---restart merged adds the jump to the backbone, in fp32, and starts a new LoRA, likely the paper's
-way: KL is then against the jump. The optimizer is new; problems and seeds are as without a jump.
+--restart merged adds the jump to the backbone, saved in fp32, and starts a new LoRA, likely the
+paper's way. KL is then against the jump. On GPUs the sum is rounded to bf16 in each product, which
+loses a part of a small jump. The optimizer is new; problems and seeds are as without a jump.
 """
 
 import dataclasses
@@ -29,8 +30,8 @@ stage1 = importlib.import_module("01_train_lora_grpo")
 class ContinueConfig(stage1.TrainConfig):
     """Stage 1's options, and where to start."""
 
-    start: str = option("next-aligned_alpha1.5", "of extrapolated/; merged/<name>; a path with /")
-    restart: Literal["adapter", "merged"] = option("adapter", "train it, or a new LoRA on it")
+    start: str = option("next-aligned_alpha1.5", "in extrapolated/; or merged/<name>; or a path")
+    restart: Literal["adapter", "merged"] = option("adapter", "train it, or merge it: a new LoRA")
     name: str = option("", "folder of continued/ to write [the name of the start]")
     more_steps: int = option(100, "RL steps after the jump (paper: 100)")
     steps: int = option(1, "not an option here: the step of the start plus more_steps")

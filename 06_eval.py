@@ -12,11 +12,12 @@ Writes  <run-dir>/eval/<policy>/<task>.jsonl   a response a line, with run numbe
 
 A policy is an adapter, measured on the backbone that it was trained on, or a whole model. Another
 trainer's: --run-dir outputs --policies 'checkpoint-*'. With --output the results go to that folder,
-and there is no report. Methods that choose by accuracy read those of --output validation alone.
+and there is no report. Methods that choose by accuracy read only those of --output validation.
 
 Every problem is answered `runs` times. The standard error is over problems: the runs of one problem
 are not independent, so their mean is one observation. All policies get the same seeds, so their
-differences are paired. What was measured with the same weights, problems and options is kept.
+differences are paired. What was measured with the same weights, problems, options and versions of
+packages is kept.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ from common.files import adapters, config
 from common.files.config import option
 from common.files.models import base_of, find_policies, weights_hash
 from common.files.read import safe_name
-from common.files.stage import progress, run_stage, versions
+from common.files.stage import machine, progress, run_stage, versions
 from common.files.write import claim, is_made, write_json, write_text
 from common.reproduce import report
 from common.rl import data, metrics, policy, rollout, verifier
@@ -57,7 +58,7 @@ class EvalConfig(SamplingConfig):
         [*MATHS, "gpqa-diamond", "mmlu-pro"],
         "names, files, hub ids, name=path (paper: all of these)",
     )
-    data_split: str = option("test", "of a hub id: its split")
+    data_split: str = option("test", "of a hub id or a folder: its split")
     runs: int = option(8, "answers to every problem (paper: 8)")
     seed: int = option(1, "of the sampled responses")
     output: str = option("eval", "folder for the results; only `eval` gets a report")
@@ -75,6 +76,8 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
     loras = {name: run / name for name in names if adapters.is_adapter(run / name)}
     ranks = [adapters.highest_rank(adapters.read_config(lora)) for lora in loras.values()]
     how = {"settings": config.as_dict(cfg, leave_out=NOT_SETTINGS), "versions": versions()}
+    asked = rollout.vllm_options(cfg.vllm_options)
+    how["dtypes"] = {key: value for key, value in asked.items() if "dtype" in key}
     judge = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format)
     judge.check([problem for problems in tasks.values() for problem in problems])
     bar = progress(names, "evaluating")
@@ -108,8 +111,8 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
             began = time.perf_counter()
             rows = metrics.answers(now, now.tasks[task], cfg.runs, judge)
             record = {"policy": name, **made[task], "template_hash": now.template_hash}
-            record |= metrics.summarise(rows, len(now.tasks[task][0]))
-            record["seconds"] = round(time.perf_counter() - began, 2)
+            record |= metrics.summarise(rows, len(now.tasks[task][0]), judge)
+            record |= {**machine(), "seconds": round(time.perf_counter() - began, 2)}
             if accelerator.is_main_process:
                 lines = "".join(json.dumps(row) + "\n" for row in rows)
                 write_text(folder / f"{task}.jsonl", lines)

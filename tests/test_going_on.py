@@ -22,6 +22,8 @@ from common.files.models import weights_hash
 from common.rl import metrics as step_metrics
 from common.rl import policy
 
+CFG = types.SimpleNamespace(resume_every=1, steps=9)
+
 
 def spoil(path: pathlib.Path) -> None:
     content = bytearray(path.read_bytes())
@@ -50,9 +52,29 @@ def test_training_does_not_begin_again_where_its_resume_states_are_gone(run, sta
     before = weights(run / "train")
     shutil.rmtree(run / "train" / "resume")
     code, line = stage("01", run, "--steps", "9")
-    assert (code, "has come to step 8, but its resume/ is gone" in line) == (2, True)
+    assert (code, "has come to step 8, and there is no resume state" in line) == (2, True)
     assert weights(run / "train") == before
     assert [row["step"] for row in metrics(run / "train")] == list(range(1, 9))
+
+
+def test_a_run_that_has_come_further_does_not_end_without_its_last_checkpoint(run, stage):
+    """State and log are at step 8; checkpoints are every step."""
+    (run / "train" / "done.json").unlink()
+    shutil.rmtree(run / "train" / "step_0007")
+    code, line = stage("01", run, "--steps", "7")
+    assert (code, "is at step 8, without a step_0007" in line) == (2, True)
+
+
+def test_a_parameter_that_never_had_a_gradient_does_not_spoil_a_state(tmp_path):
+    model = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+    optimizer = torch.optim.AdamW(model.parameters())
+    model[1].weight.sum().backward()
+    optimizer.step()
+    resume.save_state(tmp_path, 1, dict(model.named_parameters()), optimizer, {})
+    before = model[1].weight.detach().clone()
+    torch.nn.init.zeros_(model[1].weight)
+    assert resume.go_on(tmp_path, 0, CFG, {}, model, optimizer) == 1
+    assert torch.equal(model[1].weight, before)
 
 
 def test_another_trainers_adapter_is_trained_on_from_the_step_in_its_name(
@@ -169,7 +191,7 @@ def test_a_resume_state_with_other_tensors_is_not_put_back(lora_policy, tmp_path
     weights.pop(next(iter(weights)))
     resume.save_state(tmp_path, 1, weights, optimizer, {})
     with pytest.raises(UserError, match="not of this policy"):
-        resume.go_on(tmp_path, 0, 1, {}, model, optimizer)
+        resume.go_on(tmp_path, 0, CFG, {}, model, optimizer)
 
 
 def test_how_a_step_is_computed_is_not_taken_from_a_state(lora_policy, tmp_path):
@@ -179,7 +201,7 @@ def test_how_a_step_is_computed_is_not_taken_from_a_state(lora_policy, tmp_path)
         parameter.grad = torch.zeros_like(parameter)
     fused.step()
     resume.save_state(tmp_path, 1, trained, fused, {})
-    assert resume.go_on(tmp_path, 0, 1, {}, model, plain) == 1
+    assert resume.go_on(tmp_path, 0, CFG, {}, model, plain) == 1
     assert plain.param_groups[0]["fused"] is False
 
 
@@ -200,6 +222,6 @@ def test_a_state_whose_reading_is_interrupted_is_not_a_broken_one(
 
     monkeypatch.setattr(resume.safetensors.torch, "load_file", load_file)
     with pytest.raises(SystemExit) as stop:
-        stages.run_stage(lambda: resume.go_on(tmp_path, 0, 1, {}, model, optimizer))
+        stages.run_stage(lambda: resume.go_on(tmp_path, 0, CFG, {}, model, optimizer))
     assert stop.value.code == 143
     assert [path.name for path in resume.states(tmp_path)] == ["step_0001", "step_0002"]

@@ -4,6 +4,7 @@ import json
 import pathlib
 import pickle
 import shutil
+import types
 
 import pytest
 import safetensors.torch
@@ -137,7 +138,8 @@ def test_a_resume_state_that_is_a_pickle_is_refused(lora_policy, canary, tmp_pat
     torch.save(Canary(canary), state / "optimizer.pt")
     (state / "sha256.json").unlink()
     with pytest.raises(UserError, match=r"(?s)cannot load resume state .*WeightsUnpickler"):
-        go_on(tmp_path, 0, 1, {}, model, optimizer)
+        cfg = types.SimpleNamespace(resume_every=1, steps=9)
+        go_on(tmp_path, 0, cfg, {}, model, optimizer)
 
 
 # Names that would become paths

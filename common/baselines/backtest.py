@@ -44,8 +44,9 @@ def score(predicted: dict[str, LowRank], true: dict) -> dict[str, float]:
     for module, matrix in predicted.items():
         delta, sigma = true[module]
         if sigma > 0:
-            cosines.append(cosine(matrix, delta))
-            errors.append(abs(matrix.terms[0].weight / sigma - 1))
+            weight = matrix.terms[0].weight  # 0 of a matrix that had not moved before
+            cosines.append(cosine(matrix, delta) if weight else 0.0)
+            errors.append(abs(weight / sigma - 1))
     cosines, errors = cosines or [0.0], errors or [0.0]  # a run in which nothing moves any more
     return {"cosine": statistics.fmean(cosines), "sigma_error": statistics.fmean(errors)}
 

@@ -38,7 +38,7 @@ class Known:
 def future(known: Known):
     """A function module -> W of the checkpoint k after the last one."""
     steps, k = known.trajectory.steps, known.trajectory.k
-    ahead = steps[-1] + k * (steps[-1] - steps[-2])
+    ahead = steps[0] * (len(steps) + k)
     kinds = {"config": {"checkpoints": list[str]}}
     done = read_json(known.run / "deltas" / "done.json", deltas.STAGE, kinds)
     found = series.find_checkpoints(done["config"]["checkpoints"], str(known.run))
@@ -93,9 +93,14 @@ def mean(rows: list[dict]) -> float:
 
 
 def best_alpha(known: Known, jumps: dict[str, float]) -> float:
-    """Of jumps (folder of extrapolated/ -> alpha) the alpha that is best on validation problems,
-    0 where none is better than `none`. Raises UserError as `measured` does."""
-    alphas = {f"extrapolated/{name}": a for name, a in {"none": 0.0, **jumps}.items()}
+    """Of jumps (folder of extrapolated/ or merged/ -> alpha) the alpha that is best on validation
+    problems, 0 where none is better than `none`. Raises UserError as `measured` does."""
+
+    def where(name: str) -> str:
+        whole = known.run / "merged" / name / "checkpoint.json"  # `--merge` alone writes none
+        return f"{'merged' if whole.is_file() else 'extrapolated'}/{name}"
+
+    alphas = {where(name): a for name, a in {"none": 0.0, **jumps}.items()}
     rows, _ = measured(known, alphas)
     return alphas[max(alphas, key=lambda policy: mean(rows[policy]))]  # of equals the first
 

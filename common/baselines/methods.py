@@ -16,7 +16,7 @@ from common.baselines import given
 from common.baselines.measures import inner
 from common.rank1 import LowRank, rank1, top
 
-WSM_CHECKPOINTS = 5  # that `wsm` averages
+AVERAGED = 5  # that `wsm` averages
 DARE_DROP = 0.9  # share of entries that `dare` drops (its authors: 0.9 and up)
 # Of `weighted`, chosen on demo runs of seeds 10 to 14 by the cosine of stage 3's backtest.
 WINDOW = 3  # local deltas in the mean that is the second term
@@ -218,7 +218,7 @@ METHODS = {
     "alpharl-pls": Method(alpharl, given.accuracies),
     "relex": Method(relex),
     # WSM (Tian et al. 2025, arXiv 2507.17634), which replaces a falling learning rate.
-    "wsm": Method(lambda m, alpha: mean(m.W[1:][-WSM_CHECKPOINTS:]), has_alpha=False),
+    "wsm": Method(lambda m, alpha: mean(m.W[max(1, len(m.W) - AVERAGED) :]), has_alpha=False),
     # Greedy soup (Wortsman et al. 2022, arXiv 2203.05482).
     "greedy-soup": Method(lambda m, alpha: mean([m.W[i] for i in m.given]), given.soup, False),
     "dare": Method(dare, has_alpha=False),

@@ -17,7 +17,7 @@ from common.files.read import check_intact, open_tensors, read_json, safe_name
 from common.files.write import atomic_dir, save_tensors, write_text
 from common.rank1 import LowRank
 
-ANOTHER = "put a good copy there, leave this checkpoint out, or make it again"
+ANOTHER = "put a good copy there, make it again, or end before it with --last-step"
 TRAINING = "the training that writes it (here: 01_train_lora_grpo.py)"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FLOATS = {"F64", "F32", "BF16", "F16"}

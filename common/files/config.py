@@ -22,6 +22,7 @@ from common.files.read import matches
 
 SECTIONS = ("shared", "train", "extract", "predict", "extrapolate", "continue", "eval", "reproduce")
 COMMAND_LINE_ONLY = {"config", "run_dir", "overwrite"}  # a preset, maybe another's, cannot set them
+OWN = {"start"}  # stages 1 and 5 mean two things by it: 5 does not take it from stage 1's section
 WHERE_AND_HOW = {*COMMAND_LINE_ONLY, "threads"}  # does not change what is computed
 PRESETS = pathlib.Path(__file__).parents[1] / "presets"
 
@@ -79,8 +80,10 @@ def load_preset(name: str) -> dict:
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     base = {}
-    if isinstance(preset, dict) and "base" in preset:
-        base = load_preset(preset.pop("base"))
+    if isinstance(preset, dict) and (named := preset.pop("base", None)):
+        if named in (name, path.stem) or not isinstance(named, str):
+            raise UserError(f"{path}: base must be the name of another preset, not {named!r}")
+        base = load_preset(named)
     if not matches(preset, dict[str, dict[str, object]]):
         raise UserError(f"{path}: a preset is a mapping of sections, each a mapping of keys")
     return {key: base.get(key, {}) | preset.get(key, {}) for key in {**base, **preset}}
@@ -98,9 +101,9 @@ def preset_values(cls: type, preset: dict, sections: tuple[str, ...], source: st
         for key, value in preset.get(section, {}).items():
             if key in COMMAND_LINE_ONLY:
                 raise UserError(f"{source}: {key} is for the command line alone, not for {section}")
-            if key in kinds:
+            if key in kinds and (section == sections[-1] or key not in OWN):
                 values[key] = value
-            elif section != "shared":
+            elif section != "shared" and key not in kinds:
                 known = nearest(key, kinds)
                 raise UserError(f"{source}: unknown key '{key}' in section {section}; {known}")
     for key, value in values.items():

@@ -1,10 +1,9 @@
 """A jump on the disk: an adapter where every new matrix is of low rank, else a whole model.
 
 A model is merged from file to file under the backbone's own names, so none is loaded. In memory are
-one file and about four times the largest matrix in fp32.
+one file and about four times the largest matrix in fp32; of `relex` all checkpoints of a matrix.
 """
 
-import json
 import pathlib
 import sys
 import time
@@ -68,10 +67,9 @@ def merge(out: pathlib.Path, adapter: Adapter, base: pathlib.Path, record: dict,
         for file in sorted({*model.files.values()}):
             tensors = {name: new(name) for name in model.files if model.files[name] == file}
             write.save_tensors(folder / file.name, tensors, {"format": "pt"}, dtype=None)
-        keys = [key for key in ("dtype", "torch_dtype") if key in model.config] or ["torch_dtype"]
-        config = model.config | dict.fromkeys(keys, "float32")
-        write.write_text(folder / "config.json", json.dumps(config, indent=2))
-        write.write_text(folder / "merge.json", json.dumps(record))
+        config = model.config | dict.fromkeys(("dtype", "torch_dtype"), "float32")
+        write.write_json(folder / "config.json", config)
+        write.write_json(folder / "merge.json", record)
 
 
 def backbone_of(info: dict) -> str:
@@ -106,11 +104,12 @@ def save_jump(series: Series, new: Callable, places: tuple, info: dict, cfg) -> 
             matrix, share = new(module).nearest(adapters.VLLM_RANKS[-1])
             factors[module], lost = matrix.factors(last.scale(module)), max(lost, share)
     if lost:
-        cut = f"rank {adapters.VLLM_RANKS[-1]}, the highest of vLLM, loses {lost:.0e} of the norm"
-        cut += ": it is merged" if lost > MAX_LOST else ""
+        cut = f"at rank {adapters.VLLM_RANKS[-1]}, vLLM's highest, it loses {lost:.0e} of its norm"
+        cut += ": a whole model is written instead" if lost > MAX_LOST else ""
         print(f"note: {places[0].name}: {cut}", file=sys.stderr)
     if factors and lost <= MAX_LOST:
         write.claim(places[0])
+        write.remove(places[1])  # of another jump, with --merge or of a higher rank
         info = info | {"seconds": round(time.perf_counter() - began, 3), "norm_lost": lost}
         adapters.write_adapter(places[0], adapters.extended(last, factors), info)
         return

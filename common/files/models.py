@@ -75,7 +75,9 @@ def find_model(name: str) -> pathlib.Path:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return pathlib.Path(snapshot_download(name, local_files_only=True))
+        wanted = ["config.json", "model*.safetensors*"]  # a download may have brought these alone
+        found = snapshot_download(name, local_files_only=True, allow_patterns=wanted)
+        return pathlib.Path(found)
     except (HFValidationError, LocalEntryNotFoundError) as error:
         raise UserError(f"backbone {name} is no folder, and not in the hub's cache") from error
 
@@ -131,7 +133,8 @@ def base_of(run: pathlib.Path, policy: str, given: str) -> str:
     # A backbone may have been moved. Its fingerprint is compared when it is loaded.
     if where == wanted or "backbone_fingerprint" in known:
         return given
-    raise UserError(f"{path} names the backbone {named}, not {given}: to load it, say --backbone")
+    advice = f"say --backbone {named}; if both are the same model, write {given} into that file"
+    raise UserError(f"{path} names the backbone {named}, not {given}: {advice}")
 
 
 def find_adapter(name: str) -> tuple[pathlib.Path | None, int]:
@@ -156,7 +159,7 @@ def find_start(cfg) -> tuple[pathlib.Path, int, str]:
     cfg: its options. base is the model that it is an adapter on, or that it is, see `base_of`.
     """
     if "/" in cfg.start.removeprefix("merged/"):
-        return *find_adapter(cfg.start), cfg.backbone
+        return *find_adapter(cfg.path(cfg.start)), cfg.backbone
     run, name = pathlib.Path(cfg.run_dir), safe_name(cfg.start.removeprefix("merged/"), "--start")
     policy = f"merged/{name}" if cfg.start.startswith("merged/") else f"extrapolated/{name}"
     if not (run / policy).is_dir() and is_model(run / "merged" / name):

@@ -73,7 +73,7 @@ def json_lines(path: pathlib.Path, is_log: bool = False) -> Iterator[tuple[str, 
                 place = f"{path}, line {number}"
                 if line.endswith("\n") if is_log else line.strip():
                     yield place, json.loads(line)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"{place}: not valid JSON in UTF-8 ({error})") from error
 
 

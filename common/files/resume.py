@@ -57,17 +57,19 @@ def save_state(folder: pathlib.Path, step: int, weights: dict, optimizer, stands
         write.write_text(open_folder / "info.json", json.dumps(stands_on))
 
 
-def go_on(folder, first_step: int, every: int, stands_on: dict, model, optimizer) -> int:
+def go_on(folder, first_step: int, cfg, stands_on: dict, model, optimizer) -> int:
     """Puts the newest whole state back into model and optimizer; returns its step.
 
-    Returns first_step where nothing has been trained. `every` is the interval of the states. Raises
-    UserError where no state is whole, where all are gone, or where one stands on something else.
+    cfg: the stage's options. Returns first_step where nothing has been trained. Raises UserError
+    where no state is whole, where all are gone, or where one was made with another backbone,
+    template, data or reward file, and where it has come further than cfg.steps.
     """
     found, log = states(folder), folder / "metrics.jsonl"
     rows = read_jsonl(log, {"step": int}) if log.is_file() else []
     reached = max([0, *(row["step"] for row in rows), *map(step_of, folder.glob("step_[0-9]*"))])
-    if not found and reached > first_step + every:
-        raise UserError(f"{folder} has come to step {reached}, but its resume/ is gone")
+    if not found and reached > first_step + cfg.resume_every:
+        what = f"{folder} has come to step {reached}, and there is no resume state"
+        raise UserError(f"{what}: put its resume/ back, or start again with --overwrite")
     while found:
         state = found.pop()
         try:
@@ -79,8 +81,9 @@ def go_on(folder, first_step: int, every: int, stands_on: dict, model, optimizer
             moments = torch.load(state / "optimizer.pt", weights_only=True, **how)
             if weights.keys() != own.keys():
                 raise ValueError("it is not of this policy")
-            for moment, parameter in zip(moments["state"].values(), own.values(), strict=True):
-                moment |= {name: dealt(tensor, parameter) for name, tensor in moment.items()}
+            parameters = [*own.values()]  # one that never had a gradient has no moments
+            for index, moment in moments["state"].items():
+                moment |= {name: dealt(x, parameters[index]) for name, x in moment.items()}
             weights = {name: dealt(tensor, own[name]) for name, tensor in weights.items()}
             # This run decides whether AdamW is fused, not the run that wrote the state.
             moments["param_groups"][0]["fused"] = optimizer.param_groups[0]["fused"]
@@ -98,11 +101,14 @@ def go_on(folder, first_step: int, every: int, stands_on: dict, model, optimizer
         for key in noted.keys() & stands_on.keys():
             if (old := noted[key]) != (new := stands_on[key]):
                 raise UserError(f"{folder} was begun with {key} = {old!r}, now it is {new!r}")
+        step, last = step_of(state), folder / f"step_{cfg.steps:04d}"
+        if step >= cfg.steps and not last.is_dir():
+            raise UserError(f"{folder} is at step {step}, without a {last.name}: more --steps")
         if is_writer():
-            print(f"going on after step {step_of(state)}")
+            print(f"going on after step {step}")
             for broken in states(folder)[len(found) + 1 :]:
                 write.remove(broken)
-        return step_of(state)
+        return step
     return first_step
 
 

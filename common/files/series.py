@@ -55,7 +55,7 @@ class Series:
 def _finite(where: str, *tensors: torch.Tensor) -> None:
     # One pass each, ten times as fast as isfinite().all(). fp32 cannot overflow a sum in float64.
     if not all(x.sum(dtype=torch.float64).isfinite() for x in tensors):
-        raise UserError(f"{where} is not finite: the training diverged; leave out this checkpoint")
+        raise UserError(f"{where} is not finite: training diverged; --last-step can end before it")
 
 
 class AdapterSeries(Series):
@@ -74,14 +74,14 @@ class AdapterSeries(Series):
                 "backbone": named,
                 "shapes": header.shapes,
                 "scales": {m: adapters.module_scale(header.config, m) for m in header.shapes},
-                "others": header.others,
+                "other tensors": header.others,
             }
             first, dtypes = first or facts, dtypes | header.dtypes
             for what, value in facts.items():
                 if value != first[what]:
                     raise UserError(f"{path} differs in its {what} from {paths[self.steps[0]]}")
         self.modules, self.scales = list(first["shapes"]), first["scales"]
-        self.shapes, self.dtypes, self.others = first["shapes"], dtypes, first["others"]
+        self.shapes, self.dtypes, self.others = first["shapes"], dtypes, first["other tensors"]
 
     def _weight(self, module: str, i: int) -> LowRank:
         m, _, n = self.shapes[module]
@@ -184,22 +184,24 @@ def open_series(paths: dict[int, pathlib.Path], backbone: str, run_dir: str) -> 
 
 def reopen(run: pathlib.Path) -> Series:
     """The checkpoints that the deltas of the run directory `run` were made from. UserError where
-    the last adapter has changed since then."""
+    the last one has changed since then."""
     index, folder = deltas.read_index(run / "deltas"), run / "deltas"
     paths = {int(step): run / path for step, path in index["checkpoints"].items()}
     found, last = open_series(paths, index["backbone"], str(run)), max(paths)
     noted = read_json(folder / "done.json", deltas.STAGE, {"inputs": dict})["inputs"]
-    before = noted.get(f"step_{last:04d}")  # whole models have other names here
-    if before and sha256(paths[last] / adapters.WEIGHTS) != before:
-        raise UserError(f"{paths[last]} has changed: {deltas.AGAIN}")
+    for name, before in noted.items():
+        step, _, file = name.partition("/")  # of an adapter there is no file
+        path = paths[last] / (file or adapters.WEIGHTS)
+        if step == f"step_{last:04d}" and (not path.is_file() or sha256(path) != before):
+            raise UserError(f"{paths[last]} has changed: {deltas.AGAIN}")
     return found
 
 
 def warn(series: Series) -> None:
     """Says on stderr what takes no part in a jump, and where rounding has spoilt the deltas."""
     if others := series.others:
-        part = f"{others[0]} and {len(others) - 1} other tensors take no part in the jump"
-        print(f"note: {part}", file=sys.stderr)
+        some = f"{len(others)} tensors take no part in the jump, for example {others[0]}"
+        print(f"note: {some}", file=sys.stderr)
     if rounded := ", ".join(sorted(series.dtypes & {"BF16", "F16"})):
         print(f"warning: checkpoints in {rounded}: deltas hold its rounding", file=sys.stderr)
 

@@ -28,14 +28,19 @@ signals: list[int] = []  # those that came: safetensors may raise a ValueError i
 
 
 def versions() -> dict[str, str]:
-    """What a result is made with: Python, packages that are installed, device and processes."""
-    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU") != "true"
-    found = {"python": sys.version.split()[0], "processes": os.environ.get("WORLD_SIZE", "1")}
-    found["device"] = torch.cuda.get_device_name() if on_gpu else "cpu"
+    """What a result is made with: Python and the packages that are installed."""
+    found = {"python": sys.version.split()[0]}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def machine() -> dict[str, str | int]:
+    """The device that a stage runs on, and in how many processes."""
+    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU") != "true"
+    device = torch.cuda.get_device_name() if on_gpu else "cpu"
+    return {"device": device, "processes": int(os.environ.get("WORLD_SIZE", 1))}
 
 
 def within(path: pathlib.Path, run: pathlib.Path, name: str = "") -> str:
@@ -97,7 +102,7 @@ class Stage:
         if is_writer() and self.done:
             print(f"{folder} is done already; --overwrite makes it again")
         elif is_writer():
-            write.write_json(noted, {**self.record, "versions": versions()})
+            write.write_json(noted, {**self.record, "versions": versions(), **machine()})
 
     def _check_same(self, before: dict, may_change: set[str]) -> None:
         """Raises UserError where config.json has another option or input than this command."""
@@ -115,7 +120,7 @@ class Stage:
         if is_writer():
             seconds = round(time.perf_counter() - self.began, 2)
             made = {"outputs": write.hashes_of(self.folder), "versions": versions()}
-            done = {**self.record, **made, "seconds": seconds, **result}
+            done = {**self.record, **made, **machine(), "seconds": seconds, **result}
             write.write_json(self.folder / "done.json", done)
 
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from common import UserError
 from common.files import config, write
 from common.reproduce import plans
-from common.rl import benchmarks, data, in_one_line, memory, policy
+from common.rl import data, in_one_line, memory, policy
 
 STAGES = {  # class of the options -> the preset's sections
     "01_train_lora_grpo.TrainConfig": ("train",),
@@ -93,7 +93,7 @@ def counted(flag: str, spec: str, cfg, tokenizer) -> list[str]:
     if tokenizer:  # which says on stderr what is too long
         turns = (cfg.prompt_template, cfg.system_prompt, cfg.max_prompt_tokens)
         data.encode_prompts(problems, tokenizer, *turns, spec)
-    source = benchmarks.SOURCES.get(data.parse_spec(spec)[0])
+    source = data.known_source(spec)
     known = source.rows if source else len(problems)
     odd = f"unlike what is known: {spec} has {len(problems)} problems, not {known}"
     return [odd] if len(problems) != known else []

@@ -138,5 +138,5 @@ def section3(runs: Runs) -> str:
     inside = statistics.median(row["in_sample"] for rows in lines for row in rows)
     text += f"* Fig. 3, a straight line fails on over half of the vectors: **{half}**. "
     text += f"On checkpoints that it was not fitted on, {share.plain(100, 1)}% of the vectors "
-    text += "have an R² below 0, worse than the mean of those few neighbouring points. "
+    text += "have an R² below 0: worse than a constant, their mean. "
     return f"{text}On those that it was fitted on, the median R² is {inside:.2f}."

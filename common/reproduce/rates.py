@@ -61,7 +61,7 @@ def sentence(runs: Runs) -> str:
     worth = [f"{gap.points()}{where[rate]}" for rate, gap in gaps.items() if gap]
     if not worth:
         return ""
-    text = f"**After {total} RL steps, {label_of(method)}, is worth {'; '.join(worth)} (points).**"
+    text = f"**{label_of(method)}, minus GRPO at {total} steps, in points: {'; '.join(worth)}.**"
     if gap := runs.at(total) - next(iter(at.values())).at(total):
         alone = next(rate for rate, run in rates(runs).items() if run.name == MAIN)
         text += f" Learning rate {alone:g} in place of {min(at):g} is worth {gap.points()}."

@@ -61,7 +61,7 @@ def page(runs: Runs, made_with: str) -> str:
     mean = "Accuracy is the plain mean of" if len(runs.tasks) > 1 else "Accuracy is that on"
     note = NOTES[runs.over].format(seeds=", ".join(map(str, runs.seeds)))
     text = [f"# Results of {runs.root.name}", made_with, *filter(None, [rates.sentence(runs)])]
-    text += [f"{note} A verdict needs the whole interval.", f"{mean} {', '.join(runs.tasks)}."]
+    text += [note, f"{mean} {', '.join(runs.tasks)}."]
     if runs.left_out:
         lines = "\n".join(f"* {line}" for line in runs.left_out)
         text.append(f"Only what was made alike is compared. Left out of all tables:\n\n{lines}")

@@ -193,8 +193,8 @@ class Runs:
     @property
     def gpus(self) -> int:
         """How many GPUs stage 1 had; 0 on a CPU, or where it is not known."""
-        versions = self.made().get("versions", {})
-        return int(versions["processes"]) if versions.get("device", "cpu") != "cpu" else 0
+        made = self.made()
+        return made["processes"] if made.get("device", "cpu") != "cpu" else 0
 
     def count(self, found: Measured) -> str:
         """How many seeds of a grid have it; of one run the number of responses."""

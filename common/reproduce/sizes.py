@@ -66,7 +66,7 @@ def gpqa(runs: Runs):
         left.bar(at, [100 * y.mean for y in levels], yerr=[100 * y.error for y in levels], **look)
         costs = [f * (m.seconds or 0.0) for f, m in zip(factors, policies, strict=True)]
         right.bar(at, costs, **look)
-    left.set_ylabel(f"accuracy % on GPQA, ± s.e. over {runs.over}")
+    left.set_ylabel("GPQA: accuracy %, ± s.e.")
     right.set_ylabel(unit)
     for axis in (left, right):
         names = [one.model.replace("-", "\n") for one in models]

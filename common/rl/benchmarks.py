@@ -103,7 +103,7 @@ def _table(where: str, split: str, flag: str):
     """A datasets.Dataset of a file, a folder or a hub id, "owner/name" or "owner/name:config"."""
     import datasets  # here: it takes a second, and JSONL does not need it
 
-    path, advice = pathlib.Path(where), f"want {', '.join(FILE_TYPES)}, or a copy of the hub's"
+    path, advice = pathlib.Path(where), f"want {', '.join(FILE_TYPES)}; --data-split names a split"
     what = {"path": where, "split": split}
     if path.is_file():
         what = {"path": FILE_TYPES.get(path.suffix), "data_files": where, "split": "train"}

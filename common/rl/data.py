@@ -55,15 +55,15 @@ def load_tasks(specs, flag="--test-data", english_only=False, **columns) -> dict
     """
     tasks = {}
     for spec in specs:
-        name, where = parse_spec(str(spec))
+        name, where = parse_spec(spec := str(spec))
         benchmark, _, wanted = name.partition("/")
-        source = SOURCES.get(benchmark) or Source(where, **columns)
+        source = known_source(spec) or Source(where, **columns)
         found = {}  # task -> its problems, in order
         for place, row in rows(where, source, f"{flag} {benchmark}"):
             part = (_text(row, source.part) or "").replace(" ", "-")
             problem = _problem(row, source, place)
             key = problem.prompt if source.template == "dapo" else place  # it repeats each problem
-            if part in (wanted or part) and not (english_only and _CJK.search(problem.prompt)):
+            if part == (wanted or part) and not (english_only and _CJK.search(problem.prompt)):
                 task = f"{benchmark}-{part}" if part else benchmark
                 found.setdefault(safe_name(task, "data set"), {}).setdefault(key, problem)
         if not found:
@@ -91,6 +91,13 @@ def parse_spec(spec: str) -> tuple[str, str]:
     if path.suffix in FILE_TYPES and not path.is_file():
         raise UserError(f"data file {path} not found")
     return name, where
+
+
+def known_source(spec: str) -> Source | None:
+    """The benchmark that `spec` names. A file or a hub id that is only called like one is none."""
+    name, where = parse_spec(spec)
+    source = SOURCES.get(name.partition("/")[0])
+    return source if source and (where != spec or spec == source.hub_id) else None
 
 
 def content_hash(spec: str) -> str | None:

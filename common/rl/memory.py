@@ -57,7 +57,7 @@ def plan(config, cfg, shards: int = 1, mixed: bool = True) -> dict[str, float]:
     trained = sum(map(numbers, policy.trained(model).values()))
     if whole and cfg.kl_coef:  # the backbone again, frozen
         backbone += trained * (config.dtype or model.dtype).itemsize
-    if mixed and cfg.engine == "vllm":
+    if mixed:
         policy.keep_dtypes(model)
     longest = cfg.max_prompt_tokens + cfg.max_new_tokens
     rows = max(1, cfg.micro_tokens // longest)
@@ -82,8 +82,10 @@ def check(model, cfg, accelerator) -> None:
     if cfg.tune == "lora":  # the adapter of a jump has more ranks than the options say
         parts["trained"] = TRAINED * sum(p.numel() for p in policy.trained(model).values())
     options = rollout.vllm_options(cfg.vllm_options)
-    if cfg.engine == "vllm" and "kv_cache_memory_bytes" not in options:
-        parts["vLLM"] = total * options.get("gpu_memory_utilization", rollout.SHARED)
+    if cfg.engine == "vllm":
+        share = total * options.get("gpu_memory_utilization", rollout.SHARED)
+        cache = options.get("kv_cache_memory_bytes")
+        parts["vLLM"] = cache + parts["backbone"] if cache else share
     listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
     listed += "; rollouts by hf are not counted: --batch-size" if cfg.engine == "hf" else ""
     needed = f"{sum(parts.values()) / 1e9:.1f} GB of a GPU's {total / 1e9:.1f} ({listed})"

@@ -164,9 +164,7 @@ def answers(run, task: tuple, runs: int, judge) -> list[dict]:
     asked = asked[accelerator.process_index :: accelerator.num_processes]
     seeds = [rollout.sequence_seed(cfg.seed, 0, i, number) for i, number in asked]
     draw = (cfg.max_new_tokens, cfg.temperature, cfg.top_p)
-    # vLLM sees to its own precision.
-    with accelerator.autocast() if cfg.engine == "hf" else contextlib.nullcontext():
-        found = run.engine.generate([prompts[i] for i, _ in asked], seeds, *draw)
+    found = run.engine.generate([prompts[i] for i, _ in asked], seeds, *draw)
     texts = run.tokenizer.batch_decode([r.tokens for r in found], skip_special_tokens=True)
     sampled, finished = [problems[i] for i, _ in asked], [r.finished for r in found]
     scores, rows = judge.score(texts, sampled, finished), []
@@ -178,9 +176,9 @@ def answers(run, task: tuple, runs: int, judge) -> list[dict]:
 
 
 def find_model(name: str) -> pathlib.Path:
-    """The folder of the model `name`; a hub id that is not on this machine is fetched."""
+    """The folder of the model `name`; a hub id that is not on this machine, whole, is fetched."""
     with contextlib.suppress(UserError):
-        return models.find_model(name)
+        return models.open_model(models.find_model(name)).path
     policy.load_backbone(name)
     return models.find_model(name)
 
@@ -198,14 +196,15 @@ class Loaded:
         self.template_hash = data.template_hash(*turns)
         limit = cfg.max_prompt_tokens
         self.tasks = {t: data.encode_prompts(found, *turns, limit, t) for t, found in tasks.items()}
-        self.engine = rollout.make_engine(cfg, model, self.tokenizer, cfg.path(base), rank)
+        how = (cfg.path(base), rank, accelerator)
+        self.engine = rollout.make_engine(cfg, model, self.tokenizer, *how)
 
 
-def summarise(rows: list[dict], problems: int) -> dict:
-    """Accuracy with its standard error over problems, and the means that go with it."""
-    by_problem = torch.zeros(problems, dtype=torch.float64)
-    for row in rows:
-        by_problem[row["problem"]] += row["score"] * problems / len(rows)
+def summarise(rows: list[dict], problems: int, judge) -> dict:
+    """Accuracy with its standard error over problems, and the means that go with it. judge: the
+    Verifier that scored the rows, which are sorted by run."""
+    scores = torch.tensor([row["score"] for row in rows], dtype=torch.float64)
+    by_problem = scores.view(-1, problems).mean(0)
     return {
         "accuracy": float(by_problem.mean()),
         "standard_error": float(by_problem.std() / problems**0.5) if problems > 1 else None,
@@ -213,6 +212,7 @@ def summarise(rows: list[dict], problems: int) -> dict:
         "problems": problems,
         "response_length": sum(row["tokens"] for row in rows) / len(rows),
         "truncated_share": sum(not row["finished"] for row in rows) / len(rows),
+        "verifier_timeouts": sum(gather_object([judge.timeouts])),
         "by_problem": by_problem.tolist(),
     }
 
@@ -221,5 +221,7 @@ def console_line(record: dict) -> str:
     """`0.749 +- 0.012 (n = 2048), length 29.4, 1.7 s`."""
     error = "" if record["standard_error"] is None else f" +- {record['standard_error']:.3f}"
     zero = "" if record["accuracy"] else "; all scored 0: are template and answer_format right?"
+    if late := record["verifier_timeouts"]:
+        zero += f"; {late} not decided in --verifier-seconds, so scored 0"
     line = f"{record['accuracy']:.3f}{error} (n = {record['n']})"
     return f"{line}, length {record['response_length']:.1f}, {record['seconds']:.1f} s{zero}"

@@ -10,8 +10,9 @@ from common.rl import data, rollout
 POSITIVE = (
     *("steps", "save_every", "prompts_per_step", "mini_batch", "rollouts", "max_new_tokens"),
     *("lora_rank", "batch_size", "resume_every", "log_every", "temperature", "more_steps", "runs"),
-    "max_grad_norm",
+    *("max_grad_norm", "learning_rate", "lora_alpha", "verifier_seconds"),
 )
+NOT_NEGATIVE = ("weight_decay", "clip_low", "clip_high", "kl_coef", "importance_cap", "eval_every")
 
 
 @dataclasses.dataclass
@@ -21,7 +22,7 @@ class SamplingConfig(StageConfig):
     backbone: str = option("Qwen/Qwen2.5-1.5B-Instruct", "folder or hub id (paper: 1.5B to 14B)")
     prompt_column: str = option("prompt", "of a file or hub id: question's column, a.b for nested")
     answer_column: str = option("answer", "of a file or hub id: answer's column, a.b for nested")
-    data_split: str = option("train", "of a hub id: its split")
+    data_split: str = option("train", "of a hub id or a folder: its split")
     prompt_template: str = option(data.PROMPT_TEMPLATE, "the user turn around a problem (open)")
     system_prompt: str = option(data.SYSTEM_PROMPT, "system turn (Qwen2.5's), none if empty (open)")
     answer_format: Literal["boxed", "last_number"] = option("boxed", "where the answer is (open)")
@@ -29,7 +30,7 @@ class SamplingConfig(StageConfig):
     top_p: float = option(1.0, "nucleus sampling; training needs 1.0 (paper: 1.0)")
     max_prompt_tokens: int = option(1024, "longest prompt allowed (paper: 1024)")
     max_new_tokens: int = option(4096, "longest response; one cut there gets 0 (paper: 4096)")
-    engine: Literal["auto", "hf", "vllm"] = option("auto", "auto: vllm where it and a GPU are")
+    engine: Literal["auto", "hf", "vllm"] = option("auto", "auto: vllm if it is there, and a GPU")
     batch_size: int = option(512, "sequences that hf samples at a time: memory, not results")
     vllm_options: str = option(
         "{}", "of vLLM's LLM class, in JSON: '{\"gpu_memory_utilization\": 0.4}' (0.8 in stage 6)"
@@ -45,8 +46,13 @@ class SamplingConfig(StageConfig):
     def __post_init__(self):
         rollout.vllm_options(self.vllm_options)  # refuses what it does not know
         for name in POSITIVE:
-            if (value := getattr(self, name, 1)) <= 0:  # a stage has not all of them
+            if not (value := getattr(self, name, 1)) > 0:  # nan; a stage has not all of them
                 raise UserError(f"{name} must be positive, not {value}")
+        for name in NOT_NEGATIVE:
+            if not (value := getattr(self, name, 0)) >= 0:
+                raise UserError(f"{name} must not be negative: {value}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be above 0 and at most 1, not {self.top_p}")
 
 
 @dataclasses.dataclass
@@ -84,10 +90,11 @@ class RLConfig(SamplingConfig):
         if self.eval_every and not self.eval_data:
             raise UserError("eval_every wants --eval-data: problems for validation")
         if self.kl_in == "reward" and not self.kl_coef:
-            raise UserError("kl_in reward takes nothing from it with kl_coef 0: set kl_coef")
+            raise UserError("kl_in reward subtracts kl_coef times the KL, and kl_coef is 0: set it")
 
 
-# What may differ when a run goes on: it changes no result. Of more_steps `steps` has the sum.
+# What may differ when a run goes on. At most rounding and the verifier's timeouts change; `steps`,
+# which is compared, is the sum of the first step and more_steps.
 MAY_CHANGE = (
     *("save_every", "resume_every", "log_every", "report_to", "project", "micro_tokens"),
     *("max_logprob_gap", "vllm_options", "batch_size", "verifier_seconds", "more_steps"),

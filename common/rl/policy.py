@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 from common import UserError
@@ -36,7 +36,8 @@ def start_processes(mixed_precision: str, **options) -> Accelerator:
     """The processes that `accelerate launch` has started, or this one. "auto": bf16 on GPUs."""
     auto = "bf16" if on_gpu() else "no"
     return Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else CPU processes do not find each other
+        # Else CPU processes do not find each other, and a Mac's GPU has no float64.
+        cpu=not torch.cuda.is_available(),
         mixed_precision=auto if mixed_precision == "auto" else mixed_precision,
         kwargs_handlers=[
             # The others wait while one writes a large model: longer than NCCL's ten minutes.
@@ -57,7 +58,10 @@ def load_backbone(name: str):
         raise UserError(f"backbone folder {name} not found; {WANTED}")
     safe = {"use_safetensors": True, "trust_remote_code": False}
     with in_one_line(f"cannot load backbone {name}", WANTED):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **safe)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        for key in [key for key in vars(config) if "drop" in key]:  # the policy that samples
+            setattr(config, key, 0.0)  # has none either
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype="auto", **safe)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     return model.requires_grad_(False), tokenizer
 
@@ -167,21 +171,34 @@ def keep_dtypes(policy) -> None:
 @contextlib.contextmanager
 def merged(policy):
     """Within the block an fp32 policy that is not sharded computes with W + s B A in place of W: a
-    third of the products. Then each layer has its own tensor again, so nothing can drift."""
+    third of the products. Then each layer has its own weight again, so nothing can drift. Under
+    autocast it computes as always: W + s B A would be rounded as a whole."""
     layers = (m for m in policy.modules() if isinstance(m, LoraLayer))
-    frozen = {layer: layer.base_layer.weight.data for layer in layers}
-    if {weight.dtype for weight in frozen.values()} != {torch.float32} or is_sharded(policy):
+    frozen = {layer: layer.base_layer.weight for layer in layers}
+    is_fp32 = {weight.dtype for weight in frozen.values()} == {torch.float32}
+    if not is_fp32 or is_sharded(policy) or torch.is_autocast_enabled(policy.device.type):
         yield
         return
     try:
         for layer, weight in frozen.items():
-            layer.base_layer.weight.data = weight + layer.get_delta_weight("default")
+            changed = weight + layer.get_delta_weight("default")
+            layer.base_layer.weight = torch.nn.Parameter(changed, requires_grad=False)
             layer.enable_adapters(False)
         yield
     finally:
         for layer, weight in frozen.items():
-            layer.base_layer.weight.data = weight
+            layer.base_layer.weight = weight
             layer.enable_adapters(True)
+
+
+@torch.no_grad()
+def check_head(policy, ids: list[int]) -> None:
+    """Raises UserError for a model that scales or caps its logits, which `token_logprobs` leaves
+    out. ids: two tokens or more."""
+    logits = base_model(policy)(input_ids=torch.tensor([ids], device=policy.device)).logits[0, -2]
+    ours = token_logprobs(policy, [ids[:-1]], [ids[-1:]], 1.0)[0]
+    if not (logits.float().log_softmax(-1)[ids[-1]] - ours).abs() < 0.1:
+        raise UserError("this backbone scales or caps its logits, which is not supported")
 
 
 def token_logprobs(policy, prompts, completions, temperature: float) -> torch.Tensor:

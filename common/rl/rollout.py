@@ -1,9 +1,10 @@
 """Rollouts: sampled responses with the log-probability of every sampled token.
 
-Every sequence has a seed of its own. So what is sampled depends neither on the batch that it is in,
-nor on the number of processes, nor on what was sampled before.
+Every sequence has a seed of its own. So what is sampled does not depend on what was sampled before,
+nor, but for rounding, on its batch and the number of processes.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -18,11 +19,11 @@ from common import UserError
 from common.rl.policy import base_model, is_sharded, load_lora, merged, on_gpu
 
 SHARED = 0.4  # of the device's memory, for vLLM's weights and KV cache beside the trainer
-# Of vLLM: memory and speed; nothing that names code or weights.
+# Of vLLM: memory, speed and rounding; nothing that names code or weights.
 VLLM_OPTIONS = (
-    *("gpu_memory_utilization", "cpu_offload_gb", "kv_cache_memory_bytes", "max_model_len"),
-    *("max_num_seqs", "max_num_batched_tokens", "block_size", "enforce_eager", "dtype"),
-    *("enable_prefix_caching", "enable_chunked_prefill", "kv_cache_dtype"),
+    *("gpu_memory_utilization", "cpu_offload_gb", "kv_cache_memory_bytes", "max_num_seqs"),
+    *("max_num_batched_tokens", "block_size", "enforce_eager", "enable_prefix_caching"),
+    *("enable_chunked_prefill", "dtype", "kv_cache_dtype"),
 )
 
 
@@ -69,11 +70,14 @@ def vllm_options(text: str) -> dict:
     return options
 
 
-def make_engine(cfg, model, tokenizer, path: str, lora_rank: int):
-    """The engine cfg.engine. hf samples from `model` itself; vLLM has a copy of its backbone at
-    `path`, a folder or hub id. lora_rank: the largest to come, 0 without adapters."""
+def make_engine(cfg, model, tokenizer, path: str, lora_rank: int, accelerator):
+    """The engine cfg.engine. hf samples from `model` itself, in the precision of `accelerator`.
+    vLLM sees to its own, and has a copy of the backbone at `path`, a folder or hub id. lora_rank:
+    the largest to come, 0 without adapters."""
     if cfg.engine == "hf":
-        return HFEngine(model, tokenizer, cfg.batch_size)
+        mixed = accelerator.mixed_precision != "no"
+        autocast = accelerator.autocast if mixed else contextlib.nullcontext
+        return HFEngine(model, tokenizer, cfg.batch_size, autocast)
     from common.rl import vllm_engine  # here: vLLM is optional, and takes seconds to import
 
     longest, options = cfg.max_prompt_tokens + cfg.max_new_tokens, vllm_options(cfg.vllm_options)
@@ -95,10 +99,11 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, top_p: float):
 class HFEngine:
     """Samples from the very model that is trained: for small models, and to teach."""
 
-    def __init__(self, policy, tokenizer, batch_size: int = 512):
-        self.policy, self.batch_size = policy, batch_size
+    def __init__(self, policy, tokenizer, batch_size=512, autocast=contextlib.nullcontext):
+        self.policy, self.batch_size, self.autocast = policy, batch_size, autocast
         dtypes = {parameter.dtype for parameter in policy.parameters()}
-        self.is_exact = dtypes == {torch.float32} and not is_sharded(policy)
+        exact = dtypes == {torch.float32} and autocast is contextlib.nullcontext
+        self.is_exact = exact and not is_sharded(policy)  # its log-probabilities are the trainer's
         self.ends = end_tokens(policy, tokenizer)
 
     def sync(self, policy) -> None:
@@ -116,7 +121,7 @@ class HFEngine:
         rollouts, was_training = {}, self.policy.training
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         self.policy.eval()
-        with torch.no_grad(), merged(self.policy):
+        with torch.no_grad(), self.autocast(), merged(self.policy):
             for start in range(0, len(prompts), self.batch_size):
                 rows = by_length[start : start + self.batch_size]
                 asked = [prompts[i] for i in rows], [seeds[i] for i in rows]

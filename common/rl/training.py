@@ -1,4 +1,4 @@
-"""What stage 1 has ready before its loop, and the parts of a step that no equation names."""
+"""What stage 1 prepares before its loop, and the parts of a step that have no equation."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from common import UserError, grpo
 from common.files import adapters
-from common.rl import data, memory, metrics, policy, rewards, rollout, verifier
+from common.rl import data, in_one_line, memory, metrics, policy, rewards, rollout, verifier
 
 
 @dataclasses.dataclass
@@ -33,7 +33,7 @@ class Run:
     prompts: list[list[int]]  # token ids
     held_out: tuple[list[data.Problem], list[list[int]]]  # the same of --eval-data
     backbone: str  # what the policy is an adapter on, or began as
-    stands_on: dict  # hashes of backbone, template and data
+    stands_on: dict  # hashes of backbone, template, data and reward files
     flat: int = 0  # steps without a gradient, one after another
 
 
@@ -74,7 +74,8 @@ def start(cfg, folder) -> Accelerator:
             raise UserError(f"{cfg.path(given)} not found: {first}")
     cfg.engine = rollout.choose_engine(cfg.engine)  # a run goes on with the engine it began with
     tracker = {"log_with": cfg.report_to or None, "project_dir": folder}
-    accelerator = policy.start_processes(cfg.mixed_precision, **tracker)
+    with in_one_line(f"--report-to {cfg.report_to}", "want trackio, tensorboard or wandb"):
+        accelerator = policy.start_processes(cfg.mixed_precision, **tracker)
     if cfg.mini_batch % (processes := accelerator.num_processes):
         raise UserError(f"mini_batch {cfg.mini_batch} must be a multiple of {processes} processes")
     return accelerator
@@ -115,16 +116,18 @@ def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str
             raise UserError(f"{cfg.eval_data} has fewer problems than there are processes")
     if accelerator.device.type == "cuda":
         memory.check(model, cfg, accelerator)
-    if cfg.engine == "vllm" and accelerator.mixed_precision != "no":
+    if accelerator.mixed_precision != "no":
         policy.keep_dtypes(model)
     model, frozen = place(model, accelerator.device), None
+    with accelerator.autocast():
+        policy.check_head(model, (prompts[0] * 2)[:64])
     if cfg.gradient_checkpointing:
         policy.checkpoint_gradients(model)
     if cfg.tune == "full" and cfg.kl_coef:
         frozen = place(policy.load_backbone(cfg.path(cfg.backbone))[0], accelerator.device)
     lora = model.peft_config["default"].to_dict() if isinstance(model, PeftModel) else {"r": 0}
     rank = adapters.highest_rank(lora)
-    engine = rollout.make_engine(cfg, model, tokenizer, cfg.path(backbone[0]), rank)
+    engine = rollout.make_engine(cfg, model, tokenizer, cfg.path(backbone[0]), rank, accelerator)
     where = f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
     accelerator.print(f"{where}, rollouts by {cfg.engine}; {len(problems)} problems")
     first, answer = tokenizer.decode(prompts[0]), problems[0].answer
@@ -160,19 +163,17 @@ def micro_batches(run: Run, batch: Batch, sequences: list[int]) -> list[list[int
 @torch.no_grad()
 def score(run: Run, batch: Batch) -> dict:
     """log pi_old by the trainer, and log pi_backbone if KL counts. Returns sums for the metrics."""
-    # hf in fp32 samples from the trainer's own model: but for rounding, these are the engine's.
-    # They are computed again only beside those of the backbone.
+    # hf in fp32 samples from the trainer's own model: apart from rounding, the engine has computed
+    # these already. With KL they are computed again, together with the backbone's.
     cfg, count = run.cfg, len(batch.completions)
-    exact = run.engine.is_exact and run.accelerator.mixed_precision == "no" and not cfg.kl_coef
+    exact = run.engine.is_exact and not cfg.kl_coef
     batch.old, batch.reference = [None] * count, [None] * count
     sums, low, high = {"entropy": 0.0, "gap": 0.0, "ratio": 0.0, "kl": 0.0}, math.inf, -math.inf
     for part in micro_batches(run, batch, [*range(count)]):
         tokens, lengths = batch.tokens(part), [len(batch.completions[i]) for i in part]
         by_engine = torch.cat([batch.engine[i] for i in part])
         with run.accelerator.autocast():
-            old = by_engine
-            if not exact:
-                old = policy.token_logprobs(run.model, *tokens, cfg.temperature)
+            old = by_engine if exact else policy.token_logprobs(run.model, *tokens, cfg.temperature)
             reference = old  # [tokens]
             if cfg.kl_coef:
                 backbone = run.frozen or run.model
@@ -226,11 +227,11 @@ def descend(run: Run, step: int, losses: list[tuple[float, float]]) -> dict:
     for some in both:
         clip_grads_with_norm_(some, run.cfg.max_grad_norm, total)
     norm = total.item()
-    local = torch.tensor([sum(column) for column in zip(*losses, strict=True)])
-    loss, clipped = reduce(local.to(run.accelerator.device), "sum").tolist()
+    local = torch.tensor(losses, device=run.accelerator.device).sum(0)
+    loss, clipped = reduce(local, "sum").tolist()
     if not math.isfinite(loss + norm):
         what = f"non-finite loss ({loss}) or gradient (norm {norm}) in step {step}"
-        raise UserError(f"{what}; the last checkpoint is good: lower the learning rate")
+        raise UserError(f"{what}: take a lower --learning-rate, in another --run-dir")
     run.optimizer.step()
     run.optimizer.zero_grad()
     return {"loss": loss, "clip_share": clipped, "grad_norm": norm}

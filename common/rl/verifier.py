@@ -27,18 +27,21 @@ _FRACTION = re.compile(
     r"([+-]?)\s*(?:\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}|([\d.,]+)\s*/\s*([\d.,]+))"
 )
 _E_NOTATION = re.compile(r"(\d\.?)[eE]([+-]?\d+)(?!\d|\.\d)")
-_THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\}|\\[,!]|\s)\s*(?=\d{3}(?!\d))")
+_THOUSANDS = re.compile(r"(?<=\d)(?:,|(?:\{,\}|\\[,!]|\s)\s*)(?=\d{3}(?!\d))")
 _UNIT = re.compile(
     r"(?:\\[ ,;!]|~|\s)*"
-    r"(?:\\(?:text|mathrm|mbox)\s*\{[^{}]*\}(?:\^\{?-?\d\}?)?|\^\s*\{?\s*\\circ\s*\}?)$"
+    r"(?:\\(?:text|mathrm|mbox)\s*\{[^{}]*\}(?:\^\{?-?\d\}?)?|\^\s*\{?\s*\\circ\s*\}?|°)$"
 )
-_UNEVALUATED = re.compile(r"\d\s*\}?\s*(\+|\*|\\cdot(?!\s*10\b)|-|\\times(?!\s*10\b))\s*\{?\s*\d")
+_UNEVALUATED = re.compile(
+    r"\d\s*\}?\s*(\+|-|(?:\*|\\cdot|\\times)(?!\s*\{?\s*10\s*\}?\s*\^))\s*\{?\s*\d"
+)
+_NAME = re.compile(r"^[\s$]*[A-Za-z\\](?:[A-Za-z\\ +-]|[_^]\{?\w\}?)*=")  # of an answer: m + n =
 _LAST_NUMBER = re.compile(
     r"(?:(?<![\w)\]}.])-)?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3}\b)?"
 )
 _LOOKS = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\$|(?<!\d)(\\[,!;]|\s)+|(\\[,!;]|\s)+(?!\d)")
 _LETTER = re.compile(r"[\s$({\[]*([A-Za-z])(?:[\s$)}\].]*$|\s*[).:}\]]+[\s\\]*(.+)$)", re.DOTALL)
-_FACE = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|boldsymbol)\s*(?=\{)")
+_FACE = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|boldsymbol|boxed)\s*(?=\{)")
 
 
 def extract_boxed(response: str) -> str | None:
@@ -51,7 +54,7 @@ def extract_boxed(response: str) -> str | None:
         elif token == "{":
             opened.append(None)
         elif token == "}" and opened and (start := opened.pop()) is not None:
-            last = response[start : match.start()]
+            last = response[start : match.start()].strip() or last  # of an empty one: that before
     return last
 
 
@@ -76,12 +79,15 @@ def plain_number(text: str) -> fractions.Fraction | None:
 
 
 def _number_answer(answer: str) -> fractions.Fraction | None:
-    # A plain number or a fraction of two, perhaps after "m + n =" or before a percent sign.
-    answer = re.sub(r"^[\s$]*[A-Za-z](?:\s*[+-]\s*[A-Za-z])*\s*=", "", answer[:1001])
+    # A plain number or a fraction of two, perhaps after "m + n =" or before a percent sign. Another
+    # word may stand beside it in \text{} alone.
+    answer = _NAME.sub("", answer[:1001].replace("\u2212", "-"))
     answer = re.sub(r"(?:\\[ ,;!]|\s)+$|\\(?=\$)", "", answer).strip().strip("$").strip()
     answer = answer.removesuffix("%").removesuffix("\\")
     if face := _FACE.match(answer):
-        answer = answer[face.end() :].removeprefix("{").removesuffix("}")
+        answer = answer[face.end() :]
+    if answer.startswith("{"):
+        answer = answer[1:].removesuffix("}")
     if not (fraction := _FRACTION.fullmatch(answer)):
         return plain_number(answer)
     above, below = (plain_number(fraction[i] or fraction[i + 2]) for i in (2, 3))
@@ -97,7 +103,8 @@ def letter(text: str) -> str | None:
         return None
     # What follows the letter is its option, unless that names another letter: "A) or B)".
     case = "A-Z" if match[1].isupper() else "a-z"
-    named = re.search(rf"(?<![A-Za-z])[{case}](?![A-Za-z])", match[2] or "")
+    another = rf"(?:^|\bor|\band|[,/&])[\s({{]*[{case}][\s)}}\].:$]*$"
+    named = re.search(another, match[2] or "")
     return None if named else match[1].upper()
 
 

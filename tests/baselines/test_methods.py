@@ -436,7 +436,7 @@ def test_what_has_more_ranks_than_vllm_takes_is_cut_or_merged(run, stage, monkey
     assert code == 0
     share = float(said.split("loses ")[1].split(" ")[0])
     if bound:
-        assert said.startswith("note: relex_alpha1.5: rank 40, the highest of vLLM, loses ")
+        assert said.startswith("note: relex_alpha1.5: at rank 40, vLLM's highest, it loses ")
         ranks = {shape[1] for shape in adapters.read_header(folder).shapes.values()}
         assert ranks == {*bounds}
         lost = max((whole[m] - dense(folder)[m]).norm() / whole[m].norm() for m in MODULES)
@@ -444,7 +444,7 @@ def test_what_has_more_ranks_than_vllm_takes_is_cut_or_merged(run, stage, monkey
         noted = read_json(folder / "checkpoint.json", "04")["norm_lost"]
         assert noted == pytest.approx(float(lost), rel=1e-3)
         return
-    assert said.endswith("it is merged")
+    assert said.endswith("a whole model is written instead")
     model = models.open_model(run / "merged" / "relex_alpha1.5")
     backbone = models.open_model(models.find_model(read_info(model.path)["backbone"]))
     for module in MODULES:
@@ -634,7 +634,38 @@ def test_accept_compares_what_was_measured_alike_and_of_these_weights(run, stage
     assert (code, f"repeat-last_alpha3 {message}" in line) == (2, True)
 
 
-def test_accept_refuses_the_method_for_which_no_jump_is_not_alpha_0(run, stage):
-    code, line = stage("04_extrapolate.py", "--methods", "first-update", "--accept", "true")
-    assert code == 2
-    assert "of first-update it is the backbone" in line
+@pytest.mark.parametrize("method", ["first-update", "relex", "alpharl"])
+def test_a_method_whose_alpha_0_is_a_jump_is_accepted_as_none(run, stage, method):
+    flags = ("04_extrapolate.py", "--methods", method, "none")
+    assert stage(*flags)[0] == 0
+    judge(run, none=0.5)
+    record = {"accuracy": 0.4, "data": "d", "settings": {}}
+    record["weights"] = models.weights_hash(run / "extrapolated" / f"{method}_alpha1.5")
+    folder = run / "validation" / f"extrapolated__{method}_alpha1.5"
+    write.write_json(folder / "valid.json", record)
+    assert stage(*flags, "--accept", "true")[0] == 0
+    made = [dense(run / "extrapolated" / name) for name in (f"{method}_accepted", "none")]
+    for module in MODULES:
+        torch.testing.assert_close(made[0][module], made[1][module])
+
+
+def test_a_jump_that_is_a_whole_model_can_be_accepted(run, stage, monkeypatch):
+    monkeypatch.setattr(adapters, "VLLM_RANKS", (8, 40))
+    monkeypatch.setattr(merge, "MAX_LOST", 0.0)
+    flags = ("04_extrapolate.py", "--methods", "relex", "none")
+    assert stage(*flags)[0] == 0
+    judge(run, none=0.5)
+    record = {"accuracy": 0.6, "data": "d", "settings": {}}
+    record["weights"] = models.weights_hash(run / "merged" / "relex_alpha1.5")
+    write.write_json(run / "validation" / "merged__relex_alpha1.5" / "valid.json", record)
+    assert stage(*flags, "--accept", "true")[0] == 0
+    accepted, jump = (run / "merged" / f"relex_{x}" for x in ("accepted", "alpha1.5"))
+    assert models.weights_hash(accepted) == models.weights_hash(jump)
+
+
+def test_a_model_that_was_merged_from_an_older_jump_is_gone_with_it(run, stage):
+    flags = ("04_extrapolate.py", "--methods", "repeat-last")
+    assert stage(*flags, "--merge", "true")[0] == 0
+    assert models.is_model(run / "merged" / "repeat-last_alpha1.5")
+    assert stage(*flags, "--overwrite")[0] == 0
+    assert not (run / "merged" / "repeat-last_alpha1.5").exists()

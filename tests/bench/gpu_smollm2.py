@@ -119,7 +119,7 @@ def alone(*flags: str) -> None:
     prompts = [prompt for prompt in prompts for _ in range(8)]
     adapter = pathlib.Path(cfg.run_dir) / cfg.policies[0]
     rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
-    engine = rollout.make_engine(cfg, model, tokenizer, cfg.backbone, rank)
+    engine = rollout.make_engine(cfg, model, tokenizer, cfg.backbone, rank, None)
     engine.use(adapter)
 
     def ours(first: int) -> int:

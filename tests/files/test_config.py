@@ -64,6 +64,18 @@ def test_a_preset_holds_only_what_differs_from_its_base(tmp_path):
     assert (cfg.steps, cfg.rate, cfg.threads) == (7, 1.0, 3)
 
 
+def test_stage_5_does_not_start_where_stage_1_started(tmp_path):
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("train: {start: outputs/checkpoint-20}")
+    for number, sections, want in (
+        ("01_train_lora_grpo.TrainConfig", "train", "outputs/checkpoint-20"),
+        ("05_continue_rl.ContinueConfig", ("train", "continue"), "next-aligned_alpha1.5"),
+    ):
+        module, cls = number.split(".")
+        kind = getattr(importlib.import_module(module), cls)
+        assert config.parse(kind, sections, "", ["--config", str(preset)]).start == want
+
+
 def test_a_rate_that_yaml_takes_for_a_text_is_a_number(tmp_path):
     assert parse(tmp_path, "train: {rate: 1e-4}").rate == 1e-4
 
@@ -81,6 +93,8 @@ WRONG_PRESETS = {
     "shared: {overwrite: true}": "overwrite is for the command line alone",
     "train: [1, 2]": "mapping of sections",
     "1: {}": "mapping of sections",
+    "base: 5": "base must be the name of another preset, not 5",
+    "base: p": "base must be the name of another preset, not 'p'",
     "train: {1: 2}": "mapping of sections",
     "": "mapping of sections",
 }

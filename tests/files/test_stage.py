@@ -55,6 +55,7 @@ def test_config_comes_first_and_done_last_with_the_hashes_of_the_weights(folder,
     assert done["outputs"] == {"a.safetensors": read.sha256(folder / "a.safetensors")}
     assert (done["accuracy"], done["config"]["steps"], done["inputs"]) == (0.5, 5, {"data": "0"})
     assert {"python", "torch"} <= done["versions"].keys()
+    assert (done["device"], done["processes"]) == ("cpu", 1)
     assert opened(folder).done
     assert "is done already; --overwrite makes it again" in capsys.readouterr().out
 

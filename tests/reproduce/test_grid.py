@@ -659,7 +659,7 @@ def paper_run(root: pathlib.Path, size: str, right: int, device: str = "NVIDIA A
     main = root / "seed0" / "lora"
     options = {"backbone": f"Qwen/Qwen2.5-{size}-Instruct", "learning_rate": 5e-6}
     made_with = {"config": options, "inputs": {}}
-    made_with["versions"] = {"processes": "4", "device": device}
+    made_with |= {"processes": 4, "device": device}
     run_dir.write_json(main / "train" / "config.json", made_with)
     log(main / "train", range(1, 401), seconds=90.0)
     run_dir.write_json(main / "deltas" / "done.json", {"seconds": 900.0})

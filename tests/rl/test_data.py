@@ -299,6 +299,17 @@ def test_two_tasks_of_one_name_are_refused(tmp_path):
     assert list(data.load_tasks([paths[0], f"other={paths[1]}"])) == ["test", "other"]
 
 
+def test_a_file_or_a_hub_id_that_is_only_called_like_a_benchmark_is_read_as_itself(tmp_path):
+    for spec in ("aime24", "HuggingFaceH4/aime_2024", "mmlu-pro/law"):
+        assert data.known_source(spec)
+    write(tmp_path / "aime24.jsonl", [{"prompt": "1+1", "answer": "2"}])
+    path = str(tmp_path / "aime24.jsonl")
+    assert data.known_source(f"aime24={path}")
+    assert data.known_source(path) is data.known_source("someone/aime24") is None
+    (problem,) = data.load_problems(path)
+    assert (problem.prompt, problem.kind) == ("1+1", "latex")
+
+
 def test_an_equals_sign_in_a_path_is_part_of_the_path(tmp_path):
     path = write(tmp_path / "lr=1" / "p.jsonl", [{"prompt": "1", "answer": 1}])
     assert list(data.load_tasks([path])) == ["p"]

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import types
 
 import pytest
 import torch
-from conftest import PROMPTS, encode, plain_logprobs, save_lora
+from conftest import PROMPTS, edit_json, encode, plain_logprobs, save_lora
+from peft import LoraConfig, get_peft_model
 
+from common import UserError
 from common.rl import policy, rollout
 
 
@@ -166,6 +169,36 @@ def test_dropout_of_another_trainers_adapter_is_off(lora_policy, tmp_path, backb
     found, again = (policy.token_logprobs(loaded, prompts, completions, 1.0) for _ in range(2))
     assert torch.equal(found, again)
     assert torch.equal(found, policy.token_logprobs(model, prompts, completions, 1.0))
+
+
+def test_dropout_of_the_backbone_is_off(backbone_dir, tmp_path):
+    shutil.copytree(backbone_dir, tmp_path / "backbone")
+    edit_json(tmp_path / "backbone" / "config.json", attention_dropout=0.5)
+    model, _ = policy.load_backbone(str(tmp_path / "backbone"))
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
+
+
+def test_a_backbone_that_scales_its_logits_is_refused(backbone_dir):
+    model, _ = policy.load_backbone(str(backbone_dir))
+    policy.check_head(model, [5, 6, 7])
+    forward = model.forward
+    model.forward = lambda **how: types.SimpleNamespace(logits=3 * forward(**how).logits)
+    with pytest.raises(UserError, match="scales or caps its logits"):
+        policy.check_head(model, [5, 6, 7])
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_rollouts_of_a_tied_embedding_with_a_lora_are_those_of_the_trainer(backbone_dir, target):
+    model, tokenizer = policy.load_backbone(str(backbone_dir))
+    assert model.config.tie_word_embeddings
+    lora = LoraConfig(r=2, target_modules=[target, "q_proj"], init_lora_weights=False)
+    model = get_peft_model(model, lora)
+    prompts = encode(tokenizer, PROMPTS)
+    found = rollout.HFEngine(model, tokenizer).generate(prompts, range(3), 8)
+    ours = policy.token_logprobs(model, prompts, [r.tokens for r in found], 1.0)
+    theirs = torch.tensor([x for r in found for x in r.logprobs])
+    torch.testing.assert_close(ours.detach(), theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_the_seed_of_a_problem_that_comes_again_in_a_step_is_another():

@@ -69,7 +69,7 @@ def start_engine(model, tokenizer, rank: int, vllm_options: str = SMALL):
     cfg = options.SamplingConfig(
         engine="vllm", vllm_options=vllm_options, max_prompt_tokens=LIMIT - NEW, max_new_tokens=NEW
     )
-    return rollout.make_engine(cfg, model, tokenizer, str(demo.SHIPPED), rank)
+    return rollout.make_engine(cfg, model, tokenizer, str(demo.SHIPPED), rank, None)
 
 
 @pytest.fixture(scope="module")
