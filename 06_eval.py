@@ -76,12 +76,11 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
     loras = {name: run / name for name in names if adapters.is_adapter(run / name)}
     ranks = [adapters.highest_rank(adapters.read_config(lora)) for lora in loras.values()]
     how = {"settings": config.as_dict(cfg, leave_out=NOT_SETTINGS), "versions": versions()}
-    asked = rollout.vllm_options(cfg.vllm_options)
-    how["dtypes"] = {key: value for key, value in asked.items() if "dtype" in key}
+    asked = rollout.vllm_options(cfg.vllm_options).items()
+    how["dtypes"] = {key: value for key, value in asked if "dtype" in key}
     judge = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format)
     judge.check([problem for problems in tasks.values() for problem in problems])
-    bar = progress(names, "evaluating")
-    for number, name in enumerate(bar, 1):
+    for number, name in enumerate(bar := progress(names, "evaluating"), 1):
         # What the result depends on. Where all of it is the same, it was measured before.
         base, lora = base_of(run, name, cfg.backbone), loras.get(name)
         model, same = metrics.find_model(cfg.path(base)), {**how}

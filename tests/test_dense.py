@@ -310,7 +310,7 @@ BAD = {
         "BACKBONE",
         "checkpoint-30 has model.layers.0.mlp.down_proj.weight",
     ),
-    "a gap": (shutil.rmtree, "BACKBONE", "not evenly spaced: [10, 20, 40"),
+    "a gap": (shutil.rmtree, "BACKBONE", "not evenly spaced: missing, or between, are [30]"),
     "an adapter among them": (to_lora, "BACKBONE", "is a whole model, others are adapters"),
     "a broken file": (truncate, "BACKBONE", "checkpoint-30/model.safetensors is broken"),
 }

@@ -559,7 +559,7 @@ BAD = [  # stage, what is done to the run, flags, what the error says
     ("02", diverged, "", "is not finite: the training diverged"),
     ("02", cut(CONFIG), "", f"{CONFIG} is not valid JSON"),
     ("02", gone(CONFIG), "", f"{THIRD} has no adapter_config.json"),
-    ("02", gone(THIRD), "--fit-checkpoints 3", "not evenly spaced: [1, 2, 4, 5, 6]"),
+    ("02", gone(THIRD), "--fit-checkpoints 3", "not evenly spaced: missing, or between, are [3]"),
     ("02", again, "", "both are of step 3"),
     (
         "02",

@@ -350,7 +350,7 @@ def test_a_full_disk_under_the_logs_of_reproduce_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         stages.run_stage(one.run)
     assert stop.value.code == 2
-    wanted = f"error: cannot write {tmp_path} (No space left on device): make room"
+    wanted = f"error: cannot write {tmp_path} (OSError: [Errno 28] No space left on device): make"
     assert wanted in capsys.readouterr().err
 
 

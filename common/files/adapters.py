@@ -4,7 +4,6 @@ A module may have a rank and a scale of its own (rank_pattern, alpha_pattern, rs
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 import re
@@ -13,8 +12,8 @@ import statistics
 import torch
 
 from common import UserError
-from common.files.read import check_intact, open_tensors, read_json, safe_name
-from common.files.write import atomic_dir, save_tensors, write_text
+from common.files.read import check_intact, matches, open_tensors, read_json, safe_name
+from common.files.write import atomic_dir, save_tensors, write_json
 from common.rank1 import LowRank
 
 ANOTHER = "put a good copy there, make it again, or end before it with --last-step"
@@ -90,8 +89,8 @@ def read_config(folder: pathlib.Path) -> dict:
         raise UserError(f"{folder} is not a plain LoRA (peft_type {config.get('peft_type')})")
     if other := [option for option in _OTHER_FORMULAS if config.get(option)]:
         raise UserError(f"{folder} is not a plain LoRA ({other[0]}): a jump adds to W + s B A")
-    if not config.get("lora_alpha"):
-        raise UserError(f"{folder}: lora_alpha is 0 in {CONFIG}, so the adapter does nothing")
+    if not matches(config, {"r": int, "lora_alpha": float}) or not config["lora_alpha"]:
+        raise UserError(f"{folder}: r and lora_alpha in {CONFIG} must be numbers, alpha not 0")
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(_OTHER_BACKBONES):
         raise UserError(f"{folder} is not a plain LoRA: {start}, which changes the backbone")
@@ -167,7 +166,7 @@ def write_adapter(folder: pathlib.Path, adapter: Adapter, info: dict) -> None:
         tensors |= {_NAME.format(module, x): y.float() for x, y in (("A", a), ("B", b))}
     with atomic_dir(folder, info) as temporary:
         save_tensors(temporary / WEIGHTS, tensors, {"format": "pt"}, dtype=None)
-        write_text(temporary / CONFIG, json.dumps(adapter.config, indent=2))
+        write_json(temporary / CONFIG, adapter.config)
 
 
 def extended(last: Adapter, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Adapter:

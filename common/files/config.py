@@ -17,7 +17,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
-from common import UserError
+from common import UserError, in_one_line
 from common.files.read import matches
 
 SECTIONS = ("shared", "train", "extract", "predict", "extrapolate", "continue", "eval", "reproduce")
@@ -75,10 +75,8 @@ def load_preset(name: str) -> dict:
     if not path.is_file():
         known = [preset.stem for preset in PRESETS.glob("*.yaml")]
         raise UserError(f"preset {name} not found; {nearest(name, known)}")
-    try:
+    with in_one_line(f"{path} is not valid YAML", "correct it", (yaml.YAMLError, ValueError)):
         preset = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     base = {}
     if isinstance(preset, dict) and (named := preset.pop("base", None)):
         if named in (name, path.stem) or not isinstance(named, str):
@@ -87,6 +85,13 @@ def load_preset(name: str) -> dict:
     if not matches(preset, dict[str, dict[str, object]]):
         raise UserError(f"{path}: a preset is a mapping of sections, each a mapping of keys")
     return {key: base.get(key, {}) | preset.get(key, {}) for key in {**base, **preset}}
+
+
+def as_number(value: object, kind: object) -> object:
+    """`value` as a float if `kind` is: YAML takes 1e-4, which has no dot, for a text."""
+    with contextlib.suppress(ValueError):
+        return float(value) if kind is float and isinstance(value, str) else value
+    return value
 
 
 def preset_values(cls: type, preset: dict, sections: tuple[str, ...], source: str) -> dict:
@@ -107,9 +112,7 @@ def preset_values(cls: type, preset: dict, sections: tuple[str, ...], source: st
                 known = nearest(key, kinds)
                 raise UserError(f"{source}: unknown key '{key}' in section {section}; {known}")
     for key, value in values.items():
-        if kinds[key] is float and isinstance(value, str):
-            with contextlib.suppress(ValueError):
-                values[key] = value = float(value)  # YAML takes 1e-4, which has no dot, for a text
+        values[key] = value = as_number(value, kinds[key])
         if not matches(value, kinds[key]):
             wanted = inspect.formatannotation(kinds[key])
             raise UserError(f"{source}: {key} must be {wanted}, not {value!r}")

@@ -104,7 +104,9 @@ def find_policies(run: pathlib.Path, patterns: list[str]) -> list[str]:
         if pathlib.Path(pattern).is_absolute() or ".." in pattern:
             raise UserError(f"policies are named as they stand in {run}, not {pattern}")
         paths = [p for p in sorted(run.glob(pattern)) if adapters.is_adapter(p) or is_model(p)]
-        names = [str(p.relative_to(run)) for p in paths if not p.name.startswith(".")]
+        # continued/<start>_merged/backbone is what that run stands on.
+        paths = [p for p in paths if not p.name.startswith(".") and p.name != "backbone"]
+        names = [str(p.relative_to(run)) for p in paths]
         names = ["backbone"] if pattern == "backbone" else names
         if not names:
             raise UserError(f"no policy matches {run}/{pattern}: run the stage that makes it first")

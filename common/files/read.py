@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import safetensors
 
-from common import UserError
+from common import UserError, in_one_line
 
 HASHES = "sha256.json"  # beside weights that we write: file -> its hash
 ENDS = 1 << 20  # bytes at either end of a file of weights that its quick hash covers
@@ -52,10 +52,8 @@ def read_json(path: pathlib.Path, made_by: str, wanted: dict | None = None) -> d
     """
     if not path.is_file():
         raise UserError(f"{path} is missing: run {made_by} first")
-    try:
+    with in_one_line(f"{path} is not valid JSON", f"delete it, run {made_by}", ValueError):
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): delete it, run {made_by}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object: delete it, run {made_by}")
     for key, kind in (wanted or {}).items():
@@ -90,11 +88,9 @@ def read_jsonl(path: pathlib.Path, wanted: dict | None = None) -> list[dict]:
 @contextlib.contextmanager
 def open_tensors(path: pathlib.Path, advice: str):
     """An open safetensors file. Where it is broken, one line says so and ends in `advice`."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            yield file
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path} is broken ({error}): {advice}") from error
+    kinds = (safetensors.SafetensorError, OSError)
+    with in_one_line(f"{path} is broken", advice, kinds), safetensors.safe_open(path, "pt") as file:
+        yield file
 
 
 def sha256(path: pathlib.Path) -> str:

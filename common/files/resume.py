@@ -73,23 +73,8 @@ def go_on(folder, first_step: int, cfg, stands_on: dict, model, optimizer) -> in
     while found:
         state = found.pop()
         try:
-            check_intact(state)
-            weights = safetensors.torch.load_file(state / "weights.safetensors")
-            own = {n: p for n, p in model.named_parameters() if p.requires_grad}
-            # Mapped into memory where each process takes a share of it.
-            how = {"map_location": "cpu", "mmap": any(isinstance(p, DTensor) for p in own.values())}
-            moments = torch.load(state / "optimizer.pt", weights_only=True, **how)
-            if weights.keys() != own.keys():
-                raise ValueError("it is not of this policy")
-            parameters = [*own.values()]  # one that never had a gradient has no moments
-            for index, moment in moments["state"].items():
-                moment |= {name: dealt(x, parameters[index]) for name, x in moment.items()}
-            weights = {name: dealt(tensor, own[name]) for name, tensor in weights.items()}
-            # This run decides whether AdamW is fused, not the run that wrote the state.
-            moments["param_groups"][0]["fused"] = optimizer.param_groups[0]["fused"]
-            model.load_state_dict(weights, strict=False)
-            optimizer.load_state_dict(moments)
-        except Exception as error:  # whatever the libraries raise on a broken file
+            put_back(state, model, optimizer)
+        except Exception as error:
             if stage.signals:  # interrupted, not broken
                 raise
             reason = f"cannot load resume state {state}: {error}"
@@ -110,6 +95,27 @@ def go_on(folder, first_step: int, cfg, stands_on: dict, model, optimizer) -> in
                 write.remove(broken)
         return step
     return first_step
+
+
+def put_back(state: pathlib.Path, model, optimizer) -> None:
+    """Loads the resume state in the folder `state`. Raises whatever the libraries raise on a broken
+    one, and ValueError for one of another policy."""
+    check_intact(state)
+    weights = safetensors.torch.load_file(state / "weights.safetensors")
+    own = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    # Mapped into memory where each process takes a share of it.
+    how = {"map_location": "cpu", "mmap": any(isinstance(p, DTensor) for p in own.values())}
+    moments = torch.load(state / "optimizer.pt", weights_only=True, **how)
+    if weights.keys() != own.keys():
+        raise ValueError("it is not of this policy")
+    parameters = [*own.values()]  # one that never had a gradient has no moments
+    for index, moment in moments["state"].items():
+        moment |= {name: dealt(tensor, parameters[index]) for name, tensor in moment.items()}
+    # This run decides whether AdamW is fused, not the run that wrote the state.
+    moments["param_groups"][0]["fused"] = optimizer.param_groups[0]["fused"]
+    weights = {name: dealt(tensor, own[name]) for name, tensor in weights.items()}
+    model.load_state_dict(weights, strict=False)
+    optimizer.load_state_dict(moments)
 
 
 def gathered(tensors: dict) -> dict:

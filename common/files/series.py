@@ -45,7 +45,9 @@ class Series:
         self.paths, self.steps = paths, list(paths)
         # The backbone counts as step 0.
         if self.steps != [self.steps[0] * (i + 1) for i in range(len(paths))]:
-            raise UserError(f"checkpoints are not evenly spaced: {self.steps}, counted from step 0")
+            even = {*range(self.steps[0], self.steps[-1] + 1, self.steps[0])}
+            odd = sorted(even ^ {*self.steps})  # of step 0, 10, 20 ...
+            raise UserError(f"checkpoints are not evenly spaced: missing, or between, are {odd}")
 
     def weights(self, module: str, keep: int | None = None) -> Weights:
         """W[0] ... W[c] of `module`."""

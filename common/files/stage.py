@@ -91,12 +91,10 @@ class Stage:
         elif made and noted not in made:
             raise UserError(f"{folder} has files but no config.json: move it away")
         done = folder / "done.json"
-        self.done = done.exists()
-        if self.done and not write.is_complete(folder):
-            self.done = False
-            if is_writer():
-                print(f"{folder} has lost files: it is made again", file=sys.stderr)
-                write.remove(done)
+        self.done = done.exists() and write.is_complete(folder)
+        if done.exists() and not self.done and is_writer():
+            print(f"{folder} has lost files: it is made again", file=sys.stderr)
+            write.remove(done)
         if self.done and grows:
             self.done = self.record["config"][grows] <= read_json(done, AGAIN)["config"][grows]
         if is_writer() and self.done:

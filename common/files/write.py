@@ -17,7 +17,7 @@ import tempfile
 import safetensors.torch
 import torch
 
-from common import UserError
+from common import UserError, in_one_line
 from common.files.read import HASHES, read_json, sha256, written_hashes
 
 GO_ON = "type the same command without --overwrite to go on"
@@ -28,14 +28,10 @@ RAM_PREFIX = f"next-lora-{socket.gethostname()}-"
 _claimed: dict[pathlib.Path, int] = {}  # folder -> its lock file, open
 
 
-@contextlib.contextmanager
 def writing(path: pathlib.Path):
     """Within the block, while `path` is written, a full disk becomes one line."""
-    try:
-        yield
-    except (OSError, safetensors.SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {path} ({reason}): make room, then {GO_ON}") from error
+    kinds = (OSError, safetensors.SafetensorError)
+    return in_one_line(f"cannot write {path}", f"make room, then {GO_ON}", kinds)
 
 
 def _beside(path: pathlib.Path, mark: str = "") -> pathlib.Path:

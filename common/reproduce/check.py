@@ -14,10 +14,10 @@ import shlex
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoConfig
 
-from common import UserError
+from common import UserError, in_one_line
 from common.files import config, write
 from common.reproduce import plans
-from common.rl import data, in_one_line, memory, policy
+from common.rl import data, memory, policy, training
 
 STAGES = {  # class of the options -> the preset's sections
     "01_train_lora_grpo.TrainConfig": ("train",),
@@ -61,6 +61,7 @@ def check(name: str, preset: dict, root: str, jobs: list[plans.Job]) -> None:
     """Prints what the runs need. UserError, at the end, where something is missing or unlike what
     is known of it."""
     train, *_, test = options(name, root)
+    training.check_prepared(train)
     wanted, wrong, tokenizer = plans.values_of(name, preset)["reproduce"], [], None
     try:
         model, tokenizer = policy.load_backbone(train.path(train.backbone))

@@ -67,7 +67,8 @@ def accuracy(runs: Runs):
         right.axvline(100 * plain.mean, color="black", lw=1, ls=":")
         right.set_title(f"dotted: GRPO at {runs.total}, without a jump", fontsize=9)
     right.set_yticks(range(len(shown)), [m.label for m in shown], fontsize=9)
-    right.set_xlabel(f"accuracy % after {runs.total} RL steps, with a jump at {runs.prefix}")
+    jump = f", with a jump at {runs.prefix}" if runs.prefix else ""
+    right.set_xlabel(f"accuracy % after {runs.total} RL steps{jump}")
     return figure
 
 

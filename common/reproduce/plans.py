@@ -10,7 +10,7 @@ import itertools
 import shlex
 
 from common import UserError
-from common.files.config import load_preset, nearest
+from common.files.config import as_number, load_preset, nearest
 from common.files.read import matches
 from common.reproduce.results import MAIN_ALPHA, table_of
 
@@ -46,10 +46,11 @@ def values_of(name: str, preset: dict) -> dict[str, dict]:
         if section == "reproduce" and (other := [*(given.keys() - defaults.keys())]):
             known = nearest(other[0], defaults)
             raise UserError(f"preset {name}: unknown key reproduce.{other[0]}; {known}")
-        found[section] = {key: given.get(key, default) for key, default in defaults.items()}
+        found[section] = {}
         for key, default in defaults.items():
             kind = list[str] if isinstance(default, list) else type(default)
-            if not matches(found[section][key], kind):
+            found[section][key] = value = as_number(given.get(key, default), kind)
+            if not matches(value, kind):
                 raise UserError(f"preset {name}: {section}.{key} must be like {default!r}")
     return found
 
@@ -68,7 +69,8 @@ class Plan:
         total, reference = prefix + more, self.wanted["reference_steps"]
         least = max(total, prefix + self.preset["extract"]["k"] * train["save_every"])  # oracle
         if reference < least:
-            raise UserError(f"preset {name}: reference_steps must be {least} or more")
+            why = "the end of stage 5, and k checkpoints past the jump"
+            raise UserError(f"preset {name}: reference_steps must be {least} or more, {why}")
         self.values = {
             **{"root": shlex.quote(root), "alpha": ALPHA, "rate": "", "seed": "", "grid": ""},
             # RL steps: before the jump, after it, both; of the longest run, and what that adds
@@ -200,9 +202,12 @@ def by_rate(plan: Plan, seeds: list[int], choose: bool) -> None:
 def second_jump(plan: Plan, rate: str, seed: int) -> None:
     """Half of the RL after the jump, ten checkpoints of it, another jump, and the other half."""
     first, more = f"seed{seed}/rate{rate}", plan.values["more"]
+    if not (every := more // 20):
+        return
     plan.add("first", first)
     model = f"{plan.root}/{first}/merged/next-aligned_alpha{ALPHA}"
-    values = {"half": more // 2, "every": max(1, more // 20), "model": shlex.quote(model)}
+    values = {"half": 10 * every, "rest": more - 10 * every, "every": every}
+    values["model"] = shlex.quote(model)
     values |= {"rate": f"--learning-rate {rate}", "seed": f"--seed {seed + 1000}"}
     plan.add("second", f"seed{seed}/{SECOND}", first=first, **values)
 
@@ -226,14 +231,14 @@ def side_runs(plan: Plan, seeds: list[int]) -> None:
     scale = train["lora_alpha"] / train["lora_rank"]
     for seed in seeds:
         plan.side(seed, "full", "controls")
-        for k in OTHER_K:  # jumps of the same length in RL steps
-            alpha = f"{MAIN_ALPHA * plan.preset['extract']['k'] / k:g}"
+        for k in {*OTHER_K} - {own := plan.preset["extract"]["k"]}:
+            alpha = f"{MAIN_ALPHA * own / k:g}"  # jumps of the same length in RL steps
             plan.add("other_k", f"seed{seed}/k{k}", seed=seed, k=k, alpha=alpha)
     for seed in seeds[:SIDE_SEEDS]:
         rl_extra_loop(plan, seed)
         for algorithm in ("rloo", "reinforce++"):
             plan.side(seed, algorithm, "controls", **short)
-        for rank in OTHER_RANKS:
+        for rank in {*OTHER_RANKS} - {train["lora_rank"]}:
             plan.add("rank", f"seed{seed}/rank{rank}", seed=seed, rank=rank, scaled=rank * scale)
 
 

@@ -21,14 +21,15 @@ def rates(runs: Runs) -> dict[float, Runs]:
     for name in dict.fromkeys(name for name, _ in runs.measured):
         if name == MAIN or name.startswith("rate"):
             plain = runs.of(name).plain()
-            found |= {m.trained["learning_rate"]: runs.of(name) for m in plain if m.trained}
+            for m in (m for m in plain if m.trained):  # a rate that is given twice: the main run
+                found.setdefault(m.trained["learning_rate"], runs.of(name))
     has_main = MAIN in [run.name for run in found.values()]
     return dict(sorted(found.items())) if len(found) > 1 and has_main else {}
 
 
 def columns(runs: Runs) -> dict[float, Runs]:
     """Learning rate -> the run, of those runs that have RL after a jump."""
-    return {rate: run for rate, run in rates(runs).items() if run.later(DEFAULT)}
+    return {rate: run for rate, run in rates(runs).items() if run.ended()}
 
 
 def gained(runs: Runs) -> dict[int, dict[str, str]]:

@@ -1,7 +1,7 @@
 """What one run came to: every measured policy of a run directory, with its steps and its cost."""
 
 import dataclasses
-import functools
+import math
 import pathlib
 import re
 
@@ -34,7 +34,7 @@ RECORD = {"policy": str, "n": int, "response_length": float, "by_problem": list[
 RECORD |= {"settings": dict | None, "data": str | None, "template_hash": str | None}
 POLICY = re.compile(
     r"(?:extrapolated|merged|continued)/(?:merged__)?([^/]+?)"
-    r"(?:_alpha(-?\d+(?:\.\d+)?))?(_merged|_linear|_accepted)?(?:/step_\d+)?"
+    r"(?:_alpha(-?\d+(?:\.\d+)?(?:e[-+]\d+)?))?(_merged|_linear|_accepted)?(?:/step_\d+)?"
 )
 # Options of stages 1 and 5 that may differ between two runs that are compared.
 NOT_TRAINING = {
@@ -104,6 +104,8 @@ class Result:
         """Its name in tables."""
         if self.method == "grpo" and self.trained.get("tune") == "full":
             return label_of("full")
+        if self.method == "grpo" and not self.policy.startswith("train/"):
+            return "another trainer's RL"
         merged = self.policy.startswith("merged/") and self.method != "dare"
         usual = self.alpha in (None, MAIN_ALPHA, OWN_ALPHA.get(self.method))
         far = "" if usual else f", alpha {self.alpha:g}"
@@ -177,15 +179,10 @@ def jump_info(run: pathlib.Path, policy: str) -> dict:
 
 
 def rl_seconds(folder: pathlib.Path, last_step: int) -> float:
-    """Wall seconds of the RL steps logged in `folder` up to `last_step`."""
+    """Wall seconds of the RL steps logged in `folder` up to `last_step`; nan without a log."""
     path = folder / "metrics.jsonl"
-    rows = _logged(path, path.stat().st_mtime_ns)
+    rows = read_jsonl(path, LOGGED) if path.is_file() else [{"step": 0, "seconds": math.nan}]
     return sum((row["seconds"] for row in rows if row["step"] <= last_step), 0.0)
-
-
-@functools.lru_cache(maxsize=64)  # `changed`, the file's time, keeps it fresh
-def _logged(path: pathlib.Path, changed: int) -> list[dict]:
-    return read_jsonl(path, LOGGED)
 
 
 def spent(run: pathlib.Path, policy: str, method: str, steps: int) -> dict[str, float]:
@@ -196,7 +193,8 @@ def spent(run: pathlib.Path, policy: str, method: str, steps: int) -> dict[str, 
     """
 
     def seconds(path: pathlib.Path, key: str = "seconds") -> float:
-        return read_json(path, "the stage that made it", {key: float})[key]
+        made = {"made_by": "the stage that made it", "wanted": {key: float}}
+        return read_json(path, **made)[key] if path.is_file() else math.nan
 
     train, method = run / "train", re.sub("_merged$|_linear$|_accepted$", "", method)
     if not (train / "metrics.jsonl").is_file() or method == "oracle":
@@ -220,4 +218,4 @@ def spent(run: pathlib.Path, policy: str, method: str, steps: int) -> dict[str, 
     if globs := chosen or MEASURED.get(method):
         paths = [path for some in globs for path in run.glob(f"validation/{some}/*.json")]
         parts["validation"] = sum(map(seconds, paths))
-    return parts
+    return {} if math.isnan(sum(parts.values())) else parts

@@ -102,9 +102,9 @@ class Runs:
             if r.policy != "backbone" or not one:  # it is the same for all seeds
                 one.by_seed[r.seed] = r
         plain = max((m.steps for m in self.plain()), default=0)
-        self.prefix = max((m.steps for m in self.some() if m.jumped), default=plain)
-        later = [m.steps for m in self.some() if m.policy.startswith("continued/")]
-        self.total = max(later, default=0)
+        self.total = max((m.steps for m in self.ended()), default=0)
+        unknown = 0 if self.total else plain  # where no jump was measured
+        self.prefix = max((m.steps for m in self.some() if m.jumped), default=unknown)
         self.reference = plain if plain > max(self.prefix, self.total) else 0
 
     def folder(self, seed: int) -> pathlib.Path:
@@ -119,7 +119,10 @@ class Runs:
 
     def _alike(self, found: list[Result]) -> list[Result]:
         """What was measured on the same problems with the same options, and trained alike."""
-        why, trained, alike = collections.defaultdict(list), {}, []
+        why, alike = collections.defaultdict(list), []
+        # Stage 1's options, of the first seed; without its policies those of stage 5.
+        order = sorted(found[::-1], key=lambda r: not r.policy.startswith("continued/"))
+        trained = {r.run: r.trained for r in order if r.trained}
         for task in sorted({task for r in found for task in r.records}):
             having = [r for r in found if task in r.records]
             ways = [json.dumps(way_of(r.records[task]), sort_keys=True) for r in having]
@@ -137,8 +140,7 @@ class Runs:
             missing = [task for task in self.tasks if task not in r.records]
             if missing and not reasons:
                 reasons.append(f"not measured on {', '.join(missing)}")
-            usual = trained.setdefault(r.run, r.trained) if r.trained else {}
-            if not missing and (odd := differing(r.trained, usual)):
+            if not missing and (odd := differing(r.trained, trained.get(r.run, {}))):
                 reasons.append(f"{100 * r.accuracy:.1f}%, trained {odd}")
             if reasons:
                 run = f"seed{r.seed}/{r.run}/" if self.is_grid else ""
@@ -151,8 +153,9 @@ class Runs:
         return self.measured.get((self.name, policy), Measured(policy))
 
     def at(self, step: int) -> Measured:
-        """The checkpoint of the run without a jump."""
-        return self.get(f"train/step_{step:04d}")
+        """The checkpoint of the run without a jump, ours or another trainer's."""
+        policy = self.get(f"train/step_{step:04d}")
+        return next((m for m in self.plain() if m.steps == step), policy)
 
     def jump(self, method: str, alpha: float = MAIN_ALPHA) -> Measured:
         return self.get(f"extrapolated/{method}_alpha{alpha:g}")
@@ -163,7 +166,7 @@ class Runs:
 
     @property
     def before(self) -> Measured:
-        """The policy from which all jump. For another trainer's it is `none`, its equal."""
+        """The policy from which all jump, or `none`, its equal."""
         plain, none = self.at(self.prefix), self.get("extrapolated/none")
         return none if none and not plain else plain
 
@@ -176,25 +179,17 @@ class Runs:
         return sorted((m for m in self.some() if m.method == "grpo"), key=lambda m: m.steps)
 
     def ended(self) -> list[Measured]:
-        """What went on from a jump to the last step, in the order of the tables."""
+        """The last policy of each start of stage 5, in the order of the tables."""
         found = [m for m in self.some() if m.policy.startswith("continued/")]
-        return sorted((m for m in found if m.steps == self.total), key=place)
+        last = {m.policy.split("/")[1]: m for m in sorted(found, key=lambda m: m.steps)}
+        return sorted(last.values(), key=place)
 
-    def made(self) -> dict:
-        """Stage 1's config.json: its options, and what it ran with. Empty where there is none."""
+    def made_on(self) -> tuple[str, int]:
+        """The backbone's name, and how many GPUs stage 1 had: 0 on a CPU, or if it is not known."""
         path = self.folder(self.seeds[0]) / "train" / "config.json"
-        return read_json(path, "01_train_lora_grpo.py") if path.is_file() else {"config": {}}
-
-    @property
-    def model(self) -> str:
-        """The name of the backbone."""
-        return self.made()["config"].get("backbone", "").split("/")[-1]
-
-    @property
-    def gpus(self) -> int:
-        """How many GPUs stage 1 had; 0 on a CPU, or where it is not known."""
-        made = self.made()
-        return made["processes"] if made.get("device", "cpu") != "cpu" else 0
+        made = read_json(path, "01_train_lora_grpo.py") if path.is_file() else {"config": {}}
+        gpus = made["processes"] if made.get("device", "cpu") != "cpu" else 0
+        return made["config"].get("backbone", "").split("/")[-1], gpus
 
     def count(self, found: Measured) -> str:
         """How many seeds of a grid have it; of one run the number of responses."""

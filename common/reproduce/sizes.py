@@ -14,8 +14,9 @@ SIDES = {"without a jump": "#999999", "NExt": "#0072B2"}
 
 def gpu_hours(models: list[Runs]) -> tuple[str, list[float]]:
     """What costs are counted in, and how much of it a wall second is for each model."""
-    if all(one.gpus for one in models):
-        return "GPU hours: wall hours × GPUs", [one.gpus / 3600 for one in models]
+    gpus = [one.made_on()[1] for one in models]
+    if all(gpus):
+        return "GPU hours: wall hours × GPUs", [count / 3600 for count in gpus]
     return "wall seconds", [1.0] * len(models)
 
 
@@ -24,7 +25,7 @@ def cost(runs: Runs):
     bars, models = {}, [runs, *runs.beside][::-1]
     unit, factors = gpu_hours(models)
     for one, factor in zip(models, factors, strict=True):
-        model = f"{one.model}: " if runs.beside else ""
+        model = f"{one.made_on()[0]}: " if runs.beside else ""
         for m in [*map(one.later, reversed(RECIPES)), one.at(one.reference or one.total)]:
             if found := [r.spent for r in m.by_seed.values() if r.seconds]:
                 means = {p: statistics.fmean(r.get(p, 0.0) for r in found) for p in PARTS}
@@ -69,7 +70,7 @@ def gpqa(runs: Runs):
     left.set_ylabel("GPQA: accuracy %, ± s.e.")
     right.set_ylabel(unit)
     for axis in (left, right):
-        names = [one.model.replace("-", "\n") for one in models]
+        names = [one.made_on()[0].replace("-", "\n") for one in models]
         axis.set_xticks(range(len(models)), names, fontsize=9)
     legend_below(figure, left, 2)
     return figure

@@ -63,7 +63,8 @@ def main_table(runs: Runs) -> str:
 
 def beside_paper(runs: Runs) -> str:
     """Our accuracies beside the paper's. Empty for a model that is not in it."""
-    sizes = [i for i, size in enumerate(SIZES) if f"Qwen2.5-{size}-Instruct" in runs.model]
+    model, _ = runs.made_on()
+    sizes = [i for i, size in enumerate(SIZES) if f"Qwen2.5-{size}-Instruct" in model]
     names = {"grpo": runs.at(runs.total).policy, "longest": runs.at(runs.reference).policy}
     names["end"], rows = f"step_{runs.total:04d}", []
     for (number, name, policy, *printed), size in itertools.product(table_of("paper.yaml"), sizes):

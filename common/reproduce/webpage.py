@@ -8,7 +8,7 @@ import re
 from markdown_it import MarkdownIt
 
 from common.files.read import read_jsonl
-from common.reproduce.results import place
+from common.reproduce.results import MAIN_ALPHA, place
 from common.reproduce.runs import Measured, Runs
 
 FRAME = pathlib.Path(__file__).with_name("page.html").read_text(encoding="utf-8")
@@ -31,7 +31,8 @@ def whole(text: str, runs: Runs) -> str:
 
 def answers(runs: Runs) -> str:
     """What the backbone, the policy before the jump, after it and at the end say to one problem."""
-    jumps = sorted((m for m in runs.some() if m.jumped and m.method != "none"), key=place)
+    jumps = [m for m in runs.some() if m.jumped and m.alpha in (MAIN_ALPHA, None)]
+    jumps = sorted((m for m in jumps if m.method != "none"), key=place)
     jump = runs.jump("next-aligned") or next(iter(jumps), Measured(""))
     later = runs.later(jump.method) if jump else Measured("")
     columns = {}  # heading -> problem -> row of stage 6

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 
 import yaml
 
-from common import UserError
+from common import UserError, in_one_line
 from common.files.read import json_lines
-from common.rl import in_one_line
 
 DAPO_PREFIX = (
     "Solve the following math problem step by step. The last line of your response should be of "
@@ -106,7 +105,9 @@ def _table(where: str, split: str, flag: str):
     path, advice = pathlib.Path(where), f"want {', '.join(FILE_TYPES)}; --data-split names a split"
     what = {"path": where, "split": split}
     if path.is_file():
-        what = {"path": FILE_TYPES.get(path.suffix), "data_files": where, "split": "train"}
+        if path.suffix not in FILE_TYPES:
+            raise UserError(f"data {where}: {advice}")
+        what = {"path": FILE_TYPES[path.suffix], "data_files": where, "split": "train"}
     elif not path.exists():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", where):
             known = ", ".join(SOURCES)

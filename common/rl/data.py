@@ -10,10 +10,9 @@ from typing import Literal
 
 import torch
 
-from common import UserError
+from common import UserError, in_one_line
 from common.files.read import matches, safe_name, sha256
 from common.files.stage import is_writer
-from common.rl import in_one_line
 from common.rl.benchmarks import CHOICES, FILE_TYPES, SOURCES, Source, dapo_question, rows
 
 # One template for training and evaluation.
@@ -120,6 +119,7 @@ def _problem(row: dict, source: Source, place: str) -> Problem:
         if _text(row, column) is None:
             there = ", ".join(row) if isinstance(row, dict) else "none"
             which = f"say --prompt-column, --answer-column; there are {there}"
+            which = f"give a copy of {source.hub_id}'s, or another name" if source.file else which
             raise UserError(f"{place}: no usable '{column}', want a text or a number: {which}")
     kind = row.get("kind") or source.kind
     if kind not in KINDS:
@@ -136,7 +136,8 @@ def _text(value: object, column: str) -> str | None:
         value = value.get(key) if isinstance(value, dict) else None
     if isinstance(value, list) and value and matches(value[-1], {"role": Literal["user"]}):
         value = value[-1].get("content")
-    return str(value) if matches(value, str | float) and value == value else None
+    text = str(value) if matches(value, str | float) and value == value else ""
+    return text if text.strip() else None
 
 
 def render_chats(prompts: list[str], tokenizer, template: str, system: str) -> list[str]:

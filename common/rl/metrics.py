@@ -93,7 +93,7 @@ def of_step(run, batch, scored: dict, updates: list[dict]) -> dict:
         **({"kl": total["kl"] / tokens} if cfg.kl_coef else {}),
         "entropy": total["entropy"] / tokens,
         "logprob_gap_mean": total["gap"] / tokens,
-        "logprob_gap_max": max(fall, rise).item(),
+        "logprob_gap_max": abs(max(fall, rise).item()),  # no -0.0
         "importance_ratio_mean": total["ratio"] / tokens,
         "importance_ratio_min": fall.neg().exp().item(),
         "importance_ratio_max": rise.exp().item(),

@@ -17,11 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
-from common import UserError
+from common import UserError, in_one_line
 from common.files import adapters
 from common.files.models import open_model
 from common.files.resume import gathered
-from common.rl import in_one_line
 
 HEAD_CHUNK = 1024  # tokens whose [tokens, vocabulary] logits exist at one time
 WANTED = "want a Hugging Face folder with safetensors weights, or a hub id"
@@ -141,13 +140,6 @@ def trained(policy) -> dict[str, torch.nn.Parameter]:
 def base_model(policy):
     """The Hugging Face model below the LoRA; without a LoRA the policy itself."""
     return policy.get_base_model() if isinstance(policy, PeftModel) else policy
-
-
-def checkpoint_gradients(policy) -> None:
-    """Layers keep their input alone and run again in the backward pass (in training mode only)."""
-    options = {"use_reentrant": False}
-    base_model(policy).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    policy.train()
 
 
 def is_sharding() -> bool:

@@ -6,16 +6,15 @@ lists: `answer`, the data's other columns, `completion_ids`, `finished`.
 """
 
 import importlib.util
-import math
 import pathlib
 import sys
 from collections.abc import Callable
 
-from common import UserError
+from common import UserError, in_one_line
 from common.files.read import sha256
-from common.rl import in_one_line
 from common.rl.verifier import Verifier
 
+HUGE = 1e30  # a value or a weight from here on is a mistake
 ADVICE = "it gets prompts, completions, **columns and returns a number for each response"
 
 
@@ -44,6 +43,8 @@ class Rewards:
             name, _, weight = spec.partition("=")
             with in_one_line(f"reward {spec}", "want a number behind ="):
                 weight = float(weight or 1)
+                if not abs(weight) < HUGE:
+                    raise ValueError(f"over {HUGE:g}")
             if name == "verifier":
                 verifier.check(problems)
             path, _, key = name.rpartition(":")
@@ -70,8 +71,8 @@ class Rewards:
                     values = [float(value or 0) for value in values]
             if len(values) != len(texts):
                 raise UserError(f"reward {name} returned {len(values)} for {len(texts)} responses")
-            if not all(map(math.isfinite, values)):
-                raise UserError(f"reward {name} returned nan or inf: {ADVICE}")
+            if not all(abs(value) < HUGE for value in values):  # nan is not
+                raise UserError(f"reward {name} returned nan, inf or over {HUGE:g}: {ADVICE}")
             self.sums[name] = sum(values)
             total = [sum_ + weight * value for sum_, value in zip(total, values, strict=True)]
         return total

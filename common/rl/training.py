@@ -12,9 +12,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from common import UserError, grpo
+from common import UserError, grpo, in_one_line
 from common.files import adapters
-from common.rl import data, in_one_line, memory, metrics, policy, rewards, rollout, verifier
+from common.rl import data, memory, metrics, policy, rewards, rollout, verifier
 
 
 @dataclasses.dataclass
@@ -66,12 +66,17 @@ class Batch:
         ]
 
 
-def start(cfg, folder) -> Accelerator:
-    """Engine, process group, device, precision and tracker."""
+def check_prepared(cfg) -> None:
+    """Raises UserError where a preset's `prepare` has not made what is its to make."""
     for given in (cfg.backbone, cfg.train_data) if cfg.prepare else ():
         if "{run_dir}" in given and not os.path.exists(cfg.path(given)):
             first = f"run {cfg.prepare} --run-dir {cfg.run_dir} first"
             raise UserError(f"{cfg.path(given)} not found: {first}")
+
+
+def start(cfg, folder) -> Accelerator:
+    """Engine, process group, device, precision and tracker."""
+    check_prepared(cfg)
     cfg.engine = rollout.choose_engine(cfg.engine)  # a run goes on with the engine it began with
     tracker = {"log_with": cfg.report_to or None, "project_dir": folder}
     with in_one_line(f"--report-to {cfg.report_to}", "want trackio, tensorboard or wandb"):
@@ -121,8 +126,9 @@ def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str
     model, frozen = place(model, accelerator.device), None
     with accelerator.autocast():
         policy.check_head(model, (prompts[0] * 2)[:64])
-    if cfg.gradient_checkpointing:
-        policy.checkpoint_gradients(model)
+    if cfg.gradient_checkpointing:  # layers keep their input alone, in training mode only
+        policy.base_model(model).gradient_checkpointing_enable()
+        model.train()
     if cfg.tune == "full" and cfg.kl_coef:
         frozen = place(policy.load_backbone(cfg.path(cfg.backbone))[0], accelerator.device)
     lora = model.peft_config["default"].to_dict() if isinstance(model, PeftModel) else {"r": 0}

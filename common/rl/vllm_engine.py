@@ -19,9 +19,9 @@ from peft import PeftModel
 from torch.distributed.tensor import DTensor
 from vllm.lora.request import LoRARequest
 
+from common import in_one_line
 from common.files import adapters
 from common.files.write import GO_ON, RamDisk
-from common.rl import in_one_line
 from common.rl.policy import trained
 from common.rl.rollout import SHARED, Rollout, end_tokens
 

@@ -78,6 +78,9 @@ def test_stage_5_does_not_start_where_stage_1_started(tmp_path):
 
 def test_a_rate_that_yaml_takes_for_a_text_is_a_number(tmp_path):
     assert parse(tmp_path, "train: {rate: 1e-4}").rate == 1e-4
+    (tmp_path / "mine.yaml").write_text("base: demo\ntrain: {learning_rate: 1e-4}")
+    preset = config.load_preset(str(tmp_path / "mine.yaml"))
+    assert plans.values_of("mine", preset)["train"]["learning_rate"] == 1e-4
 
 
 WRONG_PRESETS = {
@@ -148,6 +151,7 @@ BAD_PROBLEMS = {
     '{"question": "2", "answer": "2"}': "--prompt-column, --answer-column; there are question, a",
     "[1]": "no usable 'prompt'",
     '{"prompt": "1", "answer": null}': "no usable 'answer'",
+    '{"prompt": "1", "answer": " "}': "no usable 'answer'",
     '{"prompt": "1", "answer": NaN}': "no usable 'answer'",
     '{"prompt": "1", "answer": true}': "no usable 'answer'",
     '{"prompt": "1", "answer": ' + "9" * 5000 + "}": "not valid JSON",

@@ -421,11 +421,14 @@ def test_a_claim_needs_all_that_it_is_about(tmp_path):
     """Alpha 1.5 alone is no sweep; a reference run that is not measured, or shorter, is none."""
     found = one_run(tmp_path, 55)
     cells = claims.column(found, "next-aligned")
-    sweep = "Fig. 6: the jump gains at every alpha of 0.5, 1, 1.5, 2, 2.5"
+    sweep = "Fig. 6: the jump gains at every alpha of 0.5, 1, 1.5, 2, 2.5; the least"
     assert cells[sweep] == ""
     for alpha in (0.5, 1, 2, 2.5):
         record(tmp_path, f"extrapolated/next-aligned_alpha{alpha:g}", share(50), 150)
-    assert claims.column(runs.Runs(tmp_path), "next-aligned")[sweep].startswith("**holds**: +10.0 ")
+    assert claims.column(runs.Runs(tmp_path), "next-aligned")[sweep].startswith("**holds**: +5.0 ")
+    record(tmp_path, "extrapolated/next-aligned_alpha2.5", share(39), 150)
+    cells = claims.column(runs.Runs(tmp_path), "next-aligned")
+    assert cells[sweep].startswith("**undecided**: -1.0 ")
     for path in (tmp_path / "eval").glob("train__step_0[24]*"):
         (path / "test.json").unlink()
     log(tmp_path / "train", range(1, 151))
@@ -637,16 +640,21 @@ def test_a_small_grid_is_interrupted_goes_on_and_writes_its_tables(tmp_path):
     assert len(list((tmp_path / "grid" / "figures").glob("*.png"))) == 7
 
 
-def test_lora_and_all_parameters_are_compared_seed_by_seed(tmp_path):
-    for seed, name, level in ((0, "lora", 0.9), (1, "lora", 0.2), (1, "full", 0.3)):
+def test_lora_and_all_parameters_are_compared_seed_by_seed_and_one_seed_decides_nothing(tmp_path):
+    levels = {(0, "lora"): 0.9, (1, "lora"): 0.2, (2, "lora"): 0.21}
+    levels |= {(1, "full"): 0.3, (2, "full"): 0.31}
+    for (seed, name), level in levels.items():
         folder = tmp_path / f"seed{seed}" / name / "deltas"
         folder.mkdir(parents=True)
-        ratios = {f"matrix {i}": [level + 0.01 * i] * 3 for i in range(3)}
         fit = [{"held_out": -1.0, "in_sample": 0.9}]
-        spectrum = {"steps": [1, 2, 3], "energy_ratio_by_module": ratios, "linear_fit": fit}
+        ratios = [level, level + 0.01 * (seed + 1), level]
+        spectrum = {"steps": [1, 2, 3], "energy_ratio": ratios, "linear_fit": fit}
         (folder / "spectrum.json").write_text(json.dumps(spectrum))
+    text = claims.section3(runs.Runs(tmp_path, [0, 1, 2]))
+    assert "it is higher with LoRA: **does not hold**: without, 0.305 ± 0.005 at step 1" in text
     text = claims.section3(runs.Runs(tmp_path, [0, 1]))
-    assert "it is higher with LoRA: **does not hold**" in text
+    assert "it is higher with LoRA: without, 0.300 at step 1" in text
+    assert "**" not in claims.section3(runs.Runs(tmp_path, [1]))
 
 
 # --------------------------------------------------------------------------------------------------
