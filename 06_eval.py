@@ -74,7 +74,7 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
     tasks, now = data.load_tasks([*map(cfg.path, cfg.test_data)], **cfg.columns), None
     names = find_policies(run, cfg.policies)
     loras = {name: run / name for name in names if adapters.is_adapter(run / name)}
-    ranks = [adapters.highest_rank(adapters.read_config(lora)) for lora in loras.values()]
+    rank = max((adapters.highest_rank(adapters.read_config(x)) for x in loras.values()), default=0)
     how = {"settings": config.as_dict(cfg, leave_out=NOT_SETTINGS), "versions": versions()}
     asked = rollout.vllm_options(cfg.vllm_options).items()
     how["dtypes"] = {key: value for key, value in asked if "dtype" in key}
@@ -92,11 +92,10 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
             continue
         # The model, then the adapter on it.
         if now is None or now.base != base:
-            is_first = now is None
             if now:
                 now.engine.close()  # the next model needs its memory
-            now = metrics.Loaded(cfg, base, tasks, max(ranks, default=0), accelerator)
-            for task, (_, prompts) in now.tasks.items() if is_first else ():
+            first, now = now is None, metrics.Loaded(cfg, base, tasks, rank, accelerator)
+            for task, (_, prompts) in now.tasks.items() if first else ():
                 prompt = now.tokenizer.decode(prompts[0])
                 accelerator.print(f"{task}: {len(prompts)} problems; first prompt: {prompt!r}")
         if lora:
@@ -110,8 +109,8 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
             began = time.perf_counter()
             rows = metrics.answers(now, now.tasks[task], cfg.runs, judge)
             record = {"policy": name, **made[task], "template_hash": now.template_hash}
-            record |= metrics.summarise(rows, len(now.tasks[task][0]), judge)
-            record |= {**machine(), "seconds": round(time.perf_counter() - began, 2)}
+            record |= metrics.summarise(rows, judge) | machine()
+            record["seconds"] = round(time.perf_counter() - began, 2)
             if accelerator.is_main_process:
                 lines = "".join(json.dumps(row) + "\n" for row in rows)
                 write_text(folder / f"{task}.jsonl", lines)

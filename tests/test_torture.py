@@ -263,7 +263,7 @@ def test_a_disk_that_refuses_is_one_line_that_names_the_file(
         patch.setattr(os, failing, refuse)
         code, line = stage("04", run, *flags)
     again = "make room, then type the same command without --overwrite to go on"
-    assert (code, line.endswith(f"({os.strerror(number)}): {again}")) == (2, True)
+    assert (code, line.endswith(f"{os.strerror(number)}): {again}")) == (2, True)
     assert line.startswith(f"error: cannot write {run}/extrapolated/")
     assert contents(run) == before
     assert stage("04", run, *flags) == (0, "")

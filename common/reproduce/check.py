@@ -61,9 +61,9 @@ def check(name: str, preset: dict, root: str, jobs: list[plans.Job]) -> None:
     """Prints what the runs need. UserError, at the end, where something is missing or unlike what
     is known of it."""
     train, *_, test = options(name, root)
-    training.check_prepared(train)
     wanted, wrong, tokenizer = plans.values_of(name, preset)["reproduce"], [], None
     try:
+        training.check_prepared(train)
         model, tokenizer = policy.load_backbone(train.path(train.backbone))
         print(needs(model, train, jobs))
         if any("full" in job.argv for job in jobs):

@@ -69,8 +69,8 @@ class Plan:
         total, reference = prefix + more, self.wanted["reference_steps"]
         least = max(total, prefix + self.preset["extract"]["k"] * train["save_every"])  # oracle
         if reference < least:
-            why = "the end of stage 5, and k checkpoints past the jump"
-            raise UserError(f"preset {name}: reference_steps must be {least} or more, {why}")
+            why = f"{least} or more: to the end of stage 5, and k checkpoints past the jump"
+            raise UserError(f"preset {name}: reference_steps must be {why}")
         self.values = {
             **{"root": shlex.quote(root), "alpha": ALPHA, "rate": "", "seed": "", "grid": ""},
             # RL steps: before the jump, after it, both; of the longest run, and what that adds
@@ -86,8 +86,8 @@ class Plan:
         }
         self.jobs: list[Job] = []
         if self.wanted["prepare"]:
-            command = [*self.wanted["prepare"].split(), "--run-dir", root]
-            self.jobs.append(Job("prepare", command, [], 5))
+            command = f"{self.wanted['prepare']} --run-dir"
+            self.jobs.append(Job("prepare", [*command.split(), root], [], 5))
 
     def at_root(self, paths: list[str]) -> list[str]:
         return [path.replace("{run_dir}", self.root) for path in paths]
@@ -165,11 +165,7 @@ def single(preset_name: str, preset: dict, run_dir: str) -> list[Job]:
 
 
 def grid(kind: str, preset_name: str, preset: dict, root: str, seeds, wanted=()) -> list[Job]:
-    """`paper`: the rows of the paper's tables `wanted`. `main`: what the preset does, for several
-    seeds. `tables`: everything, the main rows first.
-    `learning-rate`: everything at the preset's rate and its `rates`, jumps alone at those of its
-    `sweep`. `sweep`: plain GRPO at all of them, measured on validation problems: to choose a rate.
-    """
+    """The kinds are explained in README.md. wanted: of `paper`, the paper's tables to make."""
     plan = Plan(preset_name, preset, root)
     if kind == "paper":
         paper(plan, seeds, {*wanted})
@@ -200,16 +196,15 @@ def by_rate(plan: Plan, seeds: list[int], choose: bool) -> None:
 
 
 def second_jump(plan: Plan, rate: str, seed: int) -> None:
-    """Half of the RL after the jump, ten checkpoints of it, another jump, and the other half."""
+    """About half of the RL after the jump, ten checkpoints of it, another jump, and the rest."""
     first, more = f"seed{seed}/rate{rate}", plan.values["more"]
     if not (every := more // 20):
         return
     plan.add("first", first)
     model = f"{plan.root}/{first}/merged/next-aligned_alpha{ALPHA}"
-    values = {"half": 10 * every, "rest": more - 10 * every, "every": every}
-    values["model"] = shlex.quote(model)
+    values = {"half": 10 * every, "rest": more - 10 * every, "every": every, "first": first}
     values |= {"rate": f"--learning-rate {rate}", "seed": f"--seed {seed + 1000}"}
-    plan.add("second", f"seed{seed}/{SECOND}", first=first, **values)
+    plan.add("second", f"seed{seed}/{SECOND}", model=shlex.quote(model), **values)
 
 
 def paper(plan: Plan, seeds: list[int], wanted: set[int]) -> None:

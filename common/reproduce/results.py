@@ -167,6 +167,14 @@ def training_options(run: pathlib.Path, policy: str) -> dict:
     return {**options, "training data": found["inputs"].get("train_data")}
 
 
+def made_on(run: pathlib.Path) -> tuple[str, int]:
+    """The backbone's name, and how many GPUs stage 1 had: 0 on a CPU, or where it is not known."""
+    path = run / "train" / "config.json"
+    made = read_json(path, "01_train_lora_grpo.py") if path.is_file() else {"config": {}}
+    gpus = made["processes"] if made.get("device", "cpu") != "cpu" else 0
+    return made["config"].get("backbone", "").split("/")[-1], gpus
+
+
 def jump_info(run: pathlib.Path, policy: str) -> dict:
     """checkpoint.json of `policy`; what is merged may have it beside the adapter alone."""
     name = policy.split("/", 1)[-1]

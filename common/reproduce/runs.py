@@ -184,13 +184,6 @@ class Runs:
         last = {m.policy.split("/")[1]: m for m in sorted(found, key=lambda m: m.steps)}
         return sorted(last.values(), key=place)
 
-    def made_on(self) -> tuple[str, int]:
-        """The backbone's name, and how many GPUs stage 1 had: 0 on a CPU, or if it is not known."""
-        path = self.folder(self.seeds[0]) / "train" / "config.json"
-        made = read_json(path, "01_train_lora_grpo.py") if path.is_file() else {"config": {}}
-        gpus = made["processes"] if made.get("device", "cpu") != "cpu" else 0
-        return made["config"].get("backbone", "").split("/")[-1], gpus
-
     def count(self, found: Measured) -> str:
         """How many seeds of a grid have it; of one run the number of responses."""
         return str(sum(1 if self.is_grid else r.n for r in found.by_seed.values()))

@@ -5,6 +5,7 @@ import statistics
 import matplotlib.pyplot as plt
 
 from common.reproduce.figures import legend_below
+from common.reproduce.results import made_on
 from common.reproduce.runs import Runs
 from common.reproduce.tables import RECIPES
 
@@ -12,20 +13,20 @@ PARTS = {"RL": "#56B4E9", "SVD": "#D55E00", "predictor": "#E69F00", "extrapolati
 SIDES = {"without a jump": "#999999", "NExt": "#0072B2"}
 
 
-def gpu_hours(models: list[Runs]) -> tuple[str, list[float]]:
-    """What costs are counted in, and how much of it a wall second is for each model."""
-    gpus = [one.made_on()[1] for one in models]
+def machines(models: list[Runs]) -> tuple[list[str], str, list[float]]:
+    """Names of the backbones; what costs are counted in, and how much of it is a wall second."""
+    names, gpus = zip(*(made_on(one.folder(one.seeds[0])) for one in models), strict=True)
     if all(gpus):
-        return "GPU hours: wall hours × GPUs", [count / 3600 for count in gpus]
-    return "wall seconds", [1.0] * len(models)
+        return names, "GPU hours: wall hours × GPUs", [count / 3600 for count in gpus]
+    return names, "wall seconds", [1.0] * len(models)
 
 
 def cost(runs: Runs):
     """Fig. 5: GPU hours (without a GPU: wall seconds) by what they are spent on, means of seeds."""
     bars, models = {}, [runs, *runs.beside][::-1]
-    unit, factors = gpu_hours(models)
-    for one, factor in zip(models, factors, strict=True):
-        model = f"{one.made_on()[0]}: " if runs.beside else ""
+    names, unit, factors = machines(models)
+    for one, name, factor in zip(models, names, factors, strict=True):
+        model = f"{name}: " if runs.beside else ""
         for m in [*map(one.later, reversed(RECIPES)), one.at(one.reference or one.total)]:
             if found := [r.spent for r in m.by_seed.values() if r.seconds]:
                 means = {p: statistics.fmean(r.get(p, 0.0) for r in found) for p in PARTS}
@@ -57,7 +58,7 @@ def gpqa(runs: Runs):
         found.append((plain, jumped or one.later("next-paper")))
     if not all(m and m.of_suite("gpqa") for pair in found for m in pair):
         return None
-    unit, factors = gpu_hours(models)
+    names, unit, factors = machines(models)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
     for i, (side, colour) in enumerate(SIDES.items()):
         policies = [pair[i] for pair in found]
@@ -70,7 +71,6 @@ def gpqa(runs: Runs):
     left.set_ylabel("GPQA: accuracy %, ± s.e.")
     right.set_ylabel(unit)
     for axis in (left, right):
-        names = [one.made_on()[0].replace("-", "\n") for one in models]
-        axis.set_xticks(range(len(models)), names, fontsize=9)
+        axis.set_xticks(range(len(models)), [x.replace("-", "\n") for x in names], fontsize=9)
     legend_below(figure, left, 2)
     return figure

@@ -4,7 +4,7 @@ import itertools
 import statistics
 
 from common.files.deltas import read_index
-from common.reproduce import plans
+from common.reproduce import plans, results
 from common.reproduce.estimates import Estimate, over_seeds
 from common.reproduce.results import MAIN_ALPHA, OWN_ALPHA, SUITES, label_of, place, table_of
 from common.reproduce.runs import MAIN, Measured, Runs
@@ -63,7 +63,7 @@ def main_table(runs: Runs) -> str:
 
 def beside_paper(runs: Runs) -> str:
     """Our accuracies beside the paper's. Empty for a model that is not in it."""
-    model, _ = runs.made_on()
+    model, _ = results.made_on(runs.folder(runs.seeds[0]))
     sizes = [i for i, size in enumerate(SIZES) if f"Qwen2.5-{size}-Instruct" in model]
     names = {"grpo": runs.at(runs.total).policy, "longest": runs.at(runs.reference).policy}
     names["end"], rows = f"step_{runs.total:04d}", []

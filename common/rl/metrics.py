@@ -200,9 +200,10 @@ class Loaded:
         self.engine = rollout.make_engine(cfg, model, self.tokenizer, *how)
 
 
-def summarise(rows: list[dict], problems: int, judge) -> dict:
+def summarise(rows: list[dict], judge) -> dict:
     """Accuracy with its standard error over problems, and the means that go with it. judge: the
     Verifier that scored the rows, which are sorted by run."""
+    problems = 1 + max(row["problem"] for row in rows)
     scores = torch.tensor([row["score"] for row in rows], dtype=torch.float64)
     by_problem = scores.view(-1, problems).mean(0)
     return {

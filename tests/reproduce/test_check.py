@@ -59,7 +59,7 @@ def test_everything_that_is_not_there_is_named_at_once(tmp_path, capsys, monkeyp
     with pytest.raises(UserError, match="4 are not as they should be"):
         checked(tmp_path, eval=tests)
     out = capsys.readouterr().out
-    assert "missing: backbone folder" in out
+    assert f"missing: {tmp_path}/backbone not found: run python -m common.demo --run-dir" in out
     assert f"missing: data file {tmp_path}/data/train.jsonl not found" in out
     assert "unlike what is known: minerva has 1 problems, not 272" in out
     assert "missing: cannot load math-ai/amc23" in out
