@@ -11,6 +11,8 @@ import subprocess
 import sys
 
 import pytest
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # with a GPU: bf16, and vLLM where it is installed
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -167,26 +169,23 @@ def finished_run(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
-def make_run(folder: pathlib.Path) -> None:
-    command = [sys.executable, "-m", "common.reproduce", "--preset", TINY, "--run-dir", str(folder)]
-    first = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-    printed = []
+def interrupted(command: list[str], at: str) -> str:
+    """Types `command`, Ctrl-C at a line with `at`, types it again: all that was printed."""
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    first, printed = subprocess.Popen(command, cwd=ROOT, text=True, **quiet), []
     for line in first.stdout:
         printed.append(line)
-        if line.startswith("[01] step 3/"):
+        if at in line:
             first.send_signal(signal.SIGINT)
     assert first.wait() == 130, "".join(printed)
-    assert not (folder / "train" / "done.json").exists()
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert again.returncode == 0, again.stdout + again.stderr
-    (folder / "printed.txt").write_text("".join(printed) + again.stdout)
+    return "".join(printed) + again.stdout
+
+
+def make_run(folder: pathlib.Path) -> None:
+    command = [sys.executable, "-m", "common.reproduce", "--preset", TINY, "--run-dir", str(folder)]
+    (folder / "printed.txt").write_text(interrupted(command, "[01] step 3/"))
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from conftest import edit_json, save_lora
 
 from common import UserError, demo
 from common.files import adapters
-from common.files import models as model_files
 from common.files import read as inputs
 from common.files.resume import go_on, save_state
 from common.rl import data, policy
@@ -95,13 +94,6 @@ def test_a_backbone_is_refused_for_what_is_more_than_weights(backbone, canary, p
     poison(backbone, canary)
     with pytest.raises(UserError, match=BACKBONES[poison]):
         policy.load_backbone(str(backbone))
-
-
-@pytest.mark.parametrize("poison", [weights_in_a_pickle, a_shard_outside])
-def test_so_is_a_whole_model_that_is_read_without_being_loaded(backbone, canary, poison):
-    poison(backbone, canary)
-    with pytest.raises(UserError, match=BACKBONES[poison]):
-        model_files.open_model(backbone)
 
 
 def test_code_that_a_known_model_and_tokenizer_bring_along_is_not_run(backbone, canary):

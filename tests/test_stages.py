@@ -8,8 +8,10 @@ import json
 import pathlib
 import re
 import shutil
+import statistics
 import sys
 import time
+import types
 
 import pytest
 import safetensors.torch
@@ -23,7 +25,7 @@ from common.files import read as inputs
 from common.files import series as adapter_series
 from common.reproduce import __main__ as reproduce
 from common.reproduce import report, results
-from common.rl import policy
+from common.rl import policy, training
 
 # --------------------------------------------------------------------------------------------------
 # The chain
@@ -79,21 +81,49 @@ def test_ablations_go_through_predictor_jump_and_report(run, stage):
     assert "## Table 5: what the jump needs" in text
 
 
-def test_the_backbone_is_measured_again_when_it_is_another(run, stage):
-    """Whatever its folder is called; a model of noise has accuracy 0."""
-    path = run / "other" / "model.safetensors"
-    shutil.copytree(run / "backbone", path.parent)
-    generator = torch.Generator().manual_seed(0)
-    tensors = safetensors.torch.load_file(path)
-    noise = {name: torch.randn(t.shape, generator=generator).to(t) for name, t in tensors.items()}
-    safetensors.torch.save_file(noise, path, metadata={"format": "pt"})
-    (path.parent / "sha256.json").unlink(missing_ok=True)
-    before = json.loads((run / "eval" / "backbone" / "test.json").read_text())["accuracy"]
-    for backbone, wanted in (("backbone", before), ("other", 0), ("backbone", before)):
-        flags = ("--policies", "backbone", "--output", "again", "--backbone", str(run / backbone))
-        assert stage("06", run, *flags)[0] == 0
-        found = json.loads((run / "again" / "backbone" / "test.json").read_text())
-        assert found["accuracy"] == wanted
+def test_every_run_answers_anew_and_the_error_is_over_problems(run, stage):
+    flags = ("--policies", "train/step_0006", "--runs", "2", "--output", "again")
+    assert stage("06", run, *flags)[0] == 0
+    folder = run / "again" / "train__step_0006"
+    rows = inputs.read_jsonl(folder / "test.jsonl")
+    one, two = ([r["response"] for r in rows if r["run"] == number] for number in (0, 1))
+    assert len(one) == len(two) == 256
+    assert one != two
+    means = [sum(r["score"] for r in rows if r["problem"] == i) / 2 for i in range(256)]
+    found = json.loads((folder / "test.json").read_text())
+    assert found["by_problem"] == means
+    assert found["standard_error"] == pytest.approx(statistics.stdev(means) / 16)
+
+
+def test_the_defaults_are_the_papers_table_2():
+    cfg = importlib.import_module("01_train_lora_grpo").TrainConfig()
+    wanted = {"prompts_per_step": 128, "mini_batch": 32, "rollouts": 8, "learning_rate": 5e-6}
+    wanted |= {"lora_rank": 64, "lora_alpha": 32, "steps": 150, "save_every": 10}
+    wanted |= {"max_prompt_tokens": 1024, "max_new_tokens": 4096, "temperature": 1.0}
+    assert {key: getattr(cfg, key) for key in wanted} == wanted
+    assert importlib.import_module("02_extract_deltas").ExtractConfig().k == 5
+    assert importlib.import_module("04_extrapolate").ExtrapolateConfig().alphas == [1.5]
+
+
+def test_a_long_gradient_is_clipped_and_logged_as_it_was():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    place = types.SimpleNamespace(num_processes=1, reduce=lambda x, how: x, device="cpu")
+    cfg, sgd = types.SimpleNamespace(max_grad_norm=1.0), torch.optim.SGD([weight], 1.0)
+    run = types.SimpleNamespace(optimizer=sgd, accelerator=place, model=None, cfg=cfg)
+    found = training.descend(run, 1, [(0.5, 0.25), (0.5, 0.0)])
+    assert found == {"loss": 1.0, "clip_share": 0.25, "grad_norm": 5.0}
+    torch.testing.assert_close(weight.detach(), torch.tensor([-0.6, -0.8]))
+
+
+def test_with_seq_every_response_of_all_processes_counts_the_same():
+    others = torch.tensor([90.0, 3.0])  # another process has 90 tokens in 3 responses
+    place = types.SimpleNamespace(reduce=lambda x, how: x + others, device="cpu")
+    cfg = types.SimpleNamespace(loss_aggregation="seq")
+    run = types.SimpleNamespace(accelerator=place, cfg=cfg)
+    batch = types.SimpleNamespace(completions=[[0], [0] * 4])
+    found = training.token_weights(run, batch, [0, 1])
+    assert [w.sum().item() for w in found.values()] == pytest.approx([0.2, 0.2])
 
 
 def test_continuing_counts_steps_on_and_trains_the_jumped_adapter(finished_run):

@@ -37,6 +37,16 @@ def test_a_late_stages_mistake_is_found_before_the_first_command(
         check.options(str(name), str(empty_run))
 
 
+def test_a_late_mistake_stops_reproduce_before_its_first_command(tmp_path, monkeypatch):
+    name = tmp_path / "mine.yaml"
+    name.write_text(yaml.safe_dump({"base": TINY, "eval": {"run": 4}}))
+    argv = ["reproduce", "--preset", str(name), "--run-dir", str(tmp_path / "run")]
+    monkeypatch.setattr("sys.argv", argv)
+    monkeypatch.setattr(reproduce, "Runner", None)
+    with pytest.raises(UserError, match="unknown key 'run' in section eval"):
+        reproduce.main()
+
+
 def test_everything_that_is_there_is_counted(tmp_path, capsys):
     lay_out(tmp_path)
     checked(tmp_path)

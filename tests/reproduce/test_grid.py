@@ -3,19 +3,17 @@ their results."""
 
 import importlib
 import json
-import os
 import pathlib
-import signal
-import subprocess
+import shutil
 import sys
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY
+from conftest import TINY, interrupted
 
 from common import UserError
-from common.files import adapters, config
+from common.files import adapters, config, models
 from common.files import write as run_dir
 from common.reproduce import __main__ as reproduce
 from common.reproduce import claims, estimates, plans, report, results, runner, runs, sizes, tables
@@ -209,7 +207,7 @@ def record(
     `changes` are options of stage 6, or its `data`.
     """
     if policy != "backbone":
-        info = {"step": step, "method": policy.split("/")[1].split("_alpha")[0], "seconds": 1.0}
+        info = {"step": step, "method": policy.split("_alpha")[0].split("/")[-1], "seconds": 1.0}
         run_dir.write_json(run / policy / "checkpoint.json", info)
     data = changes.pop("data", "hash")
     result = {
@@ -542,46 +540,81 @@ def test_a_seed_that_was_trained_otherwise_is_left_out_of_the_grids_means(grid):
     )
 
 
+def test_report_writes_tables_and_types_nothing(tmp_path, monkeypatch):
+    record(tmp_path / "seed0" / "lora", "train/step_0150", share(50), 150)
+    monkeypatch.setattr(reproduce, "Runner", None)
+    argv = ["reproduce", "--preset", "demo", "--grid", "main", "--seeds", "0", "--report"]
+    monkeypatch.setattr("sys.argv", [*argv, "--run-dir", str(tmp_path), "--beside", str(tmp_path)])
+    reproduce.main()
+    assert "50.0" in (tmp_path / "tables.md").read_text()
+
+
+def test_of_another_trainers_checkpoints_the_last_is_the_policy_before_the_jump(tmp_path):
+    for policy, right in (("checkpoint-140", 30), ("checkpoint-150", 40)):
+        record(tmp_path, policy, share(right))
+        (tmp_path / policy / "checkpoint.json").unlink()
+    record(tmp_path, "extrapolated/next-aligned_alpha1.5", share(47), 150)
+    found = runs.Runs(tmp_path)
+    assert found.before.policy == "checkpoint-150"
+    assert "| another trainer's RL | 150 |" in tables.main_table(found)
+    assert "+7.0" in tables.jumps_table(found)
+
+
+def test_what_has_no_cost_file_has_no_cost_and_what_ended_sooner_has_a_row(tmp_path):
+    one_run(tmp_path, 55)
+    log(tmp_path / "train", range(1, 151))
+    record(tmp_path, "continued/none/step_0200", share(50), 200)
+    record(tmp_path, "continued/next-aligned_alpha1e-05/step_0250", share(50), 250)
+    found = runs.Runs(tmp_path)
+    assert found.later("next-aligned").seconds is None  # no deltas/done.json
+    assert found.get("continued/none/step_0200").seconds is None  # no metrics.jsonl
+    table = tables.main_table(found)
+    assert "| restart without a jump (control) | 200 |" in table
+    assert "| NExt, aligned recipe, alpha 1e-05 | 250 |" in table
+
+
+def test_what_a_merged_restart_stands_on_is_no_policy(run, stage):
+    restarted = run / "continued" / "next-aligned_alpha1.5_merged"
+    assert (restarted / "backbone").is_dir()
+    names = models.find_policies(run, ["continued/*/*"])
+    assert "continued/next-aligned_alpha1.5_merged/step_0007" in names
+    assert not [name for name in names if name.endswith("backbone")]
+
+
+def test_one_odd_continuation_does_not_make_the_run_odd(tmp_path):
+    found = one_run(tmp_path, 55)
+    options = {"config": {"learning_rate": 1e-3}, "inputs": {}}
+    run_dir.write_json(tmp_path / "train" / "config.json", options)
+    odd = {"config": {"learning_rate": 5e-4}, "inputs": {}}
+    run_dir.write_json(tmp_path / "continued/next-aligned_alpha1.5/config.json", odd)
+    shutil.rmtree(tmp_path / "eval" / "backbone", ignore_errors=True)
+    found = runs.Runs(tmp_path)
+    (line,) = found.left_out
+    assert line.startswith("continued/next-aligned_alpha1.5/step_0250: 55.0%, trained with")
+
+
 def test_the_cosine_of_a_jump_is_that_of_the_dense_matrices(tmp_path):
     """On a run with checkpoints 1 to 3 and k = 1, whose jump is made from 2."""
     generator = torch.Generator().manual_seed(0)
+    draw = lambda *size: torch.randn(size, generator=generator)  # noqa: E731
 
     def adapter(path: str, rank: int, alpha: float) -> adapters.Adapter:
-        factors = {
-            m: (
-                torch.randn(6, rank, generator=generator),
-                torch.randn(rank, 5, generator=generator),
-            )
-            for m in ("x", "y")
-        }
+        factors = {m: (draw(6, rank), draw(rank, 5)) for m in "xy"}
         made = adapters.Adapter({"peft_type": "LORA", "r": rank, "lora_alpha": alpha}, factors)
         adapters.write_adapter(tmp_path / path, made, {"step": 2})
         return made
 
-    last, jumped = (
-        adapter("train/step_0002", 2, 1.0),
-        adapter("extrapolated/next-aligned_alpha1.5", 3, 2.0),
-    )
+    last = adapter("train/step_0002", 2, 1.0)
+    jumped = adapter("extrapolated/next-aligned_alpha1.5", 3, 2.0)
     future = adapter("train/step_0003", 2, 1.0)
-    index = {
-        "steps": [1, 2],
-        "k": 1,
-        "modules": ["x", "y"],
-        "backbone": "b",
-        "checkpoints": {"1": "train/step_0001", "2": "train/step_0002"},
-    }
+    index = {"steps": [1, 2], "k": 1, "modules": ["x", "y"], "backbone": "b"}
+    index["checkpoints"] = {"1": "train/step_0001", "2": "train/step_0002"}
     run_dir.write_json(tmp_path / "deltas" / "index.json", index)
     expected = []
-    for module in ("x", "y"):
-        w, w_hat, w_true = (
-            a.scale(module) * (a.factors[module][0] @ a.factors[module][1]).double()
-            for a in (last, jumped, future)
-        )
-        expected.append(
-            torch.nn.functional.cosine_similarity(
-                (w_hat - w).flatten(), (w_true - w).flatten(), 0
-            ).item()
-        )
+    for module in "xy":
+        w, w_hat, w_true = (a.update(module).dense() for a in (last, jumped, future))
+        pair = ((w_hat - w).flatten(), (w_true - w).flatten())
+        expected.append(torch.nn.functional.cosine_similarity(*pair, 0).item())
     (tmp_path / "eval").mkdir()
     found = runs.Runs(tmp_path).jump_cosines()["extrapolated/next-aligned_alpha1.5"]
     assert found.mean == pytest.approx(sum(expected) / 2, abs=1e-6)
@@ -590,48 +623,11 @@ def test_the_cosine_of_a_jump_is_that_of_the_dense_matrices(tmp_path):
 def test_a_small_grid_is_interrupted_goes_on_and_writes_its_tables(tmp_path):
     preset = tmp_path / "small.yaml"
     sections = {"extrapolate": {"methods": ["weighted", "repeat-last", "none"]}}
-    sections["reproduce"] = {
-        "launch": "python",
-        "continue_from": ["weighted_alpha1.5"],
-        "jobs": 2,
-    }
+    sections["reproduce"] = {"launch": "python", "continue_from": ["weighted_alpha1.5"], "jobs": 2}
     preset.write_text(yaml.safe_dump({"base": TINY, **sections}))
-    command = [
-        sys.executable,
-        "-m",
-        "common.reproduce",
-        "--preset",
-        str(preset),
-        "--grid",
-        "main",
-        "--seeds",
-        "0",
-    ]
-    command += ["--run-dir", str(tmp_path / "grid")]
-    first = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-    for line in first.stdout:
-        if "02_extract_deltas.py" in line:
-            first.send_signal(signal.SIGINT)
-            break
-    first.communicate()
-    assert first.returncode == 130
-    again = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "done already" in again.stdout
+    command = [sys.executable, "-m", "common.reproduce", "--preset", str(preset)]
+    command += ["--grid", "main", "--seeds", "0", "--run-dir", str(tmp_path / "grid")]
+    assert "done already" in interrupted(command, "02_extract_deltas.py")
     page = (tmp_path / "grid" / "tables.md").read_text()
     assert "| weighted sum (no network) | 8 | 1 |" in page
     assert "RELEX" in page

@@ -65,22 +65,7 @@ GPQA = [
     }
     for i in range(8)
 ]
-CATEGORIES = [
-    "biology",
-    "business",
-    "chemistry",
-    "computer science",
-    "economics",
-    "engineering",
-    "health",
-    "history",
-    "law",
-    "math",
-    "other",
-    "philosophy",
-    "physics",
-    "psychology",
-]
+CATEGORIES = ["biology", "computer science", "law"]
 MMLU_PRO = [
     {
         "question_id": 70 + i,
@@ -200,7 +185,7 @@ def test_gpqa_options_are_shuffled_by_the_question_alone(tmp_path):
 def test_mmlu_pro_keeps_its_order_without_the_filling(tmp_path):
     path = write(tmp_path / "test.parquet", MMLU_PRO)
     tasks = data.load_tasks([f"mmlu-pro={path}"])
-    assert len(tasks) == 14
+    assert len(tasks) == 3
     assert [len(tasks[f"mmlu-pro-{name}"]) for name in ("law", "computer-science")] == [2, 1]
     problem = tasks["mmlu-pro-biology"][0]
     assert problem == data.Problem(
@@ -210,8 +195,8 @@ def test_mmlu_pro_keeps_its_order_without_the_filling(tmp_path):
         "letter",
     )
     assert data.load_tasks([f"mmlu-pro/law={path}"]) == {"mmlu-pro-law": tasks["mmlu-pro-law"]}
-    with pytest.raises(UserError, match="no problem for mmlu-pro/alchemy"):
-        data.load_tasks([f"mmlu-pro/alchemy={path}"])
+    with pytest.raises(UserError, match="no problem for mmlu-pro/lawyers"):
+        data.load_tasks([f"mmlu-pro/lawyers={path}"])
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".json"])

@@ -5,28 +5,28 @@ import json
 
 import pytest
 import torch
-from conftest import TINY, call_stage
 
 from common import UserError
-from common.files import config
 from common.rl import rollout
 
 
 @pytest.mark.parametrize(
-    ("asked", "installed", "gpu", "wanted"),
+    ("asked", "installed", "gpu", "cpu_yaml", "wanted"),
     [
-        ("auto", True, True, "vllm"),
-        ("auto", True, False, "hf"),
-        ("auto", False, True, "hf"),
-        ("hf", True, True, "hf"),
-        ("vllm", True, False, "vllm"),
+        ("auto", True, True, False, "vllm"),
+        ("auto", True, True, True, "hf"),
+        ("auto", True, False, False, "hf"),
+        ("auto", False, True, False, "hf"),
+        ("hf", True, True, False, "hf"),
+        ("vllm", True, False, False, "vllm"),
     ],
 )
 def test_auto_takes_vllm_where_it_is_installed_and_a_gpu_is_there(
-    monkeypatch, asked, installed, gpu, wanted
+    monkeypatch, asked, installed, gpu, cpu_yaml, wanted
 ):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", str(cpu_yaml).lower())
     assert rollout.choose_engine(asked) == wanted
 
 
@@ -68,33 +68,16 @@ def test_options_can_load_no_other_code_and_no_other_weights(text):
         rollout.vllm_options(text)
 
 
-def test_cpu_yaml_means_the_cpu_where_there_is_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(rollout.importlib.util, "find_spec", lambda name: name)
-    assert rollout.choose_engine("auto") == "vllm"
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert rollout.choose_engine("auto") == "hf"
-
-
-@pytest.mark.parametrize("path", sorted(config.PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_options_of_our_presets_are_allowed(path):
-    for section in config.load_preset(str(path)).values():
-        rollout.vllm_options(section.get("vllm_options", "{}"))
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--engine", "sglang"], "--engine"),
         (["--vllm-options", "{gpu}"], "vllm_options '{gpu}': want a JSON object"),
-        (["--vllm-options", "[]"], "vllm_options '[]': want a JSON object"),
     ],
 )
-@pytest.mark.parametrize("script", ["01_train_lora_grpo.py", "06_eval.py"])
-def test_a_wrong_option_is_one_line(finished_run, monkeypatch, capsys, script, flags, message):
-    code, line = call_stage(
-        monkeypatch, capsys, script, "--config", TINY, "--run-dir", str(finished_run), *flags
-    )
+@pytest.mark.parametrize("script", ["01", "06"])
+def test_a_wrong_option_is_one_line(finished_run, stage, script, flags, message):
+    code, line = stage(script, finished_run, *flags)
     assert (code, line[:7]) == (2, "error: ")
     assert message in line
 

@@ -89,6 +89,17 @@ def test_a_tracker_gets_the_name_of_the_run_and_goes_on_with_it(tmp_path):
         metrics.start_tracker(dataclasses.replace(cfg, report_to="wandb"), accelerator)
 
 
+def test_a_tracker_gets_all_that_is_a_number():
+    logged = []
+    log = lambda values, step: logged.append((step, values))  # noqa: E731
+    place = types.SimpleNamespace(log=log, is_main_process=False)
+    cfg = types.SimpleNamespace(log_every=1, steps=9)
+    run = types.SimpleNamespace(accelerator=place, cfg=cfg, flat=0)
+    line = {"step": 3, "loss": 0.5, "grad_norm": 1.0}
+    metrics.show(run, {**line, "seconds_by_phase": {"update": 1.0}})
+    assert logged == [(3, {"loss": 0.5, "grad_norm": 1.0})]
+
+
 def test_importance_ratios_are_the_trainers_over_the_engines(new_run, stage, monkeypatch):
     """An engine that says twice the probability of every response's first token."""
     generate = rollout.HFEngine.generate
