@@ -40,7 +40,7 @@ class PredictorConfig(config.StageConfig):
     bf16: bool = option(False, "matrix products in bf16: half the time for a large model (ours)")
     checkpoints: int = option(0, "learn from the last N alone; 0 takes all (paper: 15)")
     holdout: int = option(0, "checkpoints that the backtest hides; 0 means k")
-    name: str = option("", "folder below predictor/ [the recipe's name]")
+    name: str = option("", "folder of predictor/, for a second one [the recipe's name]")
     seed: int = option(0, "random seed of the initial weights")
 
     def __post_init__(self):
