@@ -101,8 +101,8 @@ def main() -> None:
             if merge.is_made(adapter, whole, info, cfg):
                 kept += 1
             else:
-                jumps = alpha or not cfg.accept  # accepted at alpha 0: W_c
-                make(known, method if jumps else METHODS["none"], get(), (adapter, whole), info)
+                chosen = METHODS["none"] if alpha is None else method  # None: no jump was better
+                make(known, chosen, get(), (adapter, whole), info)
                 made += 1
             if cfg.merge and adapters.is_adapter(adapter):
                 merge.merge_jump(adapter, whole, cfg)

@@ -302,7 +302,7 @@ BAD = {
         "BACKBONE",
         "checkpoint-30 has model.layers.0.mlp.down_proj.weight",
     ),
-    "a gap": (shutil.rmtree, "BACKBONE", "not evenly spaced: missing, or between, are [30]"),
+    "a gap": (shutil.rmtree, "BACKBONE", "step 30 is missing, or between"),
     "an adapter among them": (to_lora, "BACKBONE", "is a whole model, others are adapters"),
     "a broken file": (truncate, "BACKBONE", "checkpoint-30/model.safetensors is broken"),
 }

@@ -92,15 +92,15 @@ def mean(rows: list[dict]) -> float:
     return sum(row["accuracy"] for row in rows) / len(rows)
 
 
-def best_alpha(known: Known, jumps: dict[str, float]) -> float:
+def best_alpha(known: Known, jumps: dict[str, float]) -> float | None:
     """Of jumps (folder of extrapolated/ or merged/ -> alpha) the alpha that is best on validation
-    problems, 0 where none is better than `none`. Raises UserError as `measured` does."""
+    problems, None where none is better than `none`. Raises UserError as `measured` does."""
 
     def where(name: str) -> str:
         whole = known.run / "merged" / name / "checkpoint.json"  # `--merge` alone writes none
         return f"{'merged' if whole.is_file() else 'extrapolated'}/{name}"
 
-    alphas = {where(name): a for name, a in {"none": 0.0, **jumps}.items()}
+    alphas = {where(name): a for name, a in {"none": None, **jumps}.items()}
     rows, _ = measured(known, alphas)
     return alphas[max(alphas, key=lambda policy: mean(rows[policy]))]  # of equals the first
 

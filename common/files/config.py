@@ -66,10 +66,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
 
 
-def load_preset(name: str) -> dict:
+def load_preset(name: str, above: tuple[pathlib.Path, ...] = ()) -> dict:
     """The preset as a dict of sections. `name` is a file, or the name of one in common/presets.
 
-    With `base: another preset` it holds only what differs from that.
+    With `base: another preset` it holds only what differs from that. above: presets on this one.
     """
     path = pathlib.Path(name) if pathlib.Path(name).is_file() else PRESETS / f"{name}.yaml"
     if not path.is_file():
@@ -78,10 +78,11 @@ def load_preset(name: str) -> dict:
     with in_one_line(f"{path} is not valid YAML", "correct it", (yaml.YAMLError, ValueError)):
         preset = yaml.safe_load(path.read_text(encoding="utf-8"))
     base = {}
-    if isinstance(preset, dict) and (named := preset.pop("base", None)):
-        if named in (name, path.stem) or not isinstance(named, str):
+    if isinstance(preset, dict) and "base" in preset:
+        named = preset.pop("base")
+        if not isinstance(named, str) or path in above:
             raise UserError(f"{path}: base must be the name of another preset, not {named!r}")
-        base = load_preset(named)
+        base = load_preset(named, (*above, path))
     if not matches(preset, dict[str, dict[str, object]]):
         raise UserError(f"{path}: a preset is a mapping of sections, each a mapping of keys")
     return {key: base.get(key, {}) | preset.get(key, {}) for key in {**base, **preset}}
@@ -104,8 +105,9 @@ def preset_values(cls: type, preset: dict, sections: tuple[str, ...], source: st
         raise UserError(f"{source}: unknown section '{other[0]}'; {nearest(other[0], SECTIONS)}")
     for section in ("shared", *sections):
         for key, value in preset.get(section, {}).items():
-            if key in COMMAND_LINE_ONLY:
-                raise UserError(f"{source}: {key} is for the command line alone, not for {section}")
+            if key in COMMAND_LINE_ONLY or (key in OWN and section == "shared"):
+                where = "a stage" if key in OWN else "the command line alone"
+                raise UserError(f"{source}: {key} is for {where}, not for {section}")
             if key in kinds and (section == sections[-1] or key not in OWN):
                 values[key] = value
             elif section != "shared" and key not in kinds:

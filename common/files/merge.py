@@ -109,7 +109,10 @@ def save_jump(series: Series, new: Callable, places: tuple, info: dict, cfg) -> 
         print(f"note: {places[0].name}: {cut}", file=sys.stderr)
     if factors and lost <= MAX_LOST:
         write.claim(places[0])
-        write.remove(places[1])  # of another jump, with --merge or of a higher rank
+        if places[1] != places[0] and places[1].exists():  # with --merge, or of a higher rank
+            print(f"note: {places[1]} is of an older jump: it is removed", file=sys.stderr)
+            write.claim(places[1])
+            write.remove(places[1])
         info = info | {"seconds": round(time.perf_counter() - began, 3), "norm_lost": lost}
         adapters.write_adapter(places[0], adapters.extended(last, factors), info)
         return

@@ -105,7 +105,8 @@ def find_policies(run: pathlib.Path, patterns: list[str]) -> list[str]:
             raise UserError(f"policies are named as they stand in {run}, not {pattern}")
         paths = [p for p in sorted(run.glob(pattern)) if adapters.is_adapter(p) or is_model(p)]
         # continued/<start>_merged/backbone is what that run stands on.
-        paths = [p for p in paths if not p.name.startswith(".") and p.name != "backbone"]
+        alone = pattern.endswith("backbone")
+        paths = [p for p in paths if p.name[0] != "." and (alone or p.name != "backbone")]
         names = [str(p.relative_to(run)) for p in paths]
         names = ["backbone"] if pattern == "backbone" else names
         if not names:

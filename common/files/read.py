@@ -72,7 +72,7 @@ def json_lines(path: pathlib.Path, is_log: bool = False) -> Iterator[tuple[str, 
                 if line.endswith("\n") if is_log else line.strip():
                     yield place, json.loads(line)
     except (ValueError, OSError) as error:
-        raise UserError(f"{place}: not valid JSON in UTF-8 ({error})") from error
+        raise UserError(f"{place}: cannot be read as JSON in UTF-8 ({error})") from error
 
 
 def read_jsonl(path: pathlib.Path, wanted: dict | None = None) -> list[dict]:

@@ -45,9 +45,10 @@ class Series:
         self.paths, self.steps = paths, list(paths)
         # The backbone counts as step 0.
         if self.steps != [self.steps[0] * (i + 1) for i in range(len(paths))]:
-            even = {*range(self.steps[0], self.steps[-1] + 1, self.steps[0])}
-            odd = sorted(even ^ {*self.steps})  # of step 0, 10, 20 ...
-            raise UserError(f"checkpoints are not evenly spaced: missing, or between, are {odd}")
+            even = {*range(self.steps[0] or 1, self.steps[-1] + 1, self.steps[0] or 1)}
+            odd = sorted(even ^ {*self.steps})[:5]
+            what = f"step {', '.join(map(str, odd))} is missing, or between"
+            raise UserError(f"checkpoints are not evenly spaced, counted from the backbone: {what}")
 
     def weights(self, module: str, keep: int | None = None) -> Weights:
         """W[0] ... W[c] of `module`."""

@@ -37,9 +37,8 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, str | int]:
-    """The device that a stage runs on, and in how many processes."""
-    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU") != "true"
-    device = torch.cuda.get_device_name() if on_gpu else "cpu"
+    """The device that this stage has run on, and in how many processes."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
     return {"device": device, "processes": int(os.environ.get("WORLD_SIZE", 1))}
 
 
@@ -100,7 +99,7 @@ class Stage:
         if is_writer() and self.done:
             print(f"{folder} is done already; --overwrite makes it again")
         elif is_writer():
-            write.write_json(noted, {**self.record, "versions": versions(), **machine()})
+            write.write_json(noted, {**self.record, "versions": versions()})
 
     def _check_same(self, before: dict, may_change: set[str]) -> None:
         """Raises UserError where config.json has another option or input than this command."""

@@ -67,8 +67,8 @@ def parse() -> argparse.Namespace:
     fetched = "fetch model and problems, count them, say what the runs need; run nothing"
     add("--check", action="store_true", help=fetched)
     args = parser.parse_args()
-    if args.report and not args.grid:
-        raise UserError("--report writes the tables of a grid: say which with --grid")
+    if (args.report or args.beside) and not args.grid:
+        raise UserError("--report and --beside are of a grid: say which with --grid")
     return args
 
 
@@ -102,6 +102,8 @@ def main() -> None:
         files = (root / "tables.md", root / "results.json")
         runs = Runs(root, args.seeds)
         runs.beside = [Runs(pathlib.Path(folder), args.seeds) for folder in args.beside]
+        if empty := [str(one.root) for one in runs.beside if not one.all]:
+            raise UserError(f"--beside {empty[0]}: nothing of this grid was measured there")
         print(report.write_page(runs, made_with(), *files))
 
 

@@ -49,7 +49,8 @@ def series(axis, curve: dict[float, Estimate], scale: float = 100, **look) -> No
 
 def accuracy(runs: Runs):
     """Test accuracy by RL step without a jump; beside it every method at the last step."""
-    shown, curves = runs.ended()[::-1], {name: runs.of(name).plain() for name in (MAIN, "full")}
+    shown = [m for m in runs.ended()[::-1] if m.steps == runs.total]
+    curves = {name: runs.of(name).plain() for name in (MAIN, "full")}
     if not shown or not any(curves.values()):
         return None
     size = (11, 1.6 + 0.24 * max(len(shown), 9))

@@ -35,7 +35,8 @@ def columns(runs: Runs) -> dict[float, Runs]:
 def gained(runs: Runs) -> dict[int, dict[str, str]]:
     """RL steps -> method -> policy: the jumps by the paper's alpha or none, and their ends."""
     found = [m for m in runs.some() if m.policy.startswith("extrapolated/") and m.method != "none"]
-    sides = {runs.prefix: sorted(found, key=place), runs.total: runs.ended()}
+    ended = [m for m in runs.ended() if m.steps == runs.total]
+    sides = {runs.prefix: sorted(found, key=place), runs.total: ended}
     usual = (MAIN_ALPHA, None)
     return {s: {m.method: m.policy for m in some if m.alpha in usual} for s, some in sides.items()}
 

@@ -140,7 +140,7 @@ def load_results(run: pathlib.Path) -> dict[str, Result]:
     for folder in sorted((run / "eval").glob("*")):
         paths = sorted(folder.glob("*.json"))
         records = {path.stem: read_json(path, "06_eval.py", RECORD) for path in paths}
-        if not records:
+        if not records or folder.name.endswith("__backbone"):  # what a merged restart stands on
             continue
         policy = next(iter(records.values()))["policy"]
         if policy.replace("/", "__") != folder.name:
@@ -169,8 +169,10 @@ def training_options(run: pathlib.Path, policy: str) -> dict:
 
 def made_on(run: pathlib.Path) -> tuple[str, int]:
     """The backbone's name, and how many GPUs stage 1 had: 0 on a CPU, or where it is not known."""
-    path = run / "train" / "config.json"
-    made = read_json(path, "01_train_lora_grpo.py") if path.is_file() else {"config": {}}
+    made = {"config": {}}
+    for name in ("config", "done"):
+        if (path := run / "train" / f"{name}.json").is_file():
+            made |= read_json(path, "01_train_lora_grpo.py")
     gpus = made["processes"] if made.get("device", "cpu") != "cpu" else 0
     return made["config"].get("backbone", "").split("/")[-1], gpus
 

@@ -154,8 +154,8 @@ class Runs:
 
     def at(self, step: int) -> Measured:
         """The checkpoint of the run without a jump, ours or another trainer's."""
-        policy = self.get(f"train/step_{step:04d}")
-        return next((m for m in self.plain() if m.steps == step), policy)
+        ours = self.get(f"train/step_{step:04d}")
+        return ours or next((m for m in self.plain() if m.steps == step), ours)
 
     def jump(self, method: str, alpha: float = MAIN_ALPHA) -> Measured:
         return self.get(f"extrapolated/{method}_alpha{alpha:g}")

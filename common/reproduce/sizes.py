@@ -23,7 +23,7 @@ def machines(models: list[Runs]) -> tuple[list[str], str, list[float]]:
 
 def cost(runs: Runs):
     """Fig. 5: GPU hours (without a GPU: wall seconds) by what they are spent on, means of seeds."""
-    bars, models = {}, [runs, *runs.beside][::-1]
+    bars, models = [], [runs, *runs.beside][::-1]
     names, unit, factors = machines(models)
     for one, name, factor in zip(models, names, factors, strict=True):
         model = f"{name}: " if runs.beside else ""
@@ -31,11 +31,11 @@ def cost(runs: Runs):
             if found := [r.spent for r in m.by_seed.values() if r.seconds]:
                 means = {p: statistics.fmean(r.get(p, 0.0) for r in found) for p in PARTS}
                 means = {part: factor * value for part, value in means.items()}
-                bars[f"{model}{m.label}, {m.steps} steps"] = means
+                bars.append((f"{model}{m.label}, {m.steps} steps", means))
     if not bars:
         return None
     figure, axis = plt.subplots(figsize=(9, 1.3 + 0.4 * len(bars)))
-    for y, parts in enumerate(bars.values()):
+    for y, (_, parts) in enumerate(bars):
         left = 0.0
         for part, colour in PARTS.items():
             axis.barh(y, parts[part], left=left, color=colour, label=part if y == 0 else None)
@@ -43,8 +43,8 @@ def cost(runs: Runs):
         axis.text(left, y, f" {left:.3g}", va="center", fontsize=9)
         rest = [f"{part} {value:.2g}" for part, value in parts.items() if value and part != "RL"]
         axis.text(0, y, "  " + ", ".join(rest), va="center", fontsize=8)
-    axis.set_yticks(range(len(bars)), list(bars), fontsize=9)
-    longest = max(sum(parts.values()) for parts in bars.values())
+    axis.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=9)
+    longest = max(sum(parts.values()) for _, parts in bars)
     axis.set(xlabel=unit, xlim=(0, 1.1 * longest))
     figure.legend(ncol=4, loc="outside upper center", frameon=False)
     return figure
@@ -66,7 +66,8 @@ def gpqa(runs: Runs):
         levels = [m.on(m.of_suite("gpqa")).accuracy for m in policies]
         look = {"width": 0.4, "color": colour, "label": side}
         left.bar(at, [100 * y.mean for y in levels], yerr=[100 * y.error for y in levels], **look)
-        costs = [f * (m.seconds or 0.0) for f, m in zip(factors, policies, strict=True)]
+        costs = [[r.seconds for r in m.by_seed.values() if r.seconds] for m in policies]
+        costs = [f * statistics.fmean(c or [0]) for f, c in zip(factors, costs, strict=True)]
         right.bar(at, costs, **look)
     left.set_ylabel("GPQA: accuracy %, ± s.e.")
     right.set_ylabel(unit)

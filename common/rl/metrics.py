@@ -1,6 +1,7 @@
 """What is measured: of a run while it trains, and of policies on test problems by stage 6."""
 
 import contextlib
+import functools
 import pathlib
 import secrets
 import sys
@@ -112,8 +113,9 @@ def start_tracker(cfg, accelerator) -> None:
     folder = pathlib.Path(accelerator.project_dir)
     noted, name = folder / ".tracker", f"{pathlib.Path(cfg.run_dir).resolve().name}-{folder.name}"
     if is_writer():
+        begun = (folder / "metrics.jsonl").exists()  # by older code, without a name of its own
         if not noted.exists():
-            write.write_text(noted, f"{name}-{secrets.token_hex(2)}")
+            write.write_text(noted, name if begun else f"{name}-{secrets.token_hex(2)}")
         name = noted.read_text(encoding="utf-8")
     run = {"name": name, "resume": "allow"}
     own = {"trackio": run, "wandb": {**run, "id": name}}
@@ -175,6 +177,7 @@ def answers(run, task: tuple, runs: int, judge) -> list[dict]:
     return sorted(gather_object(rows), key=lambda row: (row["run"], row["problem"]))
 
 
+@functools.cache  # a model that we wrote is hashed
 def find_model(name: str) -> pathlib.Path:
     """The folder of the model `name`; a hub id that is not on this machine, whole, is fetched."""
     with contextlib.suppress(UserError):

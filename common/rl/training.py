@@ -7,13 +7,15 @@ import os
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from peft import PeftModel
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from common import UserError, grpo, in_one_line
+from common import UserError, grpo
 from common.files import adapters
+from common.files.config import nearest
 from common.rl import data, memory, metrics, policy, rewards, rollout, verifier
 
 
@@ -79,8 +81,9 @@ def start(cfg, folder) -> Accelerator:
     check_prepared(cfg)
     cfg.engine = rollout.choose_engine(cfg.engine)  # a run goes on with the engine it began with
     tracker = {"log_with": cfg.report_to or None, "project_dir": folder}
-    with in_one_line(f"--report-to {cfg.report_to}", "want trackio, tensorboard or wandb"):
-        accelerator = policy.start_processes(cfg.mixed_precision, **tracker)
+    if (to := cfg.report_to) and to not in LOGGER_TYPE_TO_CLASS:
+        raise UserError(f"--report-to {to}: {nearest(to, LOGGER_TYPE_TO_CLASS)}")
+    accelerator = policy.start_processes(cfg.mixed_precision, **tracker)
     if cfg.mini_batch % (processes := accelerator.num_processes):
         raise UserError(f"mini_batch {cfg.mini_batch} must be a multiple of {processes} processes")
     return accelerator

@@ -22,7 +22,9 @@ from common import UserError
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _NUMBER = re.compile(r"([+-]?)\s*(\d{1,400}\.?\d{0,400}|\.\d{1,400})(?:[eE]([+-]?\d{1,3}))?")
-_POWER = re.compile(r"\s*\\(?:times|cdot)\s*10\s*\^\s*\{?\s*([+-]?\d{1,3})\s*\}?$")
+_POWER = re.compile(
+    r"\s*(?:\\times|\\cdot|\*)\s*\{?\s*10\s*\}?\s*\^\s*\{?\s*([+-]?\d{1,3})\s*\}{0,2}$"
+)
 _FRACTION = re.compile(
     r"([+-]?)\s*(?:\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}|([\d.,]+)\s*/\s*([\d.,]+))"
 )
@@ -33,14 +35,22 @@ _UNIT = re.compile(
     r"(?:\\(?:text|mathrm|mbox)\s*\{[^{}]*\}(?:\^\{?-?\d\}?)?|\^\s*\{?\s*\\circ\s*\}?|°)$"
 )
 _UNEVALUATED = re.compile(
-    r"\d\s*\}?\s*(\+|-|(?:\*|\\cdot|\\times)(?!\s*\{?\s*10\s*\}?\s*\^))\s*\{?\s*\d"
+    r"\d\s*\}?\s*(\+|-|\*|(?:\\cdot|\\times)(?!\s*\{?\s*10\s*\}?\s*\^))\s*\{?\s*\d"
 )
-_NAME = re.compile(r"^[\s$]*[A-Za-z\\](?:[A-Za-z\\ +-]|[_^]\{?\w\}?)*=")  # of an answer: m + n =
+# Of an answer: x =, m + n =, x_1 =, AB =, \angle ABC =.
+_NAME = re.compile(
+    r"^[\s$]*(?:(?:\\angle\s*)?[A-Z]{1,4}|[A-Za-z](?:_\{?\w\}?)?(?:\s*[+-]\s*[A-Za-z])*)\s*="
+)
 _LAST_NUMBER = re.compile(
     r"(?:(?<![\w)\]}.])-)?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3}\b)?"
 )
 _LOOKS = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\$|(?<!\d)(\\[,!;]|\s)+|(\\[,!;]|\s)+(?!\d)")
 _LETTER = re.compile(r"[\s$({\[]*([A-Za-z])(?:[\s$)}\].]*$|\s*[).:}\]]+[\s\\]*(.+)$)", re.DOTALL)
+# At its beginning, behind "or", "and" or a comma: B, but not an article, and not the I of I and II.
+_ANOTHER = [
+    re.compile(rf"(?:^|\b(?:or|and)(?:\W+\w+){{0,2}}?|[,;/&|\n])\W*(?:{letters})(?![A-Za-z])")
+    for letters in (r"[b-hj]|a(?!\s+[a-z])", r"[B-HJ]|A(?!\s+[a-z])")
+]
 _FACE = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|boldsymbol|boxed)\s*(?=\{)")
 
 
@@ -85,9 +95,9 @@ def _number_answer(answer: str) -> fractions.Fraction | None:
     answer = re.sub(r"(?:\\[ ,;!]|\s)+$|\\(?=\$)", "", answer).strip().strip("$").strip()
     answer = answer.removesuffix("%").removesuffix("\\")
     if face := _FACE.match(answer):
-        answer = answer[face.end() :]
-    if answer.startswith("{"):
-        answer = answer[1:].removesuffix("}")
+        answer = answer[face.end() :].removeprefix("{").removesuffix("}")
+    elif re.fullmatch(r"\{[^{},]*\}", answer):
+        answer = answer[1:-1]
     if not (fraction := _FRACTION.fullmatch(answer)):
         return plain_number(answer)
     above, below = (plain_number(fraction[i] or fraction[i + 2]) for i in (2, 3))
@@ -101,10 +111,8 @@ def letter(text: str) -> str | None:
     match = _LETTER.match(_FACE.sub("", text[:1000]))
     if not match:
         return None
-    # What follows the letter is its option, unless that names another letter: "A) or B)".
-    case = "A-Z" if match[1].isupper() else "a-z"
-    another = rf"(?:^|\bor|\band|[,/&])[\s({{]*[{case}][\s)}}\].:$]*$"
-    named = re.search(another, match[2] or "")
+    # What follows is the option's text, unless that offers another letter.
+    named = _ANOTHER[match[1].isupper()].search(match[2] or "")
     return None if named else match[1].upper()
 
 

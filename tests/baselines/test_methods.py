@@ -647,6 +647,9 @@ def test_a_method_whose_alpha_0_is_a_jump_is_accepted_as_none(run, stage, method
     made = [dense(run / "extrapolated" / name) for name in (f"{method}_accepted", "none")]
     for module in MODULES:
         torch.testing.assert_close(made[0][module], made[1][module])
+    assert read_json(run / "extrapolated" / f"{method}_accepted" / "checkpoint.json", "04")[
+        "alpha"
+    ] is None
 
 
 def test_a_jump_that_is_a_whole_model_can_be_accepted(run, stage, monkeypatch):

@@ -76,6 +76,16 @@ def test_stage_5_does_not_start_where_stage_1_started(tmp_path):
         assert config.parse(kind, sections, "", ["--config", str(preset)]).start == want
 
 
+def test_a_preset_may_have_the_name_of_its_base_and_is_not_its_own(tmp_path):
+    (tmp_path / "demo.yaml").write_text("base: demo")
+    preset = config.load_preset(str(tmp_path / "demo.yaml"))
+    assert preset == config.load_preset("demo")
+    for name, base in (("a", "b"), ("b", "a")):
+        (tmp_path / f"{name}.yaml").write_text(f"base: {tmp_path}/{base}.yaml")
+    with pytest.raises(UserError, match="must be the name of another preset"):
+        config.load_preset(str(tmp_path / "a.yaml"))
+
+
 def test_a_rate_that_yaml_takes_for_a_text_is_a_number(tmp_path):
     assert parse(tmp_path, "train: {rate: 1e-4}").rate == 1e-4
     (tmp_path / "mine.yaml").write_text("base: demo\ntrain: {learning_rate: 1e-4}")
@@ -97,7 +107,8 @@ WRONG_PRESETS = {
     "train: [1, 2]": "mapping of sections",
     "1: {}": "mapping of sections",
     "base: 5": "base must be the name of another preset, not 5",
-    "base: p": "base must be the name of another preset, not 'p'",
+    "base: null": "base must be the name of another preset, not None",
+    "shared: {start: x}": "start is for a stage, not for shared",
     "train: {1: 2}": "mapping of sections",
     "": "mapping of sections",
 }
@@ -154,8 +165,8 @@ BAD_PROBLEMS = {
     '{"prompt": "1", "answer": " "}': "no usable 'answer'",
     '{"prompt": "1", "answer": NaN}': "no usable 'answer'",
     '{"prompt": "1", "answer": true}': "no usable 'answer'",
-    '{"prompt": "1", "answer": ' + "9" * 5000 + "}": "not valid JSON",
-    "{": "not valid JSON",
+    '{"prompt": "1", "answer": ' + "9" * 5000 + "}": "cannot be read as JSON",
+    "{": "cannot be read as JSON",
 }
 
 
@@ -171,7 +182,7 @@ def test_a_bad_problem_names_file_and_line(tmp_path, line):
 
 def test_missing_empty_and_binary_data_are_errors(tmp_path):
     path = tmp_path / "p.jsonl"
-    wrong = {None: "not found", b"\n": "holds no problem", b"\xff\xfe": "not valid JSON in UTF-8"}
+    wrong = {None: "not found", b"\n": "holds no problem", b"\xff\xfe": "cannot be read as JSON in UTF-8"}
     for content, message in wrong.items():
         if content:
             path.write_bytes(content)

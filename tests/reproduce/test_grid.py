@@ -16,7 +16,18 @@ from common import UserError
 from common.files import adapters, config, models
 from common.files import write as run_dir
 from common.reproduce import __main__ as reproduce
-from common.reproduce import claims, estimates, plans, report, results, runner, runs, sizes, tables
+from common.reproduce import (
+    claims,
+    estimates,
+    plans,
+    rates,
+    report,
+    results,
+    runner,
+    runs,
+    sizes,
+    tables,
+)
 
 PARSED = {
     "01_train_lora_grpo": ("TrainConfig", "train"),
@@ -427,6 +438,9 @@ def test_a_claim_needs_all_that_it_is_about(tmp_path):
     record(tmp_path, "extrapolated/next-aligned_alpha2.5", share(39), 150)
     cells = claims.column(runs.Runs(tmp_path), "next-aligned")
     assert cells[sweep].startswith("**undecided**: -1.0 ")
+    record(tmp_path, "extrapolated/next-aligned_alpha0.5", share(30), 150)
+    cells = claims.column(runs.Runs(tmp_path), "next-aligned")
+    assert cells[sweep].startswith("**does not hold**: -10.0 ")
     for path in (tmp_path / "eval").glob("train__step_0[24]*"):
         (path / "test.json").unlink()
     log(tmp_path / "train", range(1, 151))
@@ -558,6 +572,8 @@ def test_of_another_trainers_checkpoints_the_last_is_the_policy_before_the_jump(
     assert found.before.policy == "checkpoint-150"
     assert "| another trainer's RL | 150 |" in tables.main_table(found)
     assert "+7.0" in tables.jumps_table(found)
+    record(tmp_path, "train/step_0150", share(41), 150)
+    assert runs.Runs(tmp_path).before.policy == "train/step_0150"
 
 
 def test_what_has_no_cost_file_has_no_cost_and_what_ended_sooner_has_a_row(tmp_path):
@@ -570,6 +586,7 @@ def test_what_has_no_cost_file_has_no_cost_and_what_ended_sooner_has_a_row(tmp_p
     assert found.get("continued/none/step_0200").seconds is None  # no metrics.jsonl
     table = tables.main_table(found)
     assert "| restart without a jump (control) | 200 |" in table
+    assert "none" not in rates.gained(found)[250]  # which is after 250 steps
     assert "| NExt, aligned recipe, alpha 1e-05 | 250 |" in table
 
 
@@ -579,6 +596,8 @@ def test_what_a_merged_restart_stands_on_is_no_policy(run, stage):
     names = models.find_policies(run, ["continued/*/*"])
     assert "continued/next-aligned_alpha1.5_merged/step_0007" in names
     assert not [name for name in names if name.endswith("backbone")]
+    named = str(restarted.relative_to(run) / "backbone")
+    assert models.find_policies(run, [named]) == [named]
 
 
 def test_one_odd_continuation_does_not_make_the_run_odd(tmp_path):
@@ -663,8 +682,8 @@ def paper_run(root: pathlib.Path, size: str, right: int, device: str = "NVIDIA A
     main = root / "seed0" / "lora"
     options = {"backbone": f"Qwen/Qwen2.5-{size}-Instruct", "learning_rate": 5e-6}
     made_with = {"config": options, "inputs": {}}
-    made_with |= {"processes": 4, "device": device}
     run_dir.write_json(main / "train" / "config.json", made_with)
+    run_dir.write_json(main / "train" / "done.json", {"processes": 4, "device": device})
     log(main / "train", range(1, 401), seconds=90.0)
     run_dir.write_json(main / "deltas" / "done.json", {"seconds": 900.0})
     trained = {"training_seconds": 450.0}
@@ -679,7 +698,7 @@ def paper_run(root: pathlib.Path, size: str, right: int, device: str = "NVIDIA A
     log(main / "continued" / "next-paper_alpha1.5", range(151, 251), seconds=90.0)
 
 
-def test_models_stand_beside_one_another_in_gpu_hours(tmp_path):
+def test_models_stand_beside_one_another_in_gpu_hours(tmp_path, monkeypatch):
     """Four GPUs, 90 s a step: an hour of all four is 10 steps."""
     for size, right in (("1.5B", 20), ("3B", 30)):
         paper_run(tmp_path / size, size, right)
@@ -698,6 +717,12 @@ def test_models_stand_beside_one_another_in_gpu_hours(tmp_path):
     left, right = sizes.gpqa(page).axes
     assert [round(bar.get_height(), 1) for bar in left.patches] == [20, 30, 22, 32]
     assert [round(bar.get_height(), 1) for bar in right.patches] == [40, 40, 26.5, 26.5]
+    argv = ["reproduce", "--preset", "demo", "--grid", "paper", "--seeds", "0", "--report"]
+    monkeypatch.setattr("sys.argv", [*argv, "--run-dir", str(tmp_path / "1.5B"), "--beside", "x"])
+    page.beside *= 2  # the same model twice: each has its bars
+    assert len(sizes.cost(page).axes[0].get_yticklabels()) == 6
+    with pytest.raises(UserError, match="nothing of this grid was measured there"):
+        reproduce.main()
     # Where one of them had no GPU, all are in seconds.
     paper_run(tmp_path / "cpu", "7B", 40, "cpu")
     page.beside = [runs.Runs(tmp_path / "cpu", [0])]
