@@ -231,6 +231,13 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
+def flip_bit(path: pathlib.Path) -> None:
+    """One bit of the last number in a file of weights."""
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 8
+    path.write_bytes(content)
+
+
 def edit_json(path: pathlib.Path, **changes) -> None:
     """As by hand, in a folder of others, which has no hashes."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

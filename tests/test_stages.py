@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import ROOT, SCRIPTS, edit_json, metrics, run_stage, start_two, weights
+from conftest import ROOT, SCRIPTS, edit_json, flip_bit, metrics, run_stage, start_two, weights
 
 from common import grpo, rank1
 from common.files import adapters, config
@@ -540,16 +540,24 @@ def cut(*names: str):
     return spoil
 
 
-def gone(name: str):
+def gone(*names: str):
     def spoil(run: pathlib.Path) -> None:
-        path = run / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in (run / name for name in names):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     return spoil
 
 
 def edited(name: str, **changes):
     return lambda run: edit_json(run / name, **changes)
+
+
+def flipped(name: str):
+    return lambda run: flip_bit(run / name)
+
+
+def reformatted(run: pathlib.Path) -> None:
+    (run / CONFIG).write_text((run / CONFIG).read_text() + " ")
 
 
 def diverged(run: pathlib.Path) -> None:
@@ -572,18 +580,30 @@ def other_problems(run: pathlib.Path) -> None:
     (run / "data/train.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n')
 
 
-THIRD = "train/step_0003"
+THIRD, SEVENTH = "train/step_0003", "train/step_0007"
 WEIGHTS, CONFIG = f"{THIRD}/adapter_model.safetensors", f"{THIRD}/adapter_config.json"
-FIFTH, NONE = "train/step_0005/adapter_model.safetensors", "extrapolated/none"
+RECORD, FIFTH = f"{THIRD}/checkpoint.json", "train/step_0005/adapter_model.safetensors"
+NONE, JUMP = "extrapolated/none", "extrapolated/none/adapter_model.safetensors"
 STATES = [f"train/resume/step_000{step}/" for step in (7, 8)]
 PREDICTED, PAPER = "predictor/aligned/predicted.safetensors", "predictor/paper"
+INFO, OTHER = f"{STATES[1]}info.json", {"backbone_fingerprint": "0"}
+UP, BACKBONE = "deltas/model.layers.0.mlp.up_proj.safetensors", "backbone/model.safetensors"
+MERGED = "continued/next-aligned_alpha1.5_merged"
+BAKED, CHANGED = f"{MERGED}/{BACKBONE}", "is not as it was written"
 BAD = [  # stage, what is done to the run, flags, what the error says
     ("01", None, "--learning-rate 0.5", "made with option learning_rate = 0.001, now it is 0.5"),
     ("01", cut(*(s + "weights.safetensors" for s in STATES)), "--steps 9", "cannot load resume"),
     ("01", cut(*(s + "optimizer.pt" for s in STATES)), "--steps 9", "cannot load resume state"),
     ("01", gone("train/config.json"), "--steps 9", "has files but no config.json"),
+    ("01", gone("train/resume"), "--steps 9", "has come to step 8, and there is no resume state"),
+    # State and log are at step 8; checkpoints are every step.
+    ("01", gone("train/done.json", SEVENTH), "--steps 7", "is at step 8, without a step_0007"),
+    ("01", edited(INFO, **OTHER), "--steps 9", "begun with backbone_fingerprint = '0', now it is"),
+    ("01", flipped(BACKBONE), "--steps 9", "input backbone"),
     ("01", other_problems, "--steps 9", "input train_data"),
     ("02", cut(WEIGHTS), "", f"{WEIGHTS} is broken"),
+    ("02", flipped(WEIGHTS), "", f"{WEIGHTS} {CHANGED}"),
+    ("02", reformatted, "", f"{CONFIG} {CHANGED}"),
     ("02", gone(WEIGHTS), "", f"{WEIGHTS} is missing"),
     ("02", pickled, "", "a pickle"),
     ("02", diverged, "", "is not finite: training diverged"),
@@ -591,12 +611,7 @@ BAD = [  # stage, what is done to the run, flags, what the error says
     ("02", gone(CONFIG), "", f"{THIRD} has no adapter_config.json"),
     ("02", gone(THIRD), "--fit-checkpoints 3", "the backbone: step 3 is missing"),
     ("02", again, "", "both are of step 3"),
-    (
-        "02",
-        edited(f"{THIRD}/checkpoint.json", backbone_fingerprint="0"),
-        "",
-        "in its backbone from",
-    ),
+    ("02", edited(RECORD, **OTHER), "", "in its backbone from"),
     ("02", None, "--checkpoints nowhere/checkpoint-*", "no folder matches nowhere/checkpoint-*"),
     ("02", None, "--k 5", "6 checkpoints allow k from 1 to 4"),
     ("02", None, "--last-step 20", "has no step 20"),
@@ -606,22 +621,23 @@ BAD = [  # stage, what is done to the run, flags, what the error says
     ("03", None, "--holdout 1", "holdout must be 2 to 3 with k = 2, not 1"),
     ("03", None, "--checkpoints 2", "checkpoints must be 3 to 6 with k = 2"),
     ("03", None, "--inputs target", "inputs must be global, local or both, not target"),
+    ("03", flipped(UP), "", f"{UP} {CHANGED}"),
     ("04", gone(PAPER), "", "run 03_train_predictor.py first"),
     ("04", None, "--methods nxt", "did you mean next?"),
     ("04", edited("predictor/aligned/done.json", inputs={"deltas": "0"}), "", "on other deltas"),
     ("04", cut(PREDICTED), "", "predicted.safetensors is not as it was written"),
+    ("04", flipped(PREDICTED), "--methods next --overwrite", f"{PREDICTED} {CHANGED}"),
+    ("04", flipped(BACKBONE), "--methods none --merge", f"{BACKBONE} {CHANGED}"),
     ("04", gone("train/step_0008"), "--methods oracle", "oracle needs"),
     ("05", None, "--start magic", "magic not found: run 04_extrapolate.py first (there: "),
-    ("05", edited(f"{NONE}/checkpoint.json", backbone_fingerprint="0"), "", "another backbone"),
-    (
-        "05",
-        cut(f"{NONE}/adapter_model.safetensors"),
-        "",
-        "none/adapter_model.safetensors is broken",
-    ),
+    ("05", edited(f"{NONE}/checkpoint.json", **OTHER), "", "another backbone"),
+    ("05", cut(JUMP), "", f"{JUMP} is broken"),
+    ("05", flipped(JUMP), "", f"{JUMP} {CHANGED}"),
     ("05", None, "--more-steps 0", "more_steps must be positive, not 0"),
     ("06", None, "--policies /elsewhere/adapter", "policies are named as they stand in"),
     ("06", cut(FIFTH), "--policies train/step_0005", f"{FIFTH} is broken"),
+    ("06", flipped(FIFTH), "--policies train/step_0005", f"{FIFTH} {CHANGED}"),
+    ("06", flipped(BAKED), f"--policies {MERGED}/step_0007", f"{BAKED} {CHANGED}"),
     ("06", cut("eval/backbone/test.json"), "", "eval/backbone/test.json is not valid JSON"),
     ("06", edited("eval/backbone/test.json", policy="x"), "", "holds results of 'x'"),
     ("06", gone("data/test.jsonl"), "", "data/test.jsonl not found"),
@@ -637,11 +653,11 @@ def test_a_spoilt_run_is_named_and_left_alone(run, stage, script, spoil, flags, 
         shutil.rmtree(run / folder)
     if script == "05" and "--start" not in flags:
         flags += " --start none"
-    kept = weights(run / "train")
+    kept = weights(run / "train"), metrics(run / "train")
     code, line = stage(script, run, *flags.split())
     assert (code, line[:7]) == (2, "error: "), line
     assert message in line
-    assert weights(run / "train") == kept
+    assert (weights(run / "train"), metrics(run / "train")) == kept
 
 
 @pytest.mark.parametrize(

@@ -354,46 +354,6 @@ def test_a_full_disk_under_the_logs_of_reproduce_is_one_line(tmp_path, capsys):
     assert wanted in capsys.readouterr().err
 
 
-ADAPTER, JUMP = (f"{x}/adapter_model.safetensors" for x in ("train/step_0005", "extrapolated/none"))
-MERGED, PREDICTED = "continued/next-aligned_alpha1.5_merged", "predictor/aligned/predicted"
-
-
-@pytest.mark.parametrize(
-    ("script", "file", "flags"),
-    [
-        ("02", ADAPTER, "--overwrite"),
-        ("03", "deltas/model.layers.0.mlp.up_proj.safetensors", "--overwrite"),
-        ("04", "backbone/model.safetensors", "--methods none --merge"),
-        ("04", f"{PREDICTED}.safetensors", "--methods next --overwrite"),
-        ("05", JUMP, "--start none"),
-        ("06", ADAPTER, "--policies train/step_0005"),
-        ("06", f"{MERGED}/backbone/model.safetensors", f"--policies {MERGED}/step_0007"),
-    ],
-)
-def test_a_flipped_bit_of_weights_is_noticed(run, stage, script, file, flags):
-    content = bytearray((run / file).read_bytes())
-    content[-2] ^= 8  # of the last number
-    (run / file).write_bytes(content)
-    code, line = stage(script, run, *flags.split())
-    assert (code, line[:7]) == (2, "error: "), line
-    assert "is not as it was written" in line
-
-
-def test_a_config_of_an_adapter_that_was_edited_is_noticed(run, stage):
-    path = run / "train/step_0005/adapter_config.json"
-    path.write_text(path.read_text() + " ")
-    code, line = stage("02", run, "--overwrite")
-    assert (code, "adapter_config.json is not as it was written" in line) == (2, True)
-
-
-def test_training_does_not_go_on_on_a_backbone_with_a_flipped_bit(run, stage):
-    content = bytearray((run / "backbone/model.safetensors").read_bytes())
-    content[-2] ^= 8
-    (run / "backbone/model.safetensors").write_bytes(content)
-    code, line = stage("01", run, "--steps", "9")
-    assert (code, "input backbone" in line) == (2, True)
-
-
 # Odd rollouts
 
 
