@@ -90,6 +90,7 @@ def call_stage(monkeypatch, capsys, script: str, *args: str) -> tuple[int, str]:
     Returns its exit code and the last line it wrote to stderr.
     """
     main = importlib.import_module(script.removesuffix(".py")).main
+    capsys.readouterr()  # what came before
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [script, *args])
     try:
@@ -101,22 +102,10 @@ def call_stage(monkeypatch, capsys, script: str, *args: str) -> tuple[int, str]:
     return code, lines[-1] if lines else ""
 
 
-def call_on(monkeypatch, capsys, script, run, *flags):
-    """`call_stage` on a run directory without a preset."""
-    capsys.readouterr()  # what loading models has written so far
-    return call_stage(monkeypatch, capsys, script, "--run-dir", str(run), "--threads", "1", *flags)
-
-
 def save_lora(model, folder: pathlib.Path, info: dict) -> None:
     """A checkpoint of a LoRA policy, as stage 1 writes it."""
     with write.atomic_dir(folder, info) as open_folder:
         policy.save(model, None, open_folder)
-
-
-def extract_from(monkeypatch, capsys, run, pattern, *flags):
-    """Stage 2 on a short series that matches `pattern`."""
-    wanted = ["--k", "2", "--fit-checkpoints", "4", "--checkpoints", str(pattern), *flags]
-    return call_on(monkeypatch, capsys, "02_extract_deltas.py", run, *wanted)
 
 
 def lay_out(folder: pathlib.Path) -> pathlib.Path:
@@ -205,11 +194,28 @@ def stage(monkeypatch, capsys):
     """call_stage with the tiny preset: stage("01", run, "--steps", "2")."""
 
     def call(number: str, folder: pathlib.Path, *flags: str) -> tuple[int, str]:
-        capsys.readouterr()  # what came before
         where = ["--config", TINY, "--run-dir", str(folder)]
         return call_stage(monkeypatch, capsys, SCRIPTS[number], *where, *flags)
 
     return call
+
+
+@pytest.fixture
+def typed(monkeypatch, capsys):
+    """call_stage without a preset: typed("04", run, "--methods", "none")."""
+
+    def call(number: str, run: pathlib.Path, *flags: str) -> tuple[int, str]:
+        where = ["--run-dir", str(run), "--threads", "1"]
+        return call_stage(monkeypatch, capsys, SCRIPTS[number], *where, *flags)
+
+    return call
+
+
+@pytest.fixture
+def extract(typed):
+    """Stage 2 on a short series: extract(run, pattern, "--last-step", "60")."""
+    short = ("--k", "2", "--fit-checkpoints", "4", "--checkpoints")
+    return lambda run, pattern, *flags: typed("02", run, *short, str(pattern), *flags)
 
 
 def metrics(folder: pathlib.Path) -> list[dict]:

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from conftest import call_on, extract_from, rank_1, save_lora
+from conftest import rank_1, save_lora
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from common import predictor, rank1
@@ -141,12 +141,6 @@ def extracted(deltas_of_runs, tmp_path):
     return pathlib.Path(shutil.copytree(deltas_of_runs, tmp_path / "run"))
 
 
-@pytest.fixture
-def stage(extracted, monkeypatch, capsys):
-    """A function that runs a stage on `extracted` in this process: its exit code and last words."""
-    return lambda script, *flags: call_on(monkeypatch, capsys, script, extracted, *flags)
-
-
 @pytest.fixture(scope="module")
 def W(runs, backbone_dir):
     """module -> W[0] ... W[8], dense in float64."""
@@ -157,10 +151,10 @@ def W(runs, backbone_dir):
 
 
 def test_whole_models_have_the_deltas_of_the_lora_they_were_merged_from(
-    runs, extracted, tmp_path, monkeypatch, capsys
+    runs, extracted, tmp_path, extract
 ):
     pattern = runs / "lora" / "checkpoint-*"
-    assert extract_from(monkeypatch, capsys, tmp_path / "lora", pattern) == (0, "")
+    assert extract(tmp_path / "lora", pattern) == (0, "")
     folders = [run / "deltas" for run in (tmp_path / "lora", extracted)]
     want, got = map(deltas.load_trajectory, folders)
     assert got.steps == want.steps == list(STEPS)
@@ -175,9 +169,9 @@ def test_whole_models_have_the_deltas_of_the_lora_they_were_merged_from(
     assert energies[1] == pytest.approx(energies[0], rel=1e-3)
 
 
-def test_a_jump_of_rank_1_is_an_adapter_on_the_last_model(runs, extracted, stage, W):
+def test_a_jump_of_rank_1_is_an_adapter_on_the_last_model(runs, extracted, typed, W):
     flags = ["--methods", "weighted", "repeat-last", "--merge"]
-    assert stage("04_extrapolate.py", *flags) == (0, "")
+    assert typed("04", extracted, *flags) == (0, "")
     last, label = runs / "full" / "checkpoint-80", "repeat-last_alpha1.5"
     folder = extracted / "extrapolated" / label
     config = adapters.read_config(folder)
@@ -205,10 +199,10 @@ DENSE = {
 }
 
 
-def test_a_jump_of_no_low_rank_is_a_whole_model(runs, extracted, stage, W):
+def test_a_jump_of_no_low_rank_is_a_whole_model(runs, extracted, typed, W):
     """Its linear layers are the dense formula, its other tensors those of the last checkpoint."""
     names = [label.removesuffix("_alpha1.5") for label in DENSE]
-    assert stage("04_extrapolate.py", "--methods", *names) == (0, "")
+    assert typed("04", extracted, "--methods", *names) == (0, "")
     assert not (extracted / "extrapolated").exists()
     last = models.open_model(runs / "full" / "checkpoint-80")
     for label, formula in DENSE.items():
@@ -227,41 +221,41 @@ def test_a_jump_of_no_low_rank_is_a_whole_model(runs, extracted, stage, W):
         assert policy.load_backbone(str(model.path))[0](input_ids=IDS).logits.isfinite().all()
 
 
-def test_the_backtest_scores_against_the_dense_delta(extracted, stage, W, monkeypatch):
+def test_the_backtest_scores_against_the_dense_delta(extracted, typed, W, monkeypatch):
     fast = predictor.Recipe(align=True, scale_sigma=True, learning_rate=1e-3, epochs=2)
     monkeypatch.setitem(predictor.RECIPES, "aligned", fast)
-    assert stage("03_train_predictor.py")[0] == 0
+    assert typed("03", extracted)[0] == 0
     tested = read_json(extracted / "predictor" / "aligned" / "report.json", "03")["backtest"]
     assert (tested["at_step"], tested["predicts_step"]) == (60, 80)
     assert tested["oracle"]["sigma_error"] < 1e-4
 
 
 def test_the_oracle_of_whole_models_is_the_dense_future(
-    runs, backbone_dir, W, tmp_path, monkeypatch, capsys
+    runs, backbone_dir, W, tmp_path, extract, typed
 ):
     flags = [runs / "full" / "checkpoint-*", "--last-step", "60", "--backbone", str(backbone_dir)]
-    code, line = extract_from(monkeypatch, capsys, tmp_path, *flags)
+    code, line = extract(tmp_path, *flags)
     assert code == 0
     assert line.startswith("note: 17 tensors take no part in the jump, for example model.embed_tok")
     flags = ["--methods", "oracle", "--alphas", "2"]
-    assert call_on(monkeypatch, capsys, "04_extrapolate.py", tmp_path, *flags) == (0, "")
+    assert typed("04", tmp_path, *flags) == (0, "")
     jump = adapters.read_adapter(tmp_path / "extrapolated" / "oracle_alpha2")
     for module, w in W.items():
         wanted = 2 * rank_1(w[8] - w[6])
         torch.testing.assert_close(jump.update(module).dense(), wanted, atol=1e-5, rtol=1e-3)
 
 
-def test_rounded_models_are_read_with_a_warning(runs, backbone_dir, tmp_path, monkeypatch, capsys):
+def test_rounded_models_are_read_with_a_warning(runs, backbone_dir, tmp_path, extract):
     for step in STEPS:
         model, _ = policy.load_backbone(str(runs / "full" / f"checkpoint-{step}"))
         model.bfloat16().save_pretrained(tmp_path / f"checkpoint-{step}")
     flags = [tmp_path / "checkpoint-*", "--backbone", str(backbone_dir)]
-    code, line = extract_from(monkeypatch, capsys, tmp_path / "run", *flags)
+    code, line = extract(tmp_path / "run", *flags)
     assert code == 0
     assert line.startswith("warning: checkpoints in BF16")
     policy.load_backbone(str(backbone_dir))[0].bfloat16().save_pretrained(tmp_path / "bf16")
     flags = [runs / "full" / "checkpoint-*", "--backbone", str(tmp_path / "bf16")]
-    code, line = extract_from(monkeypatch, capsys, tmp_path / "exact", *flags)
+    code, line = extract(tmp_path / "exact", *flags)
     assert (code, line[:5]) == (0, "note:")  # the rounded backbone is where fp32 began
 
 
@@ -309,9 +303,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_series_that_is_none_is_refused_in_one_line(
-    runs, backbone_dir, tmp_path, monkeypatch, capsys, name
-):
+def test_a_series_that_is_none_is_refused_in_one_line(runs, backbone_dir, tmp_path, name, extract):
     spoil, backbone, message = BAD[name]
     full = tmp_path / "full" / "out"
     shutil.copytree(runs / "full", full)
@@ -320,6 +312,6 @@ def test_a_series_that_is_none_is_refused_in_one_line(
         spoil(full / "checkpoint-30")
     flags = ["--backbone", backbone.replace("BACKBONE", str(backbone_dir))] if backbone else []
     run = tmp_path / "run"
-    code, line = extract_from(monkeypatch, capsys, run, full / "checkpoint-*", *flags)
+    code, line = extract(run, full / "checkpoint-*", *flags)
     assert (code, line[:7]) == (2, "error: ")
     assert message in line

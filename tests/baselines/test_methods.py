@@ -10,7 +10,7 @@ import numpy
 import pytest
 import safetensors.torch
 import torch
-from conftest import call_on, edit_json, rank_1
+from conftest import edit_json, rank_1
 from peft import PeftModel
 from torch.nn.functional import normalize
 
@@ -297,10 +297,10 @@ def run(made, tmp_path):
 
 
 @pytest.fixture
-def stage(run, monkeypatch, capsys):
+def stage(run, monkeypatch, typed):
     """A function that runs a stage on `run` in this process: its exit code and last words."""
     fewer_epochs(monkeypatch)
-    return lambda script, *flags: call_on(monkeypatch, capsys, script, run, *flags)
+    return lambda number, *flags: typed(number, run, *flags)
 
 
 def dense(folder):
@@ -348,7 +348,7 @@ NAMES = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_stage_3_writes_is_the_prediction_of_the_network_it_saved(run, stage, name):
-    assert stage("03_train_predictor.py", *NAMES[name])[0] == 0
+    assert stage("03", *NAMES[name])[0] == 0
     folder, trajectory = run / "predictor" / name, deltas.load_trajectory(run / "deltas")
     seen = {"aligned-no-global": ("local",), "paper-no-local": ("global",)}
     recipe = predictor.RECIPES["paper" if name.startswith("paper") else "aligned"]
@@ -397,7 +397,7 @@ def logits(backbone_dir, updates):
 def test_peft_computes_with_what_stage_4_writes(run, stage, backbone_dir):
     measured(run, [0.1, 0.2, 0.25, 0.3, 0.4, 0.45, 0.5, 0.6])
     names = ["next", "relex", "wsm", "alpharl", "alpharl-pls", "weighted"]
-    assert stage("04_extrapolate.py", "--methods", *names) == (0, "")
+    assert stage("04", "--methods", *names) == (0, "")
     found = {}
     for name in names:
         label = {"next": "next-aligned_alpha1.5", "wsm": "wsm"}.get(name, f"{name}_alpha1.5")
@@ -426,7 +426,7 @@ def test_peft_computes_with_what_stage_4_writes(run, stage, backbone_dir):
 
 @pytest.mark.parametrize("bound", [1.0, 0.0])
 def test_what_has_more_ranks_than_vllm_takes_is_cut_or_merged(run, stage, monkeypatch, bound):
-    flags = ("04_extrapolate.py", "--methods", "relex")
+    flags = ("04", "--methods", "relex")
     assert stage(*flags) == (0, "")
     folder = run / "extrapolated" / "relex_alpha1.5"
     whole, bounds = dense(folder), (40, 32)
@@ -455,16 +455,16 @@ def test_what_has_more_ranks_than_vllm_takes_is_cut_or_merged(run, stage, monkey
 def test_a_jump_is_made_once_and_again_when_what_it_is_made_from_changes(run, stage, monkeypatch):
     measured(run, [0.1, 0.2, 0.25, 0.3, 0.4, 0.45, 0.5, 0.6])
     flags = ["--methods", "alpharl-pls", "dare", "none", "--alphas", "0.5", "2"]
-    assert stage("04_extrapolate.py", *flags) == (0, "")
+    assert stage("04", *flags) == (0, "")
     made = {path.name for path in (run / "extrapolated").glob("[!.]*")}
     assert made == {"alpharl-pls_alpha0.5", "alpharl-pls_alpha2", "none"}
     assert {path.name for path in (run / "merged").glob("[!.]*")} == {"dare"}
     before = {name: contents(run / "extrapolated" / name) for name in made}
     with monkeypatch.context() as patch:
         patch.setattr(stage4, "make", None)  # nothing is made
-        assert stage("04_extrapolate.py", *flags) == (0, "")
+        assert stage("04", *flags) == (0, "")
     measured(run, [0.1, 0.2, 0.25, 0.3, 0.4, 0.45, 0.5, 0.5])
-    assert stage("04_extrapolate.py", *flags) == (0, "")
+    assert stage("04", *flags) == (0, "")
     after = {name: contents(run / "extrapolated" / name) for name in made}
     assert {name for name in made if before[name] != after[name]} == made - {"none"}
 
@@ -474,7 +474,7 @@ def test_a_method_is_added_with_one_function_and_one_line(run, stage, monkeypatc
         return (m.W[1] + m.W[-1]) / 2
 
     monkeypatch.setitem(methods.METHODS, "halfway", methods.Method(halfway, has_alpha=False))
-    assert stage("04_extrapolate.py", "--methods", "halfway") == (0, "")
+    assert stage("04", "--methods", "halfway") == (0, "")
     first, last = checkpoint(run, 10), checkpoint(run, 80)
     for module, update in dense(run / "extrapolated" / "halfway").items():
         wanted = (first[module] + last[module]) / 2
@@ -483,8 +483,8 @@ def test_a_method_is_added_with_one_function_and_one_line(run, stage, monkeypatc
 
 def test_the_oracle_reads_the_checkpoint_k_after_the_last(run, stage):
     flags = ["--k", "2", "--fit-checkpoints", "4", "--last-step", "60", "--overwrite"]
-    assert stage("02_extract_deltas.py", *flags) == (0, "")
-    assert stage("04_extrapolate.py", "--methods", "oracle", "--alphas", "2") == (0, "")
+    assert stage("02", *flags) == (0, "")
+    assert stage("04", "--methods", "oracle", "--alphas", "2") == (0, "")
     now, future = checkpoint(run, 60), checkpoint(run, 80)
     for module, update in dense(run / "extrapolated" / "oracle_alpha2").items():
         wanted = now[module] + 2 * rank_1(future[module] - now[module])
@@ -496,7 +496,7 @@ def test_stage_6_measures_the_mean_of_checkpoints(run, stage):
     flags = ["--max-prompt-tokens", "16", "--max-new-tokens", "8", "--runs", "1", "--engine", "hf"]
     flags += ["--prompt-template", "{prompt}", "--system-prompt", "", "--output", "validation"]
     flags += ["--test-data", "{run_dir}/data/valid.jsonl", "--backbone", str(demo.SHIPPED)]
-    assert stage("06_eval.py", "--policies", "train/step_*", *flags)[0] == 0
+    assert stage("06", "--policies", "train/step_*", *flags)[0] == 0
     folders = {path.name for path in run.iterdir() if path.name[0] != "."}
     assert folders == {"data", "deltas", "predictor", "train", "validation"}  # no eval/, no report
     cfg = stage4.ExtrapolateConfig(run_dir=str(run), threads=1)
@@ -526,7 +526,7 @@ def test_the_soup_is_the_mean_of_the_chosen_checkpoints(run, stage, monkeypatch)
     measured(run, [0.1, 0.2, 0.25, 0.3, 0.4, 0.45, 0.5, 0.6])
     better = lambda known, members, name, settings: 0.9 if members == [8, 5] else 0.5  # noqa: E731
     monkeypatch.setattr(given, "measure_mean", better)
-    assert stage("04_extrapolate.py", "--methods", "greedy-soup") == (0, "")
+    assert stage("04", "--methods", "greedy-soup") == (0, "")
     points = checkpoint(run, 80), checkpoint(run, 50)
     for module, update in dense(run / "extrapolated" / "greedy-soup").items():
         wanted = (points[0][module] + points[1][module]) / 2
@@ -562,7 +562,7 @@ def test_what_a_method_lacks_is_said_in_one_line(run, stage, name):
     spoil, flags, message = BAD[name]
     measured(run, [0.1] * 8)
     spoil(run)
-    code, line = stage("04_extrapolate.py", "--methods", *flags)
+    code, line = stage("04", "--methods", *flags)
     assert (code, line[:7]) == (2, "error: ")
     assert message in line
     assert not (run / "extrapolated").exists()
@@ -570,7 +570,7 @@ def test_what_a_method_lacks_is_said_in_one_line(run, stage, name):
 
 @pytest.mark.parametrize("output", ["../elsewhere", "a/b", "", ".", "..", "/tmp/x", "train"])
 def test_results_go_to_a_folder_of_their_own_below_the_run_directory(stage, output):
-    code, line = stage("06_eval.py", "--policies", "train/step_0080", "--output", output)
+    code, line = stage("06", "--policies", "train/step_0080", "--output", output)
     assert code == 2
     assert line.startswith("error: --output")
 
@@ -592,9 +592,9 @@ def judge(run, **accuracy: float) -> None:
 
 
 def test_accept_takes_the_alpha_that_is_best_on_validation_problems(run, stage):
-    assert stage("04_extrapolate.py", *THREE)[0] == 0
+    assert stage("04", *THREE)[0] == 0
     judge(run, none=0.2, a0_5=0.3, a1_5=0.5, a3=0.4)
-    assert stage("04_extrapolate.py", *THREE, "--accept", "true")[0] == 0
+    assert stage("04", *THREE, "--accept", "true")[0] == 0
     folder, best = (run / "extrapolated" / f"repeat-last_{x}" for x in ("accepted", "alpha1.5"))
     weights = [(path / "adapter_model.safetensors").read_bytes() for path in (folder, best)]
     assert weights[0] == weights[1]
@@ -603,9 +603,9 @@ def test_accept_takes_the_alpha_that_is_best_on_validation_problems(run, stage):
 
 
 def test_accept_does_not_jump_where_no_jump_gains(run, stage):
-    assert stage("04_extrapolate.py", *THREE)[0] == 0
+    assert stage("04", *THREE)[0] == 0
     judge(run, none=0.5, a0_5=0.3, a1_5=0.5, a3=0.4)  # as good is no gain
-    assert stage("04_extrapolate.py", *THREE, "--accept", "true")[0] == 0
+    assert stage("04", *THREE, "--accept", "true")[0] == 0
     found = adapters.read_adapter(run / "extrapolated" / "repeat-last_accepted")
     last = adapters.read_adapter(run / "extrapolated" / "none")
     for module in MODULES:
@@ -613,9 +613,9 @@ def test_accept_does_not_jump_where_no_jump_gains(run, stage):
 
 
 def test_accept_names_the_jump_that_was_not_measured_and_the_command(run, stage):
-    assert stage("04_extrapolate.py", *THREE)[0] == 0
+    assert stage("04", *THREE)[0] == 0
     judge(run, none=0.5, a0_5=0.3, a1_5=0.5)
-    code, line = stage("04_extrapolate.py", *THREE, "--accept", "true")
+    code, line = stage("04", *THREE, "--accept", "true")
     assert code == 2
     assert "extrapolated/repeat-last_alpha3 has no measured accuracy" in line
     assert "06_eval.py" in line
@@ -627,16 +627,16 @@ def test_accept_names_the_jump_that_was_not_measured_and_the_command(run, stage)
     [({"weights": "0"}, "has changed, measure it"), ({"data": "other"}, "was measured otherwise")],
 )
 def test_accept_compares_what_was_measured_alike_and_of_these_weights(run, stage, change, message):
-    assert stage("04_extrapolate.py", *THREE)[0] == 0
+    assert stage("04", *THREE)[0] == 0
     judge(run, none=0.2, a0_5=0.3, a1_5=0.5, a3=0.4)
     edit_json(run / "validation" / "extrapolated__repeat-last_alpha3" / "valid.json", **change)
-    code, line = stage("04_extrapolate.py", *THREE, "--accept", "true")
+    code, line = stage("04", *THREE, "--accept", "true")
     assert (code, f"repeat-last_alpha3 {message}" in line) == (2, True)
 
 
 @pytest.mark.parametrize("method", ["first-update", "relex", "alpharl"])
 def test_a_method_whose_alpha_0_is_a_jump_is_accepted_as_none(run, stage, method):
-    flags = ("04_extrapolate.py", "--methods", method, "none")
+    flags = ("04", "--methods", method, "none")
     assert stage(*flags)[0] == 0
     judge(run, none=0.5)
     record = {"accuracy": 0.4, "data": "d", "settings": {}}
@@ -655,7 +655,7 @@ def test_a_method_whose_alpha_0_is_a_jump_is_accepted_as_none(run, stage, method
 def test_a_jump_that_is_a_whole_model_can_be_accepted(run, stage, monkeypatch):
     monkeypatch.setattr(adapters, "VLLM_RANKS", (8, 40))
     monkeypatch.setattr(merge, "MAX_LOST", 0.0)
-    flags = ("04_extrapolate.py", "--methods", "relex", "none")
+    flags = ("04", "--methods", "relex", "none")
     assert stage(*flags)[0] == 0
     judge(run, none=0.5)
     record = {"accuracy": 0.6, "data": "d", "settings": {}}
@@ -667,7 +667,7 @@ def test_a_jump_that_is_a_whole_model_can_be_accepted(run, stage, monkeypatch):
 
 
 def test_a_model_that_was_merged_from_an_older_jump_is_gone_with_it(run, stage):
-    flags = ("04_extrapolate.py", "--methods", "repeat-last")
+    flags = ("04", "--methods", "repeat-last")
     assert stage(*flags, "--merge", "true")[0] == 0
     assert models.is_model(run / "merged" / "repeat-last_alpha1.5")
     assert stage(*flags, "--overwrite")[0] == 0

@@ -9,7 +9,6 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from conftest import call_on, extract_from
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from common import UserError
@@ -68,11 +67,11 @@ def open_all(pattern, run):
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_deltas_and_jump_of_a_patterned_series_equal_the_merged_weights(
-    backbone_dir, tmp_path, monkeypatch, capsys, rslora
+    backbone_dir, tmp_path, rslora, extract, typed
 ):
     save_series(backbone_dir, tmp_path / "out" / "checkpoint-{}", use_rslora=rslora, **PATTERNED)
     run = tmp_path / "run"
-    assert extract_from(monkeypatch, capsys, run, tmp_path / "out" / "checkpoint-*") == (0, "")
+    assert extract(run, tmp_path / "out" / "checkpoint-*") == (0, "")
     dense = {
         step: dense_delta(backbone_dir, tmp_path / "out" / f"checkpoint-{step}")
         for step in (60, 70, 80)
@@ -89,9 +88,7 @@ def test_deltas_and_jump_of_a_patterned_series_equal_the_merged_weights(
             along = roles[role].u[-1].double() @ delta @ roles[role].v[-1].double()
             assert along.item() == pytest.approx(sigma.item(), rel=1e-5)
 
-    assert call_on(
-        monkeypatch, capsys, "04_extrapolate.py", run, "--methods", "repeat-last", "rl-extra"
-    ) == (0, "")
+    assert typed("04", run, "--methods", "repeat-last", "rl-extra") == (0, "")
     jumped = dense_delta(backbone_dir, run / "extrapolated" / "repeat-last_alpha1.5")
     line = dense_delta(backbone_dir, run / "extrapolated" / "rl-extra_alpha1.5")
     for module, delta in dense[80].items():
@@ -135,7 +132,7 @@ def as_verl(folder):
     (folder / "README.md").unlink()
 
 
-def test_verls_layout_is_read_and_written_back(backbone_dir, tmp_path, monkeypatch, capsys):
+def test_verls_layout_is_read_and_written_back(backbone_dir, tmp_path, extract, typed):
     save_series(
         backbone_dir,
         tmp_path / "global_step_{}" / "actor" / "lora_adapter",
@@ -146,13 +143,9 @@ def test_verls_layout_is_read_and_written_back(backbone_dir, tmp_path, monkeypat
     for folder in tmp_path.glob("global_step_*/actor/lora_adapter"):
         as_verl(folder)
     run = tmp_path / "run"
-    assert extract_from(
-        monkeypatch, capsys, run, tmp_path / "global_step_*/actor/lora_adapter"
-    ) == (0, "")
+    assert extract(run, tmp_path / "global_step_*/actor/lora_adapter") == (0, "")
     assert delta_files.load_trajectory(run / "deltas").steps == list(STEPS)
-    assert call_on(
-        monkeypatch, capsys, "04_extrapolate.py", run, "--methods", "repeat-last", "none"
-    ) == (0, "")
+    assert typed("04", run, "--methods", "repeat-last", "none") == (0, "")
     last = dense_delta(backbone_dir, tmp_path / "global_step_80/actor/lora_adapter")
     for name, far in (("none", 0.0), ("repeat-last_alpha1.5", 1.5)):
         jumped = dense_delta(backbone_dir, run / "extrapolated" / name)
@@ -166,10 +159,10 @@ def test_verls_layout_is_read_and_written_back(backbone_dir, tmp_path, monkeypat
             torch.testing.assert_close(jumped[module], last[module] + move, atol=1e-6, rtol=1e-5)
 
 
-def test_rounded_factors_are_read_with_a_warning(backbone_dir, tmp_path, monkeypatch, capsys):
+def test_rounded_factors_are_read_with_a_warning(backbone_dir, tmp_path, extract):
     options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
     save_series(backbone_dir, tmp_path / "checkpoint-{}", dtype=torch.bfloat16, **options)
-    code, line = extract_from(monkeypatch, capsys, tmp_path / "run", tmp_path / "checkpoint-*")
+    code, line = extract(tmp_path / "run", tmp_path / "checkpoint-*")
     assert code == 0
     assert line.startswith("warning: checkpoints in BF16")
     found = open_all(tmp_path / "checkpoint-*", tmp_path)
@@ -177,7 +170,7 @@ def test_rounded_factors_are_read_with_a_warning(backbone_dir, tmp_path, monkeyp
 
 
 def test_what_is_no_lora_takes_no_part_and_stays_as_it_last_was(
-    backbone_dir, tmp_path, monkeypatch, capsys
+    backbone_dir, tmp_path, extract, typed
 ):
     options = {
         "r": 4,
@@ -187,12 +180,10 @@ def test_what_is_no_lora_takes_no_part_and_stays_as_it_last_was(
         "bias": "lora_only",
     }
     save_series(backbone_dir, tmp_path / "checkpoint-{}", **options)
-    code, line = extract_from(monkeypatch, capsys, tmp_path / "run", tmp_path / "checkpoint-*")
+    code, line = extract(tmp_path / "run", tmp_path / "checkpoint-*")
     assert code == 0
     assert "take no part in the jump" in line
-    assert call_on(
-        monkeypatch, capsys, "04_extrapolate.py", tmp_path / "run", "--methods", "repeat-last"
-    ) == (0, "")
+    assert typed("04", tmp_path / "run", "--methods", "repeat-last") == (0, "")
     last, jumped = (
         tmp_path / "checkpoint-80",
         tmp_path / "run" / "extrapolated" / "repeat-last_alpha1.5",
@@ -303,51 +294,42 @@ def test_patterns_are_relative_to_the_current_folder_and_know_the_home_folder(
     ]
 
 
-def test_only_the_last_step_named_is_taken_or_the_last_there(
-    small_series, tmp_path, monkeypatch, capsys
-):
+def test_only_the_last_step_named_is_taken_or_the_last_there(small_series, tmp_path, extract):
     for flags, steps in (([], list(STEPS)), (["--last-step", "70"], list(STEPS)[:-1])):
-        code, line = extract_from(
-            monkeypatch,
-            capsys,
-            tmp_path / "run",
-            small_series / "checkpoint-*",
-            "--overwrite",
-            *flags,
-        )
+        code, line = extract(tmp_path / "run", small_series / "checkpoint-*", "--overwrite", *flags)
         assert (code, line) == (0, "")
         assert delta_files.load_trajectory(tmp_path / "run" / "deltas").steps == steps
 
 
 def test_deltas_of_fewer_checkpoints_are_not_taken_for_those_of_more(
-    small_series, tmp_path, monkeypatch, capsys
+    small_series, tmp_path, extract
 ):
     shutil.copytree(small_series, tmp_path / "out")
     (tmp_path / "out" / "checkpoint-80").rename(tmp_path / "later")
     run, pattern = tmp_path / "run", tmp_path / "out" / "checkpoint-*"
-    assert extract_from(monkeypatch, capsys, run, pattern) == (0, "")
+    assert extract(run, pattern) == (0, "")
     (tmp_path / "later").rename(tmp_path / "out" / "checkpoint-80")
-    code, line = extract_from(monkeypatch, capsys, run, pattern)
+    code, line = extract(run, pattern)
     assert (code, "was made with input steps = " in line) == (2, True)
 
 
 def test_a_jump_does_not_add_old_deltas_to_another_last_checkpoint(
-    small_series, tmp_path, monkeypatch, capsys
+    small_series, tmp_path, extract, typed
 ):
     shutil.copytree(small_series, tmp_path / "out")
     run, last = tmp_path / "run", tmp_path / "out" / "checkpoint-80"
-    assert extract_from(monkeypatch, capsys, run, tmp_path / "out" / "checkpoint-*") == (0, "")
+    assert extract(run, tmp_path / "out" / "checkpoint-*") == (0, "")
     shutil.copy(small_series / "checkpoint-70" / adapters.WEIGHTS, last)
-    flags = ("04_extrapolate.py", run, "--methods")
-    code, line = call_on(monkeypatch, capsys, *flags, "repeat-last")
+    flags = ("04", run, "--methods")
+    code, line = typed(*flags, "repeat-last")
     assert (code, "checkpoint-80 has changed: run 02" in line) == (2, True)
     shutil.copy(small_series / "checkpoint-80" / adapters.WEIGHTS, last)
-    code, line = call_on(monkeypatch, capsys, *flags, "greedy-soup")
+    code, line = typed(*flags, "greedy-soup")
     assert (code, "to choose by accuracy, have the checkpoints in" in line) == (2, True)
 
 
 def test_the_run_directory_may_be_moved_and_checkpoints_elsewhere_may_not(
-    small_series, tmp_path, monkeypatch, capsys
+    small_series, tmp_path, extract, typed
 ):
     shutil.copytree(small_series, tmp_path / "one" / "mine")
     shutil.copytree(small_series, tmp_path / "elsewhere")
@@ -355,20 +337,11 @@ def test_the_run_directory_may_be_moved_and_checkpoints_elsewhere_may_not(
         ("one", "{run_dir}/mine/checkpoint-*"),
         ("two", tmp_path / "elsewhere" / "checkpoint-*"),
     ):
-        assert extract_from(monkeypatch, capsys, tmp_path / name, pattern) == (0, "")
+        assert extract(tmp_path / name, pattern) == (0, "")
         (tmp_path / name).rename(tmp_path / f"{name}_moved")
-        assert call_on(
-            monkeypatch,
-            capsys,
-            "04_extrapolate.py",
-            tmp_path / f"{name}_moved",
-            "--methods",
-            "repeat-last",
-        ) == (0, "")
+        assert typed("04", tmp_path / f"{name}_moved", "--methods", "repeat-last") == (0, "")
     shutil.rmtree(tmp_path / "elsewhere" / "checkpoint-80")
-    code, line = call_on(
-        monkeypatch, capsys, "04_extrapolate.py", tmp_path / "two_moved", "--methods", "repeat-last"
-    )
+    code, line = typed("04", tmp_path / "two_moved", "--methods", "repeat-last")
     assert code == 2
     assert "elsewhere/checkpoint-80 is missing" in line
 

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from conftest import call_on
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from common import UserError
@@ -70,17 +69,18 @@ def test_the_merged_folder_computes_what_the_adapter_computes(
     assert tokenizers[0]("1+2") == tokenizers[1]("1+2")
 
 
-def jumped(monkeypatch, capsys, run, *flags):
+@pytest.fixture
+def merged(typed):
     """Stage 4 with the method `none`: its exit code and last words."""
-    return call_on(monkeypatch, capsys, "04_extrapolate.py", run, "--methods", "none", *flags)
+    return lambda run: typed("04", run, "--methods", "none", "--merge")
 
 
 def test_a_model_is_merged_in_fp32_whatever_the_backbone_has_and_once(
-    backbone_dir, adapter_dir, tmp_path, monkeypatch, capsys
+    backbone_dir, adapter_dir, tmp_path, merged
 ):
     base, run = sharded(backbone_dir, tmp_path / "base", torch.bfloat16), tmp_path / "run"
     series(adapter_dir, base, run)
-    assert jumped(monkeypatch, capsys, run, "--merge") == (0, "")
+    assert merged(run) == (0, "")
     adapter, before = adapters.read_adapter(adapter_dir), models.open_model(base)
     after = models.open_model(run / "merged" / "none")
     assert {*after.dtypes.values()} == {"F32"}
@@ -92,7 +92,7 @@ def test_a_model_is_merged_in_fp32_whatever_the_backbone_has_and_once(
             exact += adapter.scale(module) * b @ a
         torch.testing.assert_close(after.tensor(name), exact)
     stamp = (run / "merged" / "none" / "merge.json").stat().st_mtime_ns
-    assert jumped(monkeypatch, capsys, run, "--merge") == (0, "")
+    assert merged(run) == (0, "")
     assert (run / "merged" / "none" / "merge.json").stat().st_mtime_ns == stamp
 
 
@@ -115,20 +115,18 @@ def series(adapter_dir, base, run):
     write.write_json(run / "deltas" / "done.json", {"inputs": {}, "outputs": {}})
 
 
-def test_a_backbone_that_is_nowhere_is_named(adapter_dir, tmp_path, monkeypatch, capsys):
+def test_a_backbone_that_is_nowhere_is_named(adapter_dir, tmp_path, merged):
     series(adapter_dir, "some/model-that-is-not-cached", tmp_path)
-    code, line = jumped(monkeypatch, capsys, tmp_path, "--merge")
+    code, line = merged(tmp_path)
     assert code == 2
     assert "backbone some/model-that-is-not-cached is no folder, and not in the hub's" in line
 
 
-def test_adapters_that_name_no_backbone_say_where_to_write_it(
-    adapter_dir, tmp_path, monkeypatch, capsys
-):
+def test_adapters_that_name_no_backbone_say_where_to_write_it(adapter_dir, tmp_path, merged):
     series(adapter_dir, "", tmp_path)
     for path in tmp_path.glob("train/*/checkpoint.json"):
         path.write_text("{}")
-    code, line = jumped(monkeypatch, capsys, tmp_path, "--merge")
+    code, line = merged(tmp_path)
     assert (code, "write its name to base_model_name_or_path" in line) == (2, True)
 
 
