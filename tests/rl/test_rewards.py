@@ -2,13 +2,11 @@
 
 import importlib
 import json
-import shutil
 
 import pytest
-from conftest import ROOT, TINY, call_stage
+from conftest import ROOT, TINY, metrics
 
 from common import UserError
-from common.files.read import read_jsonl
 from common.rl import rewards
 from common.rl.data import Problem
 from common.rl.verifier import Verifier
@@ -112,28 +110,25 @@ def test_what_is_wrong_with_a_reward_is_one_line(mine, wanted, line):
 
 
 def test_training_by_ones_own_reward_follows_it_and_goes_on_only_with_the_same(
-    empty_run, tmp_path, mine, monkeypatch, capsys
+    new_run, tmp_path, mine, stage
 ):
     """The reward is to be short, without a verifier: the responses get shorter."""
-    run = shutil.copytree(empty_run, tmp_path / "run")
-    flags = ["01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(run)]
-    flags += ["--reward", f"{mine}:short", "--rollouts", "16", "--learning-rate", "3e-3"]
+    flags = ["--reward", f"{mine}:short", "--rollouts", "16", "--learning-rate", "3e-3"]
     flags += ["--prompts-per-step", "8", "--save-every", "6", "--resume-every", "6"]
-    assert call_stage(monkeypatch, capsys, *flags, "--steps", "12")[0] == 0
-    rows = read_jsonl(run / "train" / "metrics.jsonl")
+    assert stage("01", new_run, *flags, "--steps", "12")[0] == 0
+    rows = metrics(new_run / "train")
     assert rows[0]["reward"] == rows[0]["accuracy"] < 0
     assert rows[-1]["reward"] > rows[0]["reward"] + 0.02
     assert rows[-1]["response_length"] < rows[0]["response_length"]
     (tmp_path / "mine.py").write_text(MINE + "\n")
-    code, line = call_stage(monkeypatch, capsys, *flags, "--steps", "13")
+    code, line = stage("01", new_run, *flags, "--steps", "13")
     assert (code, "was begun with reward short = " in line) == (2, True)
 
 
 def test_steps_without_a_gradient_are_said_and_five_are_a_warning(
-    empty_run, tmp_path, mine, monkeypatch, capsys
+    new_run, mine, monkeypatch, capsys
 ):
-    run = shutil.copytree(empty_run, tmp_path / "run")
-    flags = ["01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(run), "--steps", "5"]
+    flags = ["01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(new_run), "--steps", "5"]
     main = importlib.import_module("01_train_lora_grpo").main
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", [*flags, "--reward", f"{mine}:equal"])
@@ -142,20 +137,16 @@ def test_steps_without_a_gradient_are_said_and_five_are_a_warning(
     out, err = capsys.readouterr()
     assert out.count("no gradient: equal rewards in every group") == 5
     assert err.count("warning: 5 steps without a gradient") == 1
-    rows = read_jsonl(run / "train" / "metrics.jsonl")
+    rows = metrics(new_run / "train")
     assert {(row["grad_norm"], row["zero_variance_groups"]) for row in rows} == {(0.0, 1.0)}
 
 
-def test_each_reward_is_in_the_metrics_and_accuracy_stays_the_verifiers(
-    empty_run, tmp_path, mine, monkeypatch, capsys
-):
-    run = shutil.copytree(empty_run, tmp_path / "run")
-    flags = ["01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(run), "--steps", "1"]
-    rewards = ("--reward", "verifier", f"{mine}:short=2")
-    assert call_stage(monkeypatch, capsys, *flags, *rewards)[0] == 0
-    (row,) = read_jsonl(run / "train" / "metrics.jsonl")
+def test_each_reward_is_in_the_metrics_and_accuracy_stays_the_verifiers(new_run, mine, stage):
+    flags = ("--steps", "1", "--reward", "verifier", f"{mine}:short=2")
+    assert stage("01", new_run, *flags)[0] == 0
+    [row] = metrics(new_run / "train")
     assert row["accuracy"] == row["reward_verifier"] > 0 > row["reward_short"]
     both = row["reward_verifier"] + 2 * row["reward_short"]
     assert row["reward"] == pytest.approx(both, rel=1e-4)
-    sample = json.loads((run / "train" / "samples.jsonl").read_text().splitlines()[0])
+    sample = json.loads((new_run / "train" / "samples.jsonl").read_text().splitlines()[0])
     assert sample["reward"] not in (0.0, 1.0)

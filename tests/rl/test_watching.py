@@ -8,49 +8,39 @@ import shutil
 import types
 
 import pytest
-from conftest import TINY, call_stage
+from conftest import metrics
 
 from common import UserError
-from common.files.read import read_jsonl
-from common.rl import metrics, rollout
-
-
-def rows_of(run, monkeypatch, capsys, *flags) -> list[dict]:
-    """The metrics of four steps, without wall times."""
-    flags = ["--config", TINY, "--run-dir", str(run), "--steps", "4", *flags]
-    assert call_stage(monkeypatch, capsys, "01_train_lora_grpo.py", *flags)[0] == 0
-    rows = read_jsonl(run / "train" / "metrics.jsonl")
-    timed = ("seconds", "seconds_by_phase", "tokens_per_second")
-    return [{key: value for key, value in row.items() if key not in timed} for row in rows]
+from common.rl import metrics as step_metrics
+from common.rl import rollout
 
 
 def test_accuracy_held_out_is_that_of_stage_6_and_changes_nothing_else(
-    empty_run, tmp_path, monkeypatch, capsys
+    finished_run, new_run, stage
 ):
-    plain, watched = (shutil.copytree(empty_run, tmp_path / name) for name in ("a", "b"))
-    data = str(watched / "data" / "valid.jsonl")
-    without = rows_of(plain, monkeypatch, capsys)
-    rows = rows_of(watched, monkeypatch, capsys, "--eval-every", "2", "--eval-data", data)
+    data = str(new_run / "data" / "valid.jsonl")
+    flags = ["--steps", "4", "--eval-every", "2", "--eval-data", data]
+    assert stage("01", new_run, *flags)[0] == 0
+    rows = metrics(new_run / "train")
     found = [row.pop("eval_accuracy", None) for row in rows]
-    assert rows == without
+    assert rows == metrics(finished_run / "train")[:4]
     assert (found[0], found[2]) == (None, None)
-    flags = ["--config", TINY, "--run-dir", str(watched), "--output", "validation", "--seed", "1"]
-    flags += ["--test-data", data, "--policies", "train/step_0002", "train/step_0004"]
-    assert call_stage(monkeypatch, capsys, "06_eval.py", *flags)[0] == 0
-    paths = sorted((watched / "validation").glob("*/valid.json"))
+    flags = ["--output", "validation", "--seed", "1", "--test-data", data]
+    flags += ["--policies", "train/step_0002", "train/step_0004"]
+    assert stage("06", new_run, *flags)[0] == 0
+    paths = sorted((new_run / "validation").glob("*/valid.json"))
     assert found[1::2] == [round(json.loads(p.read_text())["accuracy"], 6) for p in paths]
 
 
-def test_accuracy_held_out_wants_problems(empty_run, monkeypatch, capsys):
-    flags = ["--config", TINY, "--run-dir", str(empty_run), "--eval-every", "2"]
-    code, line = call_stage(monkeypatch, capsys, "01_train_lora_grpo.py", *flags)
+def test_accuracy_held_out_wants_problems(empty_run, stage):
+    code, line = stage("01", empty_run, "--eval-every", "2")
     assert (code, "eval_every wants --eval-data" in line) == (2, True)
 
 
 def test_the_seconds_of_a_step_are_those_of_training(monkeypatch):
     times = iter([0.0, 1.0, 4.0, 4.0, 9.0, 10.0])
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(times))
-    timer = metrics.Timer()
+    monkeypatch.setattr(step_metrics.time, "perf_counter", lambda: next(times))
+    timer = step_metrics.Timer()
     for phase in ("update", "eval"):
         with timer(phase):
             pass
@@ -70,7 +60,7 @@ def test_a_tracker_gets_the_name_of_the_run_and_goes_on_with_it(tmp_path):
     accelerator = types.SimpleNamespace(**made)
     options = importlib.import_module("01_train_lora_grpo").TrainConfig
     cfg = options(project="mine", run_dir=str(tmp_path / "demo"))
-    metrics.start_tracker(cfg, accelerator)
+    step_metrics.start_tracker(cfg, accelerator)
     assert asked["project"] == "mine"
     assert asked["options"]["algorithm"] == "grpo"
     assert asked["options"]["learning_rate"] == 5e-6
@@ -79,14 +69,14 @@ def test_a_tracker_gets_the_name_of_the_run_and_goes_on_with_it(tmp_path):
     assert name.startswith("demo-train-")
     assert asked["trackio"] == {"name": name, "resume": "allow"}
     assert asked["wandb"] == {"name": name, "id": name, "resume": "allow"}
-    metrics.start_tracker(cfg, accelerator)
+    step_metrics.start_tracker(cfg, accelerator)
     assert asked["wandb"]["id"] == name
     shutil.rmtree(place)  # a run that begins again is another run
-    metrics.start_tracker(cfg, accelerator)
+    step_metrics.start_tracker(cfg, accelerator)
     assert asked["wandb"]["id"] != name
     accelerator.log_with = []  # accelerate leaves out what is not installed
     with pytest.raises(UserError, match="--report-to wandb is not installed"):
-        metrics.start_tracker(dataclasses.replace(cfg, report_to="wandb"), accelerator)
+        step_metrics.start_tracker(dataclasses.replace(cfg, report_to="wandb"), accelerator)
 
 
 def test_a_tracker_gets_all_that_is_a_number():
@@ -96,7 +86,7 @@ def test_a_tracker_gets_all_that_is_a_number():
     cfg = types.SimpleNamespace(log_every=1, steps=9)
     run = types.SimpleNamespace(accelerator=place, cfg=cfg, flat=0)
     line = {"step": 3, "loss": 0.5, "grad_norm": 1.0}
-    metrics.show(run, {**line, "seconds_by_phase": {"update": 1.0}})
+    step_metrics.show(run, {**line, "seconds_by_phase": {"update": 1.0}})
     assert logged == [(3, {"loss": 0.5, "grad_norm": 1.0})]
 
 
@@ -112,7 +102,7 @@ def test_importance_ratios_are_the_trainers_over_the_engines(new_run, stage, mon
 
     monkeypatch.setattr(rollout.HFEngine, "generate", doubled)
     assert stage("01", new_run, "--steps", "1", "--kl-coef", "0.1")[0] == 0
-    (row,) = read_jsonl(new_run / "train" / "metrics.jsonl")
+    [row] = metrics(new_run / "train")
     low, mean, high = (row[f"importance_ratio_{end}"] for end in ("min", "mean", "max"))
     assert (low, high) == (pytest.approx(0.5, abs=1e-4), pytest.approx(1, abs=1e-4))
     assert mean == pytest.approx(1 - 0.5 / row["response_length"], abs=1e-4)
