@@ -84,17 +84,19 @@ def start_two(
     )
 
 
-def call_stage(monkeypatch, capsys, script: str, *args: str) -> tuple[int, str]:
-    """A stage's main in this process, without seconds of imports.
+def call_main(number: str, *args: str) -> None:
+    """A stage's main in this process, without seconds of imports. What it raises is raised here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", [SCRIPTS[number], *args])
+        importlib.import_module(SCRIPTS[number].removesuffix(".py")).main()
 
-    Returns its exit code and the last line it wrote to stderr.
-    """
-    main = importlib.import_module(script.removesuffix(".py")).main
+
+def call_stage(capsys, number: str, run: pathlib.Path, *flags: str) -> tuple[int, str]:
+    """As `call_main`, but returns the exit code and the last line that was written to stderr."""
     capsys.readouterr()  # what came before
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", [script, *args])
     try:
-        stages.run_stage(main)
+        stages.run_stage(lambda: call_main(number, "--run-dir", str(run), *flags))
         code = 0
     except SystemExit as stop:
         code = stop.code
@@ -190,25 +192,17 @@ def new_run(empty_run, tmp_path) -> pathlib.Path:
 
 
 @pytest.fixture
-def stage(monkeypatch, capsys):
+def stage(capsys):
     """call_stage with the tiny preset: stage("01", run, "--steps", "2")."""
-
-    def call(number: str, folder: pathlib.Path, *flags: str) -> tuple[int, str]:
-        where = ["--config", TINY, "--run-dir", str(folder)]
-        return call_stage(monkeypatch, capsys, SCRIPTS[number], *where, *flags)
-
-    return call
+    preset = ("--config", TINY)
+    return lambda number, run, *flags: call_stage(capsys, number, run, *preset, *flags)
 
 
 @pytest.fixture
-def typed(monkeypatch, capsys):
+def typed(capsys):
     """call_stage without a preset: typed("04", run, "--methods", "none")."""
-
-    def call(number: str, run: pathlib.Path, *flags: str) -> tuple[int, str]:
-        where = ["--run-dir", str(run), "--threads", "1"]
-        return call_stage(monkeypatch, capsys, SCRIPTS[number], *where, *flags)
-
-    return call
+    one = ("--threads", "1")
+    return lambda number, run, *flags: call_stage(capsys, number, run, *one, *flags)
 
 
 @pytest.fixture

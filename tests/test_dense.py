@@ -2,14 +2,13 @@
 that is of no low rank against its dense formula.
 """
 
-import importlib
 import pathlib
 import shutil
 
 import pytest
 import safetensors.torch
 import torch
-from conftest import rank_1, save_lora
+from conftest import call_main, rank_1, save_lora
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from common import predictor, rank1
@@ -130,9 +129,7 @@ def deltas_of_runs(runs, backbone_dir, tmp_path_factory):
     run = tmp_path_factory.mktemp("extracted") / "run"
     flags = ["--run-dir", str(run), "--k", "2", "--fit-checkpoints", "4", "--threads", "1"]
     flags += ["--checkpoints", f"{runs}/full/checkpoint-*", "--backbone", str(backbone_dir)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["02", *flags])
-        importlib.import_module("02_extract_deltas").main()
+    call_main("02", *flags)
     return run
 
 

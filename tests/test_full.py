@@ -4,20 +4,11 @@ import importlib
 import json
 import pathlib
 import shutil
-import sys
 
 import pytest
 import safetensors.torch
 import torch
-from conftest import (
-    PROMPTS,
-    ROOT,
-    TINY,
-    encode,
-    metrics,
-    plain_logprobs,
-    save_lora,
-)
+from conftest import PROMPTS, TINY, call_main, encode, metrics, plain_logprobs, save_lora
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import UserError
@@ -32,14 +23,10 @@ RATE = 1e-4
 stage1, stage6 = (importlib.import_module(name) for name in ("01_train_lora_grpo", "06_eval"))
 
 
-def call(script: str, run: pathlib.Path, *flags: str) -> None:
-    """A stage's main in this process, with the tiny preset and all parameters trained."""
-    tuned = ["--tune", "full", "--learning-rate", str(RATE)] if script[:2] in ("01", "05") else []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        command = [script, "--config", TINY, "--run-dir", str(run), *tuned, *flags]
-        patch.setattr(sys, "argv", command)
-        importlib.import_module(script.removesuffix(".py")).main()
+def call(number: str, run: pathlib.Path, *flags: str) -> None:
+    """`call_main` with the tiny preset and all parameters trained."""
+    tuned = ["--tune", "full", "--learning-rate", str(RATE)] if number in ("01", "05") else []
+    call_main(number, "--config", TINY, "--run-dir", str(run), *tuned, *flags)
 
 
 def tensors(folder: pathlib.Path) -> dict[str, torch.Tensor]:
@@ -51,14 +38,14 @@ def full_run(empty_run, tmp_path_factory) -> pathlib.Path:
     """Seven steps of all parameters, and what the other stages make of the first six. Read only."""
     run = tmp_path_factory.mktemp("full") / "run"
     shutil.copytree(empty_run, run)
-    call("01_train_lora_grpo.py", run, "--steps", "7")
-    call("02_extract_deltas.py", run)
+    call("01", run, "--steps", "7")
+    call("02", run)
     jumps = ["--methods", "weighted", "none", "--alphas", "3", "--merge"]
-    call("04_extrapolate.py", run, *jumps)
+    call("04", run, *jumps)
     for start in ("weighted_alpha3", "none"):
-        call("05_continue_rl.py", run, "--start", start, "--more-steps", "1")
+        call("05", run, "--start", start, "--more-steps", "1")
     measured = ["backbone", "train/step_000[67]", "extrapolated/*", "merged/none"]
-    call("06_eval.py", run, "--policies", *measured, "continued/*/step_0007")
+    call("06", run, "--policies", *measured, "continued/*/step_0007")
     return run
 
 
@@ -126,10 +113,10 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(full_run, new_
 
     monkeypatch.setattr(stage1, "sample", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        call("01_train_lora_grpo.py", run, "--steps", "7", "--resume-every", "2")
+        call("01", run, "--steps", "7", "--resume-every", "2")
     monkeypatch.setattr(stage1, "sample", real)
     assert [path.name for path in (run / "train" / "resume").iterdir()] == ["step_0002"]
-    call("01_train_lora_grpo.py", run, "--steps", "7", "--resume-every", "2")
+    call("01", run, "--steps", "7", "--resume-every", "2")
     assert metrics(run / "train") == metrics(full_run / "train")
     for step in range(1, 8):
         name = f"train/step_{step:04d}/model.safetensors"
@@ -138,9 +125,9 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(full_run, new_
 
 def test_the_kl_term_compares_with_the_backbone_as_it_was(backbone_dir, new_run):
     run, data, rollout = new_run, stage1.data, stage1.rollout
-    call("01_train_lora_grpo.py", run, "--steps", "1", "--kl-coef", "0.1")
+    call("01", run, "--steps", "1", "--kl-coef", "0.1")
     # Resumed: the reference must not be the weights that are put back.
-    call("01_train_lora_grpo.py", run, "--steps", "2", "--kl-coef", "0.1")
+    call("01", run, "--steps", "2", "--kl-coef", "0.1")
     one, two = metrics(run / "train")
     assert abs(one["kl"]) < 1e-6
     model = policy.load_backbone(str(run / "train" / "step_0001"))[0]
@@ -173,13 +160,12 @@ def test_other_sharding_than_ours_is_refused_in_one_line(backbone_dir, monkeypat
 # --------------------------------------------------------------------------------------------------
 
 
-def test_extraction_finds_the_backbone_in_the_checkpoints(full_run, tmp_path, monkeypatch):
+def test_extraction_finds_the_backbone_in_the_checkpoints(full_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(full_run, run)
     shutil.rmtree(run / "deltas")
     flags = ["--k", "2", "--last-step", "6", "--fit-checkpoints", "4"]
-    monkeypatch.setattr(sys, "argv", ["02", "--run-dir", str(run), *flags])
-    importlib.import_module("02_extract_deltas").main()
+    call_main("02", "--run-dir", str(run), *flags)
     start, end = (tensors(folder) for folder in (run / "backbone", run / "train" / "step_0006"))
     deltas = delta_files.load_trajectory(run / "deltas").deltas
     assert len(deltas) == 21
@@ -219,7 +205,7 @@ def test_going_on_from_a_whole_model_is_going_on_from_its_jump(full_run, tmp_pat
     """merged/none is the last checkpoint with a jump of zeros: the same weights, by another way."""
     run = tmp_path / "run"
     shutil.copytree(full_run, run)
-    call("05_continue_rl.py", run, "--start", "merged/none", "--more-steps", "1")
+    call("05", run, "--start", "merged/none", "--more-steps", "1")
     names = ("merged__none", "none")
     on, jump = (tensors(run / "continued" / name / "step_0007") for name in names)
     assert all(on[name].equal(jump[name]) for name in jump)
@@ -269,13 +255,13 @@ def test_changed_weights_are_measured_again(full_run, tmp_path, monkeypatch):
     paths = [run / "eval" / name.replace("/", "__") / "test.json" for name in policies]
     before = [result.read_text() for result in paths]
     monkeypatch.setattr(stage6.report, "write_run", str)  # seconds of figures
-    call("06_eval.py", run, "--policies", *policies)
+    call("06", run, "--policies", *policies)
     assert [result.read_text() for result in paths] == before  # seconds included
     shutil.copyfile(run / "backbone" / "model.safetensors", path)
     path.with_name("sha256.json").unlink()
     stage6.weights_hash.cache_clear()  # as in a new process
     # A jump of zeros on the changed model is the backbone too.
-    call("06_eval.py", run, "--policies", *policies)
+    call("06", run, "--policies", *policies)
     wanted = json.loads((run / "eval" / "backbone" / "test.json").read_text())["accuracy"]
     assert [json.loads(result.read_text())["accuracy"] for result in paths] == [wanted] * 2
 
@@ -289,7 +275,7 @@ def test_changed_weights_are_measured_again(full_run, tmp_path, monkeypatch):
 )
 def test_a_restart_that_means_nothing_is_refused(full_run, flags, message):
     with pytest.raises(UserError, match=message):
-        call("05_continue_rl.py", full_run, "--start", "none", *flags)
+        call("05", full_run, "--start", "none", *flags)
 
 
 def test_a_bf16_backbone_takes_a_jump_in_fp32(backbone_dir, tmp_path):

@@ -10,7 +10,7 @@ import numpy
 import pytest
 import safetensors.torch
 import torch
-from conftest import edit_json, rank_1
+from conftest import call_main, edit_json, rank_1
 from peft import PeftModel
 from torch.nn.functional import normalize
 
@@ -275,14 +275,10 @@ def made(backbone_dir, tmp_path_factory):
     (run / "data").mkdir()
     lines = [json.dumps({"prompt": f"12{i}+345", "answer": str(465 + i)}) + "\n" for i in range(4)]
     (run / "data" / "valid.jsonl").write_text("".join(lines))
+    call_main("02", "--run-dir", str(run), "--k", "2", "--fit-checkpoints", "4")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "sys.argv", ["02", "--run-dir", str(run), "--k", "2", "--fit-checkpoints", "4"]
-        )
-        importlib.import_module("02_extract_deltas").main()
         fewer_epochs(patch)
-        patch.setattr("sys.argv", ["03", "--run-dir", str(run)])
-        importlib.import_module("03_train_predictor").main()
+        call_main("03", "--run-dir", str(run))
     return run
 
 

@@ -1,10 +1,9 @@
 """One's own reward functions, alone and beside the verifier."""
 
-import importlib
 import json
 
 import pytest
-from conftest import ROOT, TINY, metrics
+from conftest import TINY, call_main, metrics
 
 from common import UserError
 from common.rl import rewards
@@ -125,15 +124,10 @@ def test_training_by_ones_own_reward_follows_it_and_goes_on_only_with_the_same(
     assert (code, "was begun with reward short = " in line) == (2, True)
 
 
-def test_steps_without_a_gradient_are_said_and_five_are_a_warning(
-    new_run, mine, monkeypatch, capsys
-):
-    flags = ["01_train_lora_grpo.py", "--config", TINY, "--run-dir", str(new_run), "--steps", "5"]
-    main = importlib.import_module("01_train_lora_grpo").main
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("sys.argv", [*flags, "--reward", f"{mine}:equal"])
+def test_steps_without_a_gradient_are_said_and_five_are_a_warning(new_run, mine, capsys):
+    flags = ["--config", TINY, "--run-dir", str(new_run), "--steps", "5"]
     with pytest.raises(UserError, match="no step had a gradient: every problem's responses have"):
-        main()
+        call_main("01", *flags, "--reward", f"{mine}:equal")
     out, err = capsys.readouterr()
     assert out.count("no gradient: equal rewards in every group") == 5
     assert err.count("warning: 5 steps without a gradient") == 1
