@@ -14,6 +14,7 @@ import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # with a GPU: bf16, and vLLM where it is installed
 import torch
+from peft import LoraConfig, get_peft_model
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -108,6 +109,19 @@ def save_lora(model, folder: pathlib.Path, info: dict) -> None:
     """A checkpoint of a LoRA policy, as stage 1 writes it."""
     with write.atomic_dir(folder, info) as open_folder:
         policy.save(model, None, open_folder)
+
+
+def save_series(backbone: pathlib.Path, name, count=8, dtype=torch.float32, **options) -> None:
+    """Checkpoints of a LoRA's random walk, each saved by PEFT to name.format(10, 20 ...)."""
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="CAUSAL_LM", **options)
+    model = get_peft_model(policy.load_backbone(str(backbone))[0], config)
+    for step in range(10, 10 * count + 10, 10):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.02 * torch.randn(parameter.shape)
+        saved = {key: value.to(dtype) for key, value in model.state_dict().items()}
+        model.save_pretrained(str(name).format(step), state_dict=saved, save_embedding_layers=False)
 
 
 def lay_out(folder: pathlib.Path) -> pathlib.Path:

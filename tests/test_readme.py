@@ -11,9 +11,10 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, save_series
 
 from common.baselines.methods import METHODS
 from common.files.config import StageConfig
@@ -211,43 +212,30 @@ def test_what_the_results_page_says_of_speed_is_what_the_bench_printed():
 # --------------------------------------------------------------------------------------------------
 
 
-def checkpoints(folder, model, count: int) -> list[dict]:
-    """`count` adapters of a PEFT model with random factors, as TRL saves them; their tensors."""
-    from peft.utils import get_peft_model_state_dict
-
-    saved, generator = [], torch.Generator().manual_seed(0)
-    for i in range(1, count + 1):
-        for name, weight in model.named_parameters():
-            if "lora_" in name:
-                weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
-        model.save_pretrained(folder / f"checkpoint-{10 * i}")
-        saved.append({k: w.clone() for k, w in get_peft_model_state_dict(model).items()})
-    return saved
-
-
-def test_the_lines_for_another_project_jump(tmp_path):
-    from peft import LoraConfig, PeftModel, get_peft_model
+def test_the_lines_for_another_project_jump(backbone_dir, tmp_path):
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     (tmp_path / "rank1.py").write_text((ROOT / "common" / "rank1.py").read_text(encoding="utf-8"))
     [lines] = blocks("README.md", "python")
     assert len([line for line in lines.splitlines() if not re.match("import|from", line)]) <= 18
     (tmp_path / "jump.py").write_text(lines)
-    backbone = ROOT / "common" / "demo" / "backbone"
-    model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32)
-    lora = LoraConfig(r=4, lora_alpha=2, target_modules=["q_proj", "up_proj"])
-    saved = checkpoints(tmp_path / "outputs", get_peft_model(model, lora), 11)
+    outputs, lora = tmp_path / "outputs", {"r": 4, "lora_alpha": 2}
+    lora["target_modules"] = ["q_proj", "up_proj"]
+    save_series(backbone_dir, outputs / "checkpoint-{}", 11, **lora)
     subprocess.run([sys.executable, "jump.py"], cwd=tmp_path, check=True)
 
-    config = json.loads((tmp_path / "outputs" / "jumped" / "adapter_config.json").read_text())
+    config = json.loads((outputs / "jumped" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (5, 2.5)
-    fresh = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32)
-    jumped = PeftModel.from_pretrained(fresh, tmp_path / "outputs" / "jumped", is_trainable=True)
+    fresh = AutoModelForCausalLM.from_pretrained(backbone_dir, dtype=torch.float32)
+    jumped = PeftModel.from_pretrained(fresh, outputs / "jumped", is_trainable=True)
     loaded = {name: w for name, w in jumped.named_parameters() if "lora_" in name}
     assert all(w.requires_grad for w in loaded.values())
-    for b in [name for name in saved[-1] if "lora_B" in name]:
+    folders = (outputs / f"checkpoint-{step}" for step in (60, 110))
+    saved = [safetensors.torch.load_file(path / "adapter_model.safetensors") for path in folders]
+    for b in [name for name in saved[1] if "lora_B" in name]:
         a = b.replace("lora_B", "lora_A")
-        old, last = (0.5 * one[b].double() @ one[a].double() for one in (saved[-6], saved[-1]))
+        old, last = (0.5 * one[b].double() @ one[a].double() for one in saved)
         u, sigma, vh = torch.linalg.svd(last - old)
         wanted = last + 1.5 * sigma[0] * torch.outer(u[:, 0], vh[0])
         names = (name.replace(".weight", ".default.weight") for name in (b, a))

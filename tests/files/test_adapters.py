@@ -9,7 +9,8 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from conftest import save_series
+from peft import LoraConfig, PeftModel
 
 from common import UserError
 from common.files import adapters, read, series
@@ -32,19 +33,6 @@ STEPS = range(10, 90, 10)
 
 def load(backbone_dir):
     return policy.load_backbone(str(backbone_dir))[0]
-
-
-def save_series(backbone_dir, name, dtype=torch.float32, **options):
-    """Eight checkpoints of a random walk, each saved by PEFT to name.format(step)."""
-    torch.manual_seed(0)
-    model = get_peft_model(load(backbone_dir), LoraConfig(task_type="CAUSAL_LM", **options))
-    for step in STEPS:
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.02 * torch.randn(parameter.shape)
-        saved = {key: value.to(dtype) for key, value in model.state_dict().items()}
-        model.save_pretrained(str(name).format(step), state_dict=saved, save_embedding_layers=False)
-    return model
 
 
 def dense_delta(backbone_dir, folder):

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from conftest import save_series
+from peft import PeftModel
 
 from common import UserError
 from common.files import adapters, merge, models, write
@@ -17,23 +18,11 @@ IDS = torch.tensor([[2, 7, 8, 9, 3, 5]])
 @pytest.fixture(scope="module")
 def adapter_dir(backbone_dir, tmp_path_factory):
     """A LoRA on some modules of the demo backbone, with ranks and scales of their own, by PEFT."""
-    torch.manual_seed(0)
-    options = {
-        "r": 4,
-        "lora_alpha": 6,
-        "rank_pattern": {"v_proj": 2},
-        "alpha_pattern": {"down_proj": 3},
-    }
-    config = LoraConfig(
-        target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", **options
-    )
-    model = get_peft_model(policy.load_backbone(str(backbone_dir))[0], config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data = 0.05 * torch.randn(parameter.shape)
     folder = tmp_path_factory.mktemp("adapter")
-    model.save_pretrained(folder)
-    return folder
+    options = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"down_proj": 3}}
+    modules = ["q_proj", "v_proj", "down_proj"]
+    save_series(backbone_dir, folder / "{}", r=4, lora_alpha=6, target_modules=modules, **options)
+    return folder / "80"
 
 
 def sharded(backbone_dir, folder, dtype):
