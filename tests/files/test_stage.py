@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import torch
+from conftest import run_stage
 
 from common import UserError
 from common.files import config, read, resume, stage, write
@@ -128,6 +129,13 @@ def test_overwrite_begins_again_and_says_how_to_go_on(folder, capsys):
         stage.run_stage(lambda: os.kill(os.getpid(), signal.SIGINT))
     assert stop.value.code == 130
     assert "type the same command without --overwrite to go on" in capsys.readouterr().err
+
+
+def test_an_error_is_one_line_without_a_traceback_and_exit_code_2(tmp_path):
+    result = run_stage("02_extract_deltas.py", "--run-dir", str(tmp_path / "nowhere"))
+    assert result.returncode == 2
+    assert result.stderr.strip().count("\n") == 0
+    assert "Traceback" not in result.stderr + result.stdout
 
 
 def test_a_foreign_folder_is_not_touched(folder):
