@@ -68,7 +68,10 @@ class Stage:
             os._exit(call(argv))
 
     def kill(self, number: int) -> None:
-        os.killpg(self.pid, number)
+        try:
+            os.killpg(self.pid, number)
+        except ProcessLookupError:  # it has not got to its setsid yet
+            os.kill(self.pid, number)
 
     def wait(self, seconds: float = 36000) -> int | None:
         """The exit code, minus the signal's number for a killed one, or None if it still runs."""

@@ -182,7 +182,7 @@ def test_a_bad_problem_names_file_and_line(tmp_path, line):
 
 def test_missing_empty_and_binary_data_are_errors(tmp_path):
     path = tmp_path / "p.jsonl"
-    wrong = {None: "not found", b"\n": "holds no problem", b"\xff\xfe": "cannot be read as JSON in UTF-8"}
+    wrong = {None: "not found", b"\n": "holds no problem", b"\xff\xfe": "cannot be read as JSON"}
     for content, message in wrong.items():
         if content:
             path.write_bytes(content)
