@@ -130,7 +130,7 @@ def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str
     with accelerator.autocast():
         policy.check_head(model, (prompts[0] * 2)[:64])
     if cfg.gradient_checkpointing:  # layers keep their input alone, in training mode only
-        policy.base_model(model).gradient_checkpointing_enable()
+        policy.base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
     if cfg.tune == "full" and cfg.kl_coef:
         frozen = place(policy.load_backbone(cfg.path(cfg.backbone))[0], accelerator.device)
