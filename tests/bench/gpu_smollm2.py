@@ -68,7 +68,8 @@ def best(pattern: str) -> None:
 def phases(*runs: str) -> None:
     """Medians of a step of each run, without its first ones."""
     for run in runs:
-        rows = rows_of(run)
+        if not (rows := rows_of(run)):
+            continue
         used = rows[min(10, len(rows) // 5) :]
         middle = {
             phase: statistics.median(row["seconds_by_phase"][phase] for row in used)
@@ -111,7 +112,7 @@ def alone(*flags: str) -> None:
 
     stage6 = importlib.import_module("06_eval")
     cfg = parse(stage6.EvalConfig, "eval", __doc__, [*flags])
-    cfg.engine = rollout.choose_engine(cfg.engine)
+    cfg.engine, accelerator = rollout.choose_engine(cfg.engine), policy.start_processes("auto")
     model, tokenizer = policy.load_backbone(cfg.backbone)
     problems = data.load_problems(cfg.test_data[0])[:16]
     turns = (tokenizer, cfg.prompt_template, cfg.system_prompt)
@@ -119,7 +120,7 @@ def alone(*flags: str) -> None:
     prompts = [prompt for prompt in prompts for _ in range(8)]
     adapter = pathlib.Path(cfg.run_dir) / cfg.policies[0]
     rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
-    engine = rollout.make_engine(cfg, model, tokenizer, cfg.backbone, rank, None)
+    engine = rollout.make_engine(cfg, model, tokenizer, cfg.backbone, rank, accelerator)
     engine.use(adapter)
 
     def ours(first: int) -> int:
