@@ -8,8 +8,8 @@ Writes  <run-dir>/predictor/<recipe>/model.safetensors      a network per kind a
         <run-dir>/predictor/<recipe>/predicted.safetensors  its prediction from the last checkpoint
         <run-dir>/predictor/<recipe>/report.json            losses, and the backtest
 
-The network, its loss (Eq. 8, 9) and two recipes are in common/predictor.py: `paper`, the official
-code to the letter, and `aligned`, ours. --inputs local (Table 5) makes aligned-no-global.
+The network, its loss (Eq. 8, 9) and two recipes are in common/predictor.py: `paper` trains as the
+official code does, `aligned` is ours. --inputs local (Table 5) makes aligned-no-global.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
 As in the official code, matrices share a predictor for each kind and length of vector ("u.64",
 "v.192"), and one for all sigmas. Two recipes train the same network:
 
-    paper      what the official code does: signs as they came, sigma in its raw unit, AdamW 2e-5
+    paper      as the official code trains: signs as they came, sigma in its raw unit, AdamW 2e-5
     aligned    ours: consistent signs, sigma divided by the last global sigma, AdamW 3e-4
 
 (u, v) and (-u, -v) are one singular pair: without alignment the signs of the targets are random. At

@@ -95,7 +95,7 @@ class LowRank:
         if sum(t.left.shape[1] for t in self.terms) <= rank:
             return self, 0.0
         u, sigma, vh = self.svd()
-        root, lost = sigma[:rank].sqrt(), sigma[rank:].norm() / sigma.norm()
+        root, lost = sigma[:rank].sqrt(), sigma[rank:].norm() / sigma.norm().clamp_min(1e-30)
         return LowRank(u[:, :rank] * root, root[:, None] * vh[:rank], balanced=True), float(lost)
 
     def factors(self, scale: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -37,7 +37,8 @@ def energy_ratio(sigma: torch.Tensor, power: int = 1) -> torch.Tensor:
 def linear_fit_r2(steps: torch.Tensor, y: torch.Tensor, fit: int) -> tuple[float, float]:
     """R^2 = 1 - SSE / SST of the least-squares line y_t = a + b t (Sec. 3.3), steps [c], y [c, d].
 
-    The line is fitted on the first `fit` checkpoints. Returns R^2 on the others, and on those.
+    The line is fitted on the first `fit` checkpoints, and squares are summed over the d entries.
+    Returns R^2 on the other checkpoints, and on those.
     Below 0 the line predicts these points worse than their own mean would.
     """
     t, y = steps.double() - steps[:fit].double().mean(), y.double()

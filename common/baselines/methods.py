@@ -70,7 +70,8 @@ def alpharl(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
 
     a* is a_t = sigma_t u_t extrapolated to t = c + alpha k by a line, or, where accuracies are
     measured, by partial least squares at the accuracy that a line has there. They set it by hand.
-    Their code adds a* v^T to a checkpoint, although a* is the total update.
+    Their code adds a* v^T to a checkpoint, although a* is the total update, and takes the signs of
+    u alone; here u and v decide together.
     """
     whole, at = m.deltas["global"], len(m.steps) + alpha * m.k
     a = whole.sigma.double()[:, None] * whole.u.double()  # [c, m]

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 
 from common.files import stage, write
 from common.reproduce import claims, figures, rates, sizes, tables, webpage
-from common.reproduce.runs import Runs
+from common.reproduce.runs import MAIN, Runs
 
 NOTES = {
     "problems": "One training seed. Errors are standard errors over test problems, each answered "
@@ -61,7 +61,8 @@ def page(runs: Runs, made_with: str) -> str:
     mean = "Accuracy is the plain mean of" if len(runs.tasks) > 1 else "Accuracy is that on"
     note = NOTES[runs.over].format(seeds=", ".join(map(str, runs.seeds)))
     text = [f"# Results of {runs.root.name}", made_with, *filter(None, [rates.sentence(runs)])]
-    text += [note, f"{mean} {', '.join(runs.tasks)}."]
+    main = [f" Where no learning rate is named, it is {r:g}." for r in at if at[r].name == MAIN]
+    text += [note, f"{mean} {', '.join(runs.tasks)}.{''.join(main)}"]
     if runs.left_out:
         lines = "\n".join(f"* {line}" for line in runs.left_out)
         text.append(f"Only what was made alike is compared. Left out of all tables:\n\n{lines}")
