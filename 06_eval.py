@@ -76,8 +76,8 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
     loras = {name: run / name for name in names if adapters.is_adapter(run / name)}
     rank = max((adapters.highest_rank(adapters.read_config(x)) for x in loras.values()), default=0)
     how = {"settings": config.as_dict(cfg, leave_out=NOT_SETTINGS), "versions": versions()}
-    if dtypes := {k: v for k, v in rollout.vllm_options(cfg.vllm_options).items() if "dtype" in k}:
-        how["settings"]["vllm_options"] = json.dumps(dtypes)  # they round otherwise
+    asked = rollout.vllm_options(cfg.vllm_options).items()
+    how["dtypes"] = {key: value for key, value in asked if "dtype" in key}
     judge = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format)
     judge.check([problem for problems in tasks.values() for problem in problems])
     for number, name in enumerate(bar := progress(names, "evaluating"), 1):

@@ -79,7 +79,7 @@ def measured(known: Known, policies: Iterable[str] = ()) -> tuple[dict, list[pat
     for policy in policies or [within(path, known.run) for path in known.series.paths.values()]:
         rows[policy], read = results(known, policy)
         files += read
-        ways.append([(row["data"], row["settings"]) for row in rows[policy]])
+        ways.append([(row["data"], row["settings"], row.get("dtypes")) for row in rows[policy]])
         if ways[-1] != ways[0]:
             raise UserError(f"validation: {policy} was measured otherwise (problems or options)")
         if any(row["weights"] != weights_hash(known.run / policy) for row in rows[policy]):

@@ -45,7 +45,8 @@ class Series:
         self.paths, self.steps = paths, list(paths)
         # The backbone counts as step 0.
         if self.steps != [self.steps[0] * (i + 1) for i in range(len(paths))]:
-            even = {*range(self.steps[0] or 1, self.steps[-1] + 1, self.steps[0] or 1)}
+            first = next((step for step in self.steps if step), 1)
+            even = {*range(first, self.steps[-1] + 1, first)}
             odd = sorted(even ^ {*self.steps})[:5]
             what = f"step {', '.join(map(str, odd))} is missing, or between"
             raise UserError(f"checkpoints are not evenly spaced, counted from the backbone: {what}")

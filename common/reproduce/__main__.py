@@ -93,6 +93,9 @@ def main() -> None:
         return
     if not args.report:
         check.options(args.preset, str(root))
+    beside = [Runs(pathlib.Path(folder), args.seeds) for folder in args.beside]
+    if empty := [str(one.root) for one in beside if not one.all]:
+        raise UserError(f"--beside {empty[0]}: nothing of this grid was measured there")
     record, logs = root / "reproduce.json", root / "logs" if args.grid else None
     claim(record)
     if not args.report:
@@ -101,9 +104,7 @@ def main() -> None:
     if args.grid:
         files = (root / "tables.md", root / "results.json")
         runs = Runs(root, args.seeds)
-        runs.beside = [Runs(pathlib.Path(folder), args.seeds) for folder in args.beside]
-        if empty := [str(one.root) for one in runs.beside if not one.all]:
-            raise UserError(f"--beside {empty[0]}: nothing of this grid was measured there")
+        runs.beside = beside
         print(report.write_page(runs, made_with(), *files))
 
 

@@ -169,10 +169,10 @@ def training_options(run: pathlib.Path, policy: str) -> dict:
 
 def made_on(run: pathlib.Path) -> tuple[str, int]:
     """The backbone's name, and how many GPUs stage 1 had: 0 on a CPU, or where it is not known."""
-    made = {"config": {}}
-    for name in ("config", "done"):
-        if (path := run / "train" / f"{name}.json").is_file():
-            made |= read_json(path, "01_train_lora_grpo.py")
+    made = {"config": {}}  # of an unfinished training stage 6 knows the device
+    for path in ("train/config.json", "eval/*/*.json", "train/done.json"):
+        for found in sorted(run.glob(path))[:1]:
+            made |= read_json(found, "the stage that wrote it")
     gpus = made["processes"] if made.get("device", "cpu") != "cpu" else 0
     return made["config"].get("backbone", "").split("/")[-1], gpus
 

@@ -238,7 +238,8 @@ def way_of(record: dict) -> dict:
     """What decides a result of stage 6: its options, the prompt's template, the problems."""
     data = f"{record.get('data')}, {len(record['by_problem'])} problems"
     template = record.get("template_hash")
-    return {**(record.get("settings") or {}), "template_hash": template, "data": data}
+    how = {**(record.get("settings") or {}), "dtypes": record.get("dtypes")}
+    return {**how, "template_hash": template, "data": data}
 
 
 def differing(options: dict, usual: dict) -> str:

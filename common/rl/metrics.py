@@ -113,9 +113,8 @@ def start_tracker(cfg, accelerator) -> None:
     folder = pathlib.Path(accelerator.project_dir)
     noted, name = folder / ".tracker", f"{pathlib.Path(cfg.run_dir).resolve().name}-{folder.name}"
     if is_writer():
-        begun = (folder / "metrics.jsonl").exists()  # by older code, without a name of its own
         if not noted.exists():
-            write.write_text(noted, name if begun else f"{name}-{secrets.token_hex(2)}")
+            write.write_text(noted, f"{name}-{secrets.token_hex(2)}")
         name = noted.read_text(encoding="utf-8")
     run = {"name": name, "resume": "allow"}
     own = {"trackio": run, "wandb": {**run, "id": name}}

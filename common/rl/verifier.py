@@ -34,22 +34,27 @@ _UNIT = re.compile(
     r"(?:\\[ ,;!]|~|\s)*"
     r"(?:\\(?:text|mathrm|mbox)\s*\{[^{}]*\}(?:\^\{?-?\d\}?)?|\^\s*\{?\s*\\circ\s*\}?|°)$"
 )
-_UNEVALUATED = re.compile(
-    r"\d\s*\}?\s*(\+|-|\*|(?:\\cdot|\\times)(?!\s*\{?\s*10\s*\}?\s*\^))\s*\{?\s*\d"
+_UNEVALUATED = re.compile(r"\d\s*\}?\s*(\+|-|\*|\\cdot|\\times)\s*\{?\s*\d")
+_SCIENTIFIC = re.compile(  # 3 \times 10^{8}
+    r"(?<![\d.^])\d[\d.,]*\s*(?:\*|\\cdot|\\times)\s*\{?\s*10\s*\}?"
+    r"\s*\^\s*\{?\s*[+-]?\d{1,3}\s*\}{0,2}"
 )
-# Of an answer: x =, m + n =, x_1 =, AB =, \angle ABC =.
+# Of an answer: x =, x_1 + y =, mn =, AB =, \angle ABC =, \theta =.
+_GREEK = r"\\(?:alpha|beta|gamma|theta|phi|lambda|mu|omega)"
+_TERM = rf"(?:(?!not\b)[a-z]{{1,3}}|[A-Z]{{1,4}}|{_GREEK})(?:_\{{?\w\}}?)?"
 _NAME = re.compile(
-    r"^[\s$]*(?:(?:\\angle\s*)?[A-Z]{1,4}|[A-Za-z](?:_\{?\w\}?)?(?:\s*[+-]\s*[A-Za-z])*)\s*="
+    rf"^[\s$]*(?:\\(?:angle|triangle)\s*)?{_TERM}(?:\s*(?:[+-]|\\cdot)\s*{_TERM})*\s*="
 )
 _LAST_NUMBER = re.compile(
     r"(?:(?<![\w)\]}.])-)?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3}\b)?"
 )
 _LOOKS = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\$|(?<!\d)(\\[,!;]|\s)+|(\\[,!;]|\s)+(?!\d)")
 _LETTER = re.compile(r"[\s$({\[]*([A-Za-z])(?:[\s$)}\].]*$|\s*[).:}\]]+[\s\\]*(.+)$)", re.DOTALL)
-# At its beginning, behind "or", "and" or a comma: B, but not an article, and not the I of I and II.
+# At its beginning, behind "or", "and" or a comma: B, but no article, no formula, and not I and II.
+_ALONE = r"(?![\w^=<>+*-]|\s*[=<>+]|\.\s+[a-z])"
 _ANOTHER = [
-    re.compile(rf"(?:^|\b(?:or|and)(?:\W+\w+){{0,2}}?|[,;/&|\n])\W*(?:{letters})(?![A-Za-z])")
-    for letters in (r"[b-hj]|a(?!\s+[a-z])", r"[B-HJ]|A(?!\s+[a-z])")
+    re.compile(rf"(?:^|\b(?:or|and)\b(?:\W+\w+\b){{0,2}}?|[,;/&|\n])[^\w-]*(?:{letters}){_ALONE}")
+    for letters in (r"[b-hj]|i(?!,? and i)|a(?!\s+[a-z])", r"[B-HJ]|I(?!,? and I)|A(?!\s+[a-z])")
 ]
 _FACE = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|boldsymbol|boxed)\s*(?=\{)")
 
@@ -96,7 +101,7 @@ def _number_answer(answer: str) -> fractions.Fraction | None:
     answer = answer.removesuffix("%").removesuffix("\\")
     if face := _FACE.match(answer):
         answer = answer[face.end() :].removeprefix("{").removesuffix("}")
-    elif re.fullmatch(r"\{[^{},]*\}", answer):
+    elif re.fullmatch(r"\{(?:[^{},]|\{[^{}]*\})*\}", answer):
         answer = answer[1:-1]
     if not (fraction := _FRACTION.fullmatch(answer)):
         return plain_number(answer)
@@ -127,7 +132,8 @@ def quick_verdict(answer: str, gold: str, kind: str) -> bool | None:
     if not answer.strip() or len(answer) > 10_000:
         return False
     # An unevaluated sum is no answer: math-verify takes 123+489 for 612, and RL learns to use that.
-    if right is not None and (kind == "number" or _UNEVALUATED.search(answer)):
+    asked = _SCIENTIFIC.sub("1", answer, count=1)
+    if right is not None and (kind == "number" or _UNEVALUATED.search(asked)):
         return False
     # What changes the look of a formula and not its meaning; "5 6" is not "56".
     spelled = (_LOOKS.sub("", re.sub(r"\\[dt]frac", r"\\frac", t)) for t in (answer, gold))

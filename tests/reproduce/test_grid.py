@@ -441,6 +441,11 @@ def test_a_claim_needs_all_that_it_is_about(tmp_path):
     record(tmp_path, "extrapolated/next-aligned_alpha0.5", share(30), 150)
     cells = claims.column(runs.Runs(tmp_path), "next-aligned")
     assert cells[sweep].startswith("**does not hold**: -10.0 ")
+    # A wide interval, whose end is lower, decides nothing.
+    wide = share(0, 40) + share(40, 60)
+    record(tmp_path, "extrapolated/next-aligned_alpha2", wide, 150)
+    cells = claims.column(runs.Runs(tmp_path), "next-aligned")
+    assert cells[sweep].startswith("**does not hold**: -10.0 ")
     for path in (tmp_path / "eval").glob("train__step_0[24]*"):
         (path / "test.json").unlink()
     log(tmp_path / "train", range(1, 151))
@@ -723,6 +728,12 @@ def test_models_stand_beside_one_another_in_gpu_hours(tmp_path, monkeypatch):
     assert len(sizes.cost(page).axes[0].get_yticklabels()) == 6
     with pytest.raises(UserError, match="nothing of this grid was measured there"):
         reproduce.main()
+    # Of a training that was stopped, stage 6 knows the GPUs.
+    main = tmp_path / "3B" / "seed0" / "lora"
+    (main / "train" / "done.json").unlink()
+    assert results.made_on(main) == ("Qwen2.5-3B-Instruct", 0)
+    run_dir.write_json(main / "eval" / "a" / "test.json", {"device": "NVIDIA", "processes": 2})
+    assert results.made_on(main) == ("Qwen2.5-3B-Instruct", 2)
     # Where one of them had no GPU, all are in seconds.
     paper_run(tmp_path / "cpu", "7B", 40, "cpu")
     page.beside = [runs.Runs(tmp_path / "cpu", [0])]
