@@ -14,7 +14,7 @@ SIDES = {"without a jump": "#999999", "NExt": "#0072B2"}
 
 
 def machines(models: list[Runs]) -> tuple[list[str], str, list[float]]:
-    """Names of the backbones; what costs are counted in, and how much of it is a wall second."""
+    """Names of the backbones, the unit of costs, and what one wall second of each is in it."""
     names, gpus = zip(*(made_on(one.folder(one.seeds[0])) for one in models), strict=True)
     if all(gpus):
         return names, "GPU hours: wall hours × GPUs", [count / 3600 for count in gpus]
