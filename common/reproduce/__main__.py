@@ -23,7 +23,7 @@ from common import UserError
 from common.files import config
 from common.files.stage import run_stage
 from common.files.write import claim
-from common.reproduce import check, plans, report
+from common.reproduce import check, plans, report, verl
 from common.reproduce.runner import Runner
 from common.reproduce.runs import Runs
 
@@ -64,11 +64,15 @@ def parse() -> argparse.Namespace:
     others = "of --report: folders of the same grid for other models, for Figs. 5 and 7"
     add("--beside", nargs="+", default=[], metavar="RUN_DIR", help=others)
     add("--print", action="store_true", help="show the commands, run nothing")
+    other = "with --print: show verl's commands for stages 1 and 5 (README.md)"
+    add("--trainer", choices=["verl"], help=other)
     fetched = "fetch model and problems, count them, say what the runs need; run nothing"
     add("--check", action="store_true", help=fetched)
     args = parser.parse_args()
     if (args.report or args.beside) and not args.grid:
         raise UserError("--report and --beside are of a grid: say which with --grid")
+    if args.trainer and not args.print:
+        raise UserError("--trainer verl only shows the commands: add --print")
     return args
 
 
@@ -84,7 +88,11 @@ def main() -> None:
     else:
         jobs = plans.single(args.preset, preset, str(root))
     if args.print:
-        print("\n".join(job.line for job in jobs))
+        lines = [job.line for job in jobs]
+        if args.trainer:
+            flags = plans.values_of(args.preset, preset)["reproduce"]["verl_flags"]
+            lines = verl.commands(jobs, args.preset, str(root), flags)
+        print("\n".join(lines))
         train, *_ = check.options(args.preset, str(root))
         print(f"# {check.summary(jobs, preset.get('reproduce', {}), train)}", file=sys.stderr)
         return

@@ -19,24 +19,32 @@ from common.files import config, write
 from common.reproduce import plans
 from common.rl import data, memory, policy, training
 
-STAGES = {  # class of the options -> the preset's sections
-    "01_train_lora_grpo.TrainConfig": ("train",),
-    "02_extract_deltas.ExtractConfig": ("extract",),
-    "03_train_predictor.PredictorConfig": ("predict",),
-    "04_extrapolate.ExtrapolateConfig": ("extrapolate",),
-    "05_continue_rl.ContinueConfig": ("train", "continue"),
-    "06_eval.EvalConfig": ("eval",),
+STAGES = {  # the class of its options, the preset's sections
+    "01": ("TrainConfig", ("train",)),
+    "02": ("ExtractConfig", ("extract",)),
+    "03": ("PredictorConfig", ("predict",)),
+    "04": ("ExtrapolateConfig", ("extrapolate",)),
+    "05": ("ContinueConfig", ("train", "continue")),
+    "06": ("EvalConfig", ("eval",)),
 }
 COPIES = 6  # two resume states, each with the weights and AdamW's two moments
 
 
+def stage_of(job: plans.Job) -> str:
+    """01 ... 06, or nothing: that of the job `seed0/rloo 01 to 250`."""
+    return next((word for word in job.name.split() if word in STAGES), "")
+
+
+def options_of(stage: str, argv: list[str]):
+    """The options of the stage "01" ... "06" by the flags `argv`."""
+    script, (name, sections) = plans.TABLES["scripts"][stage], STAGES[stage]
+    kind = getattr(importlib.import_module(script.removesuffix(".py")), name)
+    return config.parse(kind, sections, "", argv)
+
+
 def options(name: str, root: str) -> list:
     """The options of the six stages. Raises UserError for what a stage would not take."""
-    found = []
-    for path, sections in STAGES.items():
-        module, cls = path.split(".")
-        kind = getattr(importlib.import_module(module), cls)
-        found.append(config.parse(kind, sections, "", ["--config", name, "--run-dir", root]))
+    found = [options_of(stage, ["--config", name, "--run-dir", root]) for stage in STAGES]
     known = {key for cfg in found for key in vars(cfg)}
     for key in config.load_preset(name).get("shared", {}).keys() - known:
         raise UserError(f"preset {name}: unknown key {key} in shared; {config.nearest(key, known)}")
@@ -49,7 +57,7 @@ def options(name: str, root: str) -> list:
 
 def summary(jobs: list[plans.Job], wanted: dict, cfg) -> str:
     """How much there is to do. wanted: the preset's `reproduce`; cfg: the options of stage 1."""
-    steps = sum(job.work for job in jobs if {"01", "05"} & {*job.name.split()})
+    steps = sum(job.work for job in jobs if stage_of(job) in ("01", "05"))
     hours = steps * wanted.get("gpu_hours_per_step", 0)
     told = f", {hours:.0f} GPU hours and the evaluation" if hours else ""
     with contextlib.suppress(UserError):  # a model that is not here yet
@@ -125,7 +133,7 @@ def disk(jobs: list[plans.Job], every: int, adapter: float, whole: float) -> flo
     """The same with resume states, given the bytes of a checkpoint in fp32: `adapter`, `whole`."""
     total, folders = 0.0, {}
     for job in jobs:
-        if {"01", "05"} & {*job.name.split()}:
+        if stage_of(job) in ("01", "05"):
             size = whole if "full" in job.argv else adapter
             given = dict(itertools.pairwise(job.argv))
             total += size * math.ceil(job.work / int(given.get("--save-every", every)))

@@ -1,0 +1,152 @@
+"""verl 0.9.1 as the trainer of stages 1 and 5: its commands, our problems and our reward for it,
+and its checkpoints as ours, so that the other stages go on as they are.
+
+    python -m common.reproduce.verl problems <file.parquet> --config <preset> --run-dir <run dir>
+    python -m common.reproduce.verl checkpoints <verl's folder> <ours> <steps before> <backbone>
+"""
+
+import functools
+import pathlib
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+
+from common import UserError
+from common.files import write
+from common.files.read import step_of
+from common.files.stage import run_stage
+from common.reproduce.check import options_of, stage_of
+from common.reproduce.plans import TABLES, Job
+from common.reproduce.results import table_of
+from common.rl import data
+from common.rl.verifier import Verifier
+
+KEYS = table_of("verl.yaml")
+ONLY_OURS = {"learning_rate_schedule": "constant", "reward": ["verifier"], "importance_cap": 0.0}
+OURS = ("python", "-m", "common.reproduce.verl")
+LOCK = threading.Lock()
+
+
+def commands(jobs: list[Job], preset: str, root: str, flags: str) -> list[str]:
+    """What to type for `jobs`: verl's commands for stages 1 and 5, the others as they are.
+
+    preset: its name. flags: verl's keys, key=value, that replace those of verl.yaml. Raises
+    UserError where a job has an option that verl has not.
+    """
+    problems, lines, before = f"{root}/verl/train.parquet", [], {}  # run -> its steps to the jump
+    own = dict(word.split("=", 1) for word in shlex.split(flags))
+    for job in jobs:
+        if (stage := stage_of(job)) not in ("01", "05"):
+            lines.append(job.line)
+            continue
+        cfg = options_of(stage, job.argv[job.argv.index("--config") :])
+        for key, usual in ONLY_OURS.items():
+            if (value := getattr(cfg, key)) != usual:
+                raise UserError(f"verl has no {key} {value}, which this job wants: {job.line}")
+        if not before:
+            asked = ["problems", problems, "--config", preset, "--run-dir", root]
+            lines.append(shlex.join([*OURS, *asked]))
+        first = before.setdefault(cfg.run_dir, cfg.steps)
+        if stage == "01":
+            folder, step, backbone, sections = "train", 0, cfg.backbone, []
+        else:
+            name = job.name.split()[-1].replace("/", "__")
+            folder, step, cfg.steps = f"continued/{name}", first, cfg.more_steps
+            backbone, sections = cfg.backbone, ["jump"]
+            if cfg.restart == "merged" or cfg.tune == "full":
+                name = cfg.start.removeprefix("merged/")
+                lines += [merging(cfg, name)] if name == cfg.start else []
+                backbone, sections = f"{{run_dir}}/merged/{name}", []
+        values = {"model": cfg.path(backbone), "folder": f"{cfg.run_dir}/verl/{folder}"}
+        lines.append(trained(cfg, sections, {**values, "problems": problems}, own))
+        places = [values["folder"], f"{cfg.run_dir}/{folder}", str(step), backbone]
+        lines.append(shlex.join([*OURS, "checkpoints", *places]))
+    return lines
+
+
+def trained(cfg, sections: list[str], values: dict, own: dict[str, str]) -> str:
+    """verl's command for the options `cfg`. sections: more of verl.yaml. values: for its {}."""
+    algorithm = cfg.algorithm.replace("reinforce++", "reinforce_plus_plus").replace("-", "_")
+    aggregation = {"token": "token-mean", "seq": "seq-mean-token-mean"}[cfg.loss_aggregation]
+    values = {**vars(cfg), "estimator": algorithm, "aggregation": aggregation, **values}
+    values |= {"room": 2 * cfg.lora_rank, "jump": f"{cfg.run_dir}/extrapolated/{cfg.start}"}
+    sections = ["always", cfg.tune, *([f"kl_in_{cfg.kl_in}"] if cfg.kl_coef else []), *sections]
+    keys = {key: text.format_map(values) for name in sections for key, text in KEYS[name].items()}
+    words = [f"{key}={value}" for key, value in {**keys, **own}.items()]
+    return shlex.join(["python", "-m", "verl.trainer.main_ppo", *words])
+
+
+def merging(cfg, name: str) -> str:
+    """Stage 4's command for the whole model of the jump `name`: next-paper_alpha1.5."""
+    method, _, alpha = name.partition("_alpha")
+    flags = ["--config", cfg.config, "--run-dir", cfg.run_dir, "--merge", "--methods"]
+    recipe = method.removeprefix("next-")
+    flags += ["next", "--recipes", recipe] if recipe != method else [method]
+    flags += ["--alphas", alpha] if alpha else []
+    return shlex.join(["python", TABLES["scripts"]["04"], *flags])
+
+
+def write_problems(path: pathlib.Path, argv: list[str]) -> None:
+    """Stage 1's problems in verl's columns. argv: flags of stage 1."""
+    from datasets import Dataset
+
+    cfg = options_of("01", argv)
+    columns = {**cfg.columns, "english_only": cfg.english_only}
+    problems = data.load_problems(cfg.path(cfg.train_data), **columns)
+    system = [{"role": "system", "content": cfg.system_prompt}] if cfg.system_prompt else []
+    turns = [cfg.prompt_template.replace("{prompt}", problem.prompt) for problem in problems]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = {
+        "prompt": [[*system, {"role": "user", "content": turn}] for turn in turns],
+        "data_source": [problem.kind for problem in problems],
+        "reward_model": [{"ground_truth": problem.answer} for problem in problems],
+        "extra_info": [{"index": i, "format": cfg.answer_format} for i in range(len(problems))],
+    }
+    Dataset.from_dict(rows).to_parquet(path)
+
+
+@functools.cache
+def judge(answer_format: str) -> Verifier:
+    return Verifier(answer_format=answer_format)
+
+
+def compute_score(data_source, solution_str, ground_truth, extra_info) -> float:
+    """The verifier's reward, by verl's signature. A response that was cut can score here."""
+    problem = data.Problem("", ground_truth, data_source)
+    with LOCK:  # verl calls it from several threads
+        return judge(extra_info["format"]).score([solution_str], [problem], [True])[0]
+
+
+def take(source: pathlib.Path, target: pathlib.Path, before: int, backbone: str) -> None:
+    """verl's checkpoints below `source` as step_0010 ... in `target`, those not there yet.
+
+    before: RL steps before its first. backbone: what its model is an adapter on.
+    """
+    for path in sorted(source.glob("global_step_*/actor"), key=step_of):
+        step = step_of(path) + before
+        if (made := target / f"step_{step:04d}").is_dir():
+            continue
+        with tempfile.TemporaryDirectory(dir=source) as merged:
+            where = ["--local_dir", str(path), "--target_dir", merged]
+            merger = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", "fsdp"]
+            subprocess.run([*merger, *where], check=True)
+            found = pathlib.Path(merged)  # a whole model, or an adapter beside its backbone
+            found = found / "lora_adapter" if (found / "lora_adapter").is_dir() else found
+            with write.atomic_dir(made, {"step": step, "backbone": backbone}) as folder:
+                write.copy_files([file for file in found.iterdir() if file.is_file()], folder)
+
+
+def main() -> None:
+    match sys.argv[1:]:
+        case ["problems", path, *argv]:
+            write_problems(pathlib.Path(path), argv)
+        case ["checkpoints", source, target, before, backbone]:
+            take(pathlib.Path(source), pathlib.Path(target), int(before), backbone)
+        case _:
+            raise UserError(__doc__)
+
+
+if __name__ == "__main__":
+    run_stage(main)
