@@ -102,7 +102,7 @@ class Result:
     @property
     def label(self) -> str:
         """Its name in tables."""
-        if self.method == "grpo" and self.trained.get("tune") == "full":
+        if self.method == "grpo" and "full" in (self.trained.get("tune"), self.run):
             return label_of("full")
         if self.method == "grpo" and not self.policy.startswith("train/"):
             return "another trainer's RL"

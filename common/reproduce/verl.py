@@ -2,7 +2,7 @@
 and its checkpoints as ours, so that the other stages go on as they are.
 
     python -m common.reproduce.verl problems <file.parquet> --config <preset> --run-dir <run dir>
-    python -m common.reproduce.verl checkpoints <verl's folder> <ours> <steps before> <backbone>
+    python -m common.reproduce.verl checkpoints <verl's> <ours> <steps before> <backbone> [<jump>]
 """
 
 import functools
@@ -15,6 +15,7 @@ import threading
 
 from common import UserError
 from common.files import write
+from common.files.adapters import CONFIG, VLLM_RANKS
 from common.files.read import step_of
 from common.files.stage import run_stage
 from common.reproduce.check import options_of, stage_of
@@ -25,6 +26,7 @@ from common.rl.verifier import Verifier
 
 KEYS = table_of("verl.yaml")
 ONLY_OURS = {"learning_rate_schedule": "constant", "reward": ["verifier"], "importance_cap": 0.0}
+FROM_ZERO = {**ONLY_OURS, "start": ""}  # stage 1's
 OURS = ("python", "-m", "common.reproduce.verl")
 LOCK = threading.Lock()
 
@@ -42,7 +44,7 @@ def commands(jobs: list[Job], preset: str, root: str, flags: str) -> list[str]:
             lines.append(job.line)
             continue
         cfg = options_of(stage, job.argv[job.argv.index("--config") :])
-        for key, usual in ONLY_OURS.items():
+        for key, usual in (FROM_ZERO if stage == "01" else ONLY_OURS).items():
             if (value := getattr(cfg, key)) != usual:
                 raise UserError(f"verl has no {key} {value}, which this job wants: {job.line}")
         if not before:
@@ -60,8 +62,11 @@ def commands(jobs: list[Job], preset: str, root: str, flags: str) -> list[str]:
                 lines += [merging(cfg, name)] if name == cfg.start else []
                 backbone, sections = f"{{run_dir}}/merged/{name}", []
         values = {"model": cfg.path(backbone), "folder": f"{cfg.run_dir}/verl/{folder}"}
-        lines.append(trained(cfg, sections, {**values, "problems": problems}, own))
+        values |= {"problems": problems, "order": cfg.seed + step}
+        values["jump"] = f"{cfg.run_dir}/extrapolated/{cfg.start}"
+        lines.append(trained(cfg, sections, values, own))
         places = [values["folder"], f"{cfg.run_dir}/{folder}", str(step), backbone]
+        places += [values["jump"]] if sections else []
         lines.append(shlex.join([*OURS, "checkpoints", *places]))
     return lines
 
@@ -71,7 +76,7 @@ def trained(cfg, sections: list[str], values: dict, own: dict[str, str]) -> str:
     algorithm = cfg.algorithm.replace("reinforce++", "reinforce_plus_plus").replace("-", "_")
     aggregation = {"token": "token-mean", "seq": "seq-mean-token-mean"}[cfg.loss_aggregation]
     values = {**vars(cfg), "estimator": algorithm, "aggregation": aggregation, **values}
-    values |= {"room": 2 * cfg.lora_rank, "jump": f"{cfg.run_dir}/extrapolated/{cfg.start}"}
+    values["room"] = VLLM_RANKS[-1] if cfg.start.startswith("relex") else 2 * cfg.lora_rank
     sections = ["always", cfg.tune, *([f"kl_in_{cfg.kl_in}"] if cfg.kl_coef else []), *sections]
     keys = {key: text.format_map(values) for name in sections for key, text in KEYS[name].items()}
     words = [f"{key}={value}" for key, value in {**keys, **own}.items()]
@@ -97,6 +102,7 @@ def write_problems(path: pathlib.Path, argv: list[str]) -> None:
     problems = data.load_problems(cfg.path(cfg.train_data), **columns)
     system = [{"role": "system", "content": cfg.system_prompt}] if cfg.system_prompt else []
     turns = [cfg.prompt_template.replace("{prompt}", problem.prompt) for problem in problems]
+    judge("boxed").score([r"\boxed{x + 1}"], [data.Problem("", "1 + x")], [True])  # it works here
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = {
         "prompt": [[*system, {"role": "user", "content": turn}] for turn in turns],
@@ -119,31 +125,36 @@ def compute_score(data_source, solution_str, ground_truth, extra_info) -> float:
         return judge(extra_info["format"]).score([solution_str], [problem], [True])[0]
 
 
-def take(source: pathlib.Path, target: pathlib.Path, before: int, backbone: str) -> None:
-    """verl's checkpoints below `source` as step_0010 ... in `target`, those not there yet.
+def take(verls: pathlib.Path, ours: pathlib.Path, before: int, backbone: str, jump="") -> None:
+    """verl's checkpoints in `verls` as step_0010 ... in `ours`, those that are not there yet.
 
-    before: RL steps before its first. backbone: what its model is an adapter on.
+    before: RL steps before its first. backbone: what its adapters stand on. jump: the adapter that
+    was trained on; its config is copied, as verl's merger cuts 32.5, the lora_alpha, to 32.
     """
-    for path in sorted(source.glob("global_step_*/actor"), key=step_of):
+    found = sorted(verls.glob("global_step_*/actor"), key=step_of)
+    if not found:
+        raise UserError(f"{verls} has no checkpoint global_step_*/actor of verl's: train first")
+    merger = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", "fsdp"]
+    for path in found:
         step = step_of(path) + before
-        if (made := target / f"step_{step:04d}").is_dir():
+        if (made := ours / f"step_{step:04d}").is_dir():
             continue
-        with tempfile.TemporaryDirectory(dir=source) as merged:
+        with tempfile.TemporaryDirectory(dir=verls) as merged:
             where = ["--local_dir", str(path), "--target_dir", merged]
-            merger = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", "fsdp"]
             subprocess.run([*merger, *where], check=True)
-            found = pathlib.Path(merged)  # a whole model, or an adapter beside its backbone
-            found = found / "lora_adapter" if (found / "lora_adapter").is_dir() else found
+            adapter = pathlib.Path(merged, "lora_adapter")  # beside its backbone
+            files = adapter if adapter.is_dir() else pathlib.Path(merged)
             with write.atomic_dir(made, {"step": step, "backbone": backbone}) as folder:
-                write.copy_files([file for file in found.iterdir() if file.is_file()], folder)
+                write.copy_files([file for file in files.iterdir() if file.is_file()], folder)
+                write.copy_files([pathlib.Path(jump, CONFIG)] if jump else [], folder)
 
 
 def main() -> None:
     match sys.argv[1:]:
         case ["problems", path, *argv]:
             write_problems(pathlib.Path(path), argv)
-        case ["checkpoints", source, target, before, backbone]:
-            take(pathlib.Path(source), pathlib.Path(target), int(before), backbone)
+        case ["checkpoints", verls, ours, before, *others]:
+            take(pathlib.Path(verls), pathlib.Path(ours), int(before), *others)
         case _:
             raise UserError(__doc__)
 

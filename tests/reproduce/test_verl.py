@@ -20,12 +20,18 @@ from common.files import adapters, config
 from common.reproduce import check, plans, verl
 
 SIZES = ("1.5b", "3b", "7b", "14b")
-# Writes what verl's merger does: the adapter of a checkpoint beside its backbone, or a whole model.
+# Writes what verl's merger does: a whole model, and beside a backbone the adapter, whose alpha it
+# takes for an integer, without patterns.
 MERGER = """
-import pathlib, shutil, sys
+import json, pathlib, shutil, sys
 flags = dict(zip(sys.argv[2::2], sys.argv[3::2]))
 assert sys.argv[1] == "merge" and flags["--backend"] == "fsdp"
 shutil.copytree(flags["--local_dir"], flags["--target_dir"], dirs_exist_ok=True)
+path = pathlib.Path(flags["--target_dir"], "lora_adapter", "adapter_config.json")
+if path.is_file():
+    config = json.loads(path.read_text())
+    config |= {"lora_alpha": int(config["lora_alpha"]), "rank_pattern": {}, "alpha_pattern": {}}
+    path.write_text(json.dumps(config))
 """
 
 
@@ -150,6 +156,13 @@ def test_a_jump_is_trained_on_as_an_adapter_or_merged_before():
     path = "runs/x/seed0/lora/extrapolated/next-paper_alpha1.5"
     assert kept["actor_rollout_ref.model.lora_adapter_path"] == path
     assert kept["actor_rollout_ref.model.lora_rank"] == "128"  # the jump's 65 fits
+    assert kept["data.seed"] == "150"  # not the first steps' problems again
+    (taken,) = [
+        w
+        for w in lines
+        if w[3:4] == ["checkpoints"] and w[5].endswith("next-paper_alpha1.5") and "lora" in w[5]
+    ]
+    assert taken[-1] == path
     assert kept["actor_rollout_ref.model.path"] == "Qwen/Qwen2.5-7B-Instruct"
     merged = found["runs/x/seed0/lora/verl/continued/next-paper_alpha1.5_merged"]
     assert "actor_rollout_ref.model.lora_adapter_path" not in merged
@@ -184,7 +197,9 @@ def test_other_algorithms_and_losses_have_verls_names(tmp_path):
         assert given["actor_rollout_ref.actor.loss_agg_mode"] == "seq-mean-token-mean"
 
 
-def test_what_verl_cannot_do_is_refused():
+def test_what_verl_cannot_do_is_refused(tmp_path):
+    with pytest.raises(UserError, match="verl has no start /an/adapter"):
+        typed(preset(tmp_path, train={"start": "/an/adapter"}))
     with pytest.raises(UserError, match="verl has no learning_rate_schedule linear"):
         typed("paper_qwen2.5_7b", reproduce={"continue_from": ["none_linear"]})
 
@@ -233,15 +248,20 @@ def test_the_problems_get_verls_columns(tmp_path):
     assert row["extra_info"] == {"index": 0, "format": "last_number"}
 
 
+def as_verl(adapter, step: int, folder, backbone) -> None:
+    """A checkpoint of ours as one of verl's."""
+    actor = folder / f"global_step_{step}" / "actor"
+    shutil.copytree(backbone, actor)
+    shutil.copytree(adapter, actor / "lora_adapter")
+    for own in ("checkpoint.json", "sha256.json"):
+        (actor / "lora_adapter" / own).unlink()
+
+
 def test_verls_checkpoints_become_ours(run, merger, stage):
-    """What its merger leaves of the tiny run's checkpoints is what stages 2 to 4 and 6 read."""
+    """What its merger leaves of the tiny run's checkpoints is what stages 2, 4 and 6 read."""
     backbone, theirs = str(run / "backbone"), run / "verl" / "train"
     for path in sorted((run / "train").glob("step_*")):
-        actor = theirs / f"global_step_{int(path.name[-4:])}" / "actor"
-        shutil.copytree(backbone, actor)
-        shutil.copytree(path, actor / "lora_adapter")
-        for own in ("checkpoint.json", "sha256.json"):
-            (actor / "lora_adapter" / own).unlink(missing_ok=True)
+        as_verl(path, int(path.name[-4:]), theirs, backbone)
     before = {p.name: p.read_bytes() for p in sorted((run / "deltas").glob("*.safetensors"))}
     steps = sorted(path.name for path in (run / "train").glob("step_*"))
     for folder in ("train", "deltas", "predictor", "extrapolated", "continued", "eval"):
@@ -250,18 +270,26 @@ def test_verls_checkpoints_become_ours(run, merger, stage):
     verl.take(theirs, run / "train", 0, backbone)  # again: all are there
     assert sorted(path.name for path in (run / "train").glob("step_*")) == steps
     assert [*theirs.glob("tmp*")] == []
-    code, _ = stage("02", run)
-    assert code == 0
+    assert stage("02", run)[0] == 0
     assert {p.name: p.read_bytes() for p in (run / "deltas").glob("*.safetensors")} == before
     assert stage("04", run, "--methods", "repeat-last", "none")[0] == 0
-    verl.take(theirs, run / "continued" / "none", 8, backbone)
-    assert (
-        stage("06", run, "--policies", "backbone", f"train/{steps[-1]}", "continued/none/*")[0] == 0
-    )
-    found = json.loads(
-        next((run / "eval").glob("continued__none__*")).joinpath("test.json").read_text()
-    )
-    assert found["policy"].startswith("continued/none/step_")
+    # The jump, of rank r + 1 with a broken lora_alpha, keeps its scale.
+    jump = run / "extrapolated" / "repeat-last_alpha1.5"
+    assert adapters.read_config(jump)["lora_alpha"] % 1
+    as_verl(jump, 4, run / "verl" / "later", backbone)
+    place = run / "continued" / "repeat-last_alpha1.5"
+    verl.take(run / "verl" / "later", place, 8, backbone, str(jump))
+    (made,) = place.iterdir()
+    assert made.name == "step_0012"
+    assert adapters.read_header(made).config == adapters.read_config(jump)
+    policies = ("backbone", f"train/{steps[-1]}", "continued/*/*")
+    assert stage("06", run, "--policies", *policies)[0] == 0
+    assert (run / "eval" / "continued__repeat-last_alpha1.5__step_0012" / "test.json").is_file()
+
+
+def test_a_folder_without_checkpoints_of_verls_is_named(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint global_step"):
+        verl.take(tmp_path, tmp_path / "train", 0, "b")
 
 
 def test_a_whole_model_of_verls_becomes_ours(run, merger):
