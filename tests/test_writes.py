@@ -9,10 +9,11 @@ import re
 import pytest
 from conftest import ROOT
 
-# write: the folders of a run, vLLM's adapter; policy: in an open folder; given: runs stage 6.
+# write: the folders of a run, vLLM's adapter; policy: in an open folder; given: runs stage 6; verl:
+# runs verl's merger.
 ALLOWED = re.compile(
     r"common/(files/write|rl/(policy|verifier\w*|rollout|vllm_engine)|baselines/given"
-    r"|reproduce/(__main__|run\w*))\.py"
+    r"|reproduce/(__main__|run\w*|verl))\.py"
 )
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "common").rglob("*.py")])
 MODULES = {"shutil", "subprocess", "multiprocessing", "tempfile", "io", "pickle", "asyncio"}

@@ -130,26 +130,15 @@ def dare(m: Matrix, alpha: float) -> torch.Tensor:
     return m.W[0] + delta * kept / (1 - DARE_DROP)
 
 
-def weighted_terms(count: int) -> torch.Tensor:
-    """[c, 3, 2 c]: at checkpoint i, three deltas as sums over the locals L, then the globals G:
+def weighted_terms(roles: dict, i: int) -> list[LowRank]:
+    """Three deltas of one matrix at checkpoint i, from 0, of its locals L and its globals G:
 
-        L_i,    the mean of the last WINDOW locals (of all there are before that),    G_i / i
+        L_i,    the mean of the last WINDOW locals (of all there are before that),    G_i / (i + 1)
 
-    All three are what one checkpoint moved, with a shorter and a longer memory. count: c.
+    All three are what one checkpoint moved, with a shorter and a longer memory.
     """
-    mix = torch.zeros(count, 3, 2 * count, dtype=torch.float64)
-    for i in range(count):
-        first = max(0, i + 1 - WINDOW)
-        mix[i, 0, i] = 1
-        mix[i, 1, first : i + 1] = 1 / (i + 1 - first)
-        mix[i, 2, count + i] = 1 / (i + 1)
-    return mix
-
-
-def locals_and_globals(roles: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One matrix's locals, then globals, in float64: u [2 c, m], sigma [2 c], v [2 c, n]."""
-    pairs = (roles["local"], roles["global"])
-    return tuple(torch.cat([getattr(t, x) for t in pairs]).double() for x in ("u", "sigma", "v"))
+    last = [roles["local"][j] for j in range(max(0, i + 1 - WINDOW), i + 1)]
+    return [last[-1], mean(last), roles["global"][i] / (i + 1)]
 
 
 def weighted_fit(trajectory) -> torch.Tensor:
@@ -160,32 +149,26 @@ def weighted_fit(trajectory) -> torch.Tensor:
     T_ij are the terms at checkpoint i. The mean is over matrices and i = 2 .. c - 1, which count
     DECAY^(c - 1 - i). Locals and not targets, because the last local ends at c.
     """
-    count = len(trajectory.steps)
-    pairs, mix = range(1, count - 1), weighted_terms(count)
-    left, right = torch.zeros(3, 3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    c = len(trajectory.steps)
+    shares = {i: DECAY ** (c - 2 - i) for i in range(1, c - 1)}
+    sums = torch.zeros(3, 4, dtype=torch.float64)  # <T_j, T_j'>, and <T_j, next>
     for roles in trajectory.deltas.values():
-        u, sigma, v = locals_and_globals(roles)
-        # <s u v^T, s' u' v'^T> = s s' (u . u') (v . v'): no matrix is formed.
-        products = torch.outer(sigma, sigma) * (u @ u.T) * (v @ v.T)  # [2 c, 2 c]
-        for i in pairs:
-            if sigma[i] > 0:
-                share = DECAY ** (count - 2 - i) / sigma[i] ** 2
-                left += share * mix[i] @ products @ mix[i].T
-                right += share * mix[i] @ products[:, i + 1]
+        for i, share in shares.items():
+            if (size := float(roles["local"].sigma[i])) > 0:
+                terms, target = weighted_terms(roles, i), roles["local"][i + 1]
+                products = [[inner(a, b) for b in (*terms, target)] for a in terms]
+                sums += share / size**2 * torch.tensor(products, dtype=torch.float64)
     # With two checkpoints there is no pair, and the prior is all.
-    total = len(trajectory.deltas) * sum(DECAY ** (count - 2 - i) for i in pairs) or 1.0
+    sums /= len(trajectory.deltas) * sum(shares.values()) or 1.0
     prior = torch.tensor(PRIOR, dtype=torch.float64)
-    return torch.linalg.solve(left / total + RIDGE * torch.eye(3), right / total + RIDGE * prior)
+    return torch.linalg.solve(sums[:, :3] + RIDGE * torch.eye(3), sums[:, 3] + RIDGE * prior)
 
 
 def weighted(roles: dict, k: int, weights: torch.Tensor) -> LowRank:
     """Ours, without a network: rank 1 of k times a weighted sum of one matrix's deltas. No signs
     have to be aligned, because it sees products sigma u v^T alone."""
-    amounts = k * weights @ weighted_terms(len(roles["global"]))[-1]  # [2 c]
-    u, sigma, v = locals_and_globals(roles)
-    used = amounts.nonzero()[:, 0].tolist()
-    found = top(sum(float(amounts[j]) * rank1(u[j], sigma[j], v[j]) for j in used))
-    return rank1(found.u.float(), found.sigma[0].float(), found.v.float())
+    terms = weighted_terms(roles, len(roles["global"]) - 1)
+    return reduced(sum(k * float(w) * term for w, term in zip(weights, terms, strict=True)))
 
 
 class Method(NamedTuple):

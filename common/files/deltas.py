@@ -26,13 +26,10 @@ class Triples:
     def __len__(self) -> int:
         return len(self.sigma)
 
-    def __getitem__(self, i: int) -> LowRank:
-        """sigma u v^T of checkpoint i."""
-        return rank1(self.u[i], self.sigma[i], self.v[i])
-
-    def part(self, which: slice) -> "Triples":
-        """The triples of some checkpoints."""
-        return Triples(self.u[which], self.sigma[which], self.v[which])
+    def __getitem__(self, i: int | slice) -> "LowRank | Triples":
+        """sigma u v^T of checkpoint i; the triples of a slice of checkpoints."""
+        parts = (self.u[i], self.sigma[i], self.v[i])
+        return Triples(*parts) if isinstance(i, slice) else rank1(*parts)
 
 
 def align(u, v, reference_u, reference_v):
@@ -84,7 +81,7 @@ class Trajectory:
     def _part(self, checkpoints: slice, targets: slice) -> "Trajectory":
         cut = {"global": checkpoints, "local": checkpoints, "target": targets}
         deltas = {
-            module: {role: t.part(cut[role]) for role, t in roles.items()}
+            module: {role: t[cut[role]] for role, t in roles.items()}
             for module, roles in self.deltas.items()
         }
         return Trajectory(self.steps[checkpoints], self.k, deltas)

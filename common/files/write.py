@@ -66,16 +66,19 @@ def remove(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: pathlib.Path):
-    """Yields a temporary name. The file written there becomes `path` if the block ends well."""
+    """Yields a temporary name. What is made there becomes `path` if the block ends well."""
     temporary = _beside(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
             flush(temporary)
+            if temporary.is_dir():  # a folder is not replaced in one step
+                remove(path)
             os.replace(temporary, path)
         finally:
-            temporary.unlink(missing_ok=True)  # a full disk needs the room
+            with contextlib.suppress(OSError):
+                _delete(temporary)  # a full disk needs the room
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -128,21 +131,14 @@ def atomic_dir(path: pathlib.Path, info: dict | None = None):
     Hashes of the weights in it and of their configs go into its sha256.json, see `check_intact`;
     `info` into its checkpoint.json. If `path` is there it is replaced: for a moment there is none.
     """
-    temporary = _beside(path)
-    with writing(path):
+    with atomic_file(path) as temporary:
         _delete(temporary)
-        temporary.mkdir(parents=True)
-        try:
-            yield temporary
-            if info is not None:
-                write_text(temporary / "checkpoint.json", json.dumps(info))
-            if hashes := hashes_of(temporary, ("config.json", "adapter_config.json")):
-                write_json(temporary / HASHES, hashes)
-            flush(temporary)
-            remove(path)
-            os.replace(temporary, path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the room
+        temporary.mkdir()
+        yield temporary
+        if info is not None:
+            write_text(temporary / "checkpoint.json", json.dumps(info))
+        if hashes := hashes_of(temporary, ("config.json", "adapter_config.json")):
+            write_json(temporary / HASHES, hashes)
 
 
 def hashes_of(folder: pathlib.Path, also: tuple[str, ...] = ()) -> dict[str, str]:

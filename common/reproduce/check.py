@@ -19,14 +19,7 @@ from common.files import config, write
 from common.reproduce import plans
 from common.rl import data, memory, policy, training
 
-STAGES = {  # the class of its options, the preset's sections
-    "01": ("TrainConfig", ("train",)),
-    "02": ("ExtractConfig", ("extract",)),
-    "03": ("PredictorConfig", ("predict",)),
-    "04": ("ExtrapolateConfig", ("extrapolate",)),
-    "05": ("ContinueConfig", ("train", "continue")),
-    "06": ("EvalConfig", ("eval",)),
-}
+STAGES = plans.TABLES["options"]  # stage -> the class of its options, the preset's sections
 COPIES = 6  # two resume states, each with the weights and AdamW's two moments
 
 
@@ -37,7 +30,7 @@ def stage_of(job: plans.Job) -> str:
 
 def options_of(stage: str, argv: list[str]):
     """The options of the stage "01" ... "06" by the flags `argv`."""
-    script, (name, sections) = plans.TABLES["scripts"][stage], STAGES[stage]
+    script, (name, *sections) = plans.TABLES["scripts"][stage], STAGES[stage]
     kind = getattr(importlib.import_module(script.removesuffix(".py")), name)
     return config.parse(kind, sections, "", argv)
 
@@ -102,7 +95,7 @@ def counted(flag: str, spec: str, cfg, tokenizer) -> list[str]:
     if tokenizer:  # which says on stderr what is too long
         turns = (cfg.prompt_template, cfg.system_prompt, cfg.max_prompt_tokens)
         data.encode_prompts(problems, tokenizer, *turns, spec)
-    source = data.known_source(spec)
+    source = data.parse_spec(spec)[2]
     known = source.rows if source else len(problems)
     odd = f"unlike what is known: {spec} has {len(problems)} problems, not {known}"
     return [odd] if len(problems) != known else []

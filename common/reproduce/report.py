@@ -1,12 +1,18 @@
 """The page: report.md and .html of one run directory, tables.md and .html of a grid of them."""
 
+import base64
+import html
 import pathlib
+import re
 
 import matplotlib.pyplot as plt
+from markdown_it import MarkdownIt
 
 from common.files import stage, write
-from common.reproduce import claims, figures, rates, sizes, tables, webpage
-from common.reproduce.runs import MAIN, Runs
+from common.files.read import read_jsonl
+from common.reproduce import claims, figures, rates, sizes, tables
+from common.reproduce.results import MAIN_ALPHA, place
+from common.reproduce.runs import MAIN, Measured, Runs
 
 NOTES = {
     "problems": "One training seed. Errors are standard errors over test problems, each answered "
@@ -32,6 +38,9 @@ FIGURES = {  # title -> name of the file, and what draws it
 }
 KEYS = ("seed", "run", "policy", "label", "method", "alpha", "steps", "accuracy", "error", "n")
 KEYS += ("length", "seconds")  # in results.json
+FRAME = pathlib.Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+SHOWN = 8  # problems with their answers
+ANSWER = {"problem": int, "run": int, "prompt": str, "response": str, "answer": str, "score": float}
 
 
 def page(runs: Runs, made_with: str) -> str:
@@ -70,11 +79,53 @@ def page(runs: Runs, made_with: str) -> str:
     return "\n\n".join([*text, WORDS])
 
 
+def whole(text: str, runs: Runs) -> str:
+    """The page `text`, which is markdown, as HTML. Figures come from `runs.root`."""
+
+    def embedded(match: re.Match) -> str:
+        picture = base64.b64encode((runs.root / match[1]).read_bytes()).decode()
+        return f'src="data:image/png;base64,{picture}"'
+
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    body = re.sub(r'src="(figures/\w+\.png)"', embedded, body)
+    title = html.escape(f"Results of {runs.root.name}")
+    return FRAME.replace("{title}", title).replace("{body}", body + answers(runs))
+
+
+def answers(runs: Runs) -> str:
+    """What the backbone, the policy before the jump, after it and at the end say to one problem."""
+    jumps = [m for m in runs.some() if m.jumped and m.alpha in (MAIN_ALPHA, None)]
+    jumps = sorted((m for m in jumps if m.method != "none"), key=place)
+    jump = runs.jump("next-aligned") or next(iter(jumps), Measured(""))
+    later = runs.later(jump.method) if jump else Measured("")
+    columns = {}  # heading -> problem -> row of stage 6
+    for m in filter(None, [runs.get("backbone"), runs.before, jump, later, *runs.plain()[-1:]]):
+        folder = runs.folder(next(iter(m.by_seed))) / "eval" / m.policy.replace("/", "__")
+        when = "right after the jump" if m.jumped else f"step {m.steps}"
+        if (path := folder / f"{runs.tasks[0]}.jsonl").is_file():
+            rows = [row for row in read_jsonl(path, ANSWER) if row["run"] == 0]
+            columns[m.label + (f", {when}" if m.steps else "")] = {r["problem"]: r for r in rows}
+    if not columns:
+        return ""
+    lines = ["".join(f"<th>{html.escape(name)}</th>" for name in ["problem", *columns])]
+    for problem, row in sorted(next(iter(columns.values())).items())[:SHOWN]:
+        asked = f"{row['prompt']}\n\nright: {row['answer']}"
+        cells = [f"<td>{html.escape(asked)}</td>"]
+        for found in (rows.get(problem) for rows in columns.values()):
+            kind = "right" if found and found["score"] == 1 else "wrong"
+            text = html.escape(found["response"]) if found else "–"
+            cells.append(f'<td class="{kind}">{text}</td>')
+        lines.append("".join(cells))
+    rows = "".join(f"<tr>{line}</tr>\n" for line in lines)
+    note = f"<p>The first problems of {runs.tasks[0]}. Green answers are right.</p>"
+    return f'<h2>Answers side by side</h2>\n{note}\n<table class="answers">\n{rows}</table>\n'
+
+
 def write_page(runs: Runs, made_with: str, path: pathlib.Path, results: pathlib.Path) -> str:
     """Writes the page twice, and its numbers as JSON; returns what the console shows."""
     write.write_json(results, [{key: getattr(r, key) for key in KEYS} for r in runs.all])
     write.write_text(path, text := page(runs, made_with))
-    write.write_text(path.with_suffix(".html"), webpage.whole(text, runs))
+    write.write_text(path.with_suffix(".html"), whole(text, runs))
     left = "".join(f"left out: {line}\n" for line in runs.left_out)
     return f"\n{tables.main_table(runs)}\n\n{left}report: {path}, figures beside it, and .html"
 

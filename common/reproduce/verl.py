@@ -103,14 +103,14 @@ def write_problems(path: pathlib.Path, argv: list[str]) -> None:
     system = [{"role": "system", "content": cfg.system_prompt}] if cfg.system_prompt else []
     turns = [cfg.prompt_template.replace("{prompt}", problem.prompt) for problem in problems]
     judge("boxed").score([r"\boxed{x + 1}"], [data.Problem("", "1 + x")], [True])  # it works here
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = {
         "prompt": [[*system, {"role": "user", "content": turn}] for turn in turns],
         "data_source": [problem.kind for problem in problems],
         "reward_model": [{"ground_truth": problem.answer} for problem in problems],
         "extra_info": [{"index": i, "format": cfg.answer_format} for i in range(len(problems))],
     }
-    Dataset.from_dict(rows).to_parquet(path)
+    with write.atomic_file(path) as temporary:
+        Dataset.from_dict(rows).to_parquet(temporary)
 
 
 @functools.cache

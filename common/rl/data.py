@@ -54,9 +54,9 @@ def load_tasks(specs, flag="--test-data", english_only=False, **columns) -> dict
     """
     tasks = {}
     for spec in specs:
-        name, where = parse_spec(spec := str(spec))
+        name, where, source = parse_spec(str(spec))
         benchmark, _, wanted = name.partition("/")
-        source = known_source(spec) or Source(where, **columns)
+        source = source or Source(where, **columns)
         found = {}  # task -> its problems, in order
         for place, row in rows(where, source, f"{flag} {benchmark}"):
             part = (_text(row, source.part) or "").replace(" ", "-")
@@ -73,11 +73,12 @@ def load_tasks(specs, flag="--test-data", english_only=False, **columns) -> dict
     return tasks
 
 
-def parse_spec(spec: str) -> tuple[str, str]:
-    """(name, where): `where` is a local path or a hub id.
+def parse_spec(spec: str) -> tuple[str, str, Source | None]:
+    """(name, where, source): `where` is a local path or a hub id, `source` the benchmark that is
+    named. A file or a hub id that is only called like one is none.
 
-    >>> parse_spec("aime24"), parse_spec("someone/sums:hard")
-    (('aime24', 'HuggingFaceH4/aime_2024'), ('sums-hard', 'someone/sums:hard'))
+    >>> parse_spec("aime24")[:2], parse_spec("someone/sums:hard")
+    (('aime24', 'HuggingFaceH4/aime_2024'), ('sums-hard', 'someone/sums:hard', None))
     """
     name, _, where = spec.partition("=")
     name = {source.hub_id: name for name, source in SOURCES.items()}.get(name, name)
@@ -89,14 +90,7 @@ def parse_spec(spec: str) -> tuple[str, str]:
     path = pathlib.Path(where)
     if path.suffix in FILE_TYPES and not path.is_file():
         raise UserError(f"data file {path} not found")
-    return name, where
-
-
-def known_source(spec: str) -> Source | None:
-    """The benchmark that `spec` names. A file or a hub id that is only called like one is none."""
-    name, where = parse_spec(spec)
-    source = SOURCES.get(name.partition("/")[0])
-    return source if source and (where != spec or spec == source.hub_id) else None
+    return name, where, source
 
 
 def content_hash(spec: str) -> str | None:

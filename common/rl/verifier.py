@@ -22,9 +22,9 @@ from common import UserError
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _NUMBER = re.compile(r"([+-]?)\s*(\d{1,400}\.?\d{0,400}|\.\d{1,400})(?:[eE]([+-]?\d{1,3}))?")
-_POWER = re.compile(
-    r"\s*(?:\\times|\\cdot|\*)\s*\{?\s*10\s*\}?\s*\^\s*\{?\s*([+-]?\d{1,3})\s*\}{0,2}$"
-)
+_TIMES_TEN = r"\s*(?:\\times|\\cdot|\*)\s*\{?\s*10\s*\}?\s*\^\s*\{?\s*([+-]?\d{1,3})\s*\}{0,2}"
+_POWER = re.compile(_TIMES_TEN + "$")
+_SCIENTIFIC = re.compile(r"(?<![\d.^])\d[\d.,]*" + _TIMES_TEN)  # 3 \times 10^{8}
 _FRACTION = re.compile(
     r"([+-]?)\s*(?:\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}|([\d.,]+)\s*/\s*([\d.,]+))"
 )
@@ -35,10 +35,6 @@ _UNIT = re.compile(
     r"(?:\\(?:text|mathrm|mbox)\s*\{[^{}]*\}(?:\^\{?-?\d\}?)?|\^\s*\{?\s*\\circ\s*\}?|°)$"
 )
 _UNEVALUATED = re.compile(r"\d\s*\}?\s*(\+|-|\*|\\cdot|\\times)\s*\{?\s*\d")
-_SCIENTIFIC = re.compile(  # 3 \times 10^{8}
-    r"(?<![\d.^])\d[\d.,]*\s*(?:\*|\\cdot|\\times)\s*\{?\s*10\s*\}?"
-    r"\s*\^\s*\{?\s*[+-]?\d{1,3}\s*\}{0,2}"
-)
 # Of an answer: x =, x_1 + y =, mn =, AB =, \angle ABC =, \theta =.
 _GREEK = r"\\(?:alpha|beta|gamma|theta|phi|lambda|mu|omega)"
 _TERM = rf"(?:(?!not\b)[a-z]{{1,3}}|[A-Z]{{1,4}}|{_GREEK})(?:_\{{?\w\}}?)?"

@@ -286,11 +286,11 @@ def test_two_tasks_of_one_name_are_refused(tmp_path):
 
 def test_a_file_or_a_hub_id_that_is_only_called_like_a_benchmark_is_read_as_itself(tmp_path):
     for spec in ("aime24", "HuggingFaceH4/aime_2024", "mmlu-pro/law"):
-        assert data.known_source(spec)
+        assert data.parse_spec(spec)[2]
     write(tmp_path / "aime24.jsonl", [{"prompt": "1+1", "answer": "2"}])
     path = str(tmp_path / "aime24.jsonl")
-    assert data.known_source(f"aime24={path}")
-    assert data.known_source(path) is data.known_source("someone/aime24") is None
+    assert data.parse_spec(f"aime24={path}")[2]
+    assert data.parse_spec(path)[2] is data.parse_spec("someone/aime24")[2] is None
     (problem,) = data.load_problems(path)
     assert (problem.prompt, problem.kind) == ("1+1", "latex")
 
