@@ -1,6 +1,6 @@
 """Stage 1: RL with verifiable rewards.                  Paper: Sec. 3.1, 4.1; Eq. 1, 2, 4; Table 2
 
-    accelerate launch 01_train_lora_grpo.py --config demo --run-dir runs/demo
+    accelerate launch --quiet 01_train_lora_grpo.py --config demo --run-dir runs/demo
     accelerate launch --num_processes 2 01_train_lora_grpo.py --config demo --run-dir runs/demo
 
 Reads   the backbone and the problems: a file, a hub id or a name of common/rl/benchmarks.yaml
@@ -120,7 +120,7 @@ def train(run: Run, stage: Stage, first_step: int) -> None:
     begin = go_on(folder, first_step, cfg, run.stands_on, run.model, run.optimizer)
     log = StepLog(folder / "metrics.jsonl", keep_to=begin)
     samples = StepLog(folder / "samples.jsonl", keep_to=begin)
-    for step in progress(range(begin + 1, cfg.steps + 1), folder.name, unit="step"):
+    for step in progress(range(begin + 1, cfg.steps + 1), folder.name, in_log=True, unit="step"):
         timer = metrics.Timer()
         # Rollouts by the policy as it is, and their rewards.
         batch = sample(run, step, timer)

@@ -1,7 +1,7 @@
 """Stage 3: train the trajectory predictor.                Paper: Sec. 4.2, Alg. 1; Eq. 8, 9, 11
 
-    accelerate launch 03_train_predictor.py --config demo --run-dir runs/demo
-    accelerate launch 03_train_predictor.py --config demo --run-dir runs/demo --inputs local
+    accelerate launch --quiet 03_train_predictor.py --config demo --run-dir runs/demo
+    accelerate launch --quiet 03_train_predictor.py --config demo --run-dir runs/demo --inputs local
 
 Reads   <run-dir>/deltas, and for the backtest the checkpoints that these were made from
 Writes  <run-dir>/predictor/<recipe>/model.safetensors      a network per kind and length of vector

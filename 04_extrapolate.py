@@ -1,7 +1,7 @@
 """Stage 4: jump.                                Paper: Sec. 4.2 (predict-extend); Eq. 10; Fig. 6
 
-    accelerate launch 04_extrapolate.py --config demo --run-dir runs/demo
-    accelerate launch 04_extrapolate.py --config demo --run-dir runs/demo --methods weighted none
+    accelerate launch --quiet 04_extrapolate.py --config demo --run-dir runs/demo
+    accelerate launch --quiet 04_extrapolate.py --config demo --run-dir runs/demo --methods none
 
 Reads   <run-dir>/deltas, the checkpoints that these were made from, <run-dir>/predictor/<recipe>
 Writes  <run-dir>/extrapolated/<method>_alpha1.5   an adapter in fp32, exact to rank 512; `next` has

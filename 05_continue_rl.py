@@ -1,14 +1,15 @@
 """Stage 5: the remaining RL steps, from the extrapolated policy.              Paper: Sec. 5.1
 
-    accelerate launch 05_continue_rl.py --config demo --run-dir runs/demo
-    accelerate launch 05_continue_rl.py --config demo --run-dir runs/demo --restart merged
+    accelerate launch --quiet 05_continue_rl.py --config demo --run-dir runs/demo
+    accelerate launch --quiet 05_continue_rl.py --config demo --run-dir runs/demo --restart merged
 
 Reads   <run-dir>/extrapolated/<start>, the backbone, the preset's sections `train`, `continue`
 Writes  <run-dir>/continued/<start>, <start>_merged or <name>, like train/, with steps to 250
 
 --restart merged adds the jump to the backbone, saved in fp32, and starts a new LoRA, likely the
-paper's way. KL is then against the jump. On GPUs the sum is rounded to bf16 in each product, which
-loses a part of a small jump. The optimizer is new; problems and seeds are as without a jump.
+paper's way. KL is then against the jump, the model below the adapter, as in TRL and verl. On GPUs
+the sum is rounded to bf16 in each product, which loses a part of a small jump. The optimizer is
+new; problems and seeds are as without a jump.
 """
 
 import dataclasses
@@ -41,7 +42,8 @@ def main() -> None:
     cfg = parse(ContinueConfig, ("train", "continue"), __doc__)
     start, first_step, base = models.find_start(cfg)
     jump = {} if models.is_model(start) else adapters.read_config(start)
-    merge, cfg.steps = cfg.restart == "merged", first_step + cfg.more_steps
+    merge = cfg.restart == "merged" or (cfg.tune == "lora" and not jump)  # a whole model: new LoRA
+    cfg.steps = first_step + cfg.more_steps
     if cfg.tune == "full" and merge:
         raise UserError("--tune full has no adapter to restart: leave out --restart")
     if cfg.tune == "lora" and not merge and jump.get("r", 0) < 2 and base != cfg.backbone:

@@ -1,7 +1,7 @@
 r"""Stage 6: accuracy over repeated runs, ICER, the paper's tables and figures.        Paper: Sec. 5
 
-    accelerate launch 06_eval.py --config demo --run-dir runs/demo
-    accelerate launch 06_eval.py --config demo --run-dir runs/demo --policies 'train/step_*'
+    accelerate launch --quiet 06_eval.py --config demo --run-dir runs/demo
+    accelerate launch --quiet 06_eval.py --config demo --run-dir runs/demo --policies 'train/step_*'
     python 06_eval.py --config demo --run-dir runs/demo --policies 'train/step_*' \
         --test-data runs/demo/data/valid.jsonl --output validation
 
@@ -80,7 +80,7 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
     how["dtypes"] = {key: value for key, value in asked if "dtype" in key}
     judge = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format)
     judge.check([problem for problems in tasks.values() for problem in problems])
-    for number, name in enumerate(bar := progress(names, "evaluating"), 1):
+    for number, name in enumerate(bar := progress(names, "evaluating", in_log=True), 1):
         # What the result depends on. Where all of it is the same, it was measured before.
         base, lora = base_of(run, name, cfg.backbone), loras.get(name)
         model, same = metrics.find_model(cfg.path(base)), {**how}
@@ -110,6 +110,7 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
             rows = metrics.answers(now, now.tasks[task], cfg.runs, judge)
             record = {"policy": name, **made[task], "template_hash": now.template_hash}
             record |= metrics.summarise(rows, judge) | machine()
+            record["left_out"] = len(tasks[task]) - record["problems"]  # prompts that are too long
             record["seconds"] = round(time.perf_counter() - began, 2)
             if accelerator.is_main_process:
                 lines = "".join(json.dumps(row) + "\n" for row in rows)

@@ -76,8 +76,8 @@ def test_ablations_go_through_predictor_jump_and_report(run, stage):
         edit_json(jumped / "test.json", policy=f"extrapolated/next-{name}_alpha1.5")
     report.write_run(run)
     text = (run / "report.md").read_text()
-    assert "| NExt, aligned recipe, w/o global delta | 256 |" in text
-    assert "| NExt, aligned recipe, last 5 checkpoints | 256 |" in text
+    assert "| NExt (aligned), w/o global delta | 256 |" in text
+    assert "| NExt (aligned), last 5 checkpoints | 256 |" in text
     assert "## Table 5: what the jump needs" in text
 
 

@@ -17,6 +17,7 @@ from common.files.adapters import FLOATS, Adapter
 from common.files.models import ModelFolder, find_model, open_model
 from common.files.read import HASHES, sha256
 from common.files.series import Series
+from common.files.stage import progress
 from common.rank1 import LowRank
 
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # configs, tokenizers and the index
@@ -100,7 +101,7 @@ def save_jump(series: Series, new: Callable, places: tuple, info: dict, cfg) -> 
     """
     began, last, factors, lost = time.perf_counter(), series.last(), {}, 0.0
     if isinstance(new(series.modules[0]), LowRank):
-        for module in series.modules:
+        for module in progress(series.modules, places[0].name, in_log=True):
             matrix, share = new(module).nearest(adapters.VLLM_RANKS[-1])
             factors[module], lost = matrix.factors(last.scale(module)), max(lost, share)
     if lost:

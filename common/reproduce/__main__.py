@@ -27,6 +27,8 @@ from common.reproduce import check, plans, report, verl
 from common.reproduce.runner import Runner
 from common.reproduce.runs import Runs
 
+GPUS = 8  # that {gpus} stands for where none is seen
+
 
 def lanes_of(preset: dict, jobs: int | None, grid: bool) -> list[str | None]:
     """What every lane sees of the GPUs: with `gpus_per_job` its own share, else what we see."""
@@ -79,9 +81,12 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     preset = config.load_preset(args.preset)
+    if "launch" in (wanted := preset.get("reproduce", {})):  # {gpus}: those that are here
+        gpus = str(torch.cuda.device_count() or GPUS)
+        wanted["launch"] = str(wanted["launch"]).replace("{gpus}", gpus)
     name = pathlib.Path(args.preset).name.removesuffix(".yaml")
     root = pathlib.Path(args.run_dir or f"runs/{name}{f'_{args.grid}' if args.grid else ''}")
-    if args.grid == "sweep" and not preset.get("reproduce", {}).get("validation_data"):
+    if args.grid == "sweep" and not wanted.get("validation_data"):
         raise UserError("--grid sweep measures on reproduce: validation_data, which is not there")
     if args.grid:
         jobs = plans.grid(args.grid, args.preset, preset, str(root), args.seeds, args.tables)
@@ -94,13 +99,14 @@ def main() -> None:
             lines = verl.commands(jobs, args.preset, str(root), flags)
         print("\n".join(lines))
         train, *_ = check.options(args.preset, str(root))
-        print(f"# {check.summary(jobs, preset.get('reproduce', {}), train)}", file=sys.stderr)
+        print(f"# {check.summary(jobs, wanted, train)}", file=sys.stderr)
         return
     if args.check:
         check.check(args.preset, preset, str(root), jobs)
         return
     if not args.report:
-        check.options(args.preset, str(root))
+        train, *_ = check.options(args.preset, str(root))
+        print(f"{check.summary(jobs, wanted, train)}, into {root}")
     beside = [Runs(pathlib.Path(folder), args.seeds) for folder in args.beside]
     if empty := [str(one.root) for one in beside if not one.all]:
         raise UserError(f"--beside {empty[0]}: nothing of this grid was measured there")

@@ -104,9 +104,11 @@ def counted(flag: str, spec: str, cfg, tokenizer) -> list[str]:
 def needs(model, cfg, jobs: list[plans.Job]) -> str:
     """What a GPU will hold. cfg: the options of stage 1."""
     cfg.engine, shards = "vllm" if cfg.engine == "auto" else cfg.engine, 1  # as where a GPU is
-    if file := dict(itertools.pairwise(jobs[-1].argv)).get("--config_file"):
+    given = dict(itertools.pairwise(jobs[-1].argv))
+    if file := given.get("--config_file"):
         launcher = load_config_from_file(file)
-        shards = launcher.num_processes if launcher.distributed_type == "FSDP" else 1
+        split = launcher.distributed_type == "FSDP"
+        shards = int(given.get("--num_processes", launcher.num_processes)) if split else 1
     parts = memory.plan(model.config, cfg, shards)
     listed = ", ".join(f"{part} {share / 1e9:.1f}" for part, share in parts.items())
     return f"memory of a GPU: {sum(parts.values()) / 1e9:.1f} GB ({listed}), and vLLM's share"

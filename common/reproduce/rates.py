@@ -78,7 +78,7 @@ def levels(runs: Runs) -> str:
         row += [run.backtest(m).plain() for m in (DEFAULT, "weighted", "repeat-last")]
         rows.append(row)
     header = ["learning rate", runs.counted, *(f"GRPO at {step}, %" for step in steps)]
-    return table([*header, "held-out cosine: NExt, aligned", "weighted", "repeat-last"], rows)
+    return table([*header, "held-out cosine: NExt (aligned)", "weighted", "repeat-last"], rows)
 
 
 def gains(runs: Runs) -> list[str]:

@@ -71,8 +71,10 @@ class Rewards:
                     values = [float(value or 0) for value in values]
             if len(values) != len(texts):
                 raise UserError(f"reward {name} returned {len(values)} for {len(texts)} responses")
-            if not all(abs(value) < HUGE for value in values):  # nan is not
-                raise UserError(f"reward {name} returned nan, inf or over {HUGE:g}: {ADVICE}")
+            for problem, value in zip(problems, values, strict=True):
+                if not abs(value) < HUGE:  # nan is not
+                    what = f"nan, inf or over {HUGE:g} for {problem.prompt[:50]!r}"
+                    raise UserError(f"reward {name} returned {what}: {ADVICE}")
             self.sums[name] = sum(values)
             total = [sum_ + weight * value for sum_, value in zip(total, values, strict=True)]
         return total

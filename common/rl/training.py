@@ -35,7 +35,7 @@ class Run:
     prompts: list[list[int]]  # token ids
     held_out: tuple[list[data.Problem], list[list[int]]]  # the same of --eval-data
     backbone: str  # what the policy is an adapter on, or began as
-    stands_on: dict  # hashes of backbone, template, data and reward files
+    stands_on: dict  # hashes of backbone, template, data and reward files; problems left out
     flat: int = 0  # steps without a gradient, one after another
 
 
@@ -110,13 +110,11 @@ def place(model, device: torch.device):
 
 def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str, str]) -> Run:
     """Problems, optimizer, engine, verifier. `backbone`: what the policy is on, its fingerprint."""
-    if cfg.report_to:
-        metrics.start_tracker(cfg, accelerator)
     turns = (tokenizer, cfg.prompt_template, cfg.system_prompt)
     limit, held_out = cfg.max_prompt_tokens, ([], [])
     path, english = cfg.path(cfg.train_data), cfg.english_only
-    problems = data.load_problems(path, **cfg.columns, english_only=english)
-    problems, prompts = data.encode_prompts(problems, *turns, limit, cfg.train_data)
+    every = data.load_problems(path, **cfg.columns, english_only=english)
+    problems, prompts = data.encode_prompts(every, *turns, limit, cfg.train_data)
     if cfg.eval_every:
         others = data.load_problems(cfg.path(cfg.eval_data), "--eval-data", **cfg.columns)
         held_out = data.encode_prompts(others, *turns, limit, cfg.eval_data)
@@ -151,8 +149,11 @@ def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str
         "backbone_fingerprint": backbone[1],
         "template_hash": data.template_hash(*turns),
         "data_hash": data.fingerprint(problems),
+        "left_out": len(every) - len(problems),  # prompts that are too long
         **judge.files,
     }
+    if cfg.report_to:  # nothing can fail any more
+        metrics.start_tracker(cfg, accelerator)
     ready = (cfg, accelerator, model, tokenizer, frozen, optimizer, engine, judge)
     return Run(*ready, problems, prompts, held_out, backbone[0], stands_on)
 

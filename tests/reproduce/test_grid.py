@@ -364,7 +364,7 @@ def test_the_papers_numbers_stand_beside_ours(tmp_path, size, numbers):
     assert " ".join(c[-1] for c in cells if c[0].startswith("Table 3, 4")) == numbers
     rows = {cell[0]: cell[1:] for cell in cells}
     assert rows["Table 3, 4: GRPO, no jump"][:2] == ["250", "30.0 ± 4.6"]
-    assert rows["Table 3, 4: GRPO, NExt, published recipe, merged restart"][1] == "40.0 ± 4.9"
+    assert rows["Table 3, 4: GRPO, NExt (paper), merged restart"][1] == "40.0 ± 4.9"
     # Tables 5 and 6 are of the two small models.
     rloo = rows.get("Table 6: RLOO, no jump", ["", "", "–"])
     assert rloo[2] == {"1.5B": "13.7", "14B": "–"}[size]
@@ -481,7 +481,7 @@ def test_jumps_from_another_trainers_checkpoints_are_compared_with_none(tmp_path
     record(tmp_path, "extrapolated/next-aligned_alpha1.5", share(47), 150)
     page = report.page(runs.Runs(tmp_path), "")
     assert "| before the jump | 150 | 100 | 40.0 ± 4.9 |" in page
-    jumped = next(line for line in page.splitlines() if line.startswith("| NExt, aligned recipe |"))
+    jumped = next(line for line in page.splitlines() if line.startswith("| NExt (aligned) |"))
     assert "| 100 | 47.0 ± 5.0 | +7.0 [+1.9, +12.1] |" in jumped
     assert "**holds**: +7.0 [+1.9, +12.1]" in page
     assert "stage" not in page
@@ -592,7 +592,7 @@ def test_what_has_no_cost_file_has_no_cost_and_what_ended_sooner_has_a_row(tmp_p
     table = tables.main_table(found)
     assert "| restart without a jump (control) | 200 |" in table
     assert "none" not in rates.gained(found)[250]  # which is after 250 steps
-    assert "| NExt, aligned recipe, alpha 1e-05 | 250 |" in table
+    assert "| NExt (aligned), alpha 1e-05 | 250 |" in table
 
 
 def test_what_a_merged_restart_stands_on_is_no_policy(run, stage):
@@ -712,9 +712,9 @@ def test_models_stand_beside_one_another_in_gpu_hours(tmp_path, monkeypatch):
     (axis,) = sizes.cost(page).axes
     assert axis.get_xlabel() == "GPU hours: wall hours × GPUs"
     assert [text.get_text() for text in axis.get_yticklabels()] == [
-        "Qwen2.5-3B-Instruct: NExt, published recipe, 250 steps",
+        "Qwen2.5-3B-Instruct: NExt (paper), 250 steps",
         "Qwen2.5-3B-Instruct: GRPO with LoRA, 400 steps",
-        "Qwen2.5-1.5B-Instruct: NExt, published recipe, 250 steps",
+        "Qwen2.5-1.5B-Instruct: NExt (paper), 250 steps",
         "Qwen2.5-1.5B-Instruct: GRPO with LoRA, 400 steps",
     ]
     shown = [text.get_text().strip() for text in axis.texts]

@@ -51,7 +51,7 @@ def test_the_runs_are_ordered_by_their_rate(demo):
 
 def test_the_sentence_says_what_the_jump_is_worth_at_each_rate_and_what_the_rate_is(demo):
     text = rates.sentence(demo)
-    assert text.startswith("**NExt, aligned recipe, minus GRPO at 3 steps, in points: +6.0 [")
+    assert text.startswith("**NExt (aligned), minus GRPO at 3 steps, in points: +6.0 [")
     assert "at learning rate 0.0005; +1.0 [" in text
     gap = (demo.at(3) - demo.of("rate0.0005").at(3)).points()
     end = f"0.001.** Learning rate 0.001 in place of 0.0005 is worth {gap}."
@@ -60,15 +60,15 @@ def test_the_sentence_says_what_the_jump_is_worth_at_each_rate_and_what_the_rate
 
 def test_every_gain_is_over_the_same_rate_but_for_the_controls_at_a_larger_one(demo):
     levels, jump, late, far = rates.page(demo).split("\n\n")
-    assert numbers(far, "NExt, aligned recipe, alpha 1.5") == ["+5.0", "+2.0"]
+    assert numbers(far, "NExt (aligned), alpha 1.5") == ["+5.0", "+2.0"]
     assert [cell.split(" ")[0] for cell in numbers(levels, "0.001")[1:4]] == [
         "40.0",
         "60.0",
         "70.0",
     ]
     assert numbers(levels, "0.002")[0] == "100"
-    assert numbers(jump, "NExt, aligned recipe") == ["+5.0", "+2.0"]
-    assert numbers(late, "NExt, aligned recipe") == ["+6.0", "+1.0"]
+    assert numbers(jump, "NExt (aligned)") == ["+5.0", "+2.0"]
+    assert numbers(late, "NExt (aligned)") == ["+6.0", "+1.0"]
     assert numbers(late, "no jump, rate falls to 0 (control)") == ["+7.0", "+2.0"]
     assert numbers(late, "GRPO at twice the rate") == ["+40.0", "-5.0"]
     assert numbers(late, "GRPO at four times the rate") == ["+35.0", "–"]
@@ -85,7 +85,7 @@ def test_a_second_jump_is_compared_with_grpo_at_its_own_rate(tmp_path):
             path = (top / "second" / policy).parent / "config.json"
             write.write_json(path, {"config": {"learning_rate": 0.0005}, "inputs": {}})
     text = rates.page(runs.Runs(tmp_path, [0, 1]))
-    merged = "NExt, aligned recipe, merged; after 1 steps"
+    merged = "NExt (aligned), merged; after 1 steps"
     assert numbers(text, f"{merged} another jump") == ["+7.5", "–"]
     assert numbers(text, f"{merged} no other jump") == ["+4.5", "–"]
 
@@ -145,7 +145,7 @@ def test_a_cosine_stands_beside_the_gain_of_its_own_run_and_method(tmp_path):
     points = rates.points(found, "next-aligned")
     assert sorted(points) == [pytest.approx((n / 10, n)) for n in (1, 2, 3, 5, 6, 7)]
     assert rates.points(found, "weighted") == []  # it was not measured
-    row = numbers(rates.meter(found), "NExt, aligned recipe")
+    row = numbers(rates.meter(found), "NExt (aligned)")
     assert row[:2] == ["6", "+1.00"]
     assert row[2] == "-1.00"  # more RL undid it
     assert "figures/rates_cosine.png" in report.page(found, "made by a test")
@@ -177,7 +177,7 @@ def test_a_jump_back_has_its_alpha(tmp_path):
     record(tmp_path, "extrapolated/next-paper_alpha-0.5", share(50), 2)
     (found,) = results.load_results(tmp_path).values()
     assert (found.method, found.alpha) == ("next-paper", -0.5)
-    assert found.label == "NExt, published recipe, alpha -0.5"
+    assert found.label == "NExt (paper), alpha -0.5"
 
 
 def test_what_goes_on_from_elsewhere_has_a_name_and_no_cost(tmp_path):

@@ -49,7 +49,7 @@ def test_the_page_is_one_file_with_every_figure_and_four_answers_to_a_problem(fi
     *others, (heading, first, *_) = found.tables
     assert len(others) == markdown.count("\n|---|")
     names = ["problem", "Backbone", "GRPO with LoRA, step 6"]
-    names += ["NExt, aligned recipe, right after the jump", "NExt, aligned recipe, step 8"]
+    names += ["NExt (aligned), right after the jump", "NExt (aligned), step 8"]
     assert heading == [*names, "GRPO with LoRA, step 8"]
     policies = ("backbone", "train__step_0006", "extrapolated__next-aligned_alpha1.5")
     rows = [(finished_run / "eval" / p / "test.jsonl").read_text() for p in policies]

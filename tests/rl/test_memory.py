@@ -22,11 +22,11 @@ GPU = 80e9
 SHARDS = {"7b": 8, "14b": 8}  # GPUs that the layers are split over: those of fsdp2.yaml
 
 
-def qwen(size: str) -> Qwen2Config:
+def qwen(size: str, dtype: str = "bfloat16") -> Qwen2Config:
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     sizes = dict(zip((*keys, "num_key_value_heads"), QWEN[size], strict=True))
     tied = {"tie_word_embeddings": size in ("1.5b", "3b"), "vocab_size": 152_064}
-    return Qwen2Config(**sizes, **tied, dtype="bfloat16")
+    return Qwen2Config(**sizes, **tied, dtype=dtype)
 
 
 def options(preset: str, **changes):
@@ -98,6 +98,15 @@ def test_the_papers_experiments_fit_on_gpus_of_80_gb(size):
     assert sum(parts.values()) + vllm < GPU
     weights = 2 * sum(p.numel() for p in memory.on_paper(qwen(size), cfg).parameters())
     assert vllm - weights > 10e9  # room for the KV cache
+
+
+@pytest.mark.parametrize("size", QWEN)
+def test_they_fit_after_a_merged_restart_too_with_the_backbone_in_fp32(size):
+    cfg = options(f"paper_qwen2.5_{size}", engine="vllm")
+    parts = memory.plan(qwen(size, "float32"), cfg, SHARDS.get(size, 1))
+    vllm = json.loads(cfg.vllm_options)
+    assert vllm["dtype"] == "bfloat16"
+    assert sum(parts.values()) + GPU * vllm.get("gpu_memory_utilization", 0.4) < GPU
 
 
 def test_a_gpu_that_is_too_small_is_refused_with_what_would_help(monkeypatch, capsys):

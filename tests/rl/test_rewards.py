@@ -94,7 +94,7 @@ def test_several_are_added_and_each_has_its_own_sum(mine):
     [
         ("{}:broken", r"reward broken failed \(ZeroDivisionError: .* by zero\): it gets prompts"),
         ("{}:one", "reward one returned 1 for 2 responses"),
-        ("{}:nans", "reward nans returned nan, inf or over"),
+        ("{}:nans", r"reward nans returned nan, inf or over 1e\+30 for '.+'"),
         ("verifier=nan", "want a number behind ="),
         ("{}:none", r"cannot load reward .*AttributeError"),
         ("{0}:two {0}:two", "there is another two, give it another name"),

@@ -173,7 +173,7 @@ def test_stage_6_measures_the_jump_against_the_last_checkpoint(run):
     assert "before the jump" in report
     assert "repeat-last (control)" in report
     assert "[" in next(
-        line for line in report.splitlines() if line.startswith("| NExt, aligned")
+        line for line in report.splitlines() if line.startswith("| NExt (aligned)")
     )  # a paired difference
     assert "stages 1 and 2" not in report
 
