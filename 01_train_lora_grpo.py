@@ -120,7 +120,7 @@ def train(run: Run, stage: Stage, first_step: int) -> None:
     begin = go_on(folder, first_step, cfg, run.stands_on, run.model, run.optimizer)
     log = StepLog(folder / "metrics.jsonl", keep_to=begin)
     samples = StepLog(folder / "samples.jsonl", keep_to=begin)
-    for step in progress(range(begin + 1, cfg.steps + 1), folder.name, in_log=True, unit="step"):
+    for step in progress(range(begin + 1, cfg.steps + 1), folder.name, unit="step"):
         timer = metrics.Timer()
         # Rollouts by the policy as it is, and their rewards.
         batch = sample(run, step, timer)

@@ -80,7 +80,7 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
     how["dtypes"] = {key: value for key, value in asked if "dtype" in key}
     judge = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format)
     judge.check([problem for problems in tasks.values() for problem in problems])
-    for number, name in enumerate(bar := progress(names, "evaluating", in_log=True), 1):
+    for number, name in enumerate(bar := progress(names, "evaluating"), 1):
         # What the result depends on. Where all of it is the same, it was measured before.
         base, lora = base_of(run, name, cfg.backbone), loras.get(name)
         model, same = metrics.find_model(cfg.path(base)), {**how}
@@ -113,8 +113,7 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
             record["left_out"] = len(tasks[task]) - record["problems"]  # prompts that are too long
             record["seconds"] = round(time.perf_counter() - began, 2)
             if accelerator.is_main_process:
-                lines = "".join(json.dumps(row) + "\n" for row in rows)
-                write_text(folder / f"{task}.jsonl", lines)
+                write_text(folder / f"{task}.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
                 write_json(folder / f"{task}.json", record)
                 bar.write(f"{number}/{len(names)} {name}  {task}: {metrics.console_line(record)}")
     judge.close()

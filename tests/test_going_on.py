@@ -13,7 +13,7 @@ from conftest import flip_bit, metrics, weights
 
 from common import UserError
 from common.baselines import given
-from common.files import resume
+from common.files import adapters, resume
 from common.files import stage as stages
 from common.files import write as run_dir
 from common.files.models import weights_hash
@@ -72,6 +72,14 @@ def test_another_trainers_adapter_is_trained_on_from_the_step_in_its_name(
     assert (code, "is of step 6: use a larger --steps" in line) == (2, True)
     code, line = stage("01", new_run, "--start", str(new_run / "data"), "--overwrite")
     assert (code, "no adapter of PEFT's is in or below it" in line) == (2, True)
+
+
+def test_a_jump_that_is_a_whole_model_gets_a_new_lora(run, stage):
+    assert stage("04", run, "--methods", "dare")[0] == 0
+    assert stage("05", run, "--start", "dare", "--more-steps", "1")[0] == 0
+    made = run / "continued" / "dare_merged" / "step_0007"
+    assert adapters.read_info(made)["backbone"] == "{run_dir}/merged/dare"
+    assert adapters.read_config(made)["r"] == 4
 
 
 @pytest.mark.parametrize("gap", [float("nan"), 1e9])

@@ -224,10 +224,25 @@ def test_report_has_the_table_the_claims_and_the_figures(finished_run):
 def test_reproduce_goes_on_where_it_was_interrupted_and_skips_what_is_done(finished_run):
     printed = (finished_run / "printed.txt").read_text()
     assert "first prompt: '<|user|>" in printed
+    assert re.search(r"^\d+ commands, \d+ RL steps.*, into ", printed)
     assert "done already: prepare\n" in printed
     assert "[01] going on after step" in printed
     assert printed.count("03_train_predictor.py") == 1
     assert "| Backbone | 0 |" in printed
+
+
+def test_prompts_that_are_too_long_are_left_out_and_counted(new_run, stage):
+    path = new_run / "data" / "mixed.jsonl"
+    rows = [{"prompt": "1+2", "answer": "3"}, {"prompt": "12345+48967", "answer": "61312"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    limit = ("--max-prompt-tokens", "8")
+    assert stage("01", new_run, "--train-data", str(path), "--steps", "1", *limit)[0] == 0
+    saved = new_run / "train" / "step_0001" / "checkpoint.json"
+    assert json.loads(saved.read_text())["left_out"] == 1
+    flags = ("--test-data", str(path), "--policies", "backbone", *limit)
+    assert stage("06", new_run, *flags)[0] == 0
+    record = json.loads((new_run / "eval" / "backbone" / "mixed.json").read_text())
+    assert (record["problems"], record["left_out"]) == (1, 1)
 
 
 # --------------------------------------------------------------------------------------------------

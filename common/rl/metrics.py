@@ -134,12 +134,14 @@ def show(run, line: dict) -> None:
         flat = "" if line["grad_norm"] else "  no gradient: equal rewards in every group"
         held_out = f"eval {line['eval_accuracy']:.3f}  " if "eval_accuracy" in line else ""
         phases = " ".join(f"{name} {value:.2f}" for name, value in line["seconds_by_phase"].items())
+        left = line["seconds"] * (run.cfg.steps - line["step"])
         tqdm.write(
             f"step {line['step']}/{run.cfg.steps}  accuracy {line['accuracy']:.3f}  {held_out}"
             f"length {line['response_length']:.1f}  cut {line['truncated_share']:.2f}  "
             f"flat {line['zero_variance_groups']:.2f}  clip {line['clip_share']:.3f}  "
             f"entropy {line['entropy']:.2f}  gap {line['logprob_gap_mean']:.0e}  "
-            f"grad {line['grad_norm']:.2f}  {line['seconds']:.2f} s ({phases}){flat}"
+            f"grad {line['grad_norm']:.2f}  {line['seconds']:.2f} s ({phases})  "
+            f"{tqdm.format_interval(left)} left{flat}"
         )
 
 

@@ -112,9 +112,20 @@ def test_memory_is_told_of_as_many_gpus_as_share_the_layers(tmp_path, monkeypatc
     lay_out(tmp_path)
     seen, plan = [], memory.plan
     monkeypatch.setattr(memory, "plan", lambda *args: seen.append(args[2]) or plan(*args))
-    for file in ("", " --config_file common/accelerate/fsdp2.yaml"):
-        checked(tmp_path, reproduce={"launch": f"accelerate launch{file}"})
-    assert seen == [1, 8]
+    split = " --config_file common/accelerate/fsdp2.yaml"
+    for flags in ("", split, f"{split} --num_processes 4"):
+        checked(tmp_path, reproduce={"launch": f"accelerate launch{flags}"})
+    assert seen == [1, 8, 4]
+
+
+def test_a_preset_may_want_a_process_for_each_gpu(monkeypatch, capsys):
+    argv = ["reproduce", "--preset", "paper_qwen2.5_7b", "--run-dir", "runs/x", "--print"]
+    for seen, told in ((0, "8"), (4, "4")):
+        monkeypatch.setattr("torch.cuda.device_count", lambda seen=seen: seen)
+        monkeypatch.setattr("sys.argv", argv)
+        reproduce.main()
+        lines = capsys.readouterr().out.splitlines()
+        assert all(f" --num_processes {told} 0" in line for line in lines)
 
 
 def test_runs_of_all_parameters_have_a_memory_of_their_own(tmp_path, monkeypatch, capsys):
