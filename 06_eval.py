@@ -113,7 +113,7 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
             record["left_out"] = len(tasks[task]) - record["problems"]  # prompts that are too long
             record["seconds"] = round(time.perf_counter() - began, 2)
             if accelerator.is_main_process:
-                write_text(folder / f"{task}.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+                write_text(folder / f"{task}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
                 write_json(folder / f"{task}.json", record)
                 bar.write(f"{number}/{len(names)} {name}  {task}: {metrics.console_line(record)}")
     judge.close()

@@ -20,10 +20,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 TINY = str(ROOT / "tests" / "tiny.yaml")
 SCRIPTS = {path.name[:2]: path.name for path in sorted(ROOT.glob("0*.py"))}
+SECTIONS = ("train", "extract", "predict", "extrapolate", ("train", "continue"), "eval")
 torch.set_num_threads(1)
 
 from common import demo
-from common.files import read, write
+from common.files import config, models, read, write
 from common.files import stage as stages
 from common.rl import policy
 
@@ -85,6 +86,14 @@ def start_two(
     )
 
 
+def parse_stage(number: str, *flags: str) -> config.StageConfig:
+    """The options of a stage that is typed with these flags."""
+    name = SCRIPTS[number].removesuffix(".py")
+    found = [c for c in vars(importlib.import_module(name)).values() if isinstance(c, type)]
+    [cls] = [c for c in found if c.__module__ == name and issubclass(c, config.StageConfig)]
+    return config.parse(cls, SECTIONS[int(number) - 1], "", [*flags])
+
+
 def call_main(number: str, *args: str) -> None:
     """A stage's main in this process, without seconds of imports. What it raises is raised here."""
     with pytest.MonkeyPatch.context() as patch:
@@ -122,6 +131,13 @@ def save_series(backbone: pathlib.Path, name, count=8, dtype=torch.float32, **op
                 parameter.data += 0.02 * torch.randn(parameter.shape)
         saved = {key: value.to(dtype) for key, value in model.state_dict().items()}
         model.save_pretrained(str(name).format(step), state_dict=saved, save_embedding_layers=False)
+
+
+def measured_as(run: pathlib.Path, policy: str, accuracy: float, **changes) -> None:
+    """What stage 6 would have written of a policy, on validation problems."""
+    record = {"accuracy": accuracy, "data": "d", "settings": {"seed": 1}, **changes}
+    record["weights"] = models.weights_hash(run / policy)
+    write.write_json(run / "validation" / policy.replace("/", "__") / "valid.json", record)
 
 
 def lay_out(folder: pathlib.Path) -> pathlib.Path:

@@ -9,14 +9,12 @@ import types
 
 import pytest
 import torch
-from conftest import flip_bit, metrics, weights
+from conftest import flip_bit, measured_as, metrics, weights
 
 from common import UserError
 from common.baselines import given
 from common.files import adapters, resume
 from common.files import stage as stages
-from common.files import write as run_dir
-from common.files.models import weights_hash
 from common.rl import metrics as step_metrics
 from common.rl import policy
 
@@ -148,9 +146,7 @@ def test_a_file_that_is_gone_is_made_again(run, finished_run, stage, script, fil
 
 def test_a_stage_6_that_fails_stops_the_soup(run, stage, monkeypatch):
     for step in range(1, 7):
-        record = {"accuracy": step / 10, "data": "d", "settings": {"seed": 1}}
-        record["weights"] = weights_hash(run / "train" / f"step_{step:04d}")
-        run_dir.write_json(run / "validation" / f"train__step_{step:04d}" / "valid.json", record)
+        measured_as(run, f"train/step_{step:04d}", step / 10)
     seen = []
     monkeypatch.setenv("RANK", "0")  # as a process of several, which stage 6 must not be
     failed = types.SimpleNamespace(returncode=2)

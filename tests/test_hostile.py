@@ -12,7 +12,6 @@ import torch
 from conftest import edit_json, save_lora
 
 from common import UserError, demo
-from common.files import adapters
 from common.files import read as inputs
 from common.files.resume import go_on, save_state
 from common.rl import data, policy
@@ -106,20 +105,12 @@ def test_code_that_a_known_model_and_tokenizer_bring_along_is_not_run(backbone, 
     assert type(model).__module__.startswith("transformers.")
 
 
-def pickled(folder, canary):
-    (folder / "adapter_model.safetensors").unlink()
-    torch.save(Canary(canary), folder / "adapter_model.bin")
-
-
-@pytest.mark.parametrize("load", [adapters.read_adapter, "policy"])
-def test_an_adapter_in_a_pickle_is_refused(lora_policy, backbone, canary, tmp_path, load):
+def test_an_adapter_in_a_pickle_is_refused(lora_policy, backbone, canary, tmp_path):
     save_lora(lora_policy[0], tmp_path / "step_0006", {"step": 6})
-    pickled(tmp_path / "step_0006", canary)
-    if load == "policy":
-        model, _ = policy.load_backbone(str(backbone))
-        load = lambda folder: policy.load_lora(model, folder)  # noqa: E731
-    with pytest.raises(UserError, match=r"a pickle|adapter_model.safetensors not found"):
-        load(tmp_path / "step_0006")
+    (tmp_path / "step_0006" / "adapter_model.safetensors").unlink()
+    torch.save(Canary(canary), tmp_path / "step_0006" / "adapter_model.bin")
+    with pytest.raises(UserError, match="is a pickle, which can run code"):
+        policy.load_lora(policy.load_backbone(str(backbone))[0], tmp_path / "step_0006")
 
 
 def test_a_resume_state_that_is_a_pickle_is_refused(lora_policy, canary, tmp_path):
@@ -239,13 +230,6 @@ def test_a_chat_template_that_fails_is_one_clear_error(backbone_dir, template, m
     with pytest.raises(UserError, match=message) as error:
         data.encode_prompts([data.Problem("1+1", "2")], tokenizer, "{prompt}", "", 10, "p")
     assert "\n" not in str(error.value)
-
-
-def test_a_data_set_with_a_script_is_refused(canary, tmp_path):
-    (tmp_path / "sums").mkdir()
-    (tmp_path / "sums" / "sums.py").write_text(code(canary))
-    with pytest.raises(UserError, match="scripts are no longer supported"):
-        data.load_tasks([f"sums={tmp_path}/sums"])
 
 
 def test_a_backbone_whose_config_is_nonsense_is_one_line(backbone):

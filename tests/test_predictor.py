@@ -215,15 +215,6 @@ def test_two_checkpoints_leave_the_prior():
     torch.testing.assert_close(methods.weighted_fit(tiny_trajectory(c=2, k=1)), wanted)
 
 
-def test_a_matrix_that_does_not_move_is_left_alone():
-    trajectory = tiny_trajectory()
-    still = changed(trajectory, lambda role, t: Triples(0 * t.u, 0 * t.sigma, 0 * t.v)).deltas["m1"]
-    trajectory.deltas["m1"] = still
-    weights = methods.weighted_fit(trajectory)
-    assert weights.isfinite().all()
-    assert not methods.weighted(still, 2, weights).dense().any()
-
-
 # --------------------------------------------------------------------------------------------------
 # The backtest
 # --------------------------------------------------------------------------------------------------

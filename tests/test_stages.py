@@ -95,16 +95,6 @@ def test_every_run_answers_anew_and_the_error_is_over_problems(run, stage):
     assert found["standard_error"] == pytest.approx(statistics.stdev(means) / 16)
 
 
-def test_the_defaults_are_the_papers_table_2():
-    cfg = importlib.import_module("01_train_lora_grpo").TrainConfig()
-    wanted = {"prompts_per_step": 128, "mini_batch": 32, "rollouts": 8, "learning_rate": 5e-6}
-    wanted |= {"lora_rank": 64, "lora_alpha": 32, "steps": 150, "save_every": 10}
-    wanted |= {"max_prompt_tokens": 1024, "max_new_tokens": 4096, "temperature": 1.0}
-    assert {key: getattr(cfg, key) for key in wanted} == wanted
-    assert importlib.import_module("02_extract_deltas").ExtractConfig().k == 5
-    assert importlib.import_module("04_extrapolate").ExtrapolateConfig().alphas == [1.5]
-
-
 def test_a_long_gradient_is_clipped_and_logged_as_it_was():
     weight = torch.nn.Parameter(torch.zeros(2))
     weight.grad = torch.tensor([3.0, 4.0])
@@ -597,6 +587,10 @@ UP, BACKBONE = "deltas/model.layers.0.mlp.up_proj.safetensors", "backbone/model.
 MERGED = "continued/next-aligned_alpha1.5_merged"
 BAKED, CHANGED = f"{MERGED}/{BACKBONE}", "is not as it was written"
 BAD = [  # stage, what is done to the run, flags, what the error says
+    ("01", None, "--engine sglang", "--engine"),
+    ("06", None, "--engine sglang", "--engine"),
+    ("01", None, "--vllm-options {gpu}", "vllm_options '{gpu}': want a JSON object"),
+    ("06", None, "--vllm-options {gpu}", "vllm_options '{gpu}': want a JSON object"),
     ("01", None, "--learning-rate 0.5", "made with option learning_rate = 0.001, now it is 0.5"),
     ("01", cut(*(s + "weights.safetensors" for s in STATES)), "--steps 9", "cannot load resume"),
     ("01", cut(*(s + "optimizer.pt" for s in STATES)), "--steps 9", "cannot load resume state"),
@@ -682,6 +676,7 @@ def test_a_spoilt_run_is_named_and_left_alone(run, stage, script, spoil, flags, 
         ("--temperature nan", "temperature must be positive"),
         ("--report-to wandbb", "did you mean wandb?"),
         ("--train-data nowhere.jsonl", "nowhere.jsonl not found"),
+        ("--eval-every 2", "eval_every wants --eval-data"),
         ("--prompt-template hello", "no {prompt}"),
     ],
 )

@@ -25,13 +25,18 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|---|" + "--:|" * (len(header) - 1), *lines[1:]]) if rows else ""
 
 
+def icer(found: Measured, base: Measured, steps: int = 0) -> str:
+    """RL steps for a point above the backbone `base`."""
+    gain = 100 * (found.accuracy.mean - base.accuracy.mean) if base else 0.0
+    return f"{(steps or found.steps) / gain:.1f}" if found.steps and gain > 0 else "–"
+
+
 def cost(runs: Runs, found: Measured, steps: int) -> list[str]:
-    """ICER (RL steps for a point above the backbone), response length, wall seconds."""
-    results, base = found.by_seed.values(), runs.get("backbone").accuracy
-    gain = 100 * (found.accuracy.mean - base.mean) if base else 0.0
+    """ICER, response length, wall seconds."""
+    results = found.by_seed.values()
     seconds = [r.seconds for r in results if r.seconds is not None]
     return [
-        f"{steps / gain:.1f}" if steps and gain > 0 else "–",
+        icer(found, runs.get("backbone"), steps),
         f"{statistics.fmean(r.length for r in results):.1f}",
         f"{statistics.fmean(seconds):.0f}" if seconds else "–",
     ]
@@ -62,22 +67,25 @@ def main_table(runs: Runs) -> str:
 
 
 def beside_paper(runs: Runs) -> str:
-    """Our accuracies beside the paper's. Empty for a model that is not in it."""
+    """Our accuracies and ICER with the paper's in brackets, a table for each set of tasks. Empty
+    for a model that is not in the paper."""
     model, _ = results.made_on(runs.folder(runs.seeds[0]))
     sizes = [i for i, size in enumerate(SIZES) if f"Qwen2.5-{size}-Instruct" in model]
     names = {"grpo": runs.at(runs.total).policy, "longest": runs.at(runs.reference).policy}
-    names["end"], rows = f"step_{runs.total:04d}", []
-    for (number, name, policy, *printed), size in itertools.product(table_of("paper.yaml"), sizes):
-        m = runs.of(name).get(policy.format(**names))
-        tasks = [task for task in runs.tasks if m and task in m.of_suite("maths")]
-        if number in ("7", "8"):
-            tasks = groups([m]).get(f"Table {number}: mean of its 7", [])
-        m = m.on(tasks)
-        if m and size < len(printed):
-            run = {"full": "full parameters", **ALGORITHMS}[name]
-            label = f"Table {number}: {run}, {'no jump' if m.method == 'grpo' else m.label}"
-            rows.append([label, str(m.steps), m.level(), f"{printed[size]:.1f}"])
-    return table(["policy", "RL steps", "ours, % ± s.e.", "the paper's"], rows)
+    names["end"], paper, found = f"step_{runs.total:04d}", table_of("paper.yaml"), []
+    for (part, tasks), size in itertools.product(paper["tasks"].items(), sizes):
+        rows, base = [], runs.get("backbone").on(tasks[size])
+        for number, name, policy, *printed in paper[part]:
+            m = runs.of(name).get(policy.format(**names)).on(tasks[size])
+            if m and size < len(printed):
+                run = {"full": "full parameters", **ALGORITHMS}[name]
+                label = f"Table {number}: {run}, {'no jump' if m.method == 'grpo' else m.label}"
+                ours = [m.on([task]).accuracy.plain(100, 1) for task in tasks[size]]
+                ours += [m.level(), icer(m, base)]
+                pairs = itertools.zip_longest(ours, printed[size])
+                rows.append([label, *(f"{a} ({b})" if b is not None else a for a, b in pairs)])
+        found.append(table(["ours (the paper's)", *tasks[size], "mean, %", "ICER ↓"], rows))
+    return "\n\n".join(filter(None, found))
 
 
 def jumps_table(runs: Runs) -> str:

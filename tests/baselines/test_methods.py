@@ -10,13 +10,13 @@ import numpy
 import pytest
 import safetensors.torch
 import torch
-from conftest import call_main, edit_json, rank_1
+from conftest import call_main, contents, edit_json, measured_as, rank_1
 from peft import PeftModel
 from torch.nn.functional import normalize
 
 from common import demo, predictor
 from common.baselines import given, methods
-from common.files import adapters, deltas, merge, models, series, write
+from common.files import adapters, deltas, merge, models, series
 from common.files.adapters import read_info
 from common.files.read import read_json
 from common.rank1 import LowRank
@@ -183,13 +183,13 @@ def test_a_method_that_keeps_the_adapter_keeps_its_rank():
         assert methods.METHODS[name].jump(m, ALPHA).factors(SCALE)[0].shape[1] == rank, name
 
 
-@pytest.mark.parametrize("name", ["relex", "alpharl", "rl-extra", "recent-locals"])
+@pytest.mark.parametrize("name", ["relex", "alpharl", "rl-extra", "recent-locals", "weighted"])
 def test_a_matrix_that_never_moved_stays_where_it_is(name):
     points = [(0 * b, a) for b, a in lora_points()]
     m, *_ = make_matrix(points, "LoRA")
     for t in m.deltas.values():  # as stage 2 has it: no direction
         t.u.zero_(), t.v.zero_()
-    assert not methods.METHODS[name].jump(m, ALPHA).dense().any()
+    assert not run_method(name, m, 0, None).any()
 
 
 def test_pls_gives_what_scikit_learn_gives():
@@ -309,10 +309,6 @@ def checkpoint(run, step):
     return dense(run / "train" / f"step_{step:04d}")
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def test_stage_2_writes_the_dense_svds_a_file_a_matrix(run):
     trajectory = deltas.load_trajectory(run / "deltas")
     names = {f"{module}.safetensors" for module in MODULES}
@@ -376,11 +372,8 @@ def test_what_stage_3_writes_is_the_prediction_of_the_network_it_saved(run, stag
 def measured(run, accuracies, **changes):
     """What stage 6 would have written of every checkpoint's accuracy."""
     for step, accuracy in zip(STEPS, accuracies, strict=True):
-        name = f"step_{step:04d}"
-        record = {"accuracy": accuracy, "data": "d", "settings": {"runs": 1}}
-        record["weights"] = models.weights_hash(run / "train" / name)
-        record |= changes if step == 80 else {}
-        write.write_json(run / "validation" / f"train__{name}" / "valid.json", record)
+        last = changes if step == 80 else {}
+        measured_as(run, f"train/step_{step:04d}", accuracy, **last)
 
 
 def logits(backbone_dir, updates):
@@ -582,9 +575,7 @@ def judge(run, **accuracy: float) -> None:
     """What stage 6 would have measured of the jumps by repeat-last, and of none."""
     for name, value in accuracy.items():
         folder = name if name == "none" else f"repeat-last_alpha{name[1:].replace('_', '.')}"
-        record = {"accuracy": value, "data": "d", "settings": {}}
-        record["weights"] = models.weights_hash(run / "extrapolated" / folder)
-        write.write_json(run / "validation" / f"extrapolated__{folder}" / "valid.json", record)
+        measured_as(run, f"extrapolated/{folder}", value)
 
 
 def test_accept_takes_the_alpha_that_is_best_on_validation_problems(run, stage):
@@ -635,17 +626,15 @@ def test_a_method_whose_alpha_0_is_a_jump_is_accepted_as_none(run, stage, method
     flags = ("04", "--methods", method, "none")
     assert stage(*flags)[0] == 0
     judge(run, none=0.5)
-    record = {"accuracy": 0.4, "data": "d", "settings": {}}
-    record["weights"] = models.weights_hash(run / "extrapolated" / f"{method}_alpha1.5")
-    folder = run / "validation" / f"extrapolated__{method}_alpha1.5"
-    write.write_json(folder / "valid.json", record)
+    measured_as(run, f"extrapolated/{method}_alpha1.5", 0.4)
     assert stage(*flags, "--accept", "true")[0] == 0
     made = [dense(run / "extrapolated" / name) for name in (f"{method}_accepted", "none")]
     for module in MODULES:
         torch.testing.assert_close(made[0][module], made[1][module])
-    assert read_json(run / "extrapolated" / f"{method}_accepted" / "checkpoint.json", "04")[
-        "alpha"
-    ] is None
+    assert (
+        read_json(run / "extrapolated" / f"{method}_accepted" / "checkpoint.json", "04")["alpha"]
+        is None
+    )
 
 
 def test_a_jump_that_is_a_whole_model_can_be_accepted(run, stage, monkeypatch):
@@ -654,9 +643,7 @@ def test_a_jump_that_is_a_whole_model_can_be_accepted(run, stage, monkeypatch):
     flags = ("04", "--methods", "relex", "none")
     assert stage(*flags)[0] == 0
     judge(run, none=0.5)
-    record = {"accuracy": 0.6, "data": "d", "settings": {}}
-    record["weights"] = models.weights_hash(run / "merged" / "relex_alpha1.5")
-    write.write_json(run / "validation" / "merged__relex_alpha1.5" / "valid.json", record)
+    measured_as(run, "merged/relex_alpha1.5", 0.6)
     assert stage(*flags, "--accept", "true")[0] == 0
     accepted, jump = (run / "merged" / f"relex_{x}" for x in ("accepted", "alpha1.5"))
     assert models.weights_hash(accepted) == models.weights_hash(jump)

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from conftest import save_series
+from conftest import edit_json, save_series
 from peft import LoraConfig, PeftModel
 
 from common import UserError
@@ -233,7 +233,7 @@ def test_a_mixed_or_other_series_is_refused_with_the_reason(
 ):
     shutil.copytree(small_series, tmp_path / "run")
     path = tmp_path / "run" / "checkpoint-30" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    edit_json(path, **change)
     with pytest.raises(UserError) as caught:
         open_all(tmp_path / "run" / "checkpoint-*", tmp_path)
     assert "checkpoint-30" in str(caught.value)
@@ -244,11 +244,7 @@ def test_a_mixed_or_other_series_is_refused_with_the_reason(
 def test_a_pattern_that_matches_no_whole_name_changes_no_scale(small_series, tmp_path):
     shutil.copytree(small_series, tmp_path / "run")
     path = tmp_path / "run" / "checkpoint-30" / "adapter_config.json"
-    path.write_text(
-        json.dumps(
-            json.loads(path.read_text()) | {"alpha_pattern": {"proj": 8}, "rank_pattern": {"q": 8}}
-        )
-    )
+    edit_json(path, alpha_pattern={"proj": 8}, rank_pattern={"q": 8})
     assert open_all(tmp_path / "run" / "checkpoint-*", tmp_path).scales == {"q_proj": 2.0}
 
 
@@ -342,13 +338,24 @@ def test_a_uniform_adapter_gets_a_plain_config_without_patterns():
     assert grown["lora_alpha"] == pytest.approx(4 * 5**0.5)
 
 
-def test_the_update_of_a_module_is_s_b_a():
-    config = {"r": 2, "lora_alpha": 6, "alpha_pattern": {"down": 3}}
-    factors = {
-        "q": (torch.randn(3, 2), torch.randn(2, 4)),
-        "down": (torch.ones(3, 2), torch.ones(2, 4)),
-    }
-    adapter = adapters.Adapter(config, factors)
-    b, a = (half.double() for half in factors["q"])
-    torch.testing.assert_close(adapter.update("q").dense(), 3 * b @ a)
-    assert adapter.update("down").dense().tolist() == [[3.0] * 4] * 3
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_quantised_models_are_refused(backbone_dir, tmp_path, dtype):
+    whole = shutil.copytree(backbone_dir, tmp_path / "step_1")
+    (whole / "sha256.json").unlink(missing_ok=True)
+    tensors = safetensors.torch.load_file(whole / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(dtype)
+    safetensors.torch.save_file(tensors, whole / "model.safetensors", {"format": "pt"})
+    for checkpoint, backbone in ((whole, backbone_dir), (backbone_dir, whole)):
+        with pytest.raises(UserError, match=r"quantised weights .* cannot jump"):
+            series.open_series({1: checkpoint}, str(backbone), str(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_factors_that_are_not_floats_are_refused(lora_policy, tmp_path, dtype):
+    lora_policy[0].save_pretrained(tmp_path, save_embedding_layers=False)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = {k: t.to(dtype) for k, t in safetensors.torch.load_file(path).items()}
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(UserError, match="has factors in"):
+        adapters.read_header(tmp_path)

@@ -1,10 +1,10 @@
 """Presets and flags, problems and their order, files and folders that are whole or not there."""
 
 import dataclasses
-import importlib
 from typing import Literal
 
 import pytest
+from conftest import SCRIPTS, parse_stage
 
 from common import UserError
 from common.files import config, read, write
@@ -39,23 +39,20 @@ def test_flags_beat_the_preset_and_the_preset_beats_the_defaults(tmp_path):
 
 @pytest.mark.parametrize("name", [path.stem for path in config.PRESETS.glob("*.yaml")])
 def test_every_preset_suits_every_stage(name):
-    stages = ("01_train_lora_grpo", "02_extract_deltas", "03_train_predictor", "04_extrapolate")
-    sections = ("train", "extract", "predict", "extrapolate", "eval", ("train", "continue"))
-    for stage, section in zip((*stages, "06_eval", "05_continue_rl"), sections, strict=True):
-        [cls] = [
-            found
-            for found in vars(importlib.import_module(stage)).values()
-            if getattr(found, "__module__", "") == stage and hasattr(found, "run_dir")
-        ]
-        assert config.parse(cls, section, "", ["--config", name]).config == name
+    for number in SCRIPTS:
+        assert parse_stage(number, "--config", name).config == name
     assert plans.single(name, config.load_preset(name), "runs/x")[-1].name == "06"
 
 
-def test_the_papers_presets_are_table_2_with_a_model_each():
-    for size in ("1.5B", "3B", "7B", "14B"):
-        preset = config.load_preset(f"paper_qwen2.5_{size.lower()}")
-        assert preset["shared"]["backbone"] == f"Qwen/Qwen2.5-{size}-Instruct"
-        assert preset["train"]["prompts_per_step"] == 128
+def test_the_defaults_and_the_papers_presets_are_table_2_with_a_model_each():
+    wanted = {"prompts_per_step": 128, "mini_batch": 32, "rollouts": 8, "learning_rate": 5e-6}
+    wanted |= {"lora_rank": 64, "lora_alpha": 32, "steps": 150, "save_every": 10}
+    wanted |= {"max_prompt_tokens": 1024, "max_new_tokens": 4096, "temperature": 1.0}
+    for size in ("", "1.5B", "3B", "7B", "14B"):
+        cfg = parse_stage("01", *(["--config", f"paper_qwen2.5_{size.lower()}"] if size else []))
+        assert {key: getattr(cfg, key) for key in wanted} == wanted
+        assert not size or cfg.backbone == f"Qwen/Qwen2.5-{size}-Instruct"
+    assert (parse_stage("02").k, parse_stage("04").alphas) == (5, [1.5])
 
 
 def test_a_preset_holds_only_what_differs_from_its_base(tmp_path):
@@ -67,13 +64,8 @@ def test_a_preset_holds_only_what_differs_from_its_base(tmp_path):
 def test_stage_5_does_not_start_where_stage_1_started(tmp_path):
     preset = tmp_path / "mine.yaml"
     preset.write_text("train: {start: outputs/checkpoint-20}")
-    for number, sections, want in (
-        ("01_train_lora_grpo.TrainConfig", "train", "outputs/checkpoint-20"),
-        ("05_continue_rl.ContinueConfig", ("train", "continue"), "next-aligned_alpha1.5"),
-    ):
-        module, cls = number.split(".")
-        kind = getattr(importlib.import_module(module), cls)
-        assert config.parse(kind, sections, "", ["--config", str(preset)]).start == want
+    for number, want in (("01", "outputs/checkpoint-20"), ("05", "next-aligned_alpha1.5")):
+        assert parse_stage(number, "--config", str(preset)).start == want
 
 
 def test_a_preset_may_have_the_name_of_its_base_and_is_not_its_own(tmp_path):

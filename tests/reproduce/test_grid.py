@@ -1,16 +1,14 @@
 """The grid behind the paper's tables: its command lines, how they are run, and what is made of
 their results."""
 
-import importlib
 import json
 import pathlib
-import shutil
 import sys
 
 import pytest
 import torch
 import yaml
-from conftest import TINY, interrupted
+from conftest import TINY, interrupted, parse_stage
 
 from common import UserError
 from common.files import adapters, config, models
@@ -28,15 +26,6 @@ from common.reproduce import (
     sizes,
     tables,
 )
-
-PARSED = {
-    "01_train_lora_grpo": ("TrainConfig", "train"),
-    "02_extract_deltas": ("ExtractConfig", "extract"),
-    "03_train_predictor": ("PredictorConfig", "predict"),
-    "04_extrapolate": ("ExtrapolateConfig", "extrapolate"),
-    "05_continue_rl": ("ContinueConfig", ("train", "continue")),
-    "06_eval": ("EvalConfig", "eval"),
-}
 
 
 @pytest.mark.parametrize(
@@ -62,11 +51,8 @@ def test_every_planned_line_is_one_its_stage_accepts_and_comes_after_what_it_nee
         assert job.name not in seen
         assert set(job.needs) <= seen
         seen.add(job.name)
-        scripts = [i for i, word in enumerate(job.argv) if word.endswith(".py")]
-        for at in scripts:
-            name, section = PARSED[job.argv[at].removesuffix(".py")]
-            cls = getattr(importlib.import_module(job.argv[at].removesuffix(".py")), name)
-            config.parse(cls, section, "", job.argv[at + 1 :])
+        for at in [i for i, word in enumerate(job.argv) if word.endswith(".py")]:
+            parse_stage(job.argv[at][:2], *job.argv[at + 1 :])
 
 
 def test_all_methods_of_a_seed_start_from_one_training_of_the_first_steps():
@@ -246,6 +232,17 @@ def log(folder: pathlib.Path, steps: range, seconds: float = 2.0) -> None:
     run_dir.write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def trained_with(folder: pathlib.Path, **options) -> None:
+    """config.json as stages 1 and 5 leave it."""
+    run_dir.write_json(folder / "config.json", {"config": options, "inputs": {}})
+
+
+def took(run: pathlib.Path, svds: float, network: float, recipe: str = "aligned") -> None:
+    """The seconds of stages 2 and 3."""
+    run_dir.write_json(run / "deltas" / "done.json", {"seconds": svds})
+    run_dir.write_json(run / "predictor" / recipe / "done.json", {"training_seconds": network})
+
+
 def test_a_model_without_an_adapter_and_a_merged_adapter_have_their_method_and_their_cost(tmp_path):
     log(tmp_path / "train", range(1, 4))
     for policy in ("extrapolated/rl-extra_alpha1.5", "merged/dare", "merged/rl-extra_alpha1.5"):
@@ -261,10 +258,7 @@ def test_a_model_without_an_adapter_and_a_merged_adapter_have_their_method_and_t
 def test_wall_seconds_have_every_methods_own_computing(tmp_path):
     """2 s of RL and 1 s of each jump; where used, SVDs, a network, measured checkpoints."""
     log(tmp_path / "train", range(1, 2))
-    run_dir.write_json(tmp_path / "deltas" / "done.json", {"seconds": 10.0})
-    run_dir.write_json(
-        tmp_path / "predictor" / "aligned" / "done.json", {"training_seconds": 100.0}
-    )
+    took(tmp_path, 10.0, 100.0)
     run_dir.write_json(
         tmp_path / "validation" / "train__step_0001" / "test.json", {"seconds": 1000.0}
     )
@@ -309,10 +303,7 @@ def test_a_policy_that_was_trained_with_another_learning_rate_is_left_out_and_na
         ("continued/none", 1e-3),
         ("continued/rl-extra_alpha1.5", 1e-2),
     ):
-        run_dir.write_json(
-            tmp_path / folder / "config.json",
-            {"config": {"learning_rate": rate, "steps": 3}, "inputs": {}},
-        )
+        trained_with(tmp_path / folder, learning_rate=rate, steps=3)
         record(tmp_path, f"{folder}/step_0003", share(50), 3)
     found = runs.Runs(tmp_path)
     assert [m.policy for m in found.some()] == ["continued/none/step_0003", "train/step_0003"]
@@ -346,29 +337,55 @@ def test_tasks_have_columns_and_only_those_of_one_suite_are_averaged(tmp_path):
     assert "plain mean of aime24, amc23" in report.page(found, "")
 
 
-@pytest.mark.parametrize(
-    ("size", "numbers"), [("1.5B", "11.9 20.3 21.6"), ("14B", "20.8 25.8 28.3")]
-)
-def test_the_papers_numbers_stand_beside_ours(tmp_path, size, numbers):
-    model, main = f"Qwen/Qwen2.5-{size}-Instruct", tmp_path / "seed0" / "lora"
-    made_with = {"config": {"backbone": model}, "inputs": {}}
-    run_dir.write_json(main / "train" / "config.json", made_with)
-    record(main, "backbone", share(10))
-    for policy, step in (("train/step_0150", 150), ("train/step_0250", 250)):
-        record(main, policy, share(30), step)
-    record(main, "extrapolated/next-paper_alpha1.5", share(31), 150)
-    record(main, "continued/next-paper_alpha1.5_merged/step_0250", share(40), 250)
-    record(tmp_path / "seed0" / "rloo", "train/step_0250", share(12), 250)
-    found = tables.beside_paper(runs.Runs(tmp_path, [0])).splitlines()[2:]
-    cells = [[cell.strip() for cell in row.strip("| ").split("|")] for row in found]
-    assert " ".join(c[-1] for c in cells if c[0].startswith("Table 3, 4")) == numbers
-    rows = {cell[0]: cell[1:] for cell in cells}
-    assert rows["Table 3, 4: GRPO, no jump"][:2] == ["250", "30.0 ± 4.6"]
-    assert rows["Table 3, 4: GRPO, NExt (paper), merged restart"][1] == "40.0 ± 4.9"
-    # Tables 5 and 6 are of the two small models.
-    rloo = rows.get("Table 6: RLOO, no jump", ["", "", "–"])
-    assert rloo[2] == {"1.5B": "13.7", "14B": "–"}[size]
-    assert len(rows) == (5 if size == "1.5B" else 3)
+def beside(found: runs.Runs) -> dict[str, list[str]]:
+    """The first cell of every row of ours (the paper's) -> the others."""
+    rows = [row.strip("| ").split(" | ") for row in tables.beside_paper(found).splitlines()]
+    return {row[0]: row[1:] for row in rows if row[0].startswith("Table")}
+
+
+@pytest.mark.parametrize("size", ["1.5B", "14B"])
+def test_the_papers_numbers_stand_beside_ours(tmp_path, size):
+    main, rloo = tmp_path / "seed0" / "lora", tmp_path / "seed0" / "rloo"
+    trained_with(main / "train", backbone=f"Qwen/Qwen2.5-{size}-Instruct")
+    tasks = ["amc23", "minerva"] if size == "1.5B" else ["aime24", "aime25", "amc23", "minerva"]
+    for task in tasks if size == "1.5B" else [*tasks, "olymmath-en-easy"]:
+        record(main, "backbone", share(10), 0, task)
+        for policy, step in (("train/step_0150", 150), ("train/step_0250", 250)):
+            record(main, policy, share(30), step, task)
+        record(main, "extrapolated/next-paper_alpha1.5", share(31), 150, task)
+        record(main, "continued/next-paper_alpha1.5_merged/step_0250", share(40), 250, task)
+        record(rloo, "train/step_0250", share(12), 250, task)
+    rows = beside(runs.Runs(tmp_path, [0]))
+    # A cell a task, the mean, and 250 steps for 20 points.
+    grpo, merged = (
+        rows["Table 3, 4: GRPO, no jump"],
+        "Table 3, 4: GRPO, NExt (paper), merged restart",
+    )
+    if size == "1.5B":
+        assert grpo == [
+            "30.0 ± 4.6 (29.4)",
+            "30.0 ± 4.6 (11.2)",
+            "30.0 ± 3.3 (20.3)",
+            "12.5 (29.8)",
+        ]
+        assert rows[merged][2:] == ["40.0 ± 3.5 (21.6)", "8.3 (25.8)"]
+        assert rows["Table 6: RLOO, no jump"][2:] == ["12.0 ± 2.3 (13.7)", "125.0"]
+        assert len(rows) == 5
+    else:  # Tables 5 and 6 are of the two small models
+        assert grpo[1:4] == ["30.0 ± 4.6 (15.0)", "30.0 ± 4.6 (62.5)", "30.0 ± 4.6 (29.7)"]
+        assert rows[merged][5:] == ["40.0 ± 2.2 (28.3)", "8.3 (33.3)"]
+        assert len(rows) == 3
+
+
+def test_the_papers_own_numbers_agree_with_one_another():
+    paper = results.table_of("paper.yaml")
+    for part, tasks in paper["tasks"].items():
+        for number, _, policy, *printed in paper[part]:
+            for names, base, values in zip(tasks, paper[part][0][3:], printed, strict=False):
+                own, mean, *icer = values[: len(names)], *values[len(names) :]
+                assert abs(sum(own) / len(own) - mean) < 0.0601, (number, policy, values)
+                steps = {"{longest}": 400, "extrapolated": 150}.get(policy.split("/")[0], 250)
+                assert not icer or abs(steps / (mean - base[-1]) - icer[0]) < 0.06
 
 
 CATEGORIES = ["biology", "business", "chemistry", "computer-science", "economics", "engineering"]
@@ -377,14 +394,13 @@ CATEGORIES += ["health", "history", "law", "math", "other", "philosophy", "physi
 
 def test_the_two_halves_of_mmlu_pro_are_tables_7_and_8(tmp_path):
     main = tmp_path / "seed0" / "lora"
-    made_with = {"config": {"backbone": "Qwen/Qwen2.5-7B-Instruct"}, "inputs": {}}
-    run_dir.write_json(main / "train" / "config.json", made_with)
+    trained_with(main / "train", backbone="Qwen/Qwen2.5-7B-Instruct")
     for number, category in enumerate(CATEGORIES):
         record(main, "backbone", share(10 + 5 * number), 0, f"mmlu-pro-{category}")
     found = runs.Runs(tmp_path, [0])
-    rows = [row.strip("| ").split(" | ") for row in tables.beside_paper(found).splitlines()[2:]]
-    numbers = {row[0].split(":")[0]: (row[2].split(" ")[0], row[3]) for row in rows}
-    assert numbers == {"Table 7": ("25.0", "56.9"), "Table 8": ("60.0", "50.2")}
+    rows = {label[:7]: cells for label, cells in beside(found).items()}
+    assert [rows["Table 7"][i].split(" ", 1)[0] for i in (0, 6, 7)] == ["10.0", "40.0", "25.0"]
+    assert [rows["Table 8"][i][-6:] for i in (1, 6, 7)] == ["(31.0)", "(52.2)", "(50.2)"]
     header, _, row = tables.by_task(found).splitlines()
     cells = dict(zip(header.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
     assert cells["mmlu-pro-law"] == "50.0"
@@ -450,10 +466,7 @@ def test_a_claim_needs_all_that_it_is_about(tmp_path):
         (path / "test.json").unlink()
     log(tmp_path / "train", range(1, 151))
     log(tmp_path / "continued" / "next-aligned_alpha1.5", range(151, 251))
-    run_dir.write_json(tmp_path / "deltas" / "done.json", {"seconds": 10.0})
-    run_dir.write_json(
-        tmp_path / "predictor" / "aligned" / "done.json", {"training_seconds": 100.0}
-    )
+    took(tmp_path, 10.0, 100.0)
     short = runs.Runs(tmp_path)
     assert short.reference == 0
     page = claims.page(short)
@@ -467,8 +480,7 @@ def test_more_time_is_not_called_less(tmp_path):
     one_run(tmp_path, 55)
     log(tmp_path / "train", range(1, 401), 0.1)
     log(tmp_path / "continued" / "next-aligned_alpha1.5", range(151, 251), 1.0)
-    run_dir.write_json(tmp_path / "deltas" / "done.json", {"seconds": 0.0})
-    run_dir.write_json(tmp_path / "predictor" / "aligned" / "done.json", {"training_seconds": 0.0})
+    took(tmp_path, 0.0, 0.0)
     found = runs.Runs(tmp_path)
     cell = claims.time_saved(found.later("next-aligned"), found.at(400))
     assert cell == "**does not hold**: 116 against 40 s, 190.0% more"
@@ -549,8 +561,7 @@ def test_claims_name_a_verdict_and_its_numbers(grid):
 
 def test_a_seed_that_was_trained_otherwise_is_left_out_of_the_grids_means(grid):
     for seed, rate in ((0, 1e-3), (1, 1e-3), (2, 1e-2)):
-        path = grid.folder(seed) / "train" / "config.json"
-        run_dir.write_json(path, {"config": {"learning_rate": rate}, "inputs": {}})
+        trained_with(grid.folder(seed) / "train", learning_rate=rate)
     found = runs.Runs(grid.root, [0, 1, 2])
     assert found.count(found.at(250)) == "2"
     assert any(
@@ -606,12 +617,9 @@ def test_what_a_merged_restart_stands_on_is_no_policy(run, stage):
 
 
 def test_one_odd_continuation_does_not_make_the_run_odd(tmp_path):
-    found = one_run(tmp_path, 55)
-    options = {"config": {"learning_rate": 1e-3}, "inputs": {}}
-    run_dir.write_json(tmp_path / "train" / "config.json", options)
-    odd = {"config": {"learning_rate": 5e-4}, "inputs": {}}
-    run_dir.write_json(tmp_path / "continued/next-aligned_alpha1.5/config.json", odd)
-    shutil.rmtree(tmp_path / "eval" / "backbone", ignore_errors=True)
+    one_run(tmp_path, 55)
+    trained_with(tmp_path / "train", learning_rate=1e-3)
+    trained_with(tmp_path / "continued/next-aligned_alpha1.5", learning_rate=5e-4)
     found = runs.Runs(tmp_path)
     (line,) = found.left_out
     assert line.startswith("continued/next-aligned_alpha1.5/step_0250: 55.0%, trained with")
@@ -685,14 +693,11 @@ def test_lora_and_all_parameters_are_compared_seed_by_seed_and_one_seed_decides_
 def paper_run(root: pathlib.Path, size: str, right: int, device: str = "NVIDIA A800") -> None:
     """What the paper measures of a model on GPQA: 400 steps of GRPO, and NExt at 250."""
     main = root / "seed0" / "lora"
-    options = {"backbone": f"Qwen/Qwen2.5-{size}-Instruct", "learning_rate": 5e-6}
-    made_with = {"config": options, "inputs": {}}
-    run_dir.write_json(main / "train" / "config.json", made_with)
+    model = f"Qwen/Qwen2.5-{size}-Instruct"
+    trained_with(main / "train", backbone=model, learning_rate=5e-6)
     run_dir.write_json(main / "train" / "done.json", {"processes": 4, "device": device})
     log(main / "train", range(1, 401), seconds=90.0)
-    run_dir.write_json(main / "deltas" / "done.json", {"seconds": 900.0})
-    trained = {"training_seconds": 450.0}
-    run_dir.write_json(main / "predictor" / "paper" / "done.json", trained)
+    took(main, 900.0, 450.0, "paper")
     for policy, step, more in (
         ("train/step_0150", 150, 0),
         ("train/step_0400", 400, 0),

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from test_grid import log, record, share
+from test_grid import log, record, share, trained_with
 
 from common import UserError
 from common.files import config, write
@@ -24,8 +24,7 @@ def run_at(folder, rate: float, plain: tuple, jumped: int | None = None, after: 
         if not policy.startswith("extrapolated"):
             linear = "linear" if "linear" in policy else "constant"
             options = {"learning_rate": rate, "learning_rate_schedule": linear, "steps": step}
-            config = (folder / policy).parent / "config.json"
-            write.write_json(config, {"config": options, "inputs": {}})
+            trained_with((folder / policy).parent, **options)
 
 
 @pytest.fixture
@@ -82,8 +81,7 @@ def test_a_second_jump_is_compared_with_grpo_at_its_own_rate(tmp_path):
         for start, right in (("next-aligned_alpha1.5", 27), ("none", 24)):
             policy = f"continued/{start}/step_0002"
             record(top / "second", policy, share(right + seed), 2)
-            path = (top / "second" / policy).parent / "config.json"
-            write.write_json(path, {"config": {"learning_rate": 0.0005}, "inputs": {}})
+            trained_with((top / "second" / policy).parent, learning_rate=0.0005)
     text = rates.page(runs.Runs(tmp_path, [0, 1]))
     merged = "NExt (aligned), merged; after 1 steps"
     assert numbers(text, f"{merged} another jump") == ["+7.5", "–"]

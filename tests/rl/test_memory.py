@@ -1,12 +1,12 @@
 """The plan of a GPU's memory against what is really kept, and the paper's presets against 80 GB."""
 
-import importlib
 import json
 import shlex
 import types
 
 import pytest
 import torch
+from conftest import parse_stage
 from transformers import AutoConfig, Qwen2Config
 
 from common import UserError, demo
@@ -14,7 +14,6 @@ from common.files import config
 from common.reproduce import plans
 from common.rl import memory, policy
 
-stage1 = importlib.import_module("01_train_lora_grpo")
 # hidden, intermediate, layers, heads, heads of keys and values; the head of 1.5B, 3B is tied
 QWEN = {"1.5b": (1536, 8960, 28, 12, 2), "3b": (2048, 11008, 36, 16, 2)}
 QWEN |= {"7b": (3584, 18944, 28, 28, 4), "14b": (5120, 13824, 48, 40, 8)}
@@ -30,7 +29,7 @@ def qwen(size: str, dtype: str = "bfloat16") -> Qwen2Config:
 
 
 def options(preset: str, **changes):
-    cfg = config.parse(stage1.TrainConfig, "train", "", ["--config", preset])
+    cfg = parse_stage("01", "--config", preset)
     return types.SimpleNamespace(**{**vars(cfg), **changes})
 
 
@@ -69,8 +68,8 @@ def test_what_is_counted_without_numbers_is_what_is_kept_with_them(tune, mixed):
 @pytest.mark.parametrize("size", ["1.5b", "3b", "7b"])
 def test_the_papers_runs_with_all_parameters_fit_too(size):
     wanted = plans.values_of("", config.load_preset(f"paper_qwen2.5_{size}"))["reproduce"]
-    cls, flags = stage1.TrainConfig, shlex.split(wanted["full_flags"])
-    cfg = config.parse(cls, "train", "", ["--config", f"paper_qwen2.5_{size}", *flags])
+    flags = shlex.split(wanted["full_flags"])
+    cfg = parse_stage("01", "--config", f"paper_qwen2.5_{size}", *flags)
     cfg.tune, cfg.engine = "full", "vllm"
     parts = memory.plan(qwen(size), cfg, SHARDS.get(size, 1))
     vllm = GPU * json.loads(cfg.vllm_options)["gpu_memory_utilization"]

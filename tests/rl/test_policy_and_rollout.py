@@ -1,5 +1,6 @@
 """Log-probabilities and sampling against plain Hugging Face forward passes."""
 
+import importlib
 import json
 import shutil
 import types
@@ -127,12 +128,8 @@ def test_sampling_defaults_in_the_backbones_folder_are_ignored(tmp_path, backbon
     shutil.copytree(backbone_dir, folder)
     model, tokenizer = policy.load_backbone(str(folder))
     want = [r.tokens for r in sample(model, tokenizer, PROMPTS[:1] * 8, list(range(8)))]
-    config = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(
-        json.dumps(
-            {**config, "repetition_penalty": 1.5, "top_k": 1, "do_sample": True, "temperature": 0.1}
-        )
-    )
+    changes = {"repetition_penalty": 1.5, "top_k": 1, "do_sample": True, "temperature": 0.1}
+    edit_json(folder / "generation_config.json", **changes)
     model, tokenizer = policy.load_backbone(str(folder))
     assert model.generation_config.repetition_penalty == 1.5
     assert [r.tokens for r in sample(model, tokenizer, PROMPTS[:1] * 8, list(range(8)))] == want
@@ -161,8 +158,7 @@ def test_dropout_of_another_trainers_adapter_is_off(lora_policy, tmp_path, backb
     nats."""
     model, tokenizer = lora_policy
     model.save_pretrained(tmp_path / "theirs")
-    path = tmp_path / "theirs" / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_dropout": 0.5}))
+    edit_json(tmp_path / "theirs" / "adapter_config.json", lora_dropout=0.5)
     loaded = policy.load_lora(policy.load_backbone(str(backbone_dir))[0], tmp_path / "theirs")
     assert "theirs: lora_dropout is set to 0" in capsys.readouterr().err
     loaded.train()
@@ -206,3 +202,53 @@ def test_the_seed_of_a_problem_that_comes_again_in_a_step_is_another():
     first = rollout.sequence_seed(0, 3, 5, 1)
     assert first == rollout.sequence_seed(0, 3, 5, 1, 0) == 6126671502514601163
     assert len({rollout.sequence_seed(0, 3, 5, 1, occurrence) for occurrence in range(3)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "installed", "gpu", "cpu_yaml", "wanted"),
+    [
+        ("auto", True, True, False, "vllm"),
+        ("auto", True, True, True, "hf"),
+        ("auto", True, False, False, "hf"),
+        ("auto", False, True, False, "hf"),
+        ("hf", True, True, False, "hf"),
+        ("vllm", True, False, False, "vllm"),
+    ],
+)
+def test_auto_takes_vllm_where_it_is_installed_and_a_gpu_is_there(
+    monkeypatch, asked, installed, gpu, cpu_yaml, wanted
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", str(cpu_yaml).lower())
+    assert rollout.choose_engine(asked) == wanted
+
+
+def test_a_vllm_that_is_not_installed_is_named_with_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="not installed: pip install vllm=="):
+        rollout.choose_engine("vllm")
+
+
+def test_options_are_a_json_object():
+    assert rollout.vllm_options('{"gpu_memory_utilization": 0.4}') == {
+        "gpu_memory_utilization": 0.4
+    }
+    for text in ("gpu_memory_utilization=0.4", "", "[1]", "0.4"):
+        with pytest.raises(UserError, match="vllm_options"):
+            rollout.vllm_options(text)
+
+
+FORBIDDEN = "trust_remote_code load_format worker_extension_cls worker_cls tokenizer model seed"
+FORBIDDEN += " speculative_config compilation_config hf_overrides logits_processors download_dir"
+
+
+@pytest.mark.parametrize("option", [*FORBIDDEN.split(), "gpu_memory_utilisation"])
+def test_options_can_load_no_other_code_and_no_other_weights(option):
+    with pytest.raises(UserError, match=r"want a JSON object of gpu_memory_utilization, "):
+        rollout.vllm_options(json.dumps({"block_size": 32, option: "x"}))
+
+
+def test_the_engine_that_auto_chose_is_recorded(finished_run):
+    recorded = json.loads((finished_run / "train" / "config.json").read_text())["config"]["engine"]
+    assert recorded == rollout.choose_engine("auto")

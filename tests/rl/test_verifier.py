@@ -280,12 +280,6 @@ def test_last_number_refuses_a_gold_that_no_number_can_equal():
     verifier.Verifier().check(asked("Saturday"))
 
 
-def test_no_box_or_a_cut_response_scores_zero(judge):
-    assert judge.score(
-        ["612", r"\boxed{612}", r"\boxed{612}"], asked("612") * 3, [True, False, True]
-    ) == [0.0, 0.0, 1.0]
-
-
 def test_a_power_tower_costs_its_limit_and_nothing_else():
     judge = verifier.Verifier(time_limit=1.0)
     judge.score([r"\boxed{x^{2}}"], asked("x^2"), [True])  # the worker is up
@@ -387,13 +381,7 @@ def test_what_a_library_prints_in_a_worker_is_no_answer(monkeypatch, tmp_path, c
 
 
 def test_a_verifier_that_fails_on_everything_says_so_instead_of_scoring_zero(monkeypatch):
-    broken = [sys.executable, "-c", "raise ImportError('no math_verify')"]
-    popen = subprocess.Popen
-    monkeypatch.setattr(
-        verifier.subprocess,
-        "Popen",
-        lambda command, **how: popen(broken, **{**how, "stderr": subprocess.DEVNULL}),
-    )
+    started_with(monkeypatch, "raise ImportError('no math_verify')")
     with pytest.raises(UserError, match="math-verify does not work"):
         verifier.Verifier().score([r"\boxed{x+1}"], asked("1+x"), [True])
 

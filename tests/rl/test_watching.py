@@ -32,11 +32,6 @@ def test_accuracy_held_out_is_that_of_stage_6_and_changes_nothing_else(
     assert found[1::2] == [round(json.loads(p.read_text())["accuracy"], 6) for p in paths]
 
 
-def test_accuracy_held_out_wants_problems(empty_run, stage):
-    code, line = stage("01", empty_run, "--eval-every", "2")
-    assert (code, "eval_every wants --eval-data" in line) == (2, True)
-
-
 def test_the_seconds_of_a_step_are_those_of_training(monkeypatch):
     times = iter([0.0, 1.0, 4.0, 4.0, 9.0, 10.0])
     monkeypatch.setattr(step_metrics.time, "perf_counter", lambda: next(times))

@@ -279,9 +279,9 @@ def test_training_all_parameters_samples_with_the_updated_weights(tmp_path):
     assert max(row["logprob_gap_mean"] for row in rows) < 1e-5
     # Each of two processes has two engines, one after the other: the policies are two models.
     policies = (*flags[-4:], "--policies", "backbone", "train/step_0004")
-    output, _ = (
-        run := start_two("06_eval.py", folder, "cpu_processes", *policies)
-    ).communicate(timeout=300)
+    output, _ = (run := start_two("06_eval.py", folder, "cpu_processes", *policies)).communicate(
+        timeout=300
+    )
     assert run.returncode == 0, output
     measured = inputs.read_json(folder / "eval" / "train__step_0004" / "test.json", "06")
     assert measured["n"] == 256
