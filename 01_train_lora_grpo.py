@@ -8,9 +8,9 @@ Writes  <run-dir>/train/step_0010 ... step_0150   PEFT adapters in fp32; with --
         <run-dir>/train/metrics.jsonl, samples.jsonl, config.json, resume/, done.json
 
 --tune full --learning-rate 5e-7 trains all parameters (Table 5's "w/o LoRA"), in fp32: 16 bytes a
-parameter, on several GPUs split by common/accelerate/fsdp2.yaml. The same command again resumes:
-each draw is computed from (seed, step, problem, sample). A larger --steps makes a run longer, if
-its learning rate is constant. Not here: critics, multi-turn answers, packing, warm-up.
+parameter, on several GPUs split by common/accelerate/fsdp2.yaml. The same command again resumes,
+with the same draws: each comes from (seed, step, problem, sample). A larger --steps makes a run
+longer, if its learning rate is constant. Not here: critics, multi-turn answers, packing, warm-up.
 """
 
 import dataclasses

@@ -10,9 +10,9 @@ Writes  <run-dir>/deltas/<matrix>.safetensors   u, sigma, v of its global, local
         <run-dir>/deltas/spectrum.json          energy ratios (Fig. 2), R^2 of lines (Fig. 3)
 
 The mathematics is `trajectory` in common/rank1.py: Eq. 6 and 7, for a LoRA in float64 from the
-factors of W_i - W_0 = s B A (Eq. 5, without s = lora_alpha / r). Matrices without an adapter take
-no part: their deltas are zero. The sign of (u, v) is left as it came: stage 4 makes it consistent,
-and so does stage 3, but for the recipe `paper`.
+factors of W_i - W_0 = s B A (Eq. 5, which leaves out s = lora_alpha / r). Matrices without an
+adapter take no part: their deltas are zero. The sign of (u, v) is left as it came: stage 4 makes it
+consistent, and so does stage 3, except in the recipe `paper`.
 """
 
 import concurrent.futures

@@ -129,7 +129,7 @@ def take(verls: pathlib.Path, ours: pathlib.Path, before: int, backbone: str, ju
     """verl's checkpoints in `verls` as step_0010 ... in `ours`, those that are not there yet.
 
     before: RL steps before its first. backbone: what its adapters stand on. jump: the adapter that
-    was trained on; its config is copied, as verl's merger cuts 32.5, the lora_alpha, to 32.
+    was trained on; its config is copied, because verl's merger cuts lora_alpha 32.5 to 32.
     """
     found = sorted(verls.glob("global_step_*/actor"), key=step_of)
     if not found:

@@ -46,7 +46,7 @@ def check_gap(line: dict, limit: float) -> None:
     gap = line["logprob_gap_mean"]
     if not gap <= limit:  # nan is no agreement either
         what = f"step {line['step']}: engine and trainer disagree by {gap:.3f} nats a token"
-        raise UserError(f"{what}: stale weights, or another temperature or template")
+        raise UserError(f"{what}: stale weights, or another temperature")
 
 
 def check_moved(log: pathlib.Path) -> None:
