@@ -7,9 +7,9 @@ Reads   <run-dir>/extrapolated/<start>, the backbone, the preset's sections `tra
 Writes  <run-dir>/continued/<start>, <start>_merged or <name>, like train/, with steps to 250
 
 --restart merged adds the jump to the backbone, saved in fp32, and starts a new LoRA, likely the
-paper's way. KL is then against the jump, the model below the adapter, as in TRL and verl. On GPUs
-the sum is rounded to bf16 in each product, which loses a part of a small jump. The optimizer is
-new; problems and seeds are as without a jump.
+paper's way; a start that is a whole model gets one too. KL is then against the jump, the model
+below the adapter, as in TRL and verl. On GPUs the sum is rounded to bf16 in each product, which
+loses a part of a small jump. The optimizer is new; problems and seeds are as without a jump.
 """
 
 import dataclasses

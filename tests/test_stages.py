@@ -216,6 +216,7 @@ def test_reproduce_goes_on_where_it_was_interrupted_and_skips_what_is_done(finis
     assert "first prompt: '<|user|>" in printed
     assert re.search(r"^\d+ commands, \d+ RL steps.*, into ", printed)
     assert "done already: prepare\n" in printed
+    assert re.search(r"step 6/6 .* 00:00 left", printed)
     assert "[01] going on after step" in printed
     assert printed.count("03_train_predictor.py") == 1
     assert "| Backbone | 0 |" in printed

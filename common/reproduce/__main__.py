@@ -81,12 +81,14 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     preset = config.load_preset(args.preset)
-    if "launch" in (wanted := preset.get("reproduce", {})):  # {gpus}: those that are here
-        gpus = str(torch.cuda.device_count() or GPUS)
-        wanted["launch"] = str(wanted["launch"]).replace("{gpus}", gpus)
+    own = preset.get("reproduce", {})
+    if isinstance(own.get("launch"), str):
+        gpus = own.get("gpus_per_job") or torch.cuda.device_count() or GPUS
+        own["launch"] = own["launch"].replace("{gpus}", str(gpus))
+    wanted = plans.values_of(args.preset, preset)["reproduce"]
     name = pathlib.Path(args.preset).name.removesuffix(".yaml")
     root = pathlib.Path(args.run_dir or f"runs/{name}{f'_{args.grid}' if args.grid else ''}")
-    if args.grid == "sweep" and not wanted.get("validation_data"):
+    if args.grid == "sweep" and not wanted["validation_data"]:
         raise UserError("--grid sweep measures on reproduce: validation_data, which is not there")
     if args.grid:
         jobs = plans.grid(args.grid, args.preset, preset, str(root), args.seeds, args.tables)
@@ -95,8 +97,7 @@ def main() -> None:
     if args.print:
         lines = [job.line for job in jobs]
         if args.trainer:
-            flags = plans.values_of(args.preset, preset)["reproduce"]["verl_flags"]
-            lines = verl.commands(jobs, args.preset, str(root), flags)
+            lines = verl.commands(jobs, args.preset, str(root), wanted["verl_flags"])
         print("\n".join(lines))
         train, *_ = check.options(args.preset, str(root))
         print(f"# {check.summary(jobs, wanted, train)}", file=sys.stderr)

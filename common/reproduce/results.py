@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from common import UserError
+from common.files import adapters
 from common.files.read import read_json, read_jsonl, step_of
 from common.reproduce.estimates import over_problems
 from common.rl.options import MAY_CHANGE
@@ -174,7 +175,9 @@ def made_on(run: pathlib.Path) -> tuple[str, int]:
         for found in sorted(run.glob(path))[:1]:
             made |= read_json(found, "the stage that wrote it")
     gpus = made["processes"] if made.get("device", "cpu") != "cpu" else 0
-    return made["config"].get("backbone", "").split("/")[-1], gpus
+    first = next(iter(sorted((run / "train").glob("step_*"))), run)  # verl's training has no more
+    named = made["config"].get("backbone") or adapters.read_info(first).get("backbone", "")
+    return named.split("/")[-1], gpus
 
 
 def jump_info(run: pathlib.Path, policy: str) -> dict:

@@ -67,8 +67,8 @@ def main_table(runs: Runs) -> str:
 
 
 def beside_paper(runs: Runs) -> str:
-    """Our accuracies and ICER with the paper's in brackets, a table for each set of tasks. Empty
-    for a model that is not in the paper."""
+    """Our accuracies and ICER with the paper's in brackets, a table for each set of tasks that were
+    all measured. Empty for a model that is not in the paper."""
     model, _ = results.made_on(runs.folder(runs.seeds[0]))
     sizes = [i for i, size in enumerate(SIZES) if f"Qwen2.5-{size}-Instruct" in model]
     names = {"grpo": runs.at(runs.total).policy, "longest": runs.at(runs.reference).policy}

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 
-from common import UserError
+from common import UserError, in_one_line
 from common.files import write
 from common.files.adapters import CONFIG, VLLM_RANKS
 from common.files.read import step_of
@@ -26,6 +26,8 @@ from common.rl.verifier import Verifier
 
 KEYS = table_of("verl.yaml")
 ONLY_OURS = {"learning_rate_schedule": "constant", "reward": ["verifier"], "importance_cap": 0.0}
+ONLY_OURS |= {"eval_every": 0, "report_to": ""}
+HIGH_RANK = ("relex", "wsm", "greedy-soup")  # sums of many checkpoints
 FROM_ZERO = {**ONLY_OURS, "start": ""}  # stage 1's
 OURS = ("python", "-m", "common.reproduce.verl")
 LOCK = threading.Lock()
@@ -38,6 +40,8 @@ def commands(jobs: list[Job], preset: str, root: str, flags: str) -> list[str]:
     UserError where a job has an option that verl has not.
     """
     problems, lines, before = f"{root}/verl/train.parquet", [], {}  # run -> its steps to the jump
+    if odd := [word for word in shlex.split(flags) if "=" not in word]:
+        raise UserError(f"verl_flags: want key=value, not {odd[0]}")
     own = dict(word.split("=", 1) for word in shlex.split(flags))
     for job in jobs:
         if (stage := stage_of(job)) not in ("01", "05"):
@@ -54,12 +58,12 @@ def commands(jobs: list[Job], preset: str, root: str, flags: str) -> list[str]:
         if stage == "01":
             folder, step, backbone, sections = "train", 0, cfg.backbone, []
         else:
-            name = job.name.split()[-1].replace("/", "__")
-            folder, step, cfg.steps = f"continued/{name}", first, cfg.more_steps
-            backbone, sections = cfg.backbone, ["jump"]
-            if cfg.restart == "merged" or cfg.tune == "full":
-                name = cfg.start.removeprefix("merged/")
-                lines += [merging(cfg, name)] if name == cfg.start else []
+            name, whole = cfg.start.removeprefix("merged/"), cfg.start.startswith("merged/")
+            folder = f"continued/{job.name.split()[-1].replace('/', '__')}"
+            folder += "_merged" if whole and cfg.tune == "lora" else ""  # as stage 5 names it
+            step, cfg.steps, backbone, sections = first, cfg.more_steps, cfg.backbone, ["jump"]
+            if whole or cfg.restart == "merged" or cfg.tune == "full":
+                lines += [] if whole else [merging(cfg, name)]
                 backbone, sections = f"{{run_dir}}/merged/{name}", []
         values = {"model": cfg.path(backbone), "folder": f"{cfg.run_dir}/verl/{folder}"}
         values |= {"problems": problems, "order": cfg.seed + step}
@@ -76,7 +80,7 @@ def trained(cfg, sections: list[str], values: dict, own: dict[str, str]) -> str:
     algorithm = cfg.algorithm.replace("reinforce++", "reinforce_plus_plus").replace("-", "_")
     aggregation = {"token": "token-mean", "seq": "seq-mean-token-mean"}[cfg.loss_aggregation]
     values = {**vars(cfg), "estimator": algorithm, "aggregation": aggregation, **values}
-    values["room"] = VLLM_RANKS[-1] if cfg.start.startswith("relex") else 2 * cfg.lora_rank
+    values["room"] = VLLM_RANKS[-1] if cfg.start.startswith(HIGH_RANK) else 2 * cfg.lora_rank
     sections = ["always", cfg.tune, *([f"kl_in_{cfg.kl_in}"] if cfg.kl_coef else []), *sections]
     keys = {key: text.format_map(values) for name in sections for key, text in KEYS[name].items()}
     words = [f"{key}={value}" for key, value in {**keys, **own}.items()]
@@ -141,7 +145,8 @@ def take(verls: pathlib.Path, ours: pathlib.Path, before: int, backbone: str, ju
             continue
         with tempfile.TemporaryDirectory(dir=verls) as merged:
             where = ["--local_dir", str(path), "--target_dir", merged]
-            subprocess.run([*merger, *where], check=True)
+            with in_one_line(f"verl's merger fails on {path}", "see above"):
+                subprocess.run([*merger, *where], check=True)
             adapter = pathlib.Path(merged, "lora_adapter")  # beside its backbone
             files = adapter if adapter.is_dir() else pathlib.Path(merged)
             with write.atomic_dir(made, {"step": step, "backbone": backbone}) as folder:

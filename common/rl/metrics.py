@@ -223,14 +223,14 @@ def summarise(rows: list[dict], judge) -> dict:
 
 
 def console_line(record: dict) -> str:
-    """`0.749 +- 0.012 (n = 2048), length 29.4, 1.7 s; all answers equal: 32% of the problems`: no
-    gradient would come from these."""
+    """`0.749 +- 0.012 (n = 2048), length 29.4, 1.7 s; all right or all wrong: 32% of the problems`:
+    no gradient would come from these."""
     error = "" if record["standard_error"] is None else f" +- {record['standard_error']:.3f}"
     zero = "" if record["accuracy"] else "; all scored 0: are template and answer_format right?"
     if late := record["verifier_timeouts"]:
         zero += f"; {late} not decided in --verifier-seconds, so scored 0"
     if record["n"] > record["problems"]:
         flat = sum(score in (0, 1) for score in record["by_problem"]) / record["problems"]
-        zero = f"; all answers equal: {flat:.0%} of the problems{zero}"
+        zero = f"; all right or all wrong: {flat:.0%} of the problems{zero}"
     line = f"{record['accuracy']:.3f}{error} (n = {record['n']})"
     return f"{line}, length {record['response_length']:.1f}, {record['seconds']:.1f} s{zero}"

@@ -152,7 +152,7 @@ def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str
         "left_out": len(every) - len(problems),  # prompts that are too long
         **judge.files,
     }
-    if cfg.report_to:  # nothing can fail any more
+    if cfg.report_to:  # now that model and data are right
         metrics.start_tracker(cfg, accelerator)
     ready = (cfg, accelerator, model, tokenizer, frozen, optimizer, engine, judge)
     return Run(*ready, problems, prompts, held_out, backbone[0], stands_on)

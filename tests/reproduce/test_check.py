@@ -1,8 +1,11 @@
 """What `python -m common.reproduce` finds, fetches, counts and computes before anything runs."""
 
+import ast
+import re
+
 import pytest
 import yaml
-from conftest import TINY, lay_out
+from conftest import ROOT, SCRIPTS, TINY, lay_out
 
 from common import UserError
 from common.files import config
@@ -125,7 +128,16 @@ def test_a_preset_may_want_a_process_for_each_gpu(monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", argv)
         reproduce.main()
         lines = capsys.readouterr().out.splitlines()
+        assert lines
         assert all(f" --num_processes {told} 0" in line for line in lines)
+
+
+@pytest.mark.parametrize("number", SCRIPTS)
+def test_a_preset_is_read_as_the_stage_reads_it(number):
+    text = (ROOT / SCRIPTS[number]).read_text(encoding="utf-8")
+    name, found = re.search(r"parse\((\w+), (.+), __doc__\)", text).groups()
+    sections = ast.literal_eval(found)
+    assert check.STAGES[number] == [name, *([sections] if isinstance(sections, str) else sections)]
 
 
 def test_runs_of_all_parameters_have_a_memory_of_their_own(tmp_path, monkeypatch, capsys):

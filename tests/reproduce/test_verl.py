@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import os
@@ -16,7 +17,7 @@ from conftest import ROOT, TINY
 from common import UserError
 from common.files import adapters, config
 from common.reproduce import __main__ as main
-from common.reproduce import check, plans, verl
+from common.reproduce import check, plans, results, verl
 
 SIZES = ("1.5b", "3b", "7b", "14b")
 # Writes what verl's merger does: a whole model, and beside a backbone the adapter, whose alpha it
@@ -100,6 +101,8 @@ def test_the_numbers_are_those_of_the_papers_preset():
 @pytest.mark.parametrize("kind", ["", "paper"])
 @pytest.mark.parametrize("size", SIZES)
 def test_verls_own_configuration_takes_every_command(size, kind, tmp_path):
+    if not importlib.util.find_spec("verl"):
+        pytest.skip("pip install hydra-core; pip install --no-deps verl==0.9.1")
     hydra = pytest.importorskip("hydra", reason="pip install hydra-core; --no-deps verl==0.9.1")
     (path,) = [f for f in importlib.metadata.files("verl") if f.name == "ppo_trainer.yaml"]
     reproduce = {"full": True, "continue_from": ["next-aligned_alpha1.5"]}
@@ -196,18 +199,39 @@ def test_other_algorithms_and_losses_have_verls_names(tmp_path):
         assert given["actor_rollout_ref.actor.loss_agg_mode"] == "seq-mean-token-mean"
 
 
+def test_a_start_that_is_a_whole_model_gets_a_new_lora_of_verls_too():
+    lines = typed("paper_qwen2.5_7b", reproduce={"continue_from": ["merged/relex_alpha1.5"]})
+    (made,) = [g for g in trained(lines) if "continued" in g["trainer.default_local_dir"]]
+    assert made["actor_rollout_ref.model.path"] == "runs/x/merged/relex_alpha1.5"
+    assert "actor_rollout_ref.model.lora_adapter_path" not in made
+    (place,) = [words[5] for words in lines if words[3:4] == ["checkpoints"] and "cont" in words[5]]
+    assert place == "runs/x/continued/merged__relex_alpha1.5_merged"
+
+
 def test_what_verl_cannot_do_is_refused(tmp_path):
+    for key, value in (("reward", ["mine.py:f"]), ("importance_cap", 2.0), ("eval_every", 5)):
+        with pytest.raises(UserError, match=f"verl has no {key}"):
+            typed(preset(tmp_path, train={key: value, "eval_data": "x.jsonl"}))
+    with pytest.raises(UserError, match="verl_flags: want key=value, not --config-name"):
+        typed("paper_qwen2.5_7b", flags="--config-name x")
     with pytest.raises(UserError, match="verl has no start /an/adapter"):
         typed(preset(tmp_path, train={"start": "/an/adapter"}))
     with pytest.raises(UserError, match="verl has no learning_rate_schedule linear"):
         typed("paper_qwen2.5_7b", reproduce={"continue_from": ["none_linear"]})
 
 
-def test_the_commands_are_shown_and_never_run(tmp_path, monkeypatch):
-    argv = ["reproduce", "--preset", TINY, "--run-dir", str(tmp_path), "--trainer", "verl"]
+def test_the_commands_are_shown_and_never_run(tmp_path, monkeypatch, capsys):
+    name = tmp_path / "own.yaml"
+    flags = {"verl_flags": "trainer.nnodes=2"}
+    name.write_text(yaml.safe_dump({"base": TINY, "reproduce": flags}))
+    argv = ["reproduce", "--preset", str(name), "--run-dir", str(tmp_path), "--trainer", "verl"]
     monkeypatch.setattr("sys.argv", argv)
     with pytest.raises(UserError, match="add --print"):
         main.main()
+    monkeypatch.setattr("sys.argv", [*argv, "--print"])
+    main.main()
+    assert "trainer.nnodes=2" in capsys.readouterr().out
+    assert [*tmp_path.iterdir()] == [name]
 
 
 def test_the_reward_scores_as_verl_calls_it():
@@ -246,7 +270,7 @@ def as_verl(adapter, step: int, folder, backbone) -> None:
         (actor / "lora_adapter" / own).unlink()
 
 
-def test_verls_checkpoints_become_ours(run, merger, stage):
+def test_verls_checkpoints_become_ours(run, merger, stage, monkeypatch):
     """What its merger leaves of the tiny run's checkpoints is what stages 2, 4 and 6 read."""
     backbone, theirs = str(run / "backbone"), run / "verl" / "train"
     for path in sorted((run / "train").glob("step_*")):
@@ -256,8 +280,11 @@ def test_verls_checkpoints_become_ours(run, merger, stage):
     for folder in ("train", "deltas", "predictor", "extrapolated", "continued", "eval"):
         shutil.rmtree(run / folder)
     verl.take(theirs, run / "train", 0, backbone)
-    verl.take(theirs, run / "train", 0, backbone)  # again: all are there
+    with monkeypatch.context() as patch:  # again, without a merger: all are there
+        patch.setenv("PYTHONPATH", str(ROOT))
+        verl.take(theirs, run / "train", 0, backbone)
     assert sorted(path.name for path in (run / "train").glob("step_*")) == steps
+    assert results.made_on(run) == ("backbone", 0)
     assert [*theirs.glob("tmp*")] == []
     assert stage("02", run)[0] == 0
     assert {p.name: p.read_bytes() for p in (run / "deltas").glob("*.safetensors")} == before
@@ -281,9 +308,11 @@ def test_a_folder_without_checkpoints_of_verls_is_named(tmp_path):
         verl.take(tmp_path, tmp_path / "train", 0, "b")
 
 
-def test_a_whole_model_of_verls_becomes_ours(run, merger):
+def test_a_whole_model_of_verls_becomes_ours(run, merger, monkeypatch):
     shutil.copytree(run / "backbone", run / "verl" / "global_step_3" / "actor")
-    verl.take(run / "verl", run / "whole", 10, "unused")
+    places = [str(run / "verl"), str(run / "whole"), "10", "unused"]
+    monkeypatch.setattr("sys.argv", ["verl", "checkpoints", *places])
+    verl.main()
     made = run / "whole" / "step_0013"
     same = safetensors.torch.load_file(made / "model.safetensors")
     first = safetensors.torch.load_file(run / "backbone" / "model.safetensors")

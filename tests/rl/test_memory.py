@@ -12,7 +12,7 @@ from transformers import AutoConfig, Qwen2Config
 from common import UserError, demo
 from common.files import config
 from common.reproduce import plans
-from common.rl import memory, policy
+from common.rl import memory, policy, rollout
 
 # hidden, intermediate, layers, heads, heads of keys and values; the head of 1.5B, 3B is tied
 QWEN = {"1.5b": (1536, 8960, 28, 12, 2), "3b": (2048, 11008, 36, 16, 2)}
@@ -93,7 +93,7 @@ def test_the_papers_experiments_fit_on_gpus_of_80_gb(size):
     assert parts["backbone"] / 1e9 == pytest.approx(
         {"1.5b": 3.1, "3b": 6.2, "7b": 4.7, "14b": 7.5}[size], abs=0.1
     )
-    vllm = GPU * json.loads(cfg.vllm_options).get("gpu_memory_utilization", 0.4)
+    vllm = GPU * json.loads(cfg.vllm_options).get("gpu_memory_utilization", rollout.SHARED)
     assert sum(parts.values()) + vllm < GPU
     weights = 2 * sum(p.numel() for p in memory.on_paper(qwen(size), cfg).parameters())
     assert vllm - weights > 10e9  # room for the KV cache
@@ -105,7 +105,7 @@ def test_they_fit_after_a_merged_restart_too_with_the_backbone_in_fp32(size):
     parts = memory.plan(qwen(size, "float32"), cfg, SHARDS.get(size, 1))
     vllm = json.loads(cfg.vllm_options)
     assert vllm["dtype"] == "bfloat16"
-    assert sum(parts.values()) + GPU * vllm.get("gpu_memory_utilization", 0.4) < GPU
+    assert sum(parts.values()) + GPU * vllm.get("gpu_memory_utilization", rollout.SHARED) < GPU
 
 
 def test_a_gpu_that_is_too_small_is_refused_with_what_would_help(monkeypatch, capsys):

@@ -102,3 +102,11 @@ def test_importance_ratios_are_the_trainers_over_the_engines(new_run, stage, mon
     assert (low, high) == (pytest.approx(0.5, abs=1e-4), pytest.approx(1, abs=1e-4))
     assert mean == pytest.approx(1 - 0.5 / row["response_length"], abs=1e-4)
     assert row["logprob_gap_max"] == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_problems_without_a_gradient_are_counted():
+    record = {"accuracy": 0.75, "standard_error": None, "n": 4, "problems": 2, "seconds": 1.0}
+    record |= {"by_problem": [1.0, 0.5], "response_length": 3.0, "verifier_timeouts": 0}
+    assert "; all right or all wrong: 50% of" in step_metrics.console_line(record)
+    record |= {"n": 2, "by_problem": [1.0, 0.0]}
+    assert "all right" not in step_metrics.console_line(record)  # one answer each
