@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import copy
 import dataclasses
 import importlib
 import itertools
@@ -11,6 +12,7 @@ import math
 import pathlib
 import shlex
 
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoConfig
 
@@ -20,6 +22,7 @@ from common.reproduce import plans
 from common.rl import data, memory, policy, training
 
 STAGES = plans.TABLES["options"]  # stage -> the class of its options, the preset's sections
+GPU = 80e9  # bytes of a GPU where none is here
 COPIES = 6  # two resume states, each with the weights and AdamW's two moments
 
 
@@ -66,11 +69,20 @@ def check(name: str, preset: dict, root: str, jobs: list[plans.Job]) -> None:
     try:
         training.check_prepared(train)
         model, tokenizer = policy.load_backbone(train.path(train.backbone))
-        print(needs(model, train, jobs))
+        kinds = {"": (model.config, train)}
+        if any("merged" in job.argv for job in jobs):
+            fp32 = copy.copy(model.config)
+            fp32.dtype = torch.float32
+            kinds["after a merged restart, "] = (fp32, train)
         if any("full" in job.argv for job in jobs):
             argv = f"--config {shlex.quote(name)} --tune full {wanted['full_flags']}"
             whole = config.parse(type(train), "train", "", shlex.split(argv))
-            print(f"without LoRA, {needs(model, whole, jobs)}")
+            kinds["without LoRA, "] = (model.config, whole)
+        for kind, of in kinds.items():
+            try:
+                print(f"{kind}{needs(*of, jobs)}")
+            except UserError as error:
+                wrong.append(f"{kind}{error}")
         print(f"free on the disk: {write.free_bytes(pathlib.Path(root)) / 1e9:.1f} GB")
     except UserError as error:
         wrong.append(f"missing: {error}")
@@ -101,17 +113,17 @@ def counted(flag: str, spec: str, cfg, tokenizer) -> list[str]:
     return [odd] if len(problems) != known else []
 
 
-def needs(model, cfg, jobs: list[plans.Job]) -> str:
-    """What a GPU will hold. cfg: the options of stage 1."""
+def needs(backbone, cfg, jobs: list[plans.Job]) -> str:
+    """What a GPU will hold; UserError where it is too small. backbone: its configuration; cfg: the
+    options of stage 1."""
     cfg.engine, shards = "vllm" if cfg.engine == "auto" else cfg.engine, 1  # as where a GPU is
     given = dict(itertools.pairwise(jobs[-1].argv))
     if file := given.get("--config_file"):
         launcher = load_config_from_file(file)
         split = launcher.distributed_type == "FSDP"
         shards = int(given.get("--num_processes", launcher.num_processes)) if split else 1
-    parts = memory.plan(model.config, cfg, shards)
-    listed = ", ".join(f"{part} {share / 1e9:.1f}" for part, share in parts.items())
-    return f"memory of a GPU: {sum(parts.values()) / 1e9:.1f} GB ({listed}), and vLLM's share"
+    total = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else GPU
+    return memory.told(memory.plan(backbone, cfg, shards), cfg, total)
 
 
 def disk_of(cfg, jobs: list[plans.Job]) -> float:

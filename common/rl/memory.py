@@ -81,14 +81,20 @@ def check(model, cfg, accelerator) -> None:
         return
     if cfg.tune == "lora":  # the adapter of a jump has more ranks than the options say
         parts["trained"] = TRAINED * sum(p.numel() for p in policy.trained(model).values())
-    options = rollout.vllm_options(cfg.vllm_options)
+    accelerator.print(told(parts, cfg, total))
+
+
+def told(parts: dict[str, float], cfg, total: float) -> str:
+    """What a GPU of `total` bytes will hold: `parts`, and vLLM's share. Raises UserError where it
+    is too small."""
     if cfg.engine == "vllm":
+        options = rollout.vllm_options(cfg.vllm_options)
         share = total * options.get("gpu_memory_utilization", rollout.SHARED)
         cache = options.get("kv_cache_memory_bytes")
-        parts["vLLM"] = cache + parts["backbone"] if cache else share
+        parts = {**parts, "vLLM": cache + parts["backbone"] if cache else share}
     listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
     listed += "; rollouts by hf are not counted: --batch-size" if cfg.engine == "hf" else ""
     needed = f"{sum(parts.values()) / 1e9:.1f} GB of a GPU's {total / 1e9:.1f} ({listed})"
     if sum(parts.values()) > total:
         raise UserError(f"needs {needed}: --gradient-checkpointing true, or fewer --micro-tokens")
-    accelerator.print(f"memory: {needed}")
+    return f"memory: {needed}"

@@ -56,8 +56,19 @@ def test_everything_that_is_there_is_counted(tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"{tmp_path}/data/train.jsonl: 4096 problems" in out
     assert f"{tmp_path}/data/test.jsonl: 256 problems" in out
-    assert "memory of a GPU:" in out
+    assert re.search(r"^memory: [\d.]+ GB of a GPU's 80.0 \(backbone ", out, re.M)
+    assert re.search(r"^after a merged restart, memory: ", out, re.M)
     assert "commands, 12 RL steps" in out  # 6, 2 more for reference, 2 after each of two starts
+
+
+def test_a_gpu_that_is_too_small_is_named(tmp_path, capsys, monkeypatch):
+    lay_out(tmp_path)
+    monkeypatch.setattr(check, "GPU", 1e6)
+    with pytest.raises(UserError, match="2 are not as they should be"):
+        checked(tmp_path)
+    out = capsys.readouterr().out
+    assert re.search(r"^needs [\d.]+ GB of a GPU's 0.0 ", out, re.M)
+    assert re.search(r"^after a merged restart, needs ", out, re.M)
 
 
 def test_everything_that_is_not_there_is_named_at_once(tmp_path, capsys, monkeypatch):
@@ -118,7 +129,7 @@ def test_memory_is_told_of_as_many_gpus_as_share_the_layers(tmp_path, monkeypatc
     split = " --config_file common/accelerate/fsdp2.yaml"
     for flags in ("", split, f"{split} --num_processes 4"):
         checked(tmp_path, reproduce={"launch": f"accelerate launch{flags}"})
-    assert seen == [1, 8, 4]
+    assert seen == [1, 1, 8, 8, 4, 4]  # and after a merged restart
 
 
 def test_a_preset_may_want_a_process_for_each_gpu(monkeypatch, capsys):
@@ -155,9 +166,9 @@ def test_runs_of_all_parameters_have_a_memory_of_their_own(tmp_path, monkeypatch
     monkeypatch.setattr(memory, "plan", lambda *args: note(*args) or plan(*args))
     with pytest.raises(UserError, match="1 are not as they should be"):  # test data: not there
         check.check(str(name), preset, str(tmp_path / "not" / "yet"), jobs)
-    assert seen == [("lora", preset["train"]["mini_batch"]), ("full", 8)]
+    assert seen == [("lora", preset["train"]["mini_batch"])] * 2 + [("full", 8)]
     out = capsys.readouterr().out
-    assert "without LoRA, memory of a GPU" in out
+    assert "without LoRA, memory: " in out
     assert "free on the disk: " in out
 
 
