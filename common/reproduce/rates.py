@@ -164,7 +164,9 @@ def accuracy(runs: Runs):
 
 
 def wide(axis) -> None:
-    """Scales the y axis so that a gain of 1 and a loss of 50 can both be read on it."""
+    """Scales the y axis so that a gain of 1 and a loss of 50 can both be read on it, if it must."""
+    if axis.get_ylim()[0] > -10:
+        return
     axis.set_yscale("symlog", linthresh=5)
     ticks = (-50, -20, -10, -5, -2, 0, 2, 5, 10, 20)
     axis.set_yticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
@@ -189,7 +191,7 @@ def gain(runs: Runs):
             series(axis, gaps, **CURVES[method], label=label_of(method))
         axis.axhline(0, color="gray", lw=1)
         axis.set(xscale="log", xlabel="learning rate", ylabel=f"points above GRPO at {step}")
-    wide(axes[0])
+        wide(axis)
     legend_below(figure, axes[0], 4)
     return figure
 
