@@ -79,7 +79,8 @@ def beside_paper(runs: Runs) -> str:
             m = runs.of(name).get(policy.format(**names)).on(tasks[size])
             if m and size < len(printed):
                 run = {"full": "full parameters", **ALGORITHMS}[name]
-                label = f"Table {number}: {run}, {'no jump' if m.method == 'grpo' else m.label}"
+                label = f"{run}, {'no jump' if m.method == 'grpo' else m.label}, {m.steps} steps"
+                label = f"Table {number}: {label if m.steps else m.label}"
                 ours = [m.on([task]).accuracy.plain(100, 1) for task in tasks[size]]
                 ours += [m.level(), icer(m, base)]
                 pairs = itertools.zip_longest(ours, printed[size])

@@ -358,8 +358,8 @@ def test_the_papers_numbers_stand_beside_ours(tmp_path, size):
     rows = beside(runs.Runs(tmp_path, [0]))
     # A cell a task, the mean, and 250 steps for 20 points.
     grpo, merged = (
-        rows["Table 3, 4: GRPO, no jump"],
-        "Table 3, 4: GRPO, NExt (paper), merged restart",
+        rows["Table 3, 4: GRPO, no jump, 250 steps"],
+        "Table 3, 4: GRPO, NExt (paper), merged restart, 250 steps",
     )
     if size == "1.5B":
         assert grpo == [
@@ -369,7 +369,7 @@ def test_the_papers_numbers_stand_beside_ours(tmp_path, size):
             "12.5 (29.8)",
         ]
         assert rows[merged][2:] == ["40.0 ± 3.5 (21.6)", "8.3 (25.8)"]
-        assert rows["Table 6: RLOO, no jump"][2:] == ["12.0 ± 2.3 (13.7)", "125.0"]
+        assert rows["Table 6: RLOO, no jump, 250 steps"][2:] == ["12.0 ± 2.3 (13.7)", "125.0"]
         assert len(rows) == 5
     else:  # Tables 5 and 6 are of the two small models
         assert grpo[1:4] == ["30.0 ± 4.6 (15.0)", "30.0 ± 4.6 (62.5)", "30.0 ± 4.6 (29.7)"]
