@@ -3,7 +3,6 @@
 `--check` also fetches the model and the problems, and says what the runs will need.
 """
 
-import contextlib
 import copy
 import dataclasses
 import importlib
@@ -54,10 +53,15 @@ def options(name: str, root: str) -> list:
 def summary(jobs: list[plans.Job], wanted: dict, cfg) -> str:
     """How much there is to do. wanted: the preset's `reproduce`; cfg: the options of stage 1."""
     steps = sum(job.work for job in jobs if stage_of(job) in ("01", "05"))
-    hours = steps * wanted.get("gpu_hours_per_step", 0)
+    hours = steps * wanted["gpu_hours_per_step"]
     told = f", {hours:.0f} GPU hours and the evaluation" if hours else ""
-    with contextlib.suppress(UserError):  # a model that is not here yet
-        told += f", {disk_of(cfg, jobs) / 1e9:.2g} GB of checkpoints"
+    try:
+        own, whole = sizes_of(cfg)
+    except UserError:  # a model that is not here yet
+        own, whole = 4 * wanted["lora_parameters"], 4 * wanted["all_parameters"]
+    if whole:
+        size = f"{disk(jobs, cfg.save_every, own, whole) / 1e9:.2g}"
+        told += f", {float(size):g} GB of checkpoints"
     return f"{len(jobs)} commands, {steps:.0f} RL steps{told}"
 
 
@@ -126,18 +130,18 @@ def needs(backbone, cfg, jobs: list[plans.Job]) -> str:
     return memory.told(memory.plan(backbone, cfg, shards), cfg, total)
 
 
-def disk_of(cfg, jobs: list[plans.Job]) -> float:
-    """Bytes of all checkpoints, by the config.json of a backbone that is here; else UserError."""
+def sizes_of(cfg) -> tuple[int, int]:
+    """Bytes of a checkpoint in fp32, of a LoRA and of the whole model, by the config.json of a
+    backbone that is here; else UserError."""
     with in_one_line(f"cannot load backbone {cfg.backbone}", policy.WANTED):
         safe = {"local_files_only": True, "trust_remote_code": False}
         config = AutoConfig.from_pretrained(cfg.path(cfg.backbone), **safe)
         models = [memory.on_paper(config, c) for c in (cfg, dataclasses.replace(cfg, tune="full"))]
-    own, whole = (4 * sum(p.numel() for p in policy.trained(m).values()) for m in models)
-    return disk(jobs, cfg.save_every, own, whole)
+    return tuple(4 * sum(p.numel() for p in policy.trained(m).values()) for m in models)
 
 
 def disk(jobs: list[plans.Job], every: int, adapter: float, whole: float) -> float:
-    """The same with resume states, given the bytes of a checkpoint in fp32: `adapter`, `whole`."""
+    """Bytes of all checkpoints and resume states; adapter, whole: those of one in fp32."""
     total, folders = 0.0, {}
     for job in jobs:
         if stage_of(job) in ("01", "05"):

@@ -1,6 +1,7 @@
 """The plan of a GPU's memory against what is really kept, and the paper's presets against 80 GB."""
 
 import json
+import re
 import shlex
 import types
 
@@ -11,7 +12,7 @@ from transformers import AutoConfig, Qwen2Config
 
 from common import UserError, demo
 from common.files import config
-from common.reproduce import plans
+from common.reproduce import check, plans
 from common.rl import memory, policy, rollout
 
 # hidden, intermediate, layers, heads, heads of keys and values; the head of 1.5B, 3B is tied
@@ -106,6 +107,22 @@ def test_they_fit_after_a_merged_restart_too_with_the_backbone_in_fp32(size):
     vllm = json.loads(cfg.vllm_options)
     assert vllm["dtype"] == "bfloat16"
     assert sum(parts.values()) + GPU * vllm.get("gpu_memory_utilization", rollout.SHARED) < GPU
+
+
+@pytest.mark.parametrize("size", QWEN)
+def test_the_papers_presets_know_the_size_of_their_model(size, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    name = f"paper_qwen2.5_{size}"
+    wanted = plans.values_of(name, config.load_preset(name))["reproduce"]
+    cfg = options(name)
+    lora = memory.on_paper(qwen(size), cfg)
+    whole = memory.on_paper(qwen(size), options(name, tune="full"))
+    assert wanted["lora_parameters"] == sum(p.numel() for p in policy.trained(lora).values())
+    count = sum(p.numel() for p in policy.trained(whole).values())  # with a head of 152,064 tokens
+    assert wanted["all_parameters"] == pytest.approx(count, rel=2e-4)
+    jobs = plans.grid("paper", name, config.load_preset(name), "runs/x", [0], [3])
+    told = check.summary(jobs, wanted, cfg)
+    assert re.search(r" \d+ GPU hours and the evaluation, [\d.e+]+ GB of checkpoints$", told)
 
 
 def test_a_gpu_that_is_too_small_is_refused_with_what_would_help(monkeypatch, capsys):
