@@ -80,7 +80,7 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
     how["dtypes"] = {key: value for key, value in asked if "dtype" in key}
     judge = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format)
     judge.check([problem for problems in tasks.values() for problem in problems])
-    for number, name in enumerate(bar := progress(names, "evaluating"), 1):
+    for number, name in enumerate(bar := progress(names, "evaluating", True), 1):
         # What the result depends on. Where all of it is the same, it was measured before.
         base, lora = base_of(run, name, cfg.backbone), loras.get(name)
         model, same = metrics.find_model(cfg.path(base)), {**how}

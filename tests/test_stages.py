@@ -24,7 +24,7 @@ from common.files import adapters, config
 from common.files import read as inputs
 from common.files import series as adapter_series
 from common.reproduce import __main__ as reproduce
-from common.reproduce import report, results
+from common.reproduce import figures, report, results, runs
 from common.rl import policy, training
 
 # --------------------------------------------------------------------------------------------------
@@ -104,6 +104,17 @@ def test_a_long_gradient_is_clipped_and_logged_as_it_was():
     found = training.descend(run, 1, [(0.5, 0.25), (0.5, 0.0)])
     assert found == {"loss": 1.0, "clip_share": 0.25, "grad_norm": 5.0}
     torch.testing.assert_close(weight.detach(), torch.tensor([-0.6, -0.8]))
+
+
+def test_what_has_no_gradient_here_gets_that_of_the_other_process():
+    both = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    both[0].grad = torch.tensor([0.25])
+    reduce = lambda x, how: x + (0.5 if x.shape == (1,) else 0)  # noqa: E731
+    place = types.SimpleNamespace(num_processes=2, reduce=reduce, device="cpu")
+    cfg, sgd = types.SimpleNamespace(max_grad_norm=9.0), torch.optim.SGD(both, 1.0)
+    run = types.SimpleNamespace(optimizer=sgd, accelerator=place, model=None, cfg=cfg)
+    training.descend(run, 1, [(0.5, 0.0)])
+    assert [p.item() for p in both] == [-0.75, -0.5]
 
 
 def test_with_seq_every_response_of_all_processes_counts_the_same():
@@ -290,6 +301,13 @@ SEEDED = {  # stage -> flags, the file that is the same for the same seed and an
 }
 
 
+def test_fig_6_has_every_alpha_at_its_own_place(finished_run):
+    lines = figures.alpha_sweep(runs.Runs(finished_run)).axes[0].lines
+    jumps = [line for line in lines if len(line.get_xdata()) == 2 and line.get_marker() != "None"]
+    assert len(jumps) > 3
+    assert {tuple(line.get_xdata()) for line in jumps} == {(0.5, 1.5)}
+
+
 @pytest.mark.parametrize("script", SEEDED)
 def test_the_same_seed_gives_the_same_file_and_another_seed_another(run, stage, script):
     flags, file = SEEDED[script]
@@ -313,13 +331,15 @@ FULL = ("--tune", "full", "--learning-rate", "1e-4")
 EVALUATED = ("backbone", "train/step_0006")
 IN_TURN = """
 import runpy, sys
-import accelerate
+import accelerate, torch
 sys.path.insert(0, {root!r})
 accelerate.Accelerator.end_training = lambda self: None  # the next stage needs the processes
 where = sys.argv[1:3]
 for script, run, *flags in {commands!r}:
     sys.argv = [script, *where, "--run-dir", run, *flags]
     runpy.run_path(script, run_name="__main__")
+backend = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+print("they wait", backend.options._timeout)
 """
 
 
@@ -343,6 +363,7 @@ def by_two(finished_run, empty_run, tmp_path_factory) -> pathlib.Path:
     assert process.returncode == 0, output
     assert output.count("2 process(es) on cpu") == 2
     assert output.count("2 processes") == 1
+    assert output.count("they wait 1 day") == 2  # while the first writes a large model
     return folder
 
 

@@ -17,7 +17,7 @@ from common.files.adapters import FLOATS, Adapter
 from common.files.models import ModelFolder, find_model, open_model
 from common.files.read import HASHES, sha256
 from common.files.series import Series
-from common.files.stage import progress
+from common.files.stage import machine, progress
 from common.rank1 import LowRank
 
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # configs, tokenizers and the index
@@ -100,6 +100,7 @@ def save_jump(series: Series, new: Callable, places: tuple, info: dict, cfg) -> 
     to that by its SVD, and merged where that would lose more than MAX_LOST.
     """
     began, last, factors, lost = time.perf_counter(), series.last(), {}, 0.0
+    info = info | machine()
     if isinstance(new(series.modules[0]), LowRank):
         for module in progress(series.modules, places[0].name, in_log=True):
             matrix, share = new(module).nearest(adapters.VLLM_RANKS[-1])

@@ -31,6 +31,23 @@ def load(name: str) -> Callable:
         return getattr(module, function)
 
 
+def call(name: str, function: Callable, columns: dict[str, list]) -> list[float]:
+    """What `function` returns. UserError where it fails, with the row if it fails on one alone."""
+
+    def values(columns: dict) -> list[float]:
+        return [float(value or 0) for value in function(**columns)]
+
+    try:
+        return values(columns)
+    except Exception as error:  # whatever a user's code raises
+        for i, chat in enumerate(columns["prompts"]):
+            failed = f"reward {name} failed for {chat[0]['content'][:50]!r}"
+            with in_one_line(failed, ADVICE):
+                values({key: column[i : i + 1] for key, column in columns.items()})
+        with in_one_line(f"reward {name} failed", ADVICE):
+            raise error
+
+
 class Rewards:
     """All of `--reward`: each is `verifier` or `file.py:function`, perhaps with =weight behind it.
     `sums`: by name, the unweighted sums of the last call. `files`: hashes of the functions'."""
@@ -62,13 +79,12 @@ class Rewards:
         prompts = [[{"role": "user", "content": p.prompt}] for p in problems]
         completions = [[{"role": "assistant", "content": text}] for text in texts]
         total = [0.0] * len(texts)
+        columns |= {"prompts": prompts, "completions": completions}
         for name, (weight, function) in self.parts.items():
             if function is None:
                 values = self.verifier.score(texts, problems, finished)
             else:
-                with in_one_line(f"reward {name} failed", ADVICE):
-                    values = function(prompts=prompts, completions=completions, **columns)
-                    values = [float(value or 0) for value in values]
+                values = call(name, function, columns)
             if len(values) != len(texts):
                 raise UserError(f"reward {name} returned {len(values)} for {len(texts)} responses")
             for problem, value in zip(problems, values, strict=True):

@@ -33,8 +33,11 @@ def nans(completions, **columns):
 def equal(completions, **columns):
     return [0.5 for _ in completions]
 
-def broken(completions, **columns):
-    return [1 / 0 for _ in completions]
+def broken(completions, answer, **columns):
+    return [1 / (int(a) - 42) for a in answer]
+
+def whole(completions, **columns):
+    return [1 / (2 - len(completions))] * 2
 """
 PROBLEMS = [Problem("1+2", "3", "number", {"level": 100}), Problem("20+22", "42", "number", {})]
 PROBLEMS[1].columns["level"] = 200
@@ -92,7 +95,8 @@ def test_several_are_added_and_each_has_its_own_sum(mine):
 @pytest.mark.parametrize(
     ("wanted", "line"),
     [
-        ("{}:broken", r"reward broken failed \(ZeroDivisionError: .* by zero\): it gets prompts"),
+        ("{}:broken", r"reward broken failed for '20\+22' \(ZeroDivisionError.*: it gets prompts"),
+        ("{}:whole", r"reward whole failed \(ZeroDivisionError: .* by zero\): it gets prompts"),
         ("{}:one", "reward one returned 1 for 2 responses"),
         ("{}:nans", r"reward nans returned nan, inf or over 1e\+30 for '.+'"),
         ("verifier=nan", "want a number behind ="),

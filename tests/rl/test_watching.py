@@ -11,6 +11,8 @@ import pytest
 from conftest import metrics
 
 from common import UserError
+from common.reproduce import figures
+from common.reproduce.runs import Runs
 from common.rl import metrics as step_metrics
 from common.rl import rollout
 
@@ -25,6 +27,9 @@ def test_accuracy_held_out_is_that_of_stage_6_and_changes_nothing_else(
     found = [row.pop("eval_accuracy", None) for row in rows]
     assert rows == metrics(finished_run / "train")[:4]
     assert (found[0], found[2]) == (None, None)
+    drawn = {line.get_label(): line for line in figures.training(Runs(new_run)).axes[0].lines}
+    line = drawn["GRPO with LoRA, --eval-data"]
+    assert ([*line.get_xdata()], [*line.get_ydata()]) == ([2, 4], found[1::2])
     flags = ["--output", "validation", "--seed", "1", "--test-data", data]
     flags += ["--policies", "train/step_0002", "train/step_0004"]
     assert stage("06", new_run, *flags)[0] == 0

@@ -18,7 +18,9 @@ sys.path.remove(
 from trl import GRPOConfig, GRPOTrainer
 
 from common.files import adapters, deltas, series
-from common.rl import policy
+from common.rl import policy, rewards
+from common.rl.data import Problem
+from common.rl.verifier import Verifier
 
 STEPS = 9
 JUMPED = "extrapolated/next-aligned_alpha1.5"
@@ -194,3 +196,14 @@ def test_trl_trains_the_jumped_adapter_on(run):
     assert 0 < drift < 0.01
     assert all(end.scale(m) == pytest.approx(start.scale(m)) for m in start.factors)
     assert json.loads((run / JUMPED / "checkpoint.json").read_text())["step"] == STEPS
+
+
+def test_trls_own_reward_functions_work_unchanged(tmp_path):
+    mine = tmp_path / "mine.py"
+    lines = "from trl.rewards import accuracy_reward, get_soft_overlong_punishment\n"
+    mine.write_text(lines + "overlong = get_soft_overlong_punishment(4, 2)\n")
+    names = ["verifier", f"{mine}:accuracy_reward=10", f"{mine}:overlong=100"]
+    problems = [Problem("1+2", "3", columns={"solution": "$3$"})] * 2
+    made = rewards.Rewards(names, Verifier(), problems)
+    texts, tokens = ["\\boxed{3}", "\\boxed{4}"], [[1, 2, 3], [1, 2]]
+    assert made.score(texts, problems, [True, True], tokens) == [1 + 10 - 50, 0]
