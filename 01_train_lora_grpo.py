@@ -1,16 +1,16 @@
 """Stage 1: RL with verifiable rewards.                  Paper: Sec. 3.1, 4.1; Eq. 1, 2, 4; Table 2
 
-    accelerate launch --quiet 01_train_lora_grpo.py --config demo --run-dir runs/demo
+    python 01_train_lora_grpo.py --config demo --run-dir runs/demo       # one GPU, or none
     accelerate launch --num_processes 2 01_train_lora_grpo.py --config demo --run-dir runs/demo
 
 Reads   the backbone and the problems: a file, a hub id or a name of common/rl/benchmarks.yaml
 Writes  <run-dir>/train/step_0010 ... step_0150   PEFT adapters in fp32; with --tune full models
         <run-dir>/train/metrics.jsonl, samples.jsonl, config.json, resume/, done.json
 
---tune full --learning-rate 5e-7 trains all parameters (Table 5's "w/o LoRA"), in fp32: 16 bytes a
-parameter, on several GPUs split by common/accelerate/fsdp2.yaml. The same command again resumes,
-with the same draws: each comes from (seed, step, problem, sample). A larger --steps makes a run
-longer, if its learning rate is constant. Not here: critics, multi-turn answers, packing, warm-up.
+--tune full --learning-rate 5e-7 trains all parameters (Table 5's "w/o LoRA") in fp32. It needs 16
+bytes a parameter, split over GPUs by common/accelerate/fsdp2.yaml. To resume, type the same command
+again: a random number depends on (seed, step, problem, sample) alone. A larger --steps goes on from
+a finished run, if its rate is constant. Not here: critics, multi-turn answers, packing, warm-up.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from common.rl.training import Batch, Run
 
 @dataclasses.dataclass
 class TrainConfig(options.RLConfig):
-    """Table 2 of the paper. What it leaves open is marked (open) and mostly follows verl."""
+    """Table 2 (lengths, temperature: below). What the paper leaves (open) mostly follows verl."""
 
     train_data: str = option("dapo-math-17k", "problems (paper: DAPO-Math-17k)")
     algorithm: Literal["grpo", "rloo", "reinforce++", "reinforce++-baseline"] = option(
@@ -48,17 +48,17 @@ class TrainConfig(options.RLConfig):
     lora_alpha: float = option(32.0, "scale alpha / r on B A (paper: 32)")
     clip_low: float = option(0.2, "epsilon of Eq. 1 downwards (open)")
     clip_high: float = option(0.2, "epsilon of Eq. 1 upwards (open)")
-    loss_aggregation: Literal["token", "seq"] = option("token", "what weighs the same (Eq. 1: seq)")
+    loss_aggregation: Literal["token", "seq"] = option("token", "of equal weight (Eq. 1: seq)")
     kl_coef: float = option(0.0, "beta of Eq. 1, against the backbone; 0 is off (open)")
     kl_in: Literal["loss", "reward"] = option("loss", "loss + beta k3, or reward - beta k1 (open)")
-    importance_cap: float = option(0.0, "upper limit of pi_trainer / pi_engine; 0 is off (open)")
+    importance_cap: float = option(0.0, "highest weight pi_trainer / pi_engine; 0 is off (open)")
     seed: int = option(0, "decides LoRA's A, the order of problems, every rollout")
 
 
 def sample(run: Run, step: int, timer: metrics.Timer) -> Batch:
     """G responses, with rewards, to each of the step's problems assigned to this process."""
     cfg, accelerator, device = run.cfg, run.accelerator, run.accelerator.device
-    # The P problems of a step go to the processes in turn: each update has some from every one.
+    # The P problems of a step go to the processes in turn: all have a share of each update.
     order = data.prompt_order(len(run.problems), cfg.prompts_per_step, step, cfg.seed)
     mine = range(accelerator.process_index, len(order), accelerator.num_processes)
     # One seed per response. A problem that comes twice in a step gets different seeds.
@@ -92,7 +92,7 @@ def advantages(run: Run, batch: Batch) -> list[torch.Tensor]:
     penalty = torch.zeros_like(old)
     if cfg.kl_in == "reward":
         penalty = cfg.kl_coef * (old - torch.cat(batch.reference))  # beta k1, [tokens]
-    # Eq. 2, or the algorithm's own formula. [tokens]
+    # Eq. 2 for grpo, other formulas for the others. [tokens]
     found = grpo.advantages(cfg.algorithm, batch.rewards, penalty, lengths, run.accelerator.reduce)
     return found.split(lengths.tolist())
 
@@ -127,7 +127,7 @@ def train(run: Run, stage: Stage, first_step: int) -> None:
         # log pi_old and log pi_backbone of every sampled token: batch.old, batch.reference.
         with timer("logprob"):
             scored = training.score(run, batch)
-        batch.advantage = advantages(run, batch)  # Eq. 2
+        batch.advantage = advantages(run, batch)  # [tokens]
         # Eq. 1: prompts_per_step / mini_batch updates. Micro-batches only save memory.
         with timer("update"):
             run.optimizer.param_groups[0]["lr"] = options.learning_rate(cfg, first_step, step)
@@ -139,7 +139,7 @@ def train(run: Run, stage: Stage, first_step: int) -> None:
                     loss, clipped = loss_of(run, batch, micro, weights)
                     loss.backward()
                     losses.append((loss.item(), clipped.item()))
-                updates.append(training.descend(run, step, losses))
+                updates.append(training.descend(run, step, losses))  # AdamW, on all gradients
         line = {"step": step, **metrics.of_step(run, batch, scored, updates)}
         metrics.check_gap(line, cfg.max_logprob_gap)  # stops if engine and trainer disagree
         line |= metrics.evaluate(run, step, timer)  # on --eval-data, where it is due
@@ -181,13 +181,13 @@ def main() -> None:
         raise UserError(f"{start} is of step {first_step}: use a larger --steps")
     inputs = {"backbone": quick_hash(cfg.path(cfg.backbone)), "start": quick_hash(str(start))}
     inputs["train_data"] = data.content_hash(cfg.path(cfg.train_data))
-    with accelerator.main_process_first():
+    with accelerator.main_process_first():  # it makes the folder, the others find it
         stage = Stage(folder, cfg, inputs, options.MAY_CHANGE, options.grows(cfg))
         if stage.done:
             return
     model, tokenizer = policy.load_backbone(cfg.path(cfg.backbone))
     made_of = (cfg.backbone, policy.fingerprint(model))
-    if cfg.tune == "full":  # in fp32: a step of RL is lost in bf16's rounding
+    if cfg.tune == "full":  # in fp32: bf16 would round a step of RL away
         model = (policy.with_jump(model, start) if start else model).float().requires_grad_(True)
     elif start:
         model = policy.load_lora(model, start)

@@ -5,14 +5,14 @@
 
 Reads   <run-dir>/train/step_0010 ... step_0150, or what --checkpoints names: LoRA adapters (ours,
         TRL's, verl's: whatever PEFT writes), or whole models with --backbone
-Writes  <run-dir>/deltas/<matrix>.safetensors   u, sigma, v of its global, local and target deltas
+Writes  <run-dir>/deltas/<matrix>.safetensors   u, sigma, v of its deltas, with the spectrum
         <run-dir>/deltas/index.json             steps, checkpoints, k, modules, backbone
         <run-dir>/deltas/spectrum.json          energy ratios (Fig. 2), R^2 of lines (Fig. 3)
 
-The mathematics is `trajectory` in common/rank1.py: Eq. 6 and 7, for a LoRA in float64 from the
-factors of W_i - W_0 = s B A (Eq. 5, which leaves out s = lora_alpha / r). Matrices without an
-adapter take no part: their deltas are zero. The sign of (u, v) is left as it came: stage 4 makes it
-consistent, and so does stage 3, except in the recipe `paper`.
+Eq. 6 and 7 are `trajectory` in common/rank1.py. For a LoRA it is given W_i - W_0 = s B A as factors
+in float64 (Eq. 5; the paper leaves out s = lora_alpha / r). Matrices without an adapter take no
+part: their deltas are zero. An SVD leaves the sign of (u, v) open; here it is as it came. Stage 4
+makes it consistent, and so does stage 3, except in the recipe `paper`.
 """
 
 import concurrent.futures
@@ -53,7 +53,7 @@ def select(cfg: ExtractConfig) -> dict[int, pathlib.Path]:
         )
     last = cfg.last_step or max(found)
     if last not in found:
-        raise UserError(f"{where} has no step {last}: train on, or lower last_step")
+        raise UserError(f"{where} has no step {last}: train on, or lower --last-step")
     paths = {step: path for step, path in found.items() if step <= last}
     if len(paths) < 4:
         raise UserError(f"{where}: {len(paths)} checkpoints are too few, at least 4 are needed")
@@ -66,13 +66,13 @@ def select(cfg: ExtractConfig) -> dict[int, pathlib.Path]:
 
 def main() -> None:
     cfg = config.parse(ExtractConfig, "extract", __doc__)
-    # The work is the CPUs', and one process may need much longer than the others.
+    # All work is on CPUs. The processes wait for the slowest: a day, if need be.
     state = PartialState(cpu=True, timeout=datetime.timedelta(days=1))
     run = pathlib.Path(cfg.run_dir)
     found = series.open_series(select(cfg), cfg.backbone, cfg.run_dir)
     with state.main_process_first():
         inputs = {**found.hashes(), "steps": str(found.steps)}
-        stage = Stage(run / "deltas", cfg, inputs, may_change=("backbone",))
+        stage = Stage(run / "deltas", cfg, inputs, may_change=("backbone", "checkpoints"))
     if stage.done:
         return
     if state.is_main_process:
@@ -85,8 +85,8 @@ def main() -> None:
     mine = found.modules[state.process_index :: state.num_processes]
     mine = [module for module in mine if not files[module].is_file()]
     with concurrent.futures.ThreadPoolExecutor(workers, "", torch.set_num_threads, (1,)) as pool:
-        # Eq. 6, 7. W[i - k] is asked for again after 2 k others: so many stay in memory, and each
-        # is read once. Fewer --threads need less.
+        # Eq. 6, 7. Between two uses of W[i - k] come 2 k others. So 2 k + 1 stay in memory, and
+        # each is read once. Fewer --threads need less.
         k, keep = cfg.k, 2 * cfg.k + 1
         work = {m: pool.submit(rank1.trajectory, found.weights(m, keep), k) for m in mine}
         try:

@@ -34,12 +34,11 @@ class PredictorConfig(config.StageConfig):
 
     recipes: list[str] = option(["aligned"], "what is trained, one after the other: aligned, paper")
     inputs: list[str] = option(["global", "local"], "the deltas that it sees (Table 5)")
-    align: bool | None = option(None, "consistent signs of (u, v) [the recipe's]")
-    scale_sigma: bool | None = option(None, "divide sigma by the last global one [the recipe's]")
-    epochs: int | None = option(None, "full-batch steps of AdamW [the recipe's]")
+    align: bool | None = option(None, "consistent signs of (u, v) [as the recipe says]")
+    scale_sigma: bool | None = option(None, "divide sigma by the last global one [as it says]")
+    epochs: int | None = option(None, "full-batch steps of AdamW [as the recipe says]")
     bf16: bool = option(False, "matrix products in bf16: half the time for a large model (ours)")
     checkpoints: int = option(0, "learn from the last N alone; 0 takes all (paper: 15)")
-    holdout: int = option(0, "checkpoints that the backtest hides; 0 means k")
     name: str = option("", "folder of predictor/, for a second one [the recipe's name]")
     seed: int = option(0, "random seed of the initial weights")
 
@@ -86,20 +85,17 @@ def main() -> None:
     count, k = len(trajectory.steps), trajectory.k
     if cfg.checkpoints and not k < cfg.checkpoints <= count:
         raise UserError(f"checkpoints must be {k + 1} to {count} with k = {k}")
-    holdout = (cfg.holdout or k) if count > 2 * k else 0
-    if not holdout:
+    if count <= 2 * k:
         print(f"no backtest: with k = {k} it needs {2 * k + 1} checkpoints, there are {count}")
-    elif not k <= holdout < count - k:
-        raise UserError(f"holdout must be {k} to {count - k - 1} with k = {k}, not {holdout}")
 
     for name in cfg.recipes:
         recipe, folder = cfg.recipe(name), run / "predictor" / cfg.folder(name)
-        own = dataclasses.replace(cfg, recipes=[name])
+        own = dataclasses.replace(cfg, recipes=[name])  # config.json names this recipe alone
         stage = Stage(folder, own, {"deltas": deltas.fingerprint(run / "deltas")})
         if stage.done:
             continue
         predict = functools.partial(fit, cfg, recipe)
-        tested = backtest(trajectory, checkpoints, holdout, predict) if holdout else None
+        tested = backtest(trajectory, checkpoints, predict) if count > 2 * k else None
         began = time.perf_counter()
         predicted, trained = predict(trajectory)
         seconds = round(time.perf_counter() - began, 2)

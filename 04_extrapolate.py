@@ -3,16 +3,17 @@
     accelerate launch --quiet 04_extrapolate.py --config demo --run-dir runs/demo
     accelerate launch --quiet 04_extrapolate.py --config demo --run-dir runs/demo --methods none
 
-Reads   <run-dir>/deltas, the checkpoints that these were made from, <run-dir>/predictor/<recipe>
-Writes  <run-dir>/extrapolated/<method>_alpha1.5   an adapter in fp32, exact to rank 512; `next` has
-                                                   one for each predictor: next-aligned_alpha1.5
+Reads   <run-dir>/deltas, the checkpoints that these were made from, <run-dir>/predictor/<recipe>;
+        <run-dir>/validation for --accept, alpharl-pls, greedy-soup; a later checkpoint for oracle
+Writes  <run-dir>/extrapolated/<method>_alpha1.5   an adapter in fp32, exact up to rank 512; `next`
+                                                   has one a predictor: next-aligned_alpha1.5
         <run-dir>/extrapolated/<method>_accepted   with --accept: the alpha that is best on
-                                                   validation problems, W_c where no jump gains
+                                                   validation problems, or no jump, if that is best
         <run-dir>/merged/<method>_alpha1.5         a whole model: with --merge, or of high rank
 
 NExt is `jump` below; its rivals and the controls stand in common/baselines/methods.py. PEFT, the
-trainer that made the checkpoints, and vLLM (not with modules_to_save) load the adapters as they
-are. After training without LoRA an adapter has rank 1 and belongs on the last whole model.
+trainer that made the checkpoints, and vLLM load the adapters as they are (vLLM not those with
+modules_to_save). After training without LoRA a jump is an adapter of rank 1 on the last model.
 """
 
 import dataclasses
@@ -51,12 +52,13 @@ class ExtrapolateConfig(config.StageConfig):
 
 
 def jump(m: Matrix, alpha: float) -> LowRank:
-    """NExt, Eq. 10: W_c + alpha sigma u v^T. u, sigma and v are stage 3's prediction at W_c."""
+    """NExt, Eq. 10: W_c + alpha sigma u v^T. u, sigma and v are stage 3's prediction at W_c. Of
+    whole models m.last is zero: the second term is an adapter on W_c."""
     return m.last + alpha * rank1(**m.given[m.name])
 
 
 def wanted(known: Known):
-    """Of every jump: name, method, a function that makes Matrix.given, the files that it reads."""
+    """Of each jump: name, method, a function that loads what the method needs, what this reads."""
     for name in known.cfg.methods:
         if name == "next":
             for recipe in known.cfg.recipes:
@@ -75,7 +77,7 @@ def make(known: Known, method: Method, given: object, places: tuple, info: dict)
 
     def jumped(module: str) -> LowRank | torch.Tensor:
         W, roles = known.series.weights(module), trajectory.deltas[module]
-        m = Matrix(module, W, last.update(module), roles, trajectory.steps, trajectory.k, given)
+        m = Matrix(module, W, last.update(module), roles, trajectory.k, given)
         return method.jump(m, info["alpha"])
 
     merge.save_jump(known.series, jumped, places, info, known.cfg)
@@ -101,7 +103,7 @@ def main() -> None:
             if merge.is_made(adapter, whole, info, cfg):
                 kept += 1
             else:
-                chosen = METHODS["none"] if alpha is None else method  # None: no jump was better
+                chosen = METHODS["none"] if alpha is None else method  # None: none gained
                 make(known, chosen, get(), (adapter, whole), info)
                 made += 1
             if cfg.merge and adapters.is_adapter(adapter):

@@ -7,9 +7,9 @@ Reads   <run-dir>/extrapolated/<start>, the backbone, the preset's sections `tra
 Writes  <run-dir>/continued/<start>, <start>_merged or <name>, like train/, with steps to 250
 
 --restart merged adds the jump to the backbone, saved in fp32, and starts a new LoRA, likely the
-paper's way; a start that is a whole model gets one too. KL is then against the jump, the model
-below the adapter, as in TRL and verl. On GPUs the sum is rounded to bf16 in each product, which
-loses a part of a small jump. The optimizer is new; problems and seeds are as without a jump.
+paper's way; a start that is a whole model gets one too. KL is then against the jumped model, below
+the new adapter, as in TRL and verl. GPUs round that model to bf16 when they use it, which loses a
+part of a small jump. The optimizer is new; problems and seeds are as without a jump.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ def main() -> None:
     cfg = parse(ContinueConfig, ("train", "continue"), __doc__)
     start, first_step, base = models.find_start(cfg)
     jump = {} if models.is_model(start) else adapters.read_config(start)
-    merge = cfg.restart == "merged" or (cfg.tune == "lora" and not jump)  # a whole model: new LoRA
+    merge = cfg.restart == "merged" or (cfg.tune == "lora" and not jump)  # which has no LoRA yet
     cfg.steps = first_step + cfg.more_steps
     if cfg.tune == "full" and merge:
         raise UserError("--tune full has no adapter to restart: leave out --restart")

@@ -10,9 +10,9 @@ Writes  <run-dir>/eval/<policy>/<task>.jsonl   a response a line, with run numbe
         <run-dir>/eval/<policy>/<task>.json    accuracy, standard error, n, response length
         <run-dir>/report.html, report.md       tables, claims and figures: common/reproduce
 
-A policy is an adapter, measured on the backbone that it was trained on, or a whole model. Another
-trainer's: --run-dir outputs --policies 'checkpoint-*'. With --output the results go to that folder,
-and there is no report. Methods that choose by accuracy read only those of --output validation.
+A policy is an adapter, measured on the backbone that it was trained on, or a whole model. Type
+--run-dir outputs --policies 'checkpoint-*' to measure another trainer's. With --output the results
+go to that folder, without a report. Stage 4 chooses by accuracy from <run-dir>/validation alone.
 
 Every problem is answered `runs` times. The standard error is over problems: the runs of one problem
 are not independent, so their mean is one observation. All policies get the same seeds, so their
@@ -70,55 +70,55 @@ class EvalConfig(SamplingConfig):
 
 
 def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> None:
-    """Measures every policy on every task; those on one model, one after the other, share it."""
-    tasks, now = data.load_tasks([*map(cfg.path, cfg.test_data)], **cfg.columns), None
+    """Measures every policy on every task. Neighbours on the same model share it."""
+    tasks, loaded = data.load_tasks([*map(cfg.path, cfg.test_data)], **cfg.columns), None
     names = find_policies(run, cfg.policies)
     loras = {name: run / name for name in names if adapters.is_adapter(run / name)}
     rank = max((adapters.highest_rank(adapters.read_config(x)) for x in loras.values()), default=0)
     how = {"settings": config.as_dict(cfg, leave_out=NOT_SETTINGS), "versions": versions()}
     asked = rollout.vllm_options(cfg.vllm_options).items()
     how["dtypes"] = {key: value for key, value in asked if "dtype" in key}
-    judge = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format)
+    start, judge = time.perf_counter(), verifier.Verifier(cfg.verifier_seconds, cfg.answer_format)
     judge.check([problem for problems in tasks.values() for problem in problems])
-    for number, name in enumerate(bar := progress(names, "evaluating", True), 1):
+    for number, name in enumerate(bar := progress(names, "evaluating"), 1):
         # What the result depends on. Where all of it is the same, it was measured before.
         base, lora = base_of(run, name, cfg.backbone), loras.get(name)
         model, same = metrics.find_model(cfg.path(base)), {**how}
         same |= {"weights": weights_hash(lora or model), "backbone": weights_hash(model)}
         made = {task: {**same, "data": data.fingerprint(tasks[task])} for task in tasks}
         folder = run / cfg.output / name.replace("/", "__")
-        left = [t for t in tasks if cfg.overwrite or not is_made(folder / f"{t}.json", made[t])]
-        if not left:
+        missing = [t for t in tasks if cfg.overwrite or not is_made(folder / f"{t}.json", made[t])]
+        if not missing:
             continue
         # The model, then the adapter on it.
-        if now is None or now.base != base:
-            if now:
-                now.engine.close()  # the next model needs its memory
-            first, now = now is None, metrics.Loaded(cfg, base, tasks, rank, accelerator)
-            for task, (_, prompts) in now.tasks.items() if first else ():
-                prompt = now.tokenizer.decode(prompts[0])
+        if loaded is None or loaded.base != base:
+            if loaded:
+                loaded.engine.close()  # the next model needs its memory
+            first, loaded = loaded is None, metrics.Loaded(cfg, base, tasks, rank, accelerator)
+            for task, (_, prompts) in loaded.tasks.items() if first else ():
+                prompt = loaded.tokenizer.decode(prompts[0])
                 accelerator.print(f"{task}: {len(prompts)} problems; first prompt: {prompt!r}")
         if lora:
-            policy.refuse_foreign(lora, now.fingerprint)
-        now.engine.use(lora)
+            policy.refuse_foreign(lora, loaded.fingerprint)
+        loaded.engine.use(lora)
         trained = {} if name == "backbone" else adapters.read_info(run / name)
-        if trained.get("template_hash", now.template_hash) != now.template_hash:
+        if trained.get("template_hash", loaded.template_hash) != loaded.template_hash:
             accelerator.print(f"warning: {name} was trained with another prompt template")
         # `runs` answers to every problem, scored.
-        for task in left:
+        for task in missing:
             began = time.perf_counter()
-            rows = metrics.answers(now, now.tasks[task], cfg.runs, judge)
-            record = {"policy": name, **made[task], "template_hash": now.template_hash}
-            record |= metrics.summarise(rows, judge) | machine()
+            rows = metrics.answers(loaded, loaded.tasks[task], cfg.runs, judge)
+            record = {"policy": name, **made[task], "template_hash": loaded.template_hash}
+            record |= metrics.summarise(rows, judge, began) | machine()
             record["left_out"] = len(tasks[task]) - record["problems"]  # prompts that are too long
-            record["seconds"] = round(time.perf_counter() - began, 2)
             if accelerator.is_main_process:
                 write_text(folder / f"{task}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
                 write_json(folder / f"{task}.json", record)
-                bar.write(f"{number}/{len(names)} {name}  {task}: {metrics.console_line(record)}")
+                told = metrics.console_line(record, start, number / len(names))
+                bar.write(f"{number}/{len(names)} {name}  {task}: {told}")
     judge.close()
-    if now:
-        now.engine.close()
+    if loaded:
+        loaded.engine.close()
 
 
 def main() -> None:

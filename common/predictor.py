@@ -118,10 +118,10 @@ def train(families: dict, recipe: Recipe, seed: int, tick: Callable[[], None]) -
 
 
 def train_family(data: tuple[torch.Tensor, ...], recipe: Recipe, seed: int, tick=lambda: None):
-    """Eq. 9 on one family (global, local, target), [c - k, l, d] each: the predictor, the loss of
-    every epoch: sum over vectors and entries of |pi(s_G, s_L) - s_T|, mean over checkpoints, of
-    which the last k have no target (as in Alg. 1; Eq. 9 sums to c). Full-batch AdamW from torch's
-    uniform initialisation (Alg. 1).
+    """Eq. 9 on one family (global, local, target), [c - k, l, d] each. Returns the network and the
+    loss of each epoch: |pi(s_G, s_L) - s_T|, summed over entries and vectors, mean over the c - k
+    checkpoints that have a target (Alg. 1; Eq. 9 writes c). Full-batch AdamW, from torch's uniform
+    initialisation (Alg. 1).
     """
     s_global, s_local, s_target = data
     torch.manual_seed(seed)

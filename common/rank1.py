@@ -100,7 +100,7 @@ class LowRank:
 
     def factors(self, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """(B [m, r], A [r, n]) in fp32, scale * B A = this matrix, r from 1 to min(m, n). Those of
-        a LoRA are unchanged; balanced ones take sqrt(weight / scale) each: stage 5 trains both."""
+        a LoRA are unchanged. A balanced term is split evenly, because stage 5 trains both."""
         if not self.terms:
             return torch.zeros(self.shape[0], 1), torch.zeros(1, self.shape[1])
         lefts, rights = [], []

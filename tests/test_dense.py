@@ -11,7 +11,7 @@ import torch
 from conftest import call_main, rank_1, save_lora
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from common import predictor, rank1
+from common import rank1
 from common.baselines import measures
 from common.files import adapters, deltas, merge, models
 from common.files.read import read_json
@@ -216,15 +216,6 @@ def test_a_jump_of_no_low_rank_is_a_whole_model(runs, extracted, typed, W):
         info = read_json(extracted / "merged" / label / "checkpoint.json", "04")
         assert (info["step"], info["backbone"]) == (80, str(last.path))
         assert policy.load_backbone(str(model.path))[0](input_ids=IDS).logits.isfinite().all()
-
-
-def test_the_backtest_scores_against_the_dense_delta(extracted, typed, W, monkeypatch):
-    fast = predictor.Recipe(align=True, scale_sigma=True, learning_rate=1e-3, epochs=2)
-    monkeypatch.setitem(predictor.RECIPES, "aligned", fast)
-    assert typed("03", extracted)[0] == 0
-    tested = read_json(extracted / "predictor" / "aligned" / "report.json", "03")["backtest"]
-    assert (tested["at_step"], tested["predicts_step"]) == (60, 80)
-    assert tested["oracle"]["sigma_error"] < 1e-4
 
 
 def test_the_oracle_of_whole_models_is_the_dense_future(

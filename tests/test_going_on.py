@@ -50,6 +50,13 @@ def test_a_parameter_that_never_had_a_gradient_does_not_spoil_a_state(tmp_path):
     assert torch.equal(model[1].weight, before)
 
 
+def test_processes_that_have_read_different_states_do_not_go_on(run, stage, monkeypatch):
+    monkeypatch.setattr(resume, "gather_object", lambda mine: [*mine, 7])
+    (run / "train" / "done.json").unlink()
+    code, line = stage("01", run, "--steps", "8")
+    assert (code, "processes go on from different steps [7, 8]" in line) == (2, True)
+
+
 def test_another_trainers_adapter_is_trained_on_from_the_step_in_its_name(
     finished_run, new_run, stage
 ):

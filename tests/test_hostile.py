@@ -232,13 +232,6 @@ def test_a_chat_template_that_fails_is_one_clear_error(backbone_dir, template, m
     assert "\n" not in str(error.value)
 
 
-def test_a_data_set_with_a_script_is_refused(canary, tmp_path):
-    (tmp_path / "sums").mkdir()
-    (tmp_path / "sums" / "sums.py").write_text(code(canary))
-    with pytest.raises(UserError, match="scripts are no longer supported"):
-        data.load_tasks([f"sums={tmp_path}/sums"])
-
-
 def test_a_backbone_whose_config_is_nonsense_is_one_line(backbone):
     edit_json(backbone / "config.json", hidden_size="x")
     with pytest.raises(UserError, match="cannot load backbone"):

@@ -255,7 +255,7 @@ def test_a_matrix_that_does_not_move_leaves_the_weights_finite():
 
 @pytest.mark.parametrize("kind", ["LoRA", "dense"])
 def test_the_backtest_scores_every_row_by_its_cosine_with_the_true_delta(kind):
-    """8 checkpoints, 3 of them hidden: it stands at 50 and predicts 70."""
+    """7 checkpoints, 2 of them hidden: it stands at 50 and predicts 70."""
     matrices, trajectory = walk()
     as_lora = lambda x: LowRank(x, torch.eye(5).double())  # noqa: E731
     series = {m: [as_lora(w) if kind == "LoRA" else w for w in W] for m, W in matrices.items()}
@@ -266,7 +266,8 @@ def test_the_backtest_scores_every_row_by_its_cosine_with_the_true_delta(kind):
         seen.append(past)
         return dict.fromkeys(past.deltas, guess), None
 
-    found = backtest(trajectory, types.SimpleNamespace(weights=series.get), 3, predict)
+    weights = types.SimpleNamespace(weights=series.get)
+    found = backtest(trajectory.until(7), weights, predict)
     assert (found.pop("at_step"), found.pop("predicts_step")) == (50, 70)
     assert seen[0].steps == [10, 20, 30, 40, 50]
     assert len(seen[0].deltas["moves"]["target"]) == 3
@@ -290,11 +291,8 @@ def test_the_backtest_scores_every_row_by_its_cosine_with_the_true_delta(kind):
         "oracle": rank_1(true),
     }
     assert list(found) == list(wanted)
-    sigma_1 = torch.linalg.svdvals(true)[0]
     for row, matrix in wanted.items():
         assert found[row]["cosine"] == pytest.approx(dense_cosine(matrix, true), rel=1e-4), row
-        error = abs(matrix.norm() / sigma_1 - 1)
-        assert found[row]["sigma_error"] == pytest.approx(float(error), abs=1e-4), row
 
 
 @pytest.mark.parametrize(

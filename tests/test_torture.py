@@ -294,12 +294,6 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, disk):
     assert disk[-1] == ("replace", str(folder), str(tmp_path / "step"))
 
 
-def test_so_is_a_file(tmp_path, disk):
-    write.write_text(tmp_path / "f.json", "{}")
-    [(_, temporary), renamed] = disk
-    assert renamed == ("replace", temporary, str(tmp_path / "f.json"))
-
-
 def test_the_log_is_on_the_disk_before_the_resume_state_that_counts_on_it(new_run, stage, disk):
     train = new_run / "train"
     assert stage("01", new_run, "--steps", "1")[0] == 0
@@ -458,13 +452,6 @@ def test_a_vllm_that_fails_at_anything_is_one_line(vllm_engine, llm, call, messa
     words = "RuntimeError: Engine core initialization failed. See root cause above."
     want = f"vLLM {message} ({words}): type the same command without --overwrite to go on"
     assert str(error.value) == want
-
-
-def test_a_vllm_that_does_not_start_is_one_line(vllm_engine, lora_policy, monkeypatch):
-    monkeypatch.setattr(sys.modules["vllm"], "LLM", broken)
-    wanted = r"^vLLM does not start \(RuntimeError: .*: see --vllm-options, then type the same"
-    with pytest.raises(UserError, match=wanted):
-        type(vllm_engine)(*lora_policy, "backbone", 100, 4, {})
 
 
 def test_a_full_ram_disk_is_one_line(vllm_engine, lora_policy):

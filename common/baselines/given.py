@@ -15,11 +15,12 @@ from collections.abc import Iterable
 import torch
 
 from common import UserError
-from common.files import deltas, merge, series, write
+from common.files import adapters, deltas, merge, series, write
 from common.files.models import weights_hash
 from common.files.read import read_json
 from common.files.stage import within
 from common.rank1 import LowRank
+from common.rl.benchmarks import suite_of
 
 MEASURED = {"accuracy": float, "data": str, "settings": dict, "weights": str}  # by stage 6
 OF_SEVERAL = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # set where a process is one of several
@@ -79,6 +80,8 @@ def measured(known: Known, policies: Iterable[str] = ()) -> tuple[dict, list[pat
     for policy in policies or [within(path, known.run) for path in known.series.paths.values()]:
         rows[policy], read = results(known, policy)
         files += read
+        if len(suites := sorted({suite_of(file.stem) for file in read})) > 1:
+            raise UserError(f"validation: {' and '.join(suites)} have no common mean, measure one")
         ways.append([(row["data"], row["settings"], row.get("dtypes")) for row in rows[policy]])
         if ways[-1] != ways[0]:
             raise UserError(f"validation: {policy} was measured otherwise (problems or options)")
@@ -97,8 +100,8 @@ def best_alpha(known: Known, jumps: dict[str, float]) -> float | None:
     problems, None where none is better than `none`. Raises UserError as `measured` does."""
 
     def where(name: str) -> str:
-        whole = known.run / "merged" / name / "checkpoint.json"  # `--merge` alone writes none
-        return f"{'merged' if whole.is_file() else 'extrapolated'}/{name}"
+        is_adapter = adapters.is_adapter(known.run / "extrapolated" / name)
+        return f"{'extrapolated' if is_adapter else 'merged'}/{name}"
 
     alphas = {where(name): a for name, a in {"none": None, **jumps}.items()}
     rows, _ = measured(known, alphas)

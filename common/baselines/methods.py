@@ -31,9 +31,8 @@ class Matrix:
 
     name: str
     W: Sequence[LowRank | torch.Tensor]  # W[0] the backbone (zero for LoRA), W[1] ... W[c]
-    last: LowRank  # what rank 1 is added to: the adapter W[c]; zero on the last of whole models
+    last: LowRank  # what a rank-1 jump is added to: the adapter W[c]; of whole models zero
     deltas: dict  # role -> Triples (common/files/deltas.py), signs aligned: [i] is a LowRank
-    steps: list[int]  # of the checkpoints
     k: int
     given: object = None  # what the method's `prepare` found
 
@@ -54,7 +53,7 @@ def rl_extra(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
 
     The paper's text swaps this citation and AlphaRL's.
     """
-    c = len(m.steps)
+    c = len(m.W) - 1
     return m.W[0] + (c + alpha * m.k) / c * (m.W[-1] - m.W[0])
 
 
@@ -73,7 +72,7 @@ def alpharl(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
     Their code adds a* v^T to a checkpoint, although a* is the total update, and takes the signs of
     u alone; here u and v decide together.
     """
-    whole, at = m.deltas["global"], len(m.steps) + alpha * m.k
+    whole, at = m.deltas["global"], len(m.W) - 1 + alpha * m.k
     a = whole.sigma.double()[:, None] * whole.u.double()  # [c, m]
     if m.given is None:
         a = line_at(a, at)
@@ -111,7 +110,7 @@ def relex(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
     gram = torch.tensor([[inner(a, b) for b in moved] for a in moved], dtype=torch.float64)
     values, vectors = torch.linalg.eigh(gram)
     length, w = values[-1].clamp_min(0).sqrt(), vectors[:, -1]
-    y = line_at(w * length, len(m.steps) + alpha * m.k)
+    y = line_at(w * length, len(moved) + alpha * m.k)
     d = w / length if length > 0 else torch.zeros_like(w)
     return m.W[0] + sum(float(x) * delta for x, delta in zip(d * y, moved, strict=True))
 

@@ -21,8 +21,8 @@ from common import UserError, in_one_line
 from common.files.read import matches
 
 SECTIONS = ("shared", "train", "extract", "predict", "extrapolate", "continue", "eval", "reproduce")
-COMMAND_LINE_ONLY = {"config", "run_dir", "overwrite"}  # a preset, maybe another's, cannot set them
-OWN = {"start"}  # stages 1 and 5 mean two things by it: 5 does not take it from stage 1's section
+COMMAND_LINE_ONLY = {"config", "run_dir", "overwrite"}  # never from a preset
+OWN = {"start"}  # means another thing in stage 5 than in stage 1: it is never from 1's section
 WHERE_AND_HOW = {*COMMAND_LINE_ONLY, "threads"}  # does not change what is computed
 PRESETS = pathlib.Path(__file__).parents[1] / "presets"
 
@@ -137,7 +137,8 @@ def parse(cls: type, sections: str | tuple[str, ...], doc: str, argv=None) -> St
         dashed = [flag for flag in action.option_strings if "_" not in flag]
         action.option_strings = dashed or action.option_strings
         if action.nargs != 0 and not action.choices:
-            action.metavar = action.dest.split("_")[-1].upper()
+            word = "BOOL" if action.nargs == "?" else action.dest.split("_")[-1].upper()
+            action.metavar = {int: "N", float: "X"}.get(action.type, word)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
     name = early.parse_known_args(argv)[0].config

@@ -22,6 +22,7 @@ from common.rank1 import LowRank
 
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # configs, tokenizers and the index
 MAX_LOST = 1e-3  # of the norm of an update: above it an adapter is not cut to a lower rank
+NO_ADAPTER = {"adapter": None}  # in the checkpoint.json of a jump that only is a whole model
 _OWN = ("config.json", "checkpoint.json", HASHES)  # not copied
 
 
@@ -44,14 +45,15 @@ def check(adapter: Adapter, model: ModelFolder) -> None:
         raise UserError(f"cannot merge into {model.path}: {wrong}")
 
 
-def merge(out: pathlib.Path, adapter: Adapter, base: pathlib.Path, record: dict, change=None):
-    """Writes the model in `base` with `adapter` added, in fp32, to the folder `out`, `record` in
-    merge.json. In bf16 most of an update of RL's size would be rounded away.
+def merge(out: pathlib.Path, adapter: Adapter, base: pathlib.Path, info: dict, change=None):
+    """Writes the model in `base` with `adapter` added, in fp32, to the folder `out`, `info` in
+    checkpoint.json. In bf16 most of an update of RL's size would be rounded away.
 
-    change(module) -> [m, n] in fp32 is the update of a module of the adapter; None means s B A.
+    change(module) -> [m, n] in fp32 is the update of a module of the adapter, and the time that it
+    takes goes into `info`; None means s B A.
     Raises UserError where the adapter does not fit, see `check`.
     """
-    model = open_model(base)
+    began, model = time.perf_counter(), open_model(base)
     check(adapter, model)
 
     def new(name: str) -> torch.Tensor:
@@ -62,7 +64,7 @@ def merge(out: pathlib.Path, adapter: Adapter, base: pathlib.Path, record: dict,
         b, a = adapter.factors[module]
         return weight + (change(module) if change else adapter.scale(module) * (b @ a))
 
-    with write.atomic_dir(out) as folder:
+    with write.atomic_dir(out, info) as folder:
         beside = [path for path in base.iterdir() if path.suffix in _COPIED]
         write.copy_files([path for path in beside if path.name not in _OWN], folder)
         for file in sorted({*model.files.values()}):
@@ -70,7 +72,7 @@ def merge(out: pathlib.Path, adapter: Adapter, base: pathlib.Path, record: dict,
             write.save_tensors(folder / file.name, tensors, {"format": "pt"}, dtype=None)
         config = model.config | dict.fromkeys(("dtype", "torch_dtype"), "float32")
         write.write_json(folder / "config.json", config)
-        write.write_json(folder / "merge.json", record)
+        info |= {"seconds": round(time.perf_counter() - began, 3)} if change else {}
 
 
 def backbone_of(info: dict) -> str:
@@ -84,12 +86,11 @@ def backbone_of(info: dict) -> str:
 def merge_jump(source: pathlib.Path, out: pathlib.Path, cfg) -> None:
     """Merges the adapter in `source` into its backbone, in the folder `out`, unless that is there.
     cfg: the options of stage 4."""
-    backbone = backbone_of(adapters.read_info(source))
-    record = {"backbone": backbone, "dtype": "fp32"}
-    record["adapter"] = sha256(source / adapters.WEIGHTS)
+    info = {**adapters.read_info(source), "adapter": sha256(source / adapters.WEIGHTS)}
+    base = cfg.path(backbone_of(info))
     write.claim(out)
-    if cfg.overwrite or not write.is_made(out / "merge.json", record):
-        merge(out, adapters.read_adapter(source), find_model(cfg.path(backbone)), record)
+    if cfg.overwrite or not write.is_made(out / "checkpoint.json", info):
+        merge(out, adapters.read_adapter(source), find_model(base), info)
 
 
 def save_jump(series: Series, new: Callable, places: tuple, info: dict, cfg) -> None:
@@ -126,14 +127,12 @@ def save_jump(series: Series, new: Callable, places: tuple, info: dict, cfg) -> 
 
     write.claim(places[1])
     write.remove(places[0])  # made otherwise before
-    merge(places[1], last, find_model(cfg.path(backbone_of(info))), {}, change)
-    info = info | {"dtype": "fp32", "seconds": round(time.perf_counter() - began, 3)}
-    write.write_json(places[1] / "checkpoint.json", info)
+    merge(places[1], last, find_model(cfg.path(backbone_of(info))), {**info, **NO_ADAPTER}, change)
 
 
 def is_made(adapter: pathlib.Path, whole: pathlib.Path, info: dict, cfg) -> bool:
     """Whether one of the two folders is there, whole, and was made from the same."""
-    for folder, record in ((adapter, info), (whole, info | {"dtype": "fp32"})):
+    for folder, record in ((adapter, info), (whole, info | NO_ADAPTER)):
         if not cfg.overwrite and write.is_made(folder / "checkpoint.json", record):
             write.claim(folder)  # clears what a kill has left
             return True

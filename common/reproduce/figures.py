@@ -60,7 +60,7 @@ def accuracy(runs: Runs):
             look = RUNS[name] | {"label": found[0].label}
             series(left, {m.steps: m.accuracy for m in found}, **look)
     left.set(xlabel="RL steps, without a jump", ylabel=f"accuracy %, ± s.e. over {runs.over}")
-    left.legend(loc="lower right")
+    left.legend(loc="upper left")
     for y, m in enumerate(shown):
         look = CURVES.get(m.method, {"color": "#666666", "marker": "o"}) | {"ms": 6}
         right.errorbar(100 * m.accuracy.mean, y, xerr=100 * m.accuracy.error, **look)
@@ -129,7 +129,7 @@ def energy(runs: Runs):
     if not found[MAIN]:
         return None
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    titles = (r"$E_1=\sigma_1/\sum_q\sigma_q$ (paper)", r"$\sigma_1^2/\sum_q\sigma_q^2$")
+    titles = (r"$E_1=\sigma_1/\sum\sigma_q$ (paper)", r"$\sigma_1^2/\sum\sigma_q^2$")
     keys = ("energy_ratio", "energy_ratio_squared")
     for axis, key, title in zip(axes, keys, titles, strict=True):
         for name, spectra in found.items():

@@ -3,14 +3,14 @@
 import matplotlib.pyplot as plt
 
 from common.reproduce import plans
-from common.reproduce.estimates import rank_correlation
+from common.reproduce.estimates import over_seeds, rank_correlation, within_groups
 from common.reproduce.figures import CURVES, legend_below, series
 from common.reproduce.results import MAIN_ALPHA, label_of, place
-from common.reproduce.runs import MAIN, Runs
+from common.reproduce.runs import MAIN, Measured, Runs
 from common.reproduce.tables import table
 
 DEFAULT = "next-aligned"  # the method that the sentence and the first figure speak of
-BY_ALPHA = (DEFAULT, "weighted", "first-update")  # methods of the table by alpha
+BY_ALPHA = (DEFAULT, "next-paper", "weighted", "repeat-last", "oracle", "first-update")
 METERED = (DEFAULT, "next-paper", "weighted", "repeat-last", "recent-locals")  # with a backtest
 TIMES = {2: "GRPO at twice the rate", 4: "GRPO at four times the rate"}
 
@@ -42,10 +42,30 @@ def gained(runs: Runs) -> dict[int, dict[str, str]]:
 
 
 def page(runs: Runs) -> str:
-    """Five tables, or nothing where there is one rate."""
+    """Five tables, or nothing where there is one rate. The first is what a jump is worth."""
     if not rates(runs):
         return ""
-    return "\n\n".join(filter(None, [levels(runs), *gains(runs), meter(runs)]))
+    after, late, far = gains(runs)
+    return "\n\n".join(filter(None, [late, levels(runs), after, far, meter(runs)]))
+
+
+def at_multiple(runs: Runs, rate: float, times: int) -> Runs:
+    """The run at `times` this rate; one in which nothing was measured where there is none."""
+    found = [r for other, r in rates(runs).items() if abs(other / rate / times - 1) < 0.01]
+    return found[0] if found else runs.of("none")
+
+
+def cells(gaps: list[tuple[Measured, Measured]], seeds: int) -> list[str]:
+    """The difference of each pair, a pair a rate, and how much larger it is at the first rate than
+    at the last one. Where some of the seeds have it, how many."""
+    by_seed = [
+        {s: r.accuracy - b.by_seed[s].accuracy for s, r in a.by_seed.items() if s in b.by_seed}
+        for a, b in gaps
+    ]
+    first, last = by_seed[0], by_seed[-1]
+    change = over_seeds([first[s] - last[s] for s in first if s in last])
+    found = [a - b for a, b in gaps] + ([change] if len(gaps) > 1 else [])
+    return [f"{x.points()}{f' ({x.n} seeds)' if 0 < x.n < seeds else ''}" for x in found]
 
 
 def shown_steps(runs: Runs) -> list[int]:
@@ -86,27 +106,27 @@ def gains(runs: Runs) -> list[str]:
     at, prefix, total = columns(runs), runs.prefix, runs.total
 
     def line(label: str, policy: str, step: int) -> list[str]:
-        return [label, *((run.get(policy) - run.at(step)).points() for run in at.values())]
+        pairs = [(run.get(policy), run.at(step)) for run in at.values()]
+        return [label, *cells(pairs, len(runs.seeds))]
 
     after, late = (
         [line(label_of(method), policy, step) for method, policy in found.items()]
         for step, found in gained(runs).items()
     )
     for times, label in TIMES.items():
-        row = [label]
-        for rate, run in at.items():
-            others = [r for other, r in rates(runs).items() if abs(other / rate / times - 1) < 0.01]
-            row.append((others[0].at(total) - run.at(total)).points() if others else "–")
-        late += [row] if {*row[1:]} - {"–"} else []
+        pairs = [(at_multiple(runs, r, times).at(total), run.at(total)) for r, run in at.items()]
+        late += [[label, *cells(pairs, len(runs.seeds))]] if any(a for a, _ in pairs) else []
     for m in runs.of(plans.SECOND).some():
         label = f"{label_of(DEFAULT)}, merged; after {m.steps // 2} steps "
         label += "no other jump" if m.method == "none" else "another jump"
-        own = {rate: run for rate, run in at.items() if rate == m.trained["learning_rate"]}
-        late.append([label, *((m - own[r].at(total)).points() if r in own else "–" for r in at)])
+        mine = {rate: m for rate in at if rate == m.trained["learning_rate"]}
+        pairs = [(mine.get(rate, Measured("")), run.at(total)) for rate, run in at.items()]
+        late.append([label, *cells(pairs, len(runs.seeds))])
     swept = [m for m in runs.some() if m.jumped and m.alpha and m.method in BY_ALPHA]
     swept.sort(key=lambda m: (place(m), m.alpha))
     far = [line(f"{label_of(m.method)}, alpha {m.alpha:g}", m.policy, prefix) for m in swept]
     header = [f"learning rate {rate:g} {runs.interval}" for rate in at]
+    header += [f"{min(at):g} minus {max(at):g}"] if len(at) > 1 else []
     return [
         table([f"right after the jump, − GRPO at {prefix}", *header], after),
         table([f"after {total} RL steps, − GRPO at {total}", *header], late),
@@ -114,20 +134,21 @@ def gains(runs: Runs) -> list[str]:
     ]
 
 
-def points(runs: Runs, method: str, later: bool = False) -> list[tuple[float, float]]:
-    """(cosine of stage 3's backtest, points that the jump gains) of every run that has both.
+def points(runs: Runs, method: str, by: str = "jump") -> list[tuple[float, float, float]]:
+    """(cosine of stage 3's backtest, points that are gained, learning rate) of every run that has
+    both. by: the `jump`, right after it; `jump and RL` after it; twice the `rate`, at that step.
 
-    later: what is gained after more RL, not right after the jump. A run that training has left
-    below the backbone says nothing of jumps.
+    A run that training has left below the backbone says nothing of jumps.
     """
     found, least = [], runs.get("backbone").accuracy.mean or 0.0
-    for run in rates(runs).values():
-        end = run.later(method) if later else run.jump(method)
-        start = run.at(runs.total if later else runs.prefix)
+    for rate, run in rates(runs).items():
+        start = run.at(runs.prefix if by == "jump" else runs.total)
+        end = run.jump(method) if by == "jump" else run.later(method)
+        end = at_multiple(runs, rate, 2).at(runs.total) if by == "rate" else end
         levels = {seed: r.accuracy for seed, r in start.by_seed.items() if r.accuracy >= least}
         for seed, x in run.cosines(method).items():
             if seed in levels and seed in end.by_seed:
-                found.append((x, 100 * (end.by_seed[seed].accuracy - levels[seed])))
+                found.append((x, 100 * (end.by_seed[seed].accuracy - levels[seed]), rate))
     return found
 
 
@@ -135,12 +156,13 @@ def meter(runs: Runs) -> str:
     """Whether the cosine of stage 3's backtest, which needs no accuracy, says what a jump gains."""
     rows = []
     for method in METERED:
-        now, later = points(runs, method), points(runs, method, later=True)
-        if found := rank_correlation(now):
-            rows.append([label_of(method), str(len(now)), found, rank_correlation(later) or "–"])
-    gained = f"with the gain at {runs.total} steps [95%]"
+        now, *others = (points(runs, method, by) for by in ("jump", "jump and RL", "rate"))
+        if found := rank_correlation([point[:2] for point in now]):
+            row = [label_of(method), str(len(now)), found, within_groups(now) or "–"]
+            rows.append(row + [rank_correlation([p[:2] for p in ps]) or "–" for ps in others])
     header = ["rank correlation of the held-out cosine", "runs", "with the jump's gain [95%]"]
-    return table([*header, gained], rows)
+    header += ["the same within a rate", f"with the gain at {runs.total} steps"]
+    return table([*header, f"with what twice the rate gains at {runs.total}"], rows)
 
 
 def accuracy(runs: Runs):
@@ -150,15 +172,23 @@ def accuracy(runs: Runs):
         return None
     figure, axis = plt.subplots(figsize=(7, 4.2))
     looks = zip(shown_steps(runs), (":", "--", "-"), strict=False)
-    plain = {"color": "black", "marker": "."}
+    plain, least = {"color": "black", "marker": "."}, runs.get("backbone").accuracy.mean or 0.0
     shown = {runs.at(s).policy: plain | {"ls": ls, "label": f"GRPO at {s}"} for s, ls in looks}
     label = f"{label_of(DEFAULT)}, at {runs.total}"
-    shown[runs.later(DEFAULT).policy] = CURVES[DEFAULT] | {"label": label, "ls": ""}
+    shown[runs.later(DEFAULT).policy] = CURVES[DEFAULT] | {"label": label, "ls": "", "ms": 6}
+    broken = set()
     for policy, look in shown.items():
-        if runs.get(policy):
-            curve = {rate: run.get(policy).accuracy for rate, run in found.items()}
-            series(axis, {rate: level for rate, level in curve.items() if level}, **look)
+        curve = {rate: run.get(policy).accuracy for rate, run in found.items()}
+        curve = {rate: level for rate, level in curve.items() if level}
+        broken |= {rate for rate, level in curve.items() if level.mean < least}
+        series(axis, {r: level for r, level in curve.items() if r not in broken}, **look)
     axis.set(xscale="log", xlabel="learning rate", ylabel=f"accuracy %, ± s.e. over {runs.over}")
+    whole = [rate for rate in found if rate not in broken]
+    axis.set_xticks(whole, [f"{rate:g}" for rate in whole], rotation=45)
+    axis.set_xticks([], minor=True)
+    if broken:
+        off = ", ".join(f"{rate:g}" for rate in sorted(broken))
+        axis.set_title(f"not shown: {off}, where training broke down", fontsize=9)
     axis.legend()
     return figure
 
@@ -167,10 +197,12 @@ def wide(axis) -> None:
     """Scales the y axis so that a gain of 1 and a loss of 50 can both be read on it, if it must."""
     if axis.get_ylim()[0] > -10:
         return
+    low, high = axis.get_ylim()
     axis.set_yscale("symlog", linthresh=5)
     ticks = (-50, -20, -10, -5, -2, 0, 2, 5, 10, 20)
     axis.set_yticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
-    axis.set_ylim(top=max(20, axis.get_ylim()[1]))
+    axis.set_ylim(1.2 * low, max(20, high))
+    axis.set_ylabel(f"{axis.get_ylabel()} (log from ±5)")
 
 
 def gain(runs: Runs):
@@ -190,7 +222,7 @@ def gain(runs: Runs):
             gaps = {rate: gap for rate, gap in gaps.items() if gap}
             series(axis, gaps, **CURVES[method], label=label_of(method))
         axis.axhline(0, color="gray", lw=1)
-        axis.set(xscale="log", xlabel="learning rate", ylabel=f"points above GRPO at {step}")
+        axis.set(xscale="log", xlabel="learning rate", ylabel=f"points over GRPO at {step}")
         wide(axis)
     legend_below(figure, axes[0], 4)
     return figure
@@ -202,11 +234,11 @@ def against_cosine(runs: Runs):
     if max(map(len, found.values())) < 5:
         return None
     figure, axis = plt.subplots(figsize=(7, 4.2))
-    for method, pairs in found.items():
+    for method, those in found.items():
         look = {**CURVES[method], "ls": "", "label": label_of(method)}
-        axis.plot([x for x, _ in pairs], [y for _, y in pairs], **look)
+        axis.plot([x for x, _, _ in those], [y for _, y, _ in those], **look)
     axis.axhline(0, color="gray", lw=1)
-    gained = f"points above GRPO at {runs.prefix}, after the jump"
+    gained = f"points over GRPO at {runs.prefix}"
     axis.set(xlabel="held-out cosine of the prediction (stage 3's backtest)", ylabel=gained)
     wide(axis)
     axis.legend()

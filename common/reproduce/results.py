@@ -12,6 +12,7 @@ from common import UserError
 from common.files import adapters
 from common.files.read import read_json, read_jsonl, step_of
 from common.reproduce.estimates import over_problems
+from common.rl.benchmarks import suite_of
 from common.rl.options import MAY_CHANGE
 
 
@@ -29,7 +30,6 @@ OWN_ALPHA = {"expo": 0.5}  # methods whose alpha means something else
 FROM_DELTAS = ("next-", "weighted", "repeat-last", "recent-locals", "alpharl")
 MEASURED = {"alpharl-pls": ("*__step_*",), "greedy-soup": ("*__step_*", "*__candidate_*")}
 OURS = ("train", "extrapolated", "merged", "continued", "validation")  # folders of policies
-SUITES = ("maths", "gpqa", "mmlu-pro")  # only tasks of one suite are averaged
 LOGGED = {"step": int, "seconds": float, "accuracy": float, "response_length": float}
 RECORD = {"policy": str, "n": int, "response_length": float, "by_problem": list[float]}
 RECORD |= {"settings": dict | None, "data": str | None, "template_hash": str | None}
@@ -94,11 +94,8 @@ class Result:
         return self.policy.startswith(("extrapolated/", "merged/"))
 
     def of_suite(self, suite: str) -> tuple[str, ...]:
-        """The tasks of `suite` that it was measured on. What is of no other suite is maths."""
-        suites = {
-            t: next((s for s in SUITES[1:] if t.startswith(s)), "maths") for t in self.records
-        }
-        return tuple(task for task, own in suites.items() if own == suite)
+        """The tasks of `suite` that it was measured on: only these are averaged."""
+        return tuple(task for task in self.records if suite_of(task) == suite)
 
     @property
     def label(self) -> str:
@@ -181,11 +178,10 @@ def made_on(run: pathlib.Path) -> tuple[str, int]:
 
 
 def jump_info(run: pathlib.Path, policy: str) -> dict:
-    """checkpoint.json of `policy`; what is merged may have it beside the adapter alone."""
-    name = policy.split("/", 1)[-1]
-    folders = (policy, f"extrapolated/{name}", f"merged/{name}")
-    paths = [run / folder / "checkpoint.json" for folder in folders]
-    path = next((path for path in paths if path.is_file()), paths[0])
+    """checkpoint.json of `policy`; a jump that is no adapter has it in merged/."""
+    path = run / policy / "checkpoint.json"
+    whole = run / "merged" / path.parent.name / "checkpoint.json"
+    path = whole if whole.is_file() and not path.is_file() else path
     if not path.is_file() and policy.split("/")[0] not in OURS:
         return {"step": step_of(pathlib.Path(policy)) or 0}  # another trainer's: checkpoint-20
     return read_json(path, "the stage that made it", {"step": int, "seconds": float | None})
@@ -227,8 +223,8 @@ def spent(run: pathlib.Path, policy: str, method: str, steps: int) -> dict[str, 
     if method.startswith("next-"):  # without its backtest
         trained = run / "predictor" / method.removeprefix("next-") / "done.json"
         parts["predictor"] = seconds(trained, "training_seconds")
-    chosen = (f"extrapolated__{method}_alpha*",) if name.endswith("_accepted") else ()
-    if globs := chosen or MEASURED.get(method):
+    chosen = (f"extrapolated__{method}_alpha*", "extrapolated__none")
+    if globs := chosen if name.endswith("_accepted") else MEASURED.get(method):
         paths = [path for some in globs for path in run.glob(f"validation/{some}/*.json")]
         parts["validation"] = sum(map(seconds, paths))
     return {} if math.isnan(sum(parts.values())) else parts

@@ -15,9 +15,9 @@ import statistics
 from common.baselines.measures import cosine
 from common.files import adapters, deltas
 from common.files.read import read_json
-from common.reproduce import results
 from common.reproduce.estimates import Estimate, over_problems, over_seeds
-from common.reproduce.results import MAIN_ALPHA, Result, place
+from common.reproduce.results import MAIN_ALPHA, Result, load_results, place
+from common.rl.benchmarks import SUITES
 
 MAIN = "lora"  # the name of a grid's main run, and of a single one
 
@@ -92,7 +92,7 @@ class Runs:
                 top = root / f"seed{seed}"
                 names = sorted(str(path.parent.relative_to(top)) for path in top.glob("**/eval"))
             for name in names:
-                made = results.load_results(self.of(name).folder(seed)).values()
+                made = load_results(self.of(name).folder(seed)).values()
                 found += [dataclasses.replace(result, seed=seed, run=name) for result in made]
         self.tasks, self.left_out, self.beside = (), [], []
         self.all = self._alike(found) if found else []
@@ -133,7 +133,7 @@ class Runs:
                     why[id(r)].append(f"measured {odd}")
         # The accuracy is the mean of one suite, over those tasks of it on which most were measured:
         # the first suite on which half were measured, else the one on which most were.
-        sets = [[t for r in found if (t := r.of_suite(suite))] for suite in results.SUITES]
+        sets = [[t for r in found if (t := r.of_suite(suite))] for suite in SUITES]
         self.tasks = statistics.mode(max(sets, key=lambda tasks: min(len(tasks), len(found) / 2)))
         for r in found:
             reasons, r.tasks = why[id(r)], self.tasks

@@ -6,8 +6,9 @@ import statistics
 from common.files.deltas import read_index
 from common.reproduce import plans, results
 from common.reproduce.estimates import Estimate, over_seeds
-from common.reproduce.results import MAIN_ALPHA, OWN_ALPHA, SUITES, label_of, place, table_of
+from common.reproduce.results import MAIN_ALPHA, OWN_ALPHA, label_of, place, table_of
 from common.reproduce.runs import MAIN, Measured, Runs
+from common.rl.benchmarks import SUITES
 
 RECIPES = ("next-paper", "next-aligned", "weighted")  # NExt's own, and the sum without a network
 COST = ("ICER ↓", "length", "wall s")

@@ -17,6 +17,7 @@ DAPO_PREFIX = (
 )
 DAPO_SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:".'
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+SUITES = ("maths", "gpqa", "mmlu-pro")  # only tasks of one suite are averaged
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -39,6 +40,11 @@ class Source:
 
 _LISTED = pathlib.Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
 SOURCES = {name: Source(**fields) for name, fields in yaml.safe_load(_LISTED).items()}
+
+
+def suite_of(task: str) -> str:
+    """The suite in whose mean `task` counts. What is of no other is maths."""
+    return next((suite for suite in SUITES[1:] if task.startswith(suite)), SUITES[0])
 
 
 def dapo_question(prompt: str) -> str:

@@ -8,6 +8,7 @@ from common import UserError
 from common.rl import policy, rollout
 
 TRAINED = 16  # bytes a trained parameter: itself in fp32, its gradient, AdamW's two moments
+ROOM = 0.95  # of a GPU's memory: what CUDA, NCCL and fragments take is not computed
 HEAD = 3.5  # tensors [HEAD_CHUNK, vocabulary] in fp32 at one time; on a CPU 3.0 were measured
 
 
@@ -39,7 +40,7 @@ def kept(model, rows: int, time: int, mixed: bool) -> int:
 
 
 def plan(config, cfg, shards: int = 1, mixed: bool = True) -> dict[str, float]:
-    """Bytes on each GPU by part, without vLLM. config: the backbone's; cfg: stage 1's options.
+    """Bytes on each GPU by part, of vLLM its copy. config: the backbone's; cfg: stage 1's options.
 
     shards: GPUs that the layers are split over.
     """
@@ -67,7 +68,8 @@ def plan(config, cfg, shards: int = 1, mixed: bool = True) -> dict[str, float]:
         activations = activations / len(layers) + len(layers) * inputs
     head = HEAD * 4 * min(policy.HEAD_CHUNK, rows * longest) * config.vocab_size
     found = {"backbone": backbone, "trained": TRAINED * trained}
-    return {**found, "activations": activations, "head": head}
+    copy = 2 * sum(p.numel() for p in model.parameters() if whole or not p.requires_grad)  # bf16
+    return {**found, "activations": activations, "head": head, "vLLM": copy}
 
 
 def check(model, cfg, accelerator) -> None:
@@ -87,14 +89,14 @@ def check(model, cfg, accelerator) -> None:
 def told(parts: dict[str, float], cfg, total: float) -> str:
     """What a GPU of `total` bytes will hold: `parts`, and vLLM's share. Raises UserError where it
     is too small."""
-    if cfg.engine == "vllm":
-        options = rollout.vllm_options(cfg.vllm_options)
-        share = total * options.get("gpu_memory_utilization", rollout.SHARED)
-        cache = options.get("kv_cache_memory_bytes")
-        parts = {**parts, "vLLM": cache + parts["backbone"] if cache else share}
+    options, copy = rollout.vllm_options(cfg.vllm_options), parts["vLLM"]
+    share = total * options.get("gpu_memory_utilization", rollout.SHARED)
+    cache = options.get("kv_cache_memory_bytes")
+    own = (copy + cache if cache else share) if cfg.engine == "vllm" else 0.0
+    parts = {**parts, "vLLM": own}
     listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
     listed += "; rollouts by hf are not counted: --batch-size" if cfg.engine == "hf" else ""
     needed = f"{sum(parts.values()) / 1e9:.1f} GB of a GPU's {total / 1e9:.1f} ({listed})"
-    if sum(parts.values()) > total:
+    if sum(parts.values()) > ROOM * total:
         raise UserError(f"needs {needed}: --gradient-checkpointing true, or fewer --micro-tokens")
     return f"memory: {needed}"

@@ -57,7 +57,7 @@ def check_moved(log: pathlib.Path) -> None:
 
 
 def of_step(run, batch, scored: dict, updates: list[dict]) -> dict:
-    """The metrics of one step over all processes; the README explains each. `scored` is what
+    """The metrics of one step over all processes; README.md here explains each. `scored` is what
     `training.score` returns, `updates` what `training.descend` does of each."""
     cfg, accelerator, judge = run.cfg, run.accelerator, run.rewards.verifier
     spread = batch.rewards.max(1).values - batch.rewards.min(1).values
@@ -204,9 +204,9 @@ class Loaded:
         self.engine = rollout.make_engine(cfg, model, self.tokenizer, *how)
 
 
-def summarise(rows: list[dict], judge) -> dict:
-    """Accuracy with its standard error over problems, and the means that go with it. judge: the
-    Verifier that scored the rows, which are sorted by run."""
+def summarise(rows: list[dict], judge, began: float) -> dict:
+    """Accuracy with its standard error over problems, and what goes with it. judge: the Verifier
+    that scored the rows, which are sorted by run. began: when, by time.perf_counter()."""
     problems = 1 + max(row["problem"] for row in rows)
     scores = torch.tensor([row["score"] for row in rows], dtype=torch.float64)
     by_problem = scores.view(-1, problems).mean(0)
@@ -219,12 +219,13 @@ def summarise(rows: list[dict], judge) -> dict:
         "truncated_share": sum(not row["finished"] for row in rows) / len(rows),
         "verifier_timeouts": sum(gather_object([judge.timeouts])),
         "by_problem": by_problem.tolist(),
+        "seconds": round(time.perf_counter() - began, 2),
     }
 
 
-def console_line(record: dict) -> str:
-    """`0.749 +- 0.012 (n = 2048), length 29.4, 1.7 s; all right or all wrong: 32% of the problems`:
-    no gradient would come from these."""
+def console_line(record: dict, start: float, share: float) -> str:
+    """`0.749 +- 0.012 (n = 2048), length 29.4, 1.7 s; all right or all wrong: 32% of the problems;
+    00:20 left`: such problems give no gradient. share: of the work, what is done since `start`."""
     error = "" if record["standard_error"] is None else f" +- {record['standard_error']:.3f}"
     zero = "" if record["accuracy"] else "; all scored 0: are template and answer_format right?"
     if late := record["verifier_timeouts"]:
@@ -232,5 +233,7 @@ def console_line(record: dict) -> str:
     if record["n"] > record["problems"]:
         flat = sum(score in (0, 1) for score in record["by_problem"]) / record["problems"]
         zero = f"; all right or all wrong: {flat:.0%} of the problems{zero}"
+    left = tqdm.format_interval((time.perf_counter() - start) * (1 / share - 1))
     line = f"{record['accuracy']:.3f}{error} (n = {record['n']})"
-    return f"{line}, length {record['response_length']:.1f}, {record['seconds']:.1f} s{zero}"
+    line += f", length {record['response_length']:.1f}, {record['seconds']:.1f} s{zero}"
+    return f"{line}; {left} left"

@@ -93,8 +93,8 @@ class RLConfig(SamplingConfig):
             raise UserError("kl_in reward subtracts kl_coef times the KL, and kl_coef is 0: set it")
 
 
-# What may differ when a run goes on. At most rounding and the verifier's timeouts change; `steps`,
-# which is compared, is the sum of the first step and more_steps.
+# What may differ when a run goes on: it changes weights at most by rounding and by the verifier's
+# timeouts. In place of more_steps `steps` is compared, its sum with the step of the start.
 MAY_CHANGE = (
     *("save_every", "resume_every", "log_every", "report_to", "project", "micro_tokens"),
     *("max_logprob_gap", "vllm_options", "batch_size", "verifier_seconds", "more_steps"),

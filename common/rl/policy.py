@@ -58,8 +58,9 @@ def load_backbone(name: str):
     safe = {"use_safetensors": True, "trust_remote_code": False}
     with in_one_line(f"cannot load backbone {name}", WANTED):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        for key in [key for key in vars(config) if "drop" in key]:  # the policy that samples
-            setattr(config, key, 0.0)  # has none either
+        # No dropout: the policy that samples has none.
+        for key in [key for key in vars(config) if "drop" in key]:
+            setattr(config, key, 0.0)
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype="auto", **safe)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     return model.requires_grad_(False), tokenizer

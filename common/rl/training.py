@@ -69,7 +69,7 @@ class Batch:
 
 
 def check_prepared(cfg) -> None:
-    """Raises UserError where a preset's `prepare` has not made what is its to make."""
+    """Raises UserError where the preset's `prepare` has not been run yet."""
     for given in (cfg.backbone, cfg.train_data) if cfg.prepare else ():
         if "{run_dir}" in given and not os.path.exists(cfg.path(given)):
             first = f"run {cfg.prepare} --run-dir {cfg.run_dir} first"

@@ -27,11 +27,10 @@ from common.rl.rollout import SHARED, Rollout, end_tokens
 
 
 def dtype_of(model) -> str:
-    """The dtype of the engine's copy: the backbone's. Weights that are all trained are fp32; on a
-    GPU autocast and so the engine use them in bf16."""
-    if trained(model) and not isinstance(model, PeftModel) and torch.cuda.is_available():
-        return "bfloat16"
-    return str(model.dtype).removeprefix("torch.")
+    """The dtype of the engine's copy: the backbone's. On a GPU fp32 weights are used in bf16, as
+    autocast does; vLLM's kernels for LoRA there take no fp32."""
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return str(dtype if model.dtype == torch.float32 else model.dtype).removeprefix("torch.")
 
 
 class VLLMEngine:

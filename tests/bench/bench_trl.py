@@ -1,9 +1,9 @@
 """An RL step of stage 1 against one of TRL's GRPOTrainer, with the same work. Needs TRL.
 
     python tests/bench/bench_trl.py                 # 16 x 8 rollouts of the demo, 60 steps each
-    python tests/bench/bench_trl.py --seeds 0 1 2   # in turn, with the reward of both at the end
+    python tests/bench/bench_trl.py --seeds 0 1 2   # in turn, with the reward of both by ten steps
     python tests/bench/bench_trl.py --model /path/to/SmolLM2 --prompts 4 --rollouts 4 --longest 64 \
-        --threads 2 --steps 5 --skip 2              # any model, on the demo's sums
+        --threads 2 --steps 4 --skip 1              # any model, on the demo's sums
 
 Run it by hand, alone. Both: LoRA of rank 16, four updates a step, no KL, rollouts by
 `transformers`, the dtype of the model's folder, and the same allocator. Medians after --skip steps.
@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 from common.reproduce.runner import DEFAULTS  # threads and allocator
 
 UPDATES, RATE = 4, 1e-3
+PHASES = ("rollout", "logprob", "update")  # TRL's logprob has its reward in it
 
 
 def ours(run: pathlib.Path, seed: int, args) -> dict:
@@ -43,7 +44,7 @@ def ours(run: pathlib.Path, seed: int, args) -> dict:
     rows = [json.loads(line) for line in lines]
     phases = {
         phase: statistics.median(row["seconds_by_phase"][phase] for row in rows[args.skip :])
-        for phase in ("rollout", "logprob", "update")
+        for phase in PHASES
     }
     seconds, reward = [row["seconds"] for row in rows], [row["reward"] for row in rows]
     return {"seconds": seconds, "reward": reward, "phases": phases}
@@ -65,7 +66,7 @@ def train_by_trl(run: pathlib.Path, seed: int, args) -> dict:
     import trl
 
     torch.set_num_threads(args.threads)
-    ends, rewards, sampling = [time.perf_counter()], [], []
+    ends, rewards, sampling, making = [time.perf_counter()], [], [], []
 
     def solved(completions, answer, **_):
         pairs = zip(completions, answer, strict=True)
@@ -81,10 +82,15 @@ def train_by_trl(run: pathlib.Path, seed: int, args) -> dict:
     class Timed(trl.GRPOTrainer):
         def _generate(self, prompts):
             began = time.perf_counter()
-            try:
-                return super()._generate(prompts)
-            finally:
-                sampling.append(time.perf_counter() - began)
+            found = super()._generate(prompts)
+            sampling.append(time.perf_counter() - began)
+            return found
+
+        def _generate_and_score_completions(self, inputs):
+            began = time.perf_counter()
+            found = super()._generate_and_score_completions(inputs)
+            making.append(time.perf_counter() - began)
+            return found
 
     size, model = args.prompts * args.rollouts // UPDATES, args.model or str(run / "backbone")
     dtype = transformers.AutoConfig.from_pretrained(model).dtype or torch.float32
@@ -103,7 +109,10 @@ def train_by_trl(run: pathlib.Path, seed: int, args) -> dict:
     given = {"args": config, "train_dataset": problems, "callbacks": [Clock()]}
     Timed(model, reward_funcs=solved, peft_config=lora, **given).train()
     seconds = [end - begin for begin, end in itertools.pairwise(ends)]
-    phases = {"rollout": statistics.median(sampling[args.skip :])}
+    parts = zip(seconds, making, sampling, strict=True)
+    rows = [(rollout, made - rollout, all_ - made) for all_, made, rollout in parts]
+    medians = map(statistics.median, zip(*rows[args.skip :], strict=True))
+    phases = dict(zip(PHASES, medians, strict=True))
     return {"seconds": seconds, "reward": rewards, "phases": phases}
 
 
@@ -130,10 +139,11 @@ def main() -> None:
             for name, train in (("stage 1", ours), ("TRL", theirs)):
                 found[name] = one = train(run, seed, args)
                 phases = ", ".join(f"{k} {v:.3f}" for k, v in one["phases"].items())
-                middle = statistics.median(one["seconds"][args.skip :])
-                reward = statistics.fmean(one["reward"][-10:])
-                print(f"seed {seed}  {name:8} {middle:.3f} s a step ({phases}), ", end="")
-                print(f"reward of the last ten steps {reward:.3f}", flush=True)
+                middle, rewards = statistics.median(one["seconds"][args.skip :]), one["reward"]
+                tens = [rewards[i : i + 10] for i in range(0, len(rewards), 10)]
+                curve = " ".join(f"{statistics.fmean(ten):.3f}" for ten in tens)
+                print(f"seed {seed}  {name:8} {middle:.3f} s a step ({phases}); ", end="")
+                print(f"reward by ten steps {curve}", flush=True)
         ours_, theirs_ = (statistics.median(one["seconds"][args.skip :]) for one in found.values())
         ratios.append(theirs_ / ours_)
     print(f"TRL's step takes {statistics.median(ratios):.2f} times as long")

@@ -247,7 +247,6 @@ def test_a_model_without_an_adapter_and_a_merged_adapter_have_their_method_and_t
     log(tmp_path / "train", range(1, 4))
     for policy in ("extrapolated/rl-extra_alpha1.5", "merged/dare", "merged/rl-extra_alpha1.5"):
         record(tmp_path, policy, [1.0, 0.0], 2)
-    (tmp_path / "merged" / "rl-extra_alpha1.5" / "checkpoint.json").unlink()  # as stage 4 leaves it
     found = results.load_results(tmp_path)
     dare, merged = found["merged/dare"], found["merged/rl-extra_alpha1.5"]
     assert (dare.method, dare.alpha, dare.steps, dare.seconds) == ("dare", None, 2, 5.0)
@@ -411,15 +410,6 @@ def test_the_two_halves_of_mmlu_pro_are_tables_7_and_8(tmp_path):
 
 def test_another_model_has_no_numbers_of_the_paper(tmp_path):
     assert tables.beside_paper(one_run(tmp_path, 55)) == ""
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "want"),
-    [(-0.6, -0.2, "holds"), (-1.5, -0.2, "undecided"), (-1.5, -1.2, "does not hold")],
-)
-def test_not_worse_is_an_interval_above_one_point_below(low, high, want):
-    found = estimates.Estimate((low + high) / 200, 0.001, (high - low) / 200)
-    assert found.verdict(not_worse=True) == want
 
 
 def one_run(tmp_path, later: int, reference: int = 60) -> runs.Runs:

@@ -58,19 +58,19 @@ def test_the_sentence_says_what_the_jump_is_worth_at_each_rate_and_what_the_rate
 
 
 def test_every_gain_is_over_the_same_rate_but_for_the_controls_at_a_larger_one(demo):
-    levels, jump, late, far = rates.page(demo).split("\n\n")
-    assert numbers(far, "NExt (aligned), alpha 1.5") == ["+5.0", "+2.0"]
+    late, levels, jump, far = rates.page(demo).split("\n\n")
+    assert numbers(far, "NExt (aligned), alpha 1.5") == ["+5.0", "+2.0", "+3.0"]
     assert [cell.split(" ")[0] for cell in numbers(levels, "0.001")[1:4]] == [
         "40.0",
         "60.0",
         "70.0",
     ]
     assert numbers(levels, "0.002")[0] == "100"
-    assert numbers(jump, "NExt (aligned)") == ["+5.0", "+2.0"]
-    assert numbers(late, "NExt (aligned)") == ["+6.0", "+1.0"]
-    assert numbers(late, "no jump, rate falls to 0 (control)") == ["+7.0", "+2.0"]
-    assert numbers(late, "GRPO at twice the rate") == ["+40.0", "-5.0"]
-    assert numbers(late, "GRPO at four times the rate") == ["+35.0", "–"]
+    assert numbers(jump, "NExt (aligned)") == ["+5.0", "+2.0", "+3.0"]
+    assert numbers(late, "NExt (aligned)") == ["+6.0", "+1.0", "+5.0"]
+    assert numbers(late, "no jump, rate falls to 0 (control)") == ["+7.0", "+2.0", "+5.0"]
+    assert numbers(late, "GRPO at twice the rate") == ["+40.0", "-5.0", "+45.0"]
+    assert numbers(late, "GRPO at four times the rate") == ["+35.0", "–", "–"]
 
 
 def test_a_second_jump_is_compared_with_grpo_at_its_own_rate(tmp_path):
@@ -84,8 +84,8 @@ def test_a_second_jump_is_compared_with_grpo_at_its_own_rate(tmp_path):
             trained_with((top / "second" / policy).parent, learning_rate=0.0005)
     text = rates.page(runs.Runs(tmp_path, [0, 1]))
     merged = "NExt (aligned), merged; after 1 steps"
-    assert numbers(text, f"{merged} another jump") == ["+7.5", "–"]
-    assert numbers(text, f"{merged} no other jump") == ["+4.5", "–"]
+    assert numbers(text, f"{merged} another jump") == ["+7.5", "–", "–"]
+    assert numbers(text, f"{merged} no other jump") == ["+4.5", "–", "–"]
 
 
 def test_the_page_of_one_rate_says_nothing_of_rates(tmp_path):
@@ -141,11 +141,14 @@ def test_a_cosine_stands_beside_the_gain_of_its_own_run_and_method(tmp_path):
             backtest(folder, cosine)
     found = runs.Runs(tmp_path, [0, 1, 2])
     points = rates.points(found, "next-aligned")
-    assert sorted(points) == [pytest.approx((n / 10, n)) for n in (1, 2, 3, 5, 6, 7)]
+    assert sorted(point[:2] for point in points) == [
+        pytest.approx((n / 10, n)) for n in (1, 2, 3, 5, 6, 7)
+    ]
     assert rates.points(found, "weighted") == []  # it was not measured
     row = numbers(rates.meter(found), "NExt (aligned)")
     assert row[:2] == ["6", "+1.00"]
-    assert row[2] == "-1.00"  # more RL undid it
+    assert row[2] == "+1.00"  # within each rate too
+    assert row[3:] == ["-1.00", "–"]  # more RL undid it; three runs have one at twice the rate
     assert "figures/rates_cosine.png" in report.page(found, "made by a test")
 
 
@@ -154,7 +157,8 @@ def test_a_run_that_training_broke_says_nothing_of_jumps(tmp_path):
     for folder, rate, before in ((tmp_path, 0.001, 40), (tmp_path / "rate0.004", 0.004, 5)):
         run_at(folder, rate, (before, 60, 70), before + 2, 61)
         backtest(folder, 0.3)
-    assert rates.points(runs.Runs(tmp_path), "next-aligned") == [pytest.approx((0.3, 2.0))]
+    [point] = rates.points(runs.Runs(tmp_path), "next-aligned")
+    assert point == pytest.approx((0.3, 2.0, 0.001))
 
 
 def test_a_rank_correlation_is_that_of_the_ranks_and_too_few_runs_have_none():
@@ -163,6 +167,25 @@ def test_a_rank_correlation_is_that_of_the_ranks_and_too_few_runs_have_none():
     assert rho.startswith(f"{oracle:+.2f} [")
     assert estimates.rank_correlation([(1, 2), (2, 3), (3, 4), (4, 5)]) == ""
     assert estimates.rank_correlation([(x, 2) for x in range(6)]) == ""
+
+
+def test_within_groups_what_lies_between_them_does_not_count():
+    rising = [(10 * g + x, 100 * g - x, g) for g in range(3) for x in (1, 2, 4)]
+    assert estimates.rank_correlation([p[:2] for p in rising]).startswith("+0.8")
+    assert estimates.within_groups(rising).startswith("-1.00 [")
+    assert estimates.within_groups([*rising, (99, 99, 3)]) == estimates.within_groups(rising)
+    assert estimates.within_groups(rising[:3]) == ""  # three points
+
+
+def test_a_gain_that_some_seeds_lack_says_how_many_have_it(tmp_path):
+    for seed in (0, 1, 2):
+        top = tmp_path / f"seed{seed}"
+        run_at(top / "lora", 0.001, (40, 60, 70), 42, 61 + seed)
+        run_at(top / "rate0.0005", 0.0005, (10, 20, 30), *((15, 26 + seed) if seed else ()))
+    text = rates.page(runs.Runs(tmp_path, [0, 1, 2]))
+    line = next(line for line in text.splitlines() if line.startswith("| NExt (aligned) |"))
+    assert line.count("(2 seeds)") == 2  # of the lower rate, and of the difference
+    assert numbers(text, "NExt (aligned)") == ["+7.5", "+2.0", "+5.0"]
 
 
 def test_a_falling_rate_is_a_control_with_a_name_and_a_cost(demo):
@@ -229,8 +252,9 @@ def test_a_rate_is_chosen_on_validation_problems_and_measured_on_test_problems()
     assert len(chosen) == 9
     assert all(line.endswith("--output validation") for line in chosen)
     accepted = [line for line in lines if "--accept" in line]
-    assert len(accepted) == 9
-    assert all(line.endswith(plans.TABLES["swept"]) for line in accepted)  # what was measured
+    assert len(accepted) == 18
+    alphas = (plans.TABLES["swept"], "--alphas 4 8 16 32 64")  # what was measured
+    assert all(line.endswith(alphas) for line in accepted)
     for seed, alone in ((0, 5), (1, 5), (2, 0)):  # of GRPO alone: fewer seeds
         own = [line for line in lines if f"/seed{seed}/" in line and " 01_" in line]
         assert len(own) == 6 + alone + 1  # the last after a jump
@@ -248,11 +272,11 @@ def test_the_paper_can_be_run_at_four_learning_rates_and_nothing_is_chosen_on_it
 def test_a_jump_whose_alpha_was_chosen_is_charged_for_the_choice(tmp_path):
     log(tmp_path / "train", range(1, 3))
     write.write_json(tmp_path / "deltas" / "done.json", {"seconds": 10.0})
-    for name in ("repeat-last_alpha0.5", "repeat-last_alpha1.5", "rl-extra_alpha1.5"):
+    for name in ("repeat-last_alpha0.5", "repeat-last_alpha1.5", "rl-extra_alpha1.5", "none"):
         measured = tmp_path / "validation" / f"extrapolated__{name}" / "valid.json"
         write.write_json(measured, {"seconds": 100.0})
     record(tmp_path, "extrapolated/repeat-last_accepted", share(50), 2)
     record(tmp_path, "extrapolated/repeat-last_alpha1.5", share(50), 2)
     chosen, plain = results.load_results(tmp_path).values()
-    assert (chosen.seconds, plain.seconds) == (215.0, 15.0)  # two steps of 2 s, 10 s, 1 s
+    assert (chosen.seconds, plain.seconds) == (315.0, 15.0)  # two steps of 2 s, 10 s, 1 s
     assert chosen.label == "repeat-last (control), alpha chosen on validation problems"

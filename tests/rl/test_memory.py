@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 from conftest import parse_stage
-from transformers import AutoConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from common import UserError, demo
 from common.files import config
@@ -74,7 +74,7 @@ def test_the_papers_runs_with_all_parameters_fit_too(size):
     cfg.tune, cfg.engine = "full", "vllm"
     parts = memory.plan(qwen(size), cfg, SHARDS.get(size, 1))
     vllm = GPU * json.loads(cfg.vllm_options)["gpu_memory_utilization"]
-    assert sum(parts.values()) + vllm < GPU
+    memory.told(parts, cfg, GPU)
     model = memory.on_paper(qwen(size), cfg)
     weights = sum(p.numel() for p in model.parameters())
     # The backbone again for the KL term; by hand, of 28 layers an eighth and two whole ones.
@@ -95,18 +95,37 @@ def test_the_papers_experiments_fit_on_gpus_of_80_gb(size):
         {"1.5b": 3.1, "3b": 6.2, "7b": 4.7, "14b": 7.5}[size], abs=0.1
     )
     vllm = GPU * json.loads(cfg.vllm_options).get("gpu_memory_utilization", rollout.SHARED)
-    assert sum(parts.values()) + vllm < GPU
-    weights = 2 * sum(p.numel() for p in memory.on_paper(qwen(size), cfg).parameters())
-    assert vllm - weights > 10e9  # room for the KV cache
+    memory.told(parts, cfg, GPU)
+    assert vllm - parts["vLLM"] > 10e9  # room for the KV cache
 
 
 @pytest.mark.parametrize("size", QWEN)
 def test_they_fit_after_a_merged_restart_too_with_the_backbone_in_fp32(size):
     cfg = options(f"paper_qwen2.5_{size}", engine="vllm")
     parts = memory.plan(qwen(size, "float32"), cfg, SHARDS.get(size, 1))
-    vllm = json.loads(cfg.vllm_options)
-    assert vllm["dtype"] == "bfloat16"
-    assert sum(parts.values()) + GPU * vllm.get("gpu_memory_utilization", rollout.SHARED) < GPU
+    memory.told(parts, cfg, GPU)
+
+
+@pytest.mark.parametrize("flags", [[], ["--tune", "full"]])
+def test_of_vllm_its_whole_copy_counts_however_the_trainers_model_is_split(flags):
+    cache = json.dumps({"kv_cache_memory_bytes": 10**10})
+    cfg = parse_stage("01", "--config", "paper_qwen2.5_7b", "--vllm-options", cache, *flags)
+    cfg.engine = "vllm"
+    parts = memory.plan(qwen("7b"), cfg, 8)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(qwen("7b"))
+    copy = 2 * sum(p.numel() for p in model.parameters())
+    assert parts["vLLM"] == pytest.approx(copy)
+    assert f"vLLM {(copy + 1e10) / 1e9:.1f}" in memory.told(parts, cfg, 1e12)
+    cfg.engine = "hf"
+    assert "vLLM 0.0" in memory.told(parts, cfg, 1e12)
+
+
+def test_a_part_of_the_gpu_is_left_to_what_is_not_computed():
+    cfg = options("paper_qwen2.5_1.5b", engine="hf")
+    assert "of a GPU's 10.0" in memory.told({"backbone": 9.4e9, "vLLM": 0.0}, cfg, 1e10)
+    with pytest.raises(UserError, match=r"needs 9\.6 GB of a GPU's 10\.0"):
+        memory.told({"backbone": 9.6e9, "vLLM": 0.0}, cfg, 1e10)
 
 
 @pytest.mark.parametrize("size", QWEN)

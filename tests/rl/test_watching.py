@@ -112,6 +112,13 @@ def test_importance_ratios_are_the_trainers_over_the_engines(new_run, stage, mon
 def test_problems_without_a_gradient_are_counted():
     record = {"accuracy": 0.75, "standard_error": None, "n": 4, "problems": 2, "seconds": 1.0}
     record |= {"by_problem": [1.0, 0.5], "response_length": 3.0, "verifier_timeouts": 0}
-    assert "; all right or all wrong: 50% of" in step_metrics.console_line(record)
+    assert "; all right or all wrong: 50% of" in step_metrics.console_line(record, 0.0, 1.0)
     record |= {"n": 2, "by_problem": [1.0, 0.0]}
-    assert "all right" not in step_metrics.console_line(record)  # one answer each
+    assert "all right" not in step_metrics.console_line(record, 0.0, 1.0)  # one answer each
+
+
+def test_the_time_left_is_as_long_as_the_rest_of_the_work_would_take(monkeypatch):
+    monkeypatch.setattr(step_metrics.time, "perf_counter", lambda: 130.0)
+    record = {"accuracy": 0.75, "standard_error": None, "n": 2, "problems": 2, "seconds": 1.0}
+    record |= {"by_problem": [1.0, 0.5], "response_length": 3.0, "verifier_timeouts": 0}
+    assert step_metrics.console_line(record, 100.0, 0.25).endswith("1.0 s; 01:30 left")
