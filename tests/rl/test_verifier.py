@@ -22,7 +22,7 @@ def asked(*golds: str, kind: str = "latex") -> list[Problem]:
 
 @pytest.fixture(scope="module")
 def judge():
-    judge = verifier.Verifier(time_limit=2.0)
+    judge = verifier.Verifier()
     yield judge
     judge.close()
 
@@ -241,13 +241,13 @@ def test_several_boxes_are_not_joined_and_an_integer_answer_needs_a_box(judge):
 @pytest.mark.parametrize(
     "response",
     [
-        "{" * 10_000_000,
-        r"\boxed{" + "{" * 5_000_000 + "}" * 5_000_000 + "}",
-        r"\boxed{" + "9" * 10_000_000 + "}",
-        "\x00" * 10_000_000,
+        "{" * 1_000_000,
+        r"\boxed{" + "{" * 500_000 + "}" * 500_000 + "}",
+        r"\boxed{" + "9" * 1_000_000 + "}",
+        "\x00" * 1_000_000,
     ],
 )
-def test_ten_megabytes_of_rubbish_score_zero(judge, response):
+def test_a_megabyte_of_rubbish_score_zero(judge, response):
     for kind in ("latex", "number", "letter"):
         assert judge.score([response], asked("612", kind=kind), [True]) == [0.0]
 
@@ -281,18 +281,16 @@ def test_last_number_refuses_a_gold_that_no_number_can_equal():
 
 
 def test_a_power_tower_costs_its_limit_and_nothing_else():
-    judge = verifier.Verifier(time_limit=1.0)
+    judge = verifier.Verifier(time_limit=60.0)
     judge.score([r"\boxed{x^{2}}"], asked("x^2"), [True])  # the worker is up
-    worker = judge._worker
-    scores = judge.score(
-        [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{\frac{2}{4}}", r"\boxed{5}"],
-        asked("612", r"\frac{1}{2}", "5"),
-        [True] * 3,
-    )
-    judge.close()
-    assert scores == [0.0, 1.0, 1.0]
+    worker, judge.time_limit = judge._worker, 1.0
+    assert judge.score([r"\boxed{9^{9^{9^{9}}}}"], asked("612"), [True]) == [0.0]
     assert (judge.timeouts, judge.errors) == (1, 0)
     assert worker.returncode == -signal.SIGKILL
+    judge.time_limit = 60.0
+    texts = [r"\boxed{\frac{2}{4}}", r"\boxed{5}"]
+    assert judge.score(texts, asked(r"\frac{1}{2}", "5"), [True] * 2) == [1.0, 1.0]
+    judge.close()
 
 
 def test_a_worker_that_nobody_waits_for_ends_by_itself_and_no_ctrl_c_reaches_it():
@@ -309,7 +307,7 @@ def test_a_worker_that_nobody_waits_for_ends_by_itself_and_no_ctrl_c_reaches_it(
 
 
 def test_a_worker_that_died_is_replaced():
-    judge = verifier.Verifier(time_limit=5.0)
+    judge = verifier.Verifier(time_limit=60.0)
     assert judge.score([r"\boxed{x^{2}}"], asked("x^2"), [True]) == [1.0]
     judge._worker.kill()
     judge._worker.wait()
