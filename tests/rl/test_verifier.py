@@ -247,7 +247,7 @@ def test_several_boxes_are_not_joined_and_an_integer_answer_needs_a_box(judge):
         "\x00" * 1_000_000,
     ],
 )
-def test_a_megabyte_of_rubbish_score_zero(judge, response):
+def test_a_megabyte_of_rubbish_scores_zero(judge, response):
     for kind in ("latex", "number", "letter"):
         assert judge.score([response], asked("612", kind=kind), [True]) == [0.0]
 
