@@ -56,15 +56,15 @@ def at_multiple(runs: Runs, rate: float, times: int) -> Runs:
 
 
 def cells(gaps: list[tuple[Measured, Measured]], seeds: int) -> list[str]:
-    """The difference of each pair, a pair a rate, and how much larger it is at the first rate than
-    at the last one. Where some of the seeds have it, how many."""
+    """The difference of each pair, a pair a rate; with several seeds also how much larger it is at
+    the first rate than at the last one. Where only some of the seeds have it, how many."""
     by_seed = [
         {s: r.accuracy - b.by_seed[s].accuracy for s, r in a.by_seed.items() if s in b.by_seed}
         for a, b in gaps
     ]
     first, last = by_seed[0], by_seed[-1]
     change = over_seeds([first[s] - last[s] for s in first if s in last])
-    found = [a - b for a, b in gaps] + ([change] if len(gaps) > 1 else [])
+    found = [a - b for a, b in gaps] + ([change] if seeds > 1 and len(gaps) > 1 else [])
     return [f"{x.points()}{f' ({x.n} seeds)' if 0 < x.n < seeds else ''}" for x in found]
 
 
@@ -126,7 +126,7 @@ def gains(runs: Runs) -> list[str]:
     swept.sort(key=lambda m: (place(m), m.alpha))
     far = [line(f"{label_of(m.method)}, alpha {m.alpha:g}", m.policy, prefix) for m in swept]
     header = [f"learning rate {rate:g} {runs.interval}" for rate in at]
-    header += [f"{min(at):g} minus {max(at):g}"] if len(at) > 1 else []
+    header += [f"{min(at):g} minus {max(at):g}"] if len(runs.seeds) > 1 and len(at) > 1 else []
     return [
         table([f"right after the jump, − GRPO at {prefix}", *header], after),
         table([f"after {total} RL steps, − GRPO at {total}", *header], late),

@@ -20,7 +20,7 @@ NOTES = {
     "They do not cover what another training seed would change.",
     "seeds": "Means over training seeds {seeds} (or as many as the column says) ± standard error "
     "over seeds. Differences are paired by seed, with Student's 95% interval. The test problems "
-    "are the same for all seeds.",
+    "are the same for all seeds: the intervals do not cover what other problems would change.",
 }
 WORDS = pathlib.Path(__file__).with_name("words.md").read_text(encoding="utf-8")
 FIGURES = {  # title -> name of the file, and what draws it
