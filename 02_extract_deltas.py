@@ -72,7 +72,7 @@ def main() -> None:
     found = series.open_series(select(cfg), cfg.backbone, cfg.run_dir)
     with state.main_process_first():
         inputs = {**found.hashes(), "steps": str(found.steps)}
-        stage = Stage(run / "deltas", cfg, inputs, may_change=("backbone", "checkpoints"))
+        stage = Stage(run / "deltas", cfg, inputs, may_change=("backbone",))
     if stage.done:
         return
     if state.is_main_process:

@@ -69,27 +69,35 @@ class EvalConfig(SamplingConfig):
             raise UserError(f"--output {self.output} is another stage's folder: try validation")
 
 
+def to_measure(cfg: EvalConfig, run: pathlib.Path, tasks: dict) -> list[tuple[str, str, dict]]:
+    """(policy, the model that it is on, or is, task -> what the result depends on) of the policies
+    that were not measured alike on every task before."""
+    how = {"settings": config.as_dict(cfg, leave_out=NOT_SETTINGS), "versions": versions()}
+    asked, found = rollout.vllm_options(cfg.vllm_options).items(), []
+    how["dtypes"] = {key: value for key, value in asked if "dtype" in key}
+    for name in find_policies(run, cfg.policies):
+        base, path = base_of(run, name, cfg.backbone), run / name
+        model = metrics.find_model(cfg.path(base))
+        weights = weights_hash(path if adapters.is_adapter(path) else model)
+        same = {**how, "weights": weights, "backbone": weights_hash(model)}
+        made = {task: {**same, "data": data.fingerprint(tasks[task])} for task in tasks}
+        folder = run / cfg.output / name.replace("/", "__")
+        done = {t for t in tasks if is_made(folder / f"{t}.json", made[t]) and not cfg.overwrite}
+        left = {task: record for task, record in made.items() if task not in done}
+        found += [(name, base, left)] if left else []
+    return found
+
+
 def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> None:
     """Measures every policy on every task. Neighbours on the same model share it."""
     tasks, loaded = data.load_tasks([*map(cfg.path, cfg.test_data)], **cfg.columns), None
-    names = find_policies(run, cfg.policies)
-    loras = {name: run / name for name in names if adapters.is_adapter(run / name)}
-    rank = max((adapters.highest_rank(adapters.read_config(x)) for x in loras.values()), default=0)
-    how = {"settings": config.as_dict(cfg, leave_out=NOT_SETTINGS), "versions": versions()}
-    asked = rollout.vllm_options(cfg.vllm_options).items()
-    how["dtypes"] = {key: value for key, value in asked if "dtype" in key}
-    start, judge = time.perf_counter(), verifier.Verifier(cfg.verifier_seconds, cfg.answer_format)
+    judge = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format)
     judge.check([problem for problems in tasks.values() for problem in problems])
-    for number, name in enumerate(bar := progress(names, "evaluating"), 1):
-        # What the result depends on. Where all of it is the same, it was measured before.
-        base, lora = base_of(run, name, cfg.backbone), loras.get(name)
-        model, same = metrics.find_model(cfg.path(base)), {**how}
-        same |= {"weights": weights_hash(lora or model), "backbone": weights_hash(model)}
-        made = {task: {**same, "data": data.fingerprint(tasks[task])} for task in tasks}
-        folder = run / cfg.output / name.replace("/", "__")
-        missing = [t for t in tasks if cfg.overwrite or not is_made(folder / f"{t}.json", made[t])]
-        if not missing:
-            continue
+    work = to_measure(cfg, run, tasks)
+    loras = {name: run / name for name, *_ in work if adapters.is_adapter(run / name)}
+    rank = max((adapters.highest_rank(adapters.read_config(x)) for x in loras.values()), default=0)
+    start, done, total = time.perf_counter(), 0, sum(len(left) for *_, left in work)
+    for name, base, left in (bar := progress(work, "evaluating")):
         # The model, then the adapter on it.
         if loaded is None or loaded.base != base:
             if loaded:
@@ -98,24 +106,25 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
             for task, (_, prompts) in loaded.tasks.items() if first else ():
                 prompt = loaded.tokenizer.decode(prompts[0])
                 accelerator.print(f"{task}: {len(prompts)} problems; first prompt: {prompt!r}")
-        if lora:
-            policy.refuse_foreign(lora, loaded.fingerprint)
-        loaded.engine.use(lora)
+        if name in loras:
+            policy.refuse_foreign(loras[name], loaded.fingerprint)
+        loaded.engine.use(loras.get(name))
         trained = {} if name == "backbone" else adapters.read_info(run / name)
         if trained.get("template_hash", loaded.template_hash) != loaded.template_hash:
             accelerator.print(f"warning: {name} was trained with another prompt template")
         # `runs` answers to every problem, scored.
-        for task in missing:
-            began = time.perf_counter()
+        for task, depends in left.items():
+            began, done = time.perf_counter(), done + 1
             rows = metrics.answers(loaded, loaded.tasks[task], cfg.runs, judge)
-            record = {"policy": name, **made[task], "template_hash": loaded.template_hash}
+            record = {"policy": name, **depends, "template_hash": loaded.template_hash}
             record |= metrics.summarise(rows, judge, began) | machine()
             record["left_out"] = len(tasks[task]) - record["problems"]  # prompts that are too long
             if accelerator.is_main_process:
-                write_text(folder / f"{task}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
-                write_json(folder / f"{task}.json", record)
-                told = metrics.console_line(record, start, number / len(names))
-                bar.write(f"{number}/{len(names)} {name}  {task}: {told}")
+                path = run / cfg.output / name.replace("/", "__") / f"{task}.jsonl"
+                write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+                write_json(path.with_suffix(".json"), record)
+                told = metrics.console_line(record, start, done / total)
+                bar.write(f"{done}/{total} {name}  {task}: {told}")
     judge.close()
     if loaded:
         loaded.engine.close()

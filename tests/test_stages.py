@@ -768,7 +768,7 @@ def test_help_has_each_option_once_and_the_stages_own_come_first(capsys):
     assert sorted(flags) == sorted(names)
     assert {*flags[:5]} == {"--start", "--restart", "--name", "--more-steps", "--steps"}
     assert flags[-1] == "--threads"
-    titles = ("Stage 1's options, and where to start:", "Table 2 (lengths", "How responses are")
+    titles = ("Stage 1's options, and where to start:", "Table 2; lengths", "How responses are")
     places = [shown.index(title) for title in titles]
     assert places == sorted(places)
 

@@ -11,7 +11,7 @@ import difflib
 import inspect
 import pathlib
 from collections.abc import Iterable
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import torch
 import yaml
@@ -24,6 +24,7 @@ SECTIONS = ("shared", "train", "extract", "predict", "extrapolate", "continue", 
 COMMAND_LINE_ONLY = {"config", "run_dir", "overwrite"}  # never from a preset
 OWN = {"start"}  # means another thing in stage 5 than in stage 1: it is never from 1's section
 WHERE_AND_HOW = {*COMMAND_LINE_ONLY, "threads"}  # does not change what is computed
+METAVARS = {int: "N", float: "X", bool: "BOOL"}  # in --help; of a text the option's last word
 PRESETS = pathlib.Path(__file__).parents[1] / "presets"
 
 
@@ -128,7 +129,7 @@ def parse(cls: type, sections: str | tuple[str, ...], doc: str, argv=None) -> St
     """
     usage = "%(prog)s [--config PRESET] [--run-dir DIR] [options]"
     parser = _Parser(cls, usage=usage, description=doc, formatter_class=_Help, allow_abbrev=False)
-    left = parser._optionals._group_actions
+    left, hints = parser._optionals._group_actions, get_type_hints(cls)
     for base in cls.__mro__[:-1]:  # in --help a group a class, the stage's own options first
         own = [action for action in left if action.dest in vars(base).get("__annotations__", {})]
         parser.add_argument_group(base.__doc__.split("\n")[0].rstrip("."))._group_actions = own
@@ -137,8 +138,9 @@ def parse(cls: type, sections: str | tuple[str, ...], doc: str, argv=None) -> St
         dashed = [flag for flag in action.option_strings if "_" not in flag]
         action.option_strings = dashed or action.option_strings
         if action.nargs != 0 and not action.choices:
-            word = "BOOL" if action.nargs == "?" else action.dest.split("_")[-1].upper()
-            action.metavar = {int: "N", float: "X"}.get(action.type, word)
+            kinds = (kind := hints.get(action.dest), *get_args(kind))
+            word = action.dest.split("_")[-1].upper()
+            action.metavar = next((METAVARS[kind] for kind in kinds if kind in METAVARS), word)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
     name = early.parse_known_args(argv)[0].config

@@ -49,8 +49,8 @@ def merge(out: pathlib.Path, adapter: Adapter, base: pathlib.Path, info: dict, c
     """Writes the model in `base` with `adapter` added, in fp32, to the folder `out`, `info` in
     checkpoint.json. In bf16 most of an update of RL's size would be rounded away.
 
-    change(module) -> [m, n] in fp32 is the update of a module of the adapter, and the time that it
-    takes goes into `info`; None means s B A.
+    change(module) -> [m, n] in fp32 is the update of a module of the adapter, and the seconds that
+    it takes are added to those in `info`; None means s B A.
     Raises UserError where the adapter does not fit, see `check`.
     """
     began, model = time.perf_counter(), open_model(base)
@@ -72,7 +72,8 @@ def merge(out: pathlib.Path, adapter: Adapter, base: pathlib.Path, info: dict, c
             write.save_tensors(folder / file.name, tensors, {"format": "pt"}, dtype=None)
         config = model.config | dict.fromkeys(("dtype", "torch_dtype"), "float32")
         write.write_json(folder / "config.json", config)
-        info |= {"seconds": round(time.perf_counter() - began, 3)} if change else {}
+        if change:
+            info["seconds"] = round(info["seconds"] + time.perf_counter() - began, 3)
 
 
 def backbone_of(info: dict) -> str:
@@ -127,7 +128,8 @@ def save_jump(series: Series, new: Callable, places: tuple, info: dict, cfg) -> 
 
     write.claim(places[1])
     write.remove(places[0])  # made otherwise before
-    merge(places[1], last, find_model(cfg.path(backbone_of(info))), {**info, **NO_ADAPTER}, change)
+    info = {**info, **NO_ADAPTER, "seconds": time.perf_counter() - began}
+    merge(places[1], last, find_model(cfg.path(backbone_of(info))), info, change)
 
 
 def is_made(adapter: pathlib.Path, whole: pathlib.Path, info: dict, cfg) -> bool:

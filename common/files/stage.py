@@ -64,6 +64,13 @@ def progress(iterable=None, desc: str = "", in_log: bool = False, **options) -> 
     return tqdm(iterable, desc, disable=not shown, **slow, **options)
 
 
+def _plain(value: object) -> object:
+    """One spelling of a path, or of each in a list: ./a is a."""
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return os.path.normpath(value) if isinstance(value, str) else value
+
+
 class Stage:
     """The folder that a stage writes. Processes open it in `accelerator.main_process_first()`."""
 
@@ -108,7 +115,7 @@ class Stage:
         options = [key for key in now["config"] if key not in {*both, *may_change}]
         for what, part, keys in (("input", "inputs", both), ("option", "config", options)):
             for key in keys:
-                if (old := before[part].get(key)) != (new := now[part][key]):
+                if _plain(old := before[part].get(key)) != _plain(new := now[part][key]):
                     made = f"{self.folder} was made with {what} {key} = {old!r}, now it is {new!r}"
                     raise UserError(f"{made}: use another --run-dir, or --overwrite")
 

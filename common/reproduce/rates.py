@@ -58,6 +58,8 @@ def at_multiple(runs: Runs, rate: float, times: int) -> Runs:
 def cells(gaps: list[tuple[Measured, Measured]], seeds: int) -> list[str]:
     """The difference of each pair, a pair a rate; with several seeds also how much larger it is at
     the first rate than at the last one. Where only some of the seeds have it, how many."""
+    if not gaps:
+        return []
     by_seed = [
         {s: r.accuracy - b.by_seed[s].accuracy for s, r in a.by_seed.items() if s in b.by_seed}
         for a, b in gaps
@@ -65,7 +67,8 @@ def cells(gaps: list[tuple[Measured, Measured]], seeds: int) -> list[str]:
     first, last = by_seed[0], by_seed[-1]
     change = over_seeds([first[s] - last[s] for s in first if s in last])
     found = [a - b for a, b in gaps] + ([change] if seeds > 1 and len(gaps) > 1 else [])
-    return [f"{x.points()}{f' ({x.n} seeds)' if 0 < x.n < seeds else ''}" for x in found]
+    some = [f" ({x.n} of {seeds} seeds)" if 0 < x.n < seeds else "" for x in found]
+    return [x.points() + of for x, of in zip(found, some, strict=True)]
 
 
 def shown_steps(runs: Runs) -> list[int]:
@@ -176,12 +179,11 @@ def accuracy(runs: Runs):
     shown = {runs.at(s).policy: plain | {"ls": ls, "label": f"GRPO at {s}"} for s, ls in looks}
     label = f"{label_of(DEFAULT)}, at {runs.total}"
     shown[runs.later(DEFAULT).policy] = CURVES[DEFAULT] | {"label": label, "ls": "", "ms": 6}
-    broken = set()
-    for policy, look in shown.items():
-        curve = {rate: run.get(policy).accuracy for rate, run in found.items()}
-        curve = {rate: level for rate, level in curve.items() if level}
-        broken |= {rate for rate, level in curve.items() if level.mean < least}
-        series(axis, {r: level for r, level in curve.items() if r not in broken}, **look)
+    curves = {policy: {r: run.get(policy).accuracy for r, run in found.items()} for policy in shown}
+    curves = {policy: {r: y for r, y in curve.items() if y} for policy, curve in curves.items()}
+    broken = {r for curve in curves.values() for r, y in curve.items() if y.mean < least}
+    for policy, curve in curves.items():
+        series(axis, {r: y for r, y in curve.items() if r not in broken}, **shown[policy])
     axis.set(xscale="log", xlabel="learning rate", ylabel=f"accuracy %, ± s.e. over {runs.over}")
     whole = [rate for rate in found if rate not in broken]
     axis.set_xticks(whole, [f"{rate:g}" for rate in whole], rotation=45)

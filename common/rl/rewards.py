@@ -5,6 +5,7 @@ A function has TRL's signature: score(prompts, completions, **columns) -> a numb
 lists: `answer`, the data's other columns, `completion_ids`, `finished`.
 """
 
+import contextlib
 import importlib.util
 import pathlib
 import sys
@@ -32,19 +33,24 @@ def load(name: str) -> Callable:
 
 
 def call(name: str, function: Callable, columns: dict[str, list]) -> list[float]:
-    """What `function` returns. UserError where it fails, with the row if it fails on one alone."""
+    """What `function` returns. UserError where it fails, with the row if others alone pass."""
 
     def values(columns: dict) -> list[float]:
         return [float(value or 0) for value in function(**columns)]
 
+    def passes(i: int) -> bool:
+        with contextlib.suppress(Exception):  # whatever a user's code raises
+            values({key: column[i : i + 1] for key, column in columns.items()})
+            return True
+        return False
+
     try:
         return values(columns)
-    except Exception as error:  # whatever a user's code raises
-        for i, chat in enumerate(columns["prompts"]):
-            failed = f"reward {name} failed for {chat[0]['content'][:50]!r}"
-            with in_one_line(failed, ADVICE):
-                values({key: column[i : i + 1] for key, column in columns.items()})
-        with in_one_line(f"reward {name} failed", ADVICE):
+    except Exception as error:
+        passed = [passes(i) for i in range(len(columns["prompts"]))]
+        row = columns["prompts"][passed.index(False)] if {*passed} == {True, False} else None
+        where = f" for {row[0]['content'][:50]!r}" if row else ""
+        with in_one_line(f"reward {name} failed{where}", ADVICE):
             raise error
 
 

@@ -119,6 +119,13 @@ def test_a_file_is_its_content_wherever_it_lies_and_however_it_is_spelt(
         opened(folder, content=None, data="some/data-set")
 
 
+def test_another_spelling_of_a_path_in_a_list_is_no_difference(folder):
+    opened(folder, names=["out/step_*", "mine.py:short=0.5"])
+    assert not opened(folder, names=["./out/step_*", "./mine.py:short=0.5"]).done
+    with pytest.raises(UserError, match="option names = "):
+        opened(folder, names=["out2/step_*", "mine.py:short=0.5"])
+
+
 def test_overwrite_begins_again(folder):
     opened(folder).finish()
     (folder / "old.txt").write_text("")

@@ -177,6 +177,22 @@ def test_within_groups_what_lies_between_them_does_not_count():
     assert estimates.within_groups(rising[:3]) == ""  # three points
 
 
+def test_before_any_rl_after_a_jump_there_is_a_page_too(tmp_path):
+    for folder, rate in ((tmp_path, 0.001), (tmp_path / "rate0.0005", 0.0005)):
+        run_at(folder, rate, (40, 60, 70))
+        record(folder, "extrapolated/next-aligned_alpha1.5", share(42), 2)
+    assert numbers(rates.page(runs.Runs(tmp_path)), "0.001")[1].startswith("40.0")
+
+
+def test_a_rate_at_which_training_breaks_down_at_any_time_is_not_drawn(tmp_path):
+    record(tmp_path, "backbone", share(10), 0)
+    run_at(tmp_path, 0.001, (40, 60, 70))
+    run_at(tmp_path / "rate0.002", 0.002, (45, 2, 3))
+    axis = rates.accuracy(runs.Runs(tmp_path)).axes[0]
+    assert axis.get_title() == "not shown: 0.002, where training broke down"
+    assert {x for line in axis.lines for x in line.get_xdata()} == {0.001}
+
+
 def test_a_gain_that_some_seeds_lack_says_how_many_have_it(tmp_path):
     for seed in (0, 1, 2):
         top = tmp_path / f"seed{seed}"
@@ -184,7 +200,7 @@ def test_a_gain_that_some_seeds_lack_says_how_many_have_it(tmp_path):
         run_at(top / "rate0.0005", 0.0005, (10, 20, 30), *((15, 26 + seed) if seed else ()))
     text = rates.page(runs.Runs(tmp_path, [0, 1, 2]))
     line = next(line for line in text.splitlines() if line.startswith("| NExt (aligned) |"))
-    assert line.count("(2 seeds)") == 2  # of the lower rate, and of the difference
+    assert line.count("(2 of 3 seeds)") == 2  # of the lower rate, and of the difference
     assert numbers(text, "NExt (aligned)") == ["+7.5", "+2.0", "+5.0"]
 
 

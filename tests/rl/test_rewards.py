@@ -36,6 +36,9 @@ def equal(completions, **columns):
 def broken(completions, answer, **columns):
     return [1 / (int(a) - 42) for a in answer]
 
+def typo(completions, **columns):
+    return [tpyo for _ in completions]
+
 def whole(completions, **columns):
     return [1 / (2 - len(completions))] * 2
 """
@@ -96,6 +99,7 @@ def test_several_are_added_and_each_has_its_own_sum(mine):
     ("wanted", "line"),
     [
         ("{}:broken", r"reward broken failed for '20\+22' \(ZeroDivisionError.*: it gets prompts"),
+        ("{}:typo", r"reward typo failed \(NameError: name 'tpyo' is not defined\): it gets"),
         ("{}:whole", r"reward whole failed \(ZeroDivisionError: .* by zero\): it gets prompts"),
         ("{}:one", "reward one returned 1 for 2 responses"),
         ("{}:nans", r"reward nans returned nan, inf or over 1e\+30 for '.+'"),
