@@ -4,7 +4,6 @@ import json
 import pathlib
 import pickle
 import shutil
-import types
 
 import pytest
 import safetensors.torch
@@ -13,7 +12,6 @@ from conftest import edit_json, save_lora
 
 from common import UserError, demo
 from common.files import read as inputs
-from common.files.resume import go_on, save_state
 from common.rl import data, policy
 
 # Never executed
@@ -111,18 +109,6 @@ def test_an_adapter_in_a_pickle_is_refused(lora_policy, backbone, canary, tmp_pa
     torch.save(Canary(canary), tmp_path / "step_0006" / "adapter_model.bin")
     with pytest.raises(UserError, match="is a pickle, which can run code"):
         policy.load_lora(policy.load_backbone(str(backbone))[0], tmp_path / "step_0006")
-
-
-def test_a_resume_state_that_is_a_pickle_is_refused(lora_policy, canary, tmp_path):
-    model, _ = lora_policy
-    optimizer = torch.optim.AdamW(model.parameters())
-    save_state(tmp_path, 1, policy.trained(model), optimizer, {})
-    state = tmp_path / "resume" / "step_0001"
-    torch.save(Canary(canary), state / "optimizer.pt")
-    (state / "sha256.json").unlink()
-    with pytest.raises(UserError, match=r"(?s)cannot load resume state .*WeightsUnpickler"):
-        cfg = types.SimpleNamespace(resume_every=1, steps=9)
-        go_on(tmp_path, 0, cfg, {}, model, optimizer)
 
 
 # Names that would become paths

@@ -432,7 +432,7 @@ def test_a_sharded_training_goes_on_to_the_bit_and_one_process_can_go_on_with_it
     by_two_sharded, stage
 ):
     whole, again = (by_two_sharded / name / "train" for name in ("full", "again"))
-    for name in ("step_0002/model.safetensors", "resume/step_0002/optimizer.pt"):
+    for name in ("step_0002/model.safetensors", "resume/step_0002/state.safetensors"):
         assert (whole / name).read_bytes() == (again / name).read_bytes()
     flags = (*FULL, "--kl-coef", "0.05", "--micro-tokens", "200")
     assert stage("01", by_two_sharded / "again", *flags, "--steps", "3")[0] == 0
@@ -614,8 +614,7 @@ BAD = [  # stage, what is done to the run, flags, what the error says
     ("01", None, "--vllm-options {gpu}", "vllm_options '{gpu}': want a JSON object"),
     ("06", None, "--vllm-options {gpu}", "vllm_options '{gpu}': want a JSON object"),
     ("01", None, "--learning-rate 0.5", "made with option learning_rate = 0.001, now it is 0.5"),
-    ("01", cut(*(s + "weights.safetensors" for s in STATES)), "--steps 9", "cannot load resume"),
-    ("01", cut(*(s + "optimizer.pt" for s in STATES)), "--steps 9", "cannot load resume state"),
+    ("01", cut(*(s + "state.safetensors" for s in STATES)), "--steps 9", "cannot load resume"),
     ("01", gone("train/config.json"), "--steps 9", "has files but no config.json"),
     ("01", gone("train/resume"), "--steps 9", "has come to step 8, and there is no resume state"),
     # State and log are at step 8; checkpoints are every step.

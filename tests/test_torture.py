@@ -413,24 +413,9 @@ def vllm_engine(monkeypatch, tmp_path):
     module = importlib.import_module("common.rl.vllm_engine")
     engine = object.__new__(module.VLLMEngine)
     engine.ends, engine.lora, engine.synced = [1], None, 0
-    monkeypatch.setattr(write, "RAM_DISK", str(tmp_path))
-    engine.ram = write.RamDisk()
+    engine.folder = types.SimpleNamespace(name=str(tmp_path))
     yield engine
     sys.modules.pop("common.rl.vllm_engine", None)
-
-
-def test_an_adapter_travels_over_the_disk_where_the_ram_disk_is_small(monkeypatch, tmp_path):
-    (tmp_path / "ram").mkdir()
-    (tmp_path / "disk").mkdir()
-    monkeypatch.setattr(write, "RAM_DISK", str(tmp_path / "ram"))
-    monkeypatch.setattr(write.tempfile, "gettempdir", lambda: str(tmp_path / "disk"))
-    free = shutil.disk_usage(tmp_path).free
-    for needed, name in ((free // 2, "ram"), (2 * free, "disk")):
-        place = write.RamDisk(needed)
-        assert place.path.parent == tmp_path / name
-        place.close()
-    monkeypatch.setattr(write, "RAM_DISK", str(tmp_path / "nowhere"))
-    assert write.RamDisk().path.parent == tmp_path / "disk"
 
 
 def broken(*_, **__):
@@ -454,28 +439,7 @@ def test_a_vllm_that_fails_at_anything_is_one_line(vllm_engine, llm, call, messa
     assert str(error.value) == want
 
 
-def test_a_full_ram_disk_is_one_line(vllm_engine, lora_policy):
-    wanted = r"cannot write .*/next-lora-\S+/1 \(.*File too large.*\): make room"
+def test_a_full_disk_on_an_adapters_way_to_vllm_is_one_line(vllm_engine, lora_policy):
+    wanted = r"cannot write .*/1 \(.*File too large.*\): make room"
     with files_up_to(1000), pytest.raises(UserError, match=wanted):
         vllm_engine.sync(lora_policy[0])
-
-
-def test_what_a_killed_engine_left_on_the_ram_disk_goes_and_nothing_else(vllm_engine, tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "file").write_text("")
-    (tmp_path / f"{write.RAM_PREFIX}x").mkdir()  # another's
-    stay = {*tmp_path.iterdir()}
-    if (pid := os.fork()) == 0:
-        try:
-            disk = write.RamDisk()
-            (disk.path / "1").mkdir()
-            (disk.path / "link").symlink_to(tmp_path / "mine")
-        finally:
-            os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(pid, 0)
-    assert len({*tmp_path.iterdir()} - stay) == 1
-    disk = write.RamDisk()
-    # The folder of vllm_engine, which lives, is among those that stay.
-    assert {*tmp_path.iterdir()} == stay | {disk.path}
-    assert (tmp_path / "mine" / "file").exists()
-    disk.close()

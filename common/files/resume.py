@@ -4,11 +4,12 @@ Of the resume states two are kept, in case one is spoilt. Those of a sharded mod
 number of processes can go on with them.
 """
 
+import collections
 import json
 import pathlib
 import sys
 
-import safetensors.torch
+import safetensors
 import torch
 from accelerate.utils import gather_object
 from torch import distributed
@@ -42,8 +43,11 @@ def states(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def save_state(folder: pathlib.Path, step: int, weights: dict, optimizer, stands_on: dict) -> None:
     """Writes folder/resume/step_NNNN, from the first process. The state before it is kept too."""
-    weights, state = gathered(weights), optimizer.state_dict()
-    state["state"] = {index: gathered(moments) for index, moments in state["state"].items()}
+    tensors = {name: parameter.detach() for name, parameter in weights.items()}
+    for name, parameter in weights.items():  # one that never had a gradient has no moments
+        moments = optimizer.state.get(parameter, {})
+        tensors |= {f"{name}/{kind}": moment for kind, moment in moments.items()}
+    tensors = gathered(tensors)
     if not is_writer():
         return
     path = folder / "resume" / f"step_{step:04d}"
@@ -52,9 +56,7 @@ def save_state(folder: pathlib.Path, step: int, weights: dict, optimizer, stands
     for old in states(folder)[:-1]:
         write.remove(old)
     with write.atomic_dir(path) as open_folder:
-        tensors = {name: parameter.detach() for name, parameter in weights.items()}
-        write.save_tensors(open_folder / "weights.safetensors", tensors, dtype=None)
-        write.save_optimizer(open_folder / "optimizer.pt", state)
+        write.save_tensors(open_folder / "state.safetensors", tensors, dtype=None)
         write.write_text(open_folder / "info.json", json.dumps(stands_on))
 
 
@@ -110,21 +112,18 @@ def put_back(state: pathlib.Path, model, optimizer) -> None:
     """Loads the resume state in the folder `state`. Raises whatever the libraries raise on a broken
     one, and ValueError for one of another policy."""
     check_intact(state)
-    weights = safetensors.torch.load_file(state / "weights.safetensors")
     own = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    # Mapped into memory where each process takes a share of it.
-    how = {"map_location": "cpu", "mmap": any(isinstance(p, DTensor) for p in own.values())}
-    moments = torch.load(state / "optimizer.pt", weights_only=True, **how)
-    if weights.keys() != own.keys():
+    saved = collections.defaultdict(dict)  # parameter -> its weight as "", its moments
+    with safetensors.safe_open(state / "state.safetensors", "pt") as file:
+        for key in file.keys():  # noqa: SIM118  (a safe_open is no dict)
+            name, _, kind = key.partition("/")
+            saved[name][kind] = dealt(file.get_tensor(key), own.get(name))
+    if saved.keys() != own.keys():
         raise ValueError("it is not of this policy")
-    parameters = [*own.values()]  # one that never had a gradient has no moments
-    for index, moment in moments["state"].items():
-        moment |= {name: dealt(tensor, parameters[index]) for name, tensor in moment.items()}
-    # This run decides whether AdamW is fused, not the run that wrote the state.
-    moments["param_groups"][0]["fused"] = optimizer.param_groups[0]["fused"]
-    weights = {name: dealt(tensor, own[name]) for name, tensor in weights.items()}
-    model.load_state_dict(weights, strict=False)
-    optimizer.load_state_dict(moments)
+    model.load_state_dict({name: parts.pop("") for name, parts in saved.items()}, strict=False)
+    # This run decides how AdamW computes, not the run that wrote the state.
+    moments = {index: saved[name] for index, name in enumerate(own)}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
 
 
 def gathered(tensors: dict) -> dict:

@@ -10,9 +10,7 @@ import json
 import os
 import pathlib
 import shutil
-import socket
 import sys
-import tempfile
 
 import safetensors.torch
 import torch
@@ -21,9 +19,6 @@ from common import UserError, in_one_line
 from common.files.read import HASHES, read_json, sha256, written_hashes
 
 GO_ON = "type the same command without --overwrite to go on"
-RAM_DISK = "/dev/shm"
-# With the host's name: containers may share /dev/shm, but not the process ids.
-RAM_PREFIX = f"next-lora-{socket.gethostname()}-"
 
 _claimed: dict[pathlib.Path, int] = {}  # folder -> its lock file, open
 
@@ -103,15 +98,6 @@ def save_tensors(path: pathlib.Path, tensors: dict, metadata=None, dtype=torch.f
         safetensors.torch.save_file(made, temporary, metadata=metadata)
 
 
-def save_optimizer(path: pathlib.Path, state: dict) -> None:
-    """Writes an optimizer's state to the file `path`. It loads with weights_only=True."""
-    with atomic_file(path) as temporary:
-        try:
-            torch.save(state, temporary)
-        except RuntimeError as error:  # torch's error for a full disk
-            raise OSError("the file was cut short") from error
-
-
 def save_figure(path: pathlib.Path, figure) -> None:
     """Writes a matplotlib figure to the picture `path`."""
     with atomic_file(path) as temporary:
@@ -143,7 +129,7 @@ def atomic_dir(path: pathlib.Path, info: dict | None = None):
 
 def hashes_of(folder: pathlib.Path, also: tuple[str, ...] = ()) -> dict[str, str]:
     """File -> hash of the weights and states in `folder`, if there are any, and of files `also`."""
-    weights = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".pt")]
+    weights = [path for path in sorted(folder.iterdir()) if path.suffix == ".safetensors"]
     others = [folder / name for name in also if weights and (folder / name).is_file()]
     return {path.name: sha256(path) for path in sorted(weights + others)}
 
@@ -198,38 +184,3 @@ def release() -> None:
         with contextlib.suppress(OSError):
             folder.with_name(f".{folder.name}.lock").unlink()  # while it is still locked
         os.close(handle)
-
-
-class RamDisk:
-    """A folder in memory, named after this process: how an adapter travels to another engine.
-
-    Those of ended processes are removed. Where there is no RAM disk, or no room on it for `needed`
-    bytes (in a container it may have 64 MB), the folder is on the disk.
-    """
-
-    def __init__(self, needed: int = 0):
-        self.saved, place = 0, RAM_DISK
-        if not os.path.isdir(RAM_DISK) or shutil.disk_usage(RAM_DISK).free < needed:
-            place = tempfile.gettempdir()
-        for left in pathlib.Path(place).glob(f"{RAM_PREFIX}[0-9]*"):
-            try:
-                os.kill(int(left.name.removeprefix(RAM_PREFIX).split("-")[0]), 0)
-            except ProcessLookupError:
-                shutil.rmtree(left, ignore_errors=True)
-            except PermissionError:  # another user's process
-                continue
-        name = f"{RAM_PREFIX}{os.getpid()}-"
-        with writing(pathlib.Path(place, name)):
-            self.path = pathlib.Path(tempfile.mkdtemp(prefix=name, dir=place))
-
-    def save(self, model) -> pathlib.Path:
-        """Saves an adapter to a folder of a new name, and removes the one before it."""
-        self.saved += 1
-        folder = self.path / str(self.saved)
-        with writing(folder):
-            model.save_pretrained(folder, save_embedding_layers=False)
-            shutil.rmtree(self.path / str(self.saved - 1), ignore_errors=True)
-        return folder
-
-    def close(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)

@@ -223,7 +223,7 @@ def spent(run: pathlib.Path, policy: str, method: str, steps: int) -> dict[str, 
     if method.startswith("next-"):  # without its backtest
         trained = run / "predictor" / method.removeprefix("next-") / "done.json"
         parts["predictor"] = seconds(trained, "training_seconds")
-    chosen = (f"extrapolated__{method}_alpha*", "extrapolated__none")
+    chosen = (f"*__{method}_alpha*", "extrapolated__none")  # in merged/ what is no adapter
     if globs := chosen if name.endswith("_accepted") else MEASURED.get(method):
         paths = [path for some in globs for path in run.glob(f"validation/{some}/*.json")]
         parts["validation"] = sum(map(seconds, paths))

@@ -11,11 +11,6 @@ import yaml
 from common import UserError, in_one_line
 from common.files.read import json_lines
 
-DAPO_PREFIX = (
-    "Solve the following math problem step by step. The last line of your response should be of "
-    "the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
-)
-DAPO_SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:".'
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 SUITES = ("maths", "gpqa", "mmlu-pro")  # only tasks of one suite are averaged
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -35,6 +30,7 @@ class Source:
     revision: str | None = None
     gated: bool = False
     template: str | None = None
+    around: tuple[str, str] = ("", "")  # the question in its column
     part: str = ""  # column; rows with one value of it are a task of their own
 
 
@@ -45,11 +41,6 @@ SOURCES = {name: Source(**fields) for name, fields in yaml.safe_load(_LISTED).it
 def suite_of(task: str) -> str:
     """The suite in whose mean `task` counts. What is of no other is maths."""
     return next((suite for suite in SUITES[1:] if task.startswith(suite)), SUITES[0])
-
-
-def dapo_question(prompt: str) -> str:
-    """The question without DAPO's template, which asks for an "Answer:" line and not for a box."""
-    return prompt.strip().removeprefix(DAPO_PREFIX).removesuffix(DAPO_SUFFIX).strip()
 
 
 def letter_prompt(question: str, options: list[str]) -> str:

@@ -13,7 +13,7 @@ import torch
 from common import UserError, in_one_line
 from common.files.read import matches, safe_name, sha256
 from common.files.stage import is_writer
-from common.rl.benchmarks import CHOICES, FILE_TYPES, SOURCES, Source, dapo_question, rows
+from common.rl.benchmarks import CHOICES, FILE_TYPES, SOURCES, Source, rows
 
 # One template for training and evaluation.
 PROMPT_TEMPLATE = (
@@ -61,7 +61,7 @@ def load_tasks(specs, flag="--test-data", english_only=False, **columns) -> dict
         for place, row in rows(where, source, f"{flag} {benchmark}"):
             part = (_text(row, source.part) or "").replace(" ", "-")
             problem = _problem(row, source, place)
-            key = problem.prompt if source.template == "dapo" else place  # it repeats each problem
+            key = problem.prompt if source.around[0] else place  # it repeats each problem
             if part == (wanted or part) and not (english_only and _CJK.search(problem.prompt)):
                 task = f"{benchmark}-{part}" if part else benchmark
                 found.setdefault(safe_name(task, "data set"), {}).setdefault(key, problem)
@@ -119,8 +119,9 @@ def _problem(row: dict, source: Source, place: str) -> Problem:
     if kind not in KINDS:
         raise UserError(f"{place}: kind {kind!r} is not one of {', '.join(KINDS)}")
     others = {key: row[key] for key in row.keys() - {"prompt", "prompts", "completions"}}
-    prompt = _text(row, source.prompt)
-    prompt = dapo_question(prompt) if source.template == "dapo" else prompt
+    prompt, (before, after) = _text(row, source.prompt), source.around
+    if before:  # DAPO asks for an "Answer:" line and not for a box
+        prompt = prompt.strip().removeprefix(before).removesuffix(after).strip()
     return Problem(prompt, _text(row, source.answer), kind, others)
 
 

@@ -7,6 +7,8 @@ import contextlib
 import gc
 import os
 import pathlib
+import shutil
+import tempfile
 from unittest import mock
 
 # The engine's core is in this process: repeatable, and one address space.
@@ -21,7 +23,7 @@ from vllm.lora.request import LoRARequest
 
 from common import in_one_line
 from common.files import adapters
-from common.files.write import GO_ON, RamDisk
+from common.files.write import GO_ON, writing
 from common.rl.policy import trained
 from common.rl.rollout import SHARED, Rollout, end_tokens
 
@@ -36,7 +38,7 @@ def dtype_of(model) -> str:
 class VLLMEngine:
     """One vLLM a process: N processes are N engines with a share of the prompts each.
 
-    An adapter travels as a folder on a RAM disk. vLLM computes it beside the frozen backbone, in
+    An adapter travels as a temporary folder. vLLM computes it beside the frozen backbone, in
     the backbone's dtype; it is never rounded into the weights. Any other policy travels whole.
     """
 
@@ -45,10 +47,8 @@ class VLLMEngine:
     def __init__(self, model, tokenizer, path: str, max_tokens: int, lora_rank: int, options: dict):
         """`model` gives dtype and end tokens and is not kept; else see `rollout.make_engine`."""
         self.ends, self.lora, self.synced = end_tokens(model, tokenizer), None, 0
-        lora = trained(model).values() if isinstance(model, PeftModel) else ()
         alone = torch.cuda.is_available() and not trained(model)  # no trainer on the same device
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes, which share the RAM disk
-        self.ram = RamDisk(2 * here * sum(p.nbytes for p in lora))  # this adapter and the last one
+        self.folder = tempfile.TemporaryDirectory(prefix="next-lora-")
         settings = {
             "dtype": dtype_of(model),
             "max_model_len": max_tokens,
@@ -68,7 +68,11 @@ class VLLMEngine:
     def sync(self, model) -> None:
         """Samples from `model` as it is from now on: an adapter, or all its parameters."""
         if isinstance(model, PeftModel):
-            self.use(self.ram.save(model))
+            folder = pathlib.Path(self.folder.name, str(self.synced + 1))  # a new name each time
+            with writing(folder):
+                model.save_pretrained(folder, save_embedding_layers=False)
+                shutil.rmtree(folder.with_name(str(self.synced)), ignore_errors=True)
+            self.use(folder)
             return
         # One at a time is whole of a sharded model, in every process.
         named = model.state_dict().items()
@@ -117,6 +121,6 @@ class VLLMEngine:
             # vLLM has frozen its objects out of the garbage collector's reach; this thaws them.
             self.llm.llm_engine.engine_core.shutdown()
         del self.llm
-        self.ram.close()
+        self.folder.cleanup()
         gc.collect()
         torch.cuda.empty_cache()

@@ -42,7 +42,7 @@ DAPO = [
         "data_source": "math_dapo",
         "prompt": [
             {
-                "content": f"{benchmarks.DAPO_PREFIX}{question}{benchmarks.DAPO_SUFFIX}",
+                "content": question.join(benchmarks.SOURCES["dapo-math-17k"].around),
                 "role": "user",
             }
         ],

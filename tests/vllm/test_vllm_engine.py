@@ -7,6 +7,7 @@ import concurrent.futures
 import dataclasses
 import json
 import math
+import pathlib
 import shutil
 import statistics
 import typing
@@ -102,11 +103,11 @@ def test_logprobs_follow_a_changing_adapter(engine, tokenizer, rank):
         assert gap(model, tokenizer, before) < 1e-4
 
 
-def test_only_the_last_adapter_is_kept_on_the_ram_disk(engine):
+def test_only_the_last_adapter_is_kept_on_the_disk(engine):
     model = make_lora(4)
     for _ in range(3):
         engine.sync(model)
-    left = list(engine.ram.path.iterdir())
+    left = list(pathlib.Path(engine.folder.name).iterdir())
     assert [str(path) for path in left] == [engine.lora.lora_path]
 
 
@@ -162,7 +163,7 @@ def test_a_closed_engine_leaves_nothing_behind_and_another_can_follow(tokenizer)
         assert weights() is not None
         made.close()
         assert weights() is None
-        assert not made.ram.path.exists()
+        assert not pathlib.Path(made.folder.name).exists()
 
 
 def test_every_option_that_is_allowed_is_one_of_this_vllm():
