@@ -206,7 +206,7 @@ def interrupted(command: list[str], at: str) -> str:
 
 def make_run(folder: pathlib.Path) -> None:
     command = [sys.executable, "-m", "common.reproduce", "--preset", TINY, "--run-dir", str(folder)]
-    (folder / "printed.txt").write_text(interrupted(command, "[01] step 3/"))
+    (folder / "printed.txt").write_text(interrupted(command, "[01] step 1/"))
 
 
 @pytest.fixture
