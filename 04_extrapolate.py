@@ -5,8 +5,8 @@
 
 Reads   <run-dir>/deltas, the checkpoints that these were made from, <run-dir>/predictor/<recipe>;
         <run-dir>/validation for --accept, alpharl-pls, greedy-soup; a later checkpoint for oracle
-Writes  <run-dir>/extrapolated/<method>_alpha1.5   an adapter in fp32, exact up to rank 512; `next`
-                                                   has one a predictor: next-aligned_alpha1.5
+Writes  <run-dir>/extrapolated/<method>_alpha1.5   an adapter in fp32, exact to rank 512; `next` has
+                                                   one for each predictor: next-aligned_alpha1.5
         <run-dir>/extrapolated/<method>_accepted   with --accept: the alpha that is best on
                                                    validation problems, or no jump, if that is best
         <run-dir>/merged/<method>_alpha1.5         a whole model: with --merge, or of high rank
@@ -103,7 +103,7 @@ def main() -> None:
             if merge.is_made(adapter, whole, info, cfg):
                 kept += 1
             else:
-                chosen = METHODS["none"] if alpha is None else method  # None: none gained
+                chosen = METHODS["none"] if alpha is None else method  # None: no jump is better
                 make(known, chosen, get(), (adapter, whole), info)
                 made += 1
             if cfg.merge and adapters.is_adapter(adapter):

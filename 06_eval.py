@@ -70,8 +70,8 @@ class EvalConfig(SamplingConfig):
 
 
 def to_measure(cfg: EvalConfig, run: pathlib.Path, tasks: dict) -> list[tuple[str, str, dict]]:
-    """(policy, the model that it is on, or is, task -> what the result depends on) of the policies
-    that were not measured alike on every task before."""
+    """What was not measured before: (policy, its model, {task: all that the result depends on}). An
+    adapter's model is the one it stands on."""
     how = {"settings": config.as_dict(cfg, leave_out=NOT_SETTINGS), "versions": versions()}
     asked, found = rollout.vllm_options(cfg.vllm_options).items(), []
     how["dtypes"] = {key: value for key, value in asked if "dtype" in key}

@@ -22,7 +22,7 @@ from common.files.read import matches
 
 SECTIONS = ("shared", "train", "extract", "predict", "extrapolate", "continue", "eval", "reproduce")
 COMMAND_LINE_ONLY = {"config", "run_dir", "overwrite"}  # never from a preset
-OWN = {"start"}  # means another thing in stage 5 than in stage 1: it is never from 1's section
+OWN = {"start"}  # stage 5 means another thing by it, and does not take it from `train`
 WHERE_AND_HOW = {*COMMAND_LINE_ONLY, "threads"}  # does not change what is computed
 METAVARS = {int: "N", float: "X", bool: "BOOL"}  # in --help; of a text the option's last word
 PRESETS = pathlib.Path(__file__).parents[1] / "presets"

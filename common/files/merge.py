@@ -22,7 +22,7 @@ from common.rank1 import LowRank
 
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # configs, tokenizers and the index
 MAX_LOST = 1e-3  # of the norm of an update: above it an adapter is not cut to a lower rank
-NO_ADAPTER = {"adapter": None}  # in the checkpoint.json of a jump that only is a whole model
+NO_ADAPTER = {"adapter": None}  # in the checkpoint.json of a jump that has no adapter
 _OWN = ("config.json", "checkpoint.json", HASHES)  # not copied
 
 

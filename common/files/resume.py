@@ -65,8 +65,8 @@ def go_on(folder, first_step: int, cfg, stands_on: dict, model, optimizer) -> in
 
     cfg: the stage's options. Returns first_step where nothing has been trained. Raises UserError
     where no state is whole, where all are gone, or where one was made with another backbone,
-    template, data or reward file, and where it has come further than cfg.steps. And where processes
-    have read other states, as on several machines whose disk is late.
+    template, data or reward file, where it has come further than cfg.steps, and where not all
+    processes have read the same one: on several machines a shared disk may be late.
     """
     step = _newest(folder, first_step, cfg, stands_on, model, optimizer)
     if len(read := {*gather_object([step])}) > 1:

@@ -33,7 +33,7 @@ def load(name: str) -> Callable:
 
 
 def call(name: str, function: Callable, columns: dict[str, list]) -> list[float]:
-    """What `function` returns. UserError where it fails, with the row if others alone pass."""
+    """What `function` returns. UserError where it fails; it names a row if others have no error."""
 
     def values(columns: dict) -> list[float]:
         return [float(value or 0) for value in function(**columns)]
