@@ -51,16 +51,20 @@ def accuracy(runs: Runs):
     """Test accuracy by RL step without a jump; beside it every method at the last step."""
     shown = [m for m in runs.ended()[::-1] if m.steps == runs.total]
     curves = {name: runs.of(name).plain() for name in (MAIN, "full")}
-    if not shown or not any(curves.values()):
+    if not any(curves.values()) or not (shown or len(curves[MAIN]) > 1):
         return None
-    size = (11, 1.6 + 0.24 * max(len(shown), 9))
-    figure, (left, right) = plt.subplots(1, 2, figsize=size, width_ratios=(1, 1.1))
+    widths, height = (1, 1.1) if shown else (1,), 1.6 + 0.24 * max(len(shown), 9)
+    size = (5.5 * len(widths), height)
+    figure, axes = plt.subplots(1, len(widths), figsize=size, width_ratios=widths, squeeze=False)
+    left, right = axes[0, 0], axes[0, -1]
     for name, found in curves.items():
         if found:
             look = RUNS[name] | {"label": found[0].label}
             series(left, {m.steps: m.accuracy for m in found}, **look)
     left.set(xlabel="RL steps, without a jump", ylabel=f"accuracy %, ± s.e. over {runs.over}")
     left.legend(loc="upper left")
+    if not shown:
+        return figure
     for y, m in enumerate(shown):
         look = CURVES.get(m.method, {"color": "#666666", "marker": "o"}) | {"ms": 6}
         right.errorbar(100 * m.accuracy.mean, y, xerr=100 * m.accuracy.error, **look)
@@ -196,7 +200,7 @@ def predictor_loss(runs: Runs):
             colour = plt.cm.viridis(i / max(1, len(reports[0]["losses"]) - 1))
             axis.plot(epochs, mean, color=colour, lw=1.4, label=family)
         axis.axhline(1, color="gray", lw=1, ls=":")
-        axis.set(title=name, xlabel="epoch", yscale="log")
+        axis.set(title=label_of(f"next-{name}"), xlabel="epoch", yscale="log")
     figure.axes[0].set_ylabel("L1 loss / that of predicting zeros")
     legend_below(figure, figure.axes[0], 6)
     return figure

@@ -78,15 +78,18 @@ def shown_steps(runs: Runs) -> list[int]:
 
 
 def sentence(runs: Runs) -> str:
-    """What a jump is worth at each rate, and what the preset's rate is worth over the lowest."""
-    total, method = runs.total, DEFAULT if runs.later(DEFAULT) else "next-paper"
+    """The verdict on a jump at each rate, and what the preset's rate is worth over the lowest."""
+    total, method = runs.total, DEFAULT if runs.jump(DEFAULT) else "next-paper"
     at = columns(runs) or {0.0: runs}
+    than = f"than GRPO at {total} RL steps"
     gaps = {rate: run.later(method) - run.at(total) for rate, run in at.items()}
+    if not any(gaps.values()):
+        than = "right after the jump than before it"
+        gaps = {rate: run.jump(method) - run.before for rate, run in at.items()}
     where = {rate: f" at learning rate {rate:g}" if rate else "" for rate in at}
-    worth = [f"{gap.points()}{where[rate]}" for rate, gap in gaps.items() if gap]
-    if not worth:
+    if not (found := [f"{x.verdict()}{where[r]}, {x.points()}" for r, x in gaps.items() if x]):
         return ""
-    text = f"**{label_of(method)}, minus GRPO at {total} steps, in points: {'; '.join(worth)}.**"
+    text = f"**{label_of(method)} is better {than}, in points: {'; '.join(found)}.**"
     if gap := runs.at(total) - next(iter(at.values())).at(total):
         alone = next(rate for rate, run in rates(runs).items() if run.name == MAIN)
         text += f" Learning rate {alone:g} in place of {min(at):g} is worth {gap.points()}."

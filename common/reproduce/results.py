@@ -35,7 +35,8 @@ RECORD = {"policy": str, "n": int, "response_length": float, "by_problem": list[
 RECORD |= {"settings": dict | None, "data": str | None, "template_hash": str | None}
 POLICY = re.compile(
     r"(?:extrapolated|merged|continued)/(?:merged__)?([^/]+?)"
-    r"(?:_alpha(-?\d+(?:\.\d+)?(?:e[-+]\d+)?))?(_merged|_linear|_accepted)?(?:/step_\d+)?"
+    r"(?:_alpha(-?\d+(?:\.\d+)?(?:e[-+]\d+)?))?"
+    r"(_merged|_linear|_accepted)?(?:/(?:step_|checkpoint-)\d+)?"
 )
 # Options of stages 1 and 5 that may differ between two runs that are compared.
 NOT_TRAINING = {
@@ -182,8 +183,12 @@ def jump_info(run: pathlib.Path, policy: str) -> dict:
     path = run / policy / "checkpoint.json"
     whole = run / "merged" / path.parent.name / "checkpoint.json"
     path = whole if whole.is_file() and not path.is_file() else path
-    if not path.is_file() and policy.split("/")[0] not in OURS:
-        return {"step": step_of(pathlib.Path(policy)) or 0}  # another trainer's: checkpoint-20
+    top, *below = pathlib.Path(policy).parts
+    if not path.is_file() and top not in OURS:  # another trainer's: checkpoint-20
+        return {"step": step_of(pathlib.Path(top)) or 0}
+    if not path.is_file() and top == "continued":  # after a jump it counts from there
+        jump = jump_info(run, f"extrapolated/{below[0]}")
+        return {"step": jump["step"] + (step_of(path.parent) or 0)}
     return read_json(path, "the stage that made it", {"step": int, "seconds": float | None})
 
 

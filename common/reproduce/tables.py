@@ -43,6 +43,11 @@ def cost(runs: Runs, found: Measured, steps: int) -> list[str]:
     ]
 
 
+def alpha_of(found: Measured) -> str:
+    """The alpha of its jump."""
+    return "–" if found.alpha is None else f"{found.alpha:g}"
+
+
 def main_table(runs: Runs) -> str:
     """Tables 3 and 4: the backbone, plain GRPO, every method after the RL that follows its jump."""
     before, rounds, rows = runs.before, plans.LOOP_ROUNDS, []
@@ -59,10 +64,10 @@ def main_table(runs: Runs) -> str:
             label = "before the jump"
         gaps = [(m - runs.at(step or steps)).points() if steps else "–" for step in against]
         trained = str(steps) if steps or m.policy == "backbone" else "–"
-        row = [label, trained, runs.count(m), m.level(), *gaps, *cost(runs, m, steps)]
+        row = [label, trained, alpha_of(m), runs.count(m), m.level(), *gaps, *cost(runs, m, steps)]
         # The seconds of a loop's last round are not those of all rounds.
         rows.append([*row[:-1], "–"] if m.run == loop.name else row)
-    header = ["policy", "RL steps", runs.counted, "accuracy % ± s.e."]
+    header = ["policy", "RL steps", "alpha", runs.counted, "accuracy % ± s.e."]
     header += [f"− GRPO{f' at {a}' if a else ', equal steps'} {runs.interval}" for a in against]
     return table([*header, *COST], rows)
 
@@ -98,11 +103,12 @@ def jumps_table(runs: Runs) -> str:
         return ""
     rows, before, control, cosines = [], runs.before, runs.jump("repeat-last"), runs.jump_cosines()
     for m in filter(None, [before, *sorted(found, key=place)]):
-        row = ["before the jump" if m is before else m.label, runs.count(m), m.level()]
+        label = "before the jump" if m is before else m.label
+        row = [label, alpha_of(m), runs.count(m), m.level()]
         row += [(m - other).points() for other in (before, control)]
         row += [cosines.get(m.policy, Estimate()).plain()]
         rows.append(row + cost(runs, m, runs.prefix))
-    header = ["jump", runs.counted, "accuracy % ± s.e.", f"− before it {runs.interval}"]
+    header = ["jump", "alpha", runs.counted, "accuracy % ± s.e.", f"− before it {runs.interval}"]
     header += [f"− repeat-last {runs.interval}", "cosine with the true next delta"]
     return table([*header, *COST], rows)
 
@@ -155,7 +161,8 @@ def backtests(runs: Runs) -> str:
     rows = []
     for recipe, reports in runs.predictor_reports().items():
         if tested := [r["backtest"] for r in reports.values() if r["backtest"]]:
-            at = f"{recipe} ({tested[0]['at_step']} → {tested[0]['predicts_step']})"
+            label, first = label_of(f"next-{recipe}"), tested[0]
+            at = f"{label} ({first['at_step']} → {first['predicts_step']})"
             cosines = [[t[row]["cosine"] for t in tested if row in t] for row in TESTED]
             rows.append([at, *(over_seeds(many).plain() for many in cosines)])
     text = "Cosine of the predicted rank-1 delta with the whole true one, mean over matrices, with "

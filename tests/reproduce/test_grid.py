@@ -3,6 +3,7 @@ their results."""
 
 import json
 import pathlib
+import re
 import sys
 
 import pytest
@@ -17,6 +18,7 @@ from common.reproduce import __main__ as reproduce
 from common.reproduce import (
     claims,
     estimates,
+    figures,
     plans,
     rates,
     report,
@@ -476,6 +478,19 @@ def test_more_time_is_not_called_less(tmp_path):
     found = runs.Runs(tmp_path)
     cell = claims.time_saved(found.later("next-aligned"), found.at(400))
     assert cell == "**does not hold**: 116 against 40 s, 190.0% more"
+    log(tmp_path / "train", range(1, 401), 0.38)
+    found = runs.Runs(tmp_path)  # two runs of the same command differ as much
+    cell = claims.time_saved(found.later("next-aligned"), found.at(400))
+    assert cell.startswith("**undecided**: 158 against 152 s")
+
+
+def test_a_run_without_rl_after_a_jump_has_its_accuracy_by_step_too(tmp_path):
+    record(tmp_path, "train/step_0010", share(20), 10)
+    assert figures.accuracy(runs.Runs(tmp_path)) is None  # no curve through one point
+    record(tmp_path, "train/step_0020", share(30), 20)
+    (axis,) = figures.accuracy(runs.Runs(tmp_path)).axes
+    ((curve, *_),) = axis.containers
+    assert curve.get_xydata().tolist() == [[10, 20], [20, pytest.approx(30)]]
 
 
 def test_jumps_from_another_trainers_checkpoints_are_compared_with_none(tmp_path):
@@ -484,9 +499,9 @@ def test_jumps_from_another_trainers_checkpoints_are_compared_with_none(tmp_path
     record(tmp_path, "extrapolated/none", share(40), 150)
     record(tmp_path, "extrapolated/next-aligned_alpha1.5", share(47), 150)
     page = report.page(runs.Runs(tmp_path), "")
-    assert "| before the jump | 150 | 100 | 40.0 ± 4.9 |" in page
+    assert "| before the jump | 150 | – | 100 | 40.0 ± 4.9 |" in page
     jumped = next(line for line in page.splitlines() if line.startswith("| NExt (aligned) |"))
-    assert "| 100 | 47.0 ± 5.0 | +7.0 [+1.9, +12.1] |" in jumped
+    assert "| 1.5 | 100 | 47.0 ± 5.0 | +7.0 [+1.9, +12.1] |" in jumped
     assert "**holds**: +7.0 [+1.9, +12.1]" in page
     assert "stage" not in page
 
@@ -531,10 +546,11 @@ def test_differences_are_paired_by_seed_with_students_interval(grid):
 
 def test_the_main_table_counts_steps_per_point_gained_and_leaves_out_what_was_not_run(grid):
     lines = tables.main_table(grid).splitlines()
-    assert lines[2].startswith("| Backbone | 0 | 1 | 30.0 | – |")
+    assert lines[2].startswith("| Backbone | 0 | – | 1 | 30.0 | – |")
     ours = next(line for line in lines if line.startswith("| weighted sum"))
-    assert ours.split(" | ")[1:7] == [
+    assert ours.split(" | ")[1:8] == [
         "250",
+        "1.5",
         "3",
         "62.0 ± 6.4",
         "+2.0 [-0.5, +4.5]",
@@ -582,6 +598,24 @@ def test_of_another_trainers_checkpoints_the_last_is_the_policy_before_the_jump(
     assert "+7.0" in tables.jumps_table(found)
     record(tmp_path, "train/step_0150", share(41), 150)
     assert runs.Runs(tmp_path).before.policy == "train/step_0150"
+
+
+def test_what_another_trainer_makes_of_a_jump_is_no_plain_rl(tmp_path):
+    """In continued/ its steps count from the jump; in another folder they are not known."""
+    after = "continued/next-aligned_alpha1.5/checkpoint-100"
+    for policy, right in ((after, 60), ("after/checkpoint-100", 61)):
+        record(tmp_path, policy, share(right))
+        (tmp_path / policy / "checkpoint.json").unlink()
+    for step, right in ((100, 30), (150, 40), (250, 50)):
+        record(tmp_path, f"checkpoint-{step}", share(right))
+        (tmp_path / f"checkpoint-{step}" / "checkpoint.json").unlink()
+    record(tmp_path, "extrapolated/next-aligned_alpha1.5", share(47), 150)
+    found = runs.Runs(tmp_path)
+    assert [m.policy for m in found.plain()] == [f"checkpoint-{step}" for step in (100, 150, 250)]
+    assert (found.prefix, found.total) == (150, 250)
+    table = tables.main_table(found)
+    assert re.search(r"\| NExt \(aligned\) \| 250 \|.* \+10\.0 \[", table)
+    assert "| after/checkpoint-100 | – |" in table
 
 
 def test_what_has_no_cost_file_has_no_cost_and_what_ended_sooner_has_a_row(tmp_path):
@@ -653,7 +687,7 @@ def test_a_small_grid_is_interrupted_goes_on_and_writes_its_tables(tmp_path):
     command += ["--grid", "main", "--seeds", "0", "--run-dir", str(tmp_path / "grid")]
     assert "done already" in interrupted(command, "02_extract_deltas.py")
     page = (tmp_path / "grid" / "tables.md").read_text()
-    assert "| weighted sum (no network) | 8 | 1 |" in page
+    assert "| weighted sum (no network) | 8 | 1.5 | 1 |" in page
     assert "RELEX" in page
     values = json.loads((tmp_path / "grid" / "results.json").read_text())
     assert {value["run"] for value in values} == {"lora"}

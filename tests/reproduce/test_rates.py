@@ -50,11 +50,11 @@ def test_the_runs_are_ordered_by_their_rate(demo):
 
 def test_the_sentence_says_what_the_jump_is_worth_at_each_rate_and_what_the_rate_is(demo):
     text = rates.sentence(demo)
-    assert text.startswith("**NExt (aligned), minus GRPO at 3 steps, in points: +6.0 [")
-    assert "at learning rate 0.0005; +1.0 [" in text
+    start = "**NExt (aligned) is better than GRPO at 3 RL steps, in points: holds at learning rate "
+    assert text.startswith(f"{start}0.0005, +6.0 [")
+    assert "; undecided at learning rate 0.001, +1.0 [" in text
     gap = (demo.at(3) - demo.of("rate0.0005").at(3)).points()
-    end = f"0.001.** Learning rate 0.001 in place of 0.0005 is worth {gap}."
-    assert text.endswith(f"at learning rate {end}")
+    assert text.endswith(f".** Learning rate 0.001 in place of 0.0005 is worth {gap}.")
 
 
 def test_every_gain_is_over_the_same_rate_but_for_the_controls_at_a_larger_one(demo):
@@ -88,12 +88,21 @@ def test_a_second_jump_is_compared_with_grpo_at_its_own_rate(tmp_path):
     assert numbers(text, f"{merged} no other jump") == ["+4.5", "–", "–"]
 
 
+def test_without_rl_after_the_jump_the_page_begins_with_the_jump_itself(tmp_path):
+    record(tmp_path, "extrapolated/none", share(50), 2)
+    record(tmp_path, "extrapolated/next-aligned_alpha1.5", share(40), 2)
+    text = rates.sentence(runs.Runs(tmp_path))
+    assert text.startswith("**NExt (aligned) is better right after the jump than before it, in ")
+    assert "points: does not hold, -10.0 [" in text
+
+
 def test_the_page_of_one_rate_says_nothing_of_rates(tmp_path):
     run_at(tmp_path, 0.001, (40, 60, 70), 42, 61)
     assert rates.page(runs.Runs(tmp_path)) == ""
     page = report.page(runs.Runs(tmp_path), "")
     assert "learning rate is worth" not in page
-    assert "minus GRPO at 3 steps, in points: +1.0 [" in page.split("\n\n")[2]  # on top
+    top = page.split("\n\n")[2]
+    assert "is better than GRPO at 3 RL steps, in points: undecided, +1.0 [" in top
     assert "## What the words mean" in page
 
 

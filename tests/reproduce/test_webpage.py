@@ -75,7 +75,7 @@ def test_a_click_on_a_heading_sorts_by_that_column(tmp_path):
         record(tmp_path, f"train/step_{step:04d}", share(right), step)
     report.write_run(tmp_path)
     seen = []
-    for column in (1, 3):  # RL steps, accuracy
+    for column in (1, 4):  # RL steps, accuracy
         page = tmp_path / "clicked.html"
         page.write_text((tmp_path / "report.html").read_text() + CLICK.format(column=column))
         command = [BROWSER, "--headless", "--no-sandbox", "--dump-dom", f"file://{page}"]
