@@ -1,7 +1,7 @@
 """Stage 1: RL with verifiable rewards.                  Paper: Sec. 3.1, 4.1; Eq. 1, 2, 4; Table 2
 
     python 01_train_lora_grpo.py --config demo --run-dir runs/demo       # one GPU, or none
-    accelerate launch --num_processes 2 01_train_lora_grpo.py --config demo --run-dir runs/demo
+    accelerate launch --quiet --num_processes 2 01_train_lora_grpo.py --config demo ...  # two GPUs
 
 Reads   the backbone and the problems: a file, a hub id or a name of common/rl/benchmarks.yaml
 Writes  <run-dir>/train/step_0010 ... step_0150   PEFT adapters in fp32; with --tune full models

@@ -1,7 +1,7 @@
 """Stage 2: the trajectory as rank-1 deltas.            Paper: Sec. 3.2, 3.3, 4.1; Eq. 3, 5, 6, 7
 
     accelerate launch --quiet 02_extract_deltas.py --config demo --run-dir runs/demo
-    accelerate launch 02_extract_deltas.py --run-dir runs/mine --checkpoints 'outputs/checkpoint-*'
+    python 02_extract_deltas.py --run-dir runs/mine --checkpoints '/my/outputs/checkpoint-*'
 
 Reads   <run-dir>/train/step_0010 ... step_0150, or what --checkpoints names: LoRA adapters (ours,
         TRL's, verl's: whatever PEFT writes), or whole models with --backbone

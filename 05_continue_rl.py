@@ -1,7 +1,7 @@
 """Stage 5: the remaining RL steps, from the extrapolated policy.              Paper: Sec. 5.1
 
     python 05_continue_rl.py --config demo --run-dir runs/demo --restart merged   # one GPU, or none
-    accelerate launch --num_processes 2 05_continue_rl.py --config demo --run-dir runs/demo
+    accelerate launch --quiet --num_processes 2 05_continue_rl.py --config demo --run-dir runs/demo
 
 Reads   <run-dir>/extrapolated/<start>, the backbone, the preset's sections `train`, `continue`
 Writes  <run-dir>/continued/<start>, <start>_merged or <name>, like train/, with steps to 250

@@ -35,7 +35,7 @@ from common.files.read import safe_name
 from common.files.stage import machine, progress, run_stage, versions
 from common.files.write import claim, is_made, write_json, write_text
 from common.reproduce import report
-from common.rl import data, metrics, policy, rollout, verifier
+from common.rl import data, metrics, policy, rollout, training, verifier
 from common.rl.options import SamplingConfig
 
 FOLDERS = ("backbone", "data", "train", "deltas", "predictor", "extrapolated", "merged")
@@ -132,9 +132,9 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
 
 def main() -> None:
     cfg = config.parse(EvalConfig, "eval", __doc__)
+    training.check_prepared(cfg, cfg.backbone, *cfg.test_data)
     accelerator = policy.start_processes("auto")
-    if accelerator.num_processes > 1:
-        accelerator.print(f"{accelerator.num_processes} processes")
+    accelerator.print(f"{accelerator.num_processes} process(es)")
     cfg.engine, run = rollout.choose_engine(cfg.engine), pathlib.Path(cfg.run_dir)
     if not run.is_dir():
         raise UserError(f"run directory {run} not found: run 01_train_lora_grpo.py first")

@@ -24,7 +24,10 @@ SECTIONS = ("shared", "train", "extract", "predict", "extrapolate", "continue", 
 COMMAND_LINE_ONLY = {"config", "run_dir", "overwrite"}  # never from a preset
 OWN = {"start"}  # stage 5 means another thing by it, and does not take it from `train`
 WHERE_AND_HOW = {*COMMAND_LINE_ONLY, "threads"}  # does not change what is computed
-METAVARS = {int: "N", float: "X", bool: "BOOL"}  # in --help; of a text the option's last word
+# In --help what an option takes: by its type, by its name, else the last word of its name.
+METAVARS = {int: "N", float: "X", bool: "BOOL", "config": "PRESET", "backbone": "MODEL"}
+METAVARS |= {"start": "ADAPTER", "report_to": "TRACKER", "policies": "GLOB", "vllm_options": "JSON"}
+METAVARS |= dict.fromkeys(("output", "name"), "FOLDER")
 PRESETS = pathlib.Path(__file__).parents[1] / "presets"
 
 
@@ -138,7 +141,7 @@ def parse(cls: type, sections: str | tuple[str, ...], doc: str, argv=None) -> St
         dashed = [flag for flag in action.option_strings if "_" not in flag]
         action.option_strings = dashed or action.option_strings
         if action.nargs != 0 and not action.choices:
-            kinds = (kind := hints.get(action.dest), *get_args(kind))
+            kinds = (action.dest, kind := hints.get(action.dest), *get_args(kind))
             word = action.dest.split("_")[-1].upper()
             action.metavar = next((METAVARS[kind] for kind in kinds if kind in METAVARS), word)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

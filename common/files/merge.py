@@ -67,7 +67,7 @@ def merge(out: pathlib.Path, adapter: Adapter, base: pathlib.Path, info: dict, c
     with write.atomic_dir(out, info) as folder:
         beside = [path for path in base.iterdir() if path.suffix in _COPIED]
         write.copy_files([path for path in beside if path.name not in _OWN], folder)
-        for file in sorted({*model.files.values()}):
+        for file in progress(sorted({*model.files.values()}), out.name, in_log=True):
             tensors = {name: new(name) for name in model.files if model.files[name] == file}
             write.save_tensors(folder / file.name, tensors, {"format": "pt"}, dtype=None)
         config = model.config | dict.fromkeys(("dtype", "torch_dtype"), "float32")

@@ -59,9 +59,9 @@ def is_writer() -> bool:
 def progress(iterable=None, desc: str = "", in_log: bool = False, **options) -> tqdm:
     """A bar by the first process, on a terminal; with in_log once a minute in a log file too."""
     terminal = sys.stderr.isatty()
-    slow = {} if terminal else {"mininterval": 60, "delay": 60}
+    slow = {} if terminal else {"mininterval": 60, "delay": 5}
     shown = is_writer() and (terminal or in_log)
-    return tqdm(iterable, desc, disable=not shown, **slow, **options)
+    return tqdm(iterable, desc, disable=not shown, **{**slow, **options})
 
 
 def _plain(value: object) -> object:

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from common import UserError, in_one_line
 from common.files import config, write
 from common.reproduce import plans
-from common.rl import data, memory, policy, training
+from common.rl import data, memory, policy, training, verifier
 
 STAGES = plans.TABLES["options"]  # stage -> the class of its options, the preset's sections
 GPU = 80e9  # bytes of a GPU where none is here
@@ -38,16 +38,27 @@ def options_of(stage: str, argv: list[str]):
 
 
 def options(name: str, root: str) -> list:
-    """The options of the six stages. Raises UserError for what a stage would not take."""
+    """The options of the six stages. UserError for what a stage would not take, problems too."""
     found = [options_of(stage, ["--config", name, "--run-dir", root]) for stage in STAGES]
     known = {key for cfg in found for key in vars(cfg)}
     for key in config.load_preset(name).get("shared", {}).keys() - known:
         raise UserError(f"preset {name}: unknown key {key} in shared; {config.nearest(key, known)}")
-    test = found[-1]
-    for spec in map(test.path, test.test_data):
-        if pathlib.Path(spec).is_file():
-            data.load_tasks([spec], **test.columns)
+    for flag, spec, cfg in sources(name, found)[1:]:  # stage 1 comes first and sees for itself
+        if pathlib.Path(spec.rpartition("=")[2]).is_file():
+            tasks = data.load_tasks([spec], flag, **cfg.columns)
+            judge = verifier.Verifier(answer_format=cfg.answer_format)
+            judge.check([problem for problems in tasks.values() for problem in problems])
     return found
+
+
+def sources(name: str, found: list) -> list[tuple]:
+    """(flag, data, the options of its stage) of all problems. found: the options of the stages."""
+    train, *_, test = found
+    wanted = plans.values_of(name, config.load_preset(name))["reproduce"]
+    tests = dict.fromkeys([*test.test_data, *wanted["domains"], wanted["validation_data"]])
+    specs = [("--train-data", train.train_data, train), ("--eval-data", train.eval_data, train)]
+    specs += [("--test-data", spec, test) for spec in tests]
+    return [(flag, cfg.path(spec), cfg) for flag, spec, cfg in specs if spec]
 
 
 def summary(jobs: list[plans.Job], wanted: dict, cfg) -> str:
@@ -68,10 +79,10 @@ def summary(jobs: list[plans.Job], wanted: dict, cfg) -> str:
 def check(name: str, preset: dict, root: str, jobs: list[plans.Job]) -> None:
     """Prints what the runs need. UserError, at the end, where something is missing or unlike what
     is known of it."""
-    train, *_, test = options(name, root)
+    train, *_ = found = options(name, root)
     wanted, wrong, tokenizer = plans.values_of(name, preset)["reproduce"], [], None
     try:
-        training.check_prepared(train)
+        training.check_prepared(train, train.backbone, train.train_data)
         model, tokenizer = policy.load_backbone(train.path(train.backbone))
         kinds = {"": (model.config, train)}
         if any("merged" in job.argv for job in jobs):
@@ -90,12 +101,9 @@ def check(name: str, preset: dict, root: str, jobs: list[plans.Job]) -> None:
         print(f"free on the disk: {write.free_bytes(pathlib.Path(root)) / 1e9:.1f} GB")
     except UserError as error:
         wrong.append(f"missing: {error}")
-    validation = [wanted["validation_data"]] if wanted["validation_data"] else []
-    tests = dict.fromkeys([*test.test_data, *wanted["domains"], *validation])
-    specs = [("--train-data", train.train_data, train)]
-    for flag, spec, cfg in [*specs, *(("--test-data", spec, test) for spec in tests)]:
+    for flag, spec, cfg in sources(name, found):
         try:
-            wrong += counted(flag, cfg.path(spec), cfg, tokenizer)
+            wrong += counted(flag, spec, cfg, tokenizer)
         except UserError as error:
             wrong.append(f"missing: {error}")
     print("\n".join([summary(jobs, wanted, train), *wrong]))

@@ -10,6 +10,7 @@ import sys
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import AutocastKwargs, parse_flag_from_env
+from huggingface_hub.utils import enable_progress_bars
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch.distributed.fsdp import FSDPModule
@@ -23,6 +24,9 @@ from common.files.models import open_model
 from common.files.resume import gathered
 
 HEAD_CHUNK = 1024  # tokens whose [tokens, vocabulary] logits exist at one time
+# Loading and saving are short; a download's bar stays.
+logging.disable_progress_bar()
+enable_progress_bars()
 WANTED = "want a Hugging Face folder with safetensors weights, or a hub id"
 
 
@@ -52,7 +56,6 @@ def load_backbone(name: str):
     """(model, tokenizer) of a folder or hub id; frozen, safetensors only, in the dtype it has."""
     if pathlib.Path(name).is_dir():
         open_model(pathlib.Path(name))
-        logging.disable_progress_bar()  # loading is short; a download's bar stays
     elif name.startswith((".", "/", "runs/")) or name.count("/") > 1:
         raise UserError(f"backbone folder {name} not found; {WANTED}")
     safe = {"use_safetensors": True, "trust_remote_code": False}
@@ -128,7 +131,6 @@ def save(policy, tokenizer, folder: pathlib.Path, weights: dict | None = None) -
     # The backbone's sampling defaults are not how it is trained, and saving refuses some of them.
     ends = {key: getattr(policy.generation_config, key) for key in ("eos_token_id", "pad_token_id")}
     policy.generation_config = GenerationConfig(**ends)
-    logging.disable_progress_bar()
     policy.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
 

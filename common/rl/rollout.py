@@ -16,8 +16,10 @@ from peft import PeftModel
 from transformers import DynamicCache, TopPLogitsWarper
 
 from common import UserError
+from common.files.stage import progress
 from common.rl.policy import base_model, is_sharded, load_lora, merged, on_gpu
 
+LONG = {"desc": "sampling", "leave": False, "delay": 5}  # a bar where it takes long
 SHARED = 0.4  # of the device's memory, for vLLM's weights and KV cache beside the trainer
 # Of vLLM: memory, speed and rounding; nothing that names code or weights.
 VLLM_OPTIONS = (
@@ -122,7 +124,7 @@ class HFEngine:
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         self.policy.eval()
         with torch.no_grad(), self.autocast(), merged(self.policy):
-            for start in range(0, len(prompts), self.batch_size):
+            for start in progress(range(0, len(prompts), self.batch_size), **LONG):
                 rows = by_length[start : start + self.batch_size]
                 asked = [prompts[i] for i in rows], [seeds[i] for i in rows]
                 found = self._generate(*asked, max_new_tokens, temperature, top_p)

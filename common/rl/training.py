@@ -68,17 +68,17 @@ class Batch:
         ]
 
 
-def check_prepared(cfg) -> None:
-    """Raises UserError where the preset's `prepare` has not been run yet."""
-    for given in (cfg.backbone, cfg.train_data) if cfg.prepare else ():
-        if "{run_dir}" in given and not os.path.exists(cfg.path(given)):
-            first = f"run {cfg.prepare} --run-dir {cfg.run_dir} first"
-            raise UserError(f"{cfg.path(given)} not found: {first}")
+def check_prepared(cfg, *names: str) -> None:
+    """Raises UserError where one of `names` is not there and the preset's `prepare` makes it."""
+    for given in names if cfg.prepare else ():
+        path = cfg.path(given.rpartition("=")[2])  # of name=path
+        if "{run_dir}" in given and not os.path.exists(path):
+            raise UserError(f"{path} not found: run {cfg.prepare} --run-dir {cfg.run_dir} first")
 
 
 def start(cfg, folder) -> Accelerator:
     """Engine, process group, device, precision and tracker."""
-    check_prepared(cfg)
+    check_prepared(cfg, cfg.backbone, cfg.train_data)
     cfg.engine = rollout.choose_engine(cfg.engine)  # a run goes on with the engine it began with
     tracker = {"log_with": cfg.report_to or None, "project_dir": folder}
     if (to := cfg.report_to) and to not in LOGGER_TYPE_TO_CLASS:

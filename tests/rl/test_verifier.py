@@ -189,6 +189,8 @@ def test_the_last_balanced_box_is_taken(text, want):
         ("number", "204", r"\text{204}", True),
         ("number", "204", r"\text{205}", False),
         ("number", "204", r"\mathbf{204}", True),
+        ("number", "204", r"\mathbf{204}.", True),
+        ("number", "204", r"\mathbf{204}.5", False),
         ("number", "204", "m+n = 204", True),
         ("number", "204", "m + n = 205", False),
         ("number", "204", "100+104 = 204", False),

@@ -112,8 +112,16 @@ def test_importance_ratios_are_the_trainers_over_the_engines(new_run, stage, mon
 def test_problems_without_a_gradient_are_counted():
     record = {"accuracy": 0.75, "standard_error": None, "n": 4, "problems": 2, "seconds": 1.0}
     record |= {"by_problem": [1.0, 0.5], "response_length": 3.0, "verifier_timeouts": 0}
-    assert "; all right or all wrong: 50% of" in step_metrics.console_line(record, 0.0, 1.0)
-    record |= {"n": 2, "by_problem": [1.0, 0.0]}
+    line = step_metrics.console_line(record, 0.0, 1.0)
+    assert "; all right: 50% of the problems, all wrong: 0%; 00:00 left" in line
+    record |= {"n": 40, "problems": 20, "by_problem": [0.0] * 18 + [0.5, 1.0]}
+    line = step_metrics.console_line(record, 0.0, 1.0)
+    assert "5% of the problems, all wrong: 90%, hardly a gradient: take easier ones" in line
+    record |= {"by_problem": [1.0] * 19 + [0.5]}
+    assert "all wrong: 0%, hardly a gradient: take harder ones" in step_metrics.console_line(
+        record, 0.0, 1.0
+    )
+    record |= {"n": 2, "problems": 2, "by_problem": [1.0, 0.0]}
     assert "all right" not in step_metrics.console_line(record, 0.0, 1.0)  # one answer each
 
 
