@@ -11,13 +11,13 @@ Writes  <run-dir>/eval/<policy>/<task>.jsonl   a response a line, with run numbe
         <run-dir>/report.html, report.md       tables, claims and figures: common/reproduce
 
 A policy is an adapter, measured on the backbone that it was trained on, or a whole model. Type
---run-dir outputs --policies 'checkpoint-*' to measure another trainer's. With --output the results
-go to that folder, without a report. Stage 4 chooses by accuracy from <run-dir>/validation alone.
+--run-dir outputs --policies 'checkpoint-*' to measure another trainer's; its RL after a jump counts
+from there as outputs/continued/<jump>/checkpoint-100. With --output the results go to that folder,
+without a report. Stage 4 chooses by accuracy from <run-dir>/validation alone.
 
 Every problem is answered `runs` times. The standard error is over problems: the runs of one problem
-are not independent, so their mean is one observation. All policies get the same seeds, so their
-differences are paired. What was measured with the same weights, problems, options and versions of
-packages is kept.
+are not independent, so their mean is one observation. All policies get the same seeds: differences
+are paired. What was measured with the same weights, problems, options and packages is kept.
 """
 
 import dataclasses
