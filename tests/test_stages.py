@@ -394,9 +394,14 @@ def test_two_processes_train_like_one(by_two, new_run, stage, name, flags):
 
 @pytest.fixture(scope="module")
 def by_two_sharded(empty_run, tmp_path_factory) -> pathlib.Path:
-    """lora/ and full/ as in `by_two`, with sharded layers; again/ is full/ in two goes."""
+    """lora/ and full/ as in `by_two`, with sharded layers; again/ is full/ in two goes. The models
+    of the last two have a head of their own, which is sharded with the embeddings."""
     folder = tmp_path_factory.mktemp("sharded")
-    whole = (*FULL, *TWO, "--kl-coef", "0.05")
+    model, tokenizer = policy.load_backbone(str(empty_run / "backbone"))
+    model.config.tie_word_embeddings, ends = False, model.get_input_embeddings()
+    model.lm_head.weight = torch.nn.Parameter(1.1 * ends.weight.detach())
+    policy.save(model, tokenizer, folder / "untied")
+    whole = (*FULL, *TWO, "--kl-coef", "0.05", "--backbone", str(folder / "untied"))
     commands = [("lora", *TWO), ("full", *whole), ("again", *whole, "--steps", "1")]
     commands.append(("again", *whole))
     for name in ("lora", "full", "again"):
@@ -417,7 +422,7 @@ def test_two_sharded_processes_train_a_lora_like_one(by_two_sharded, new_run, st
 
 
 def test_two_sharded_processes_train_a_whole_model_like_one(by_two_sharded, new_run, stage):
-    flags = (*FULL, "--kl-coef", "0.05")
+    flags = (*FULL, "--kl-coef", "0.05", "--backbone", str(by_two_sharded / "untied"))
     assert stage("01", new_run, *flags, "--steps", "2")[0] == 0
     train = by_two_sharded / "full" / "train"
     assert_metrics_are_close(train, new_run / "train")
@@ -434,7 +439,8 @@ def test_a_sharded_training_goes_on_to_the_bit_and_one_process_can_go_on_with_it
     whole, again = (by_two_sharded / name / "train" for name in ("full", "again"))
     for name in ("step_0002/model.safetensors", "resume/step_0002/state.safetensors"):
         assert (whole / name).read_bytes() == (again / name).read_bytes()
-    flags = (*FULL, "--kl-coef", "0.05", "--micro-tokens", "200")
+    flags = (*FULL, "--kl-coef", "0.05", "--backbone", str(by_two_sharded / "untied"))
+    flags += ("--micro-tokens", "200")
     assert stage("01", by_two_sharded / "again", *flags, "--steps", "3")[0] == 0
     assert [row["step"] for row in metrics(again)] == [1, 2, 3]
 

@@ -56,9 +56,9 @@ def parse() -> argparse.Namespace:
     grid += " tables: everything; sweep: to choose a learning rate; learning-rate: jumps at several"
     add("--preset", default="demo", help="a name in common/presets or a YAML file")
     add("--grid", choices=plans.GRIDS, help=f"{grid} [one run]")
-    add("--seeds", type=int, nargs="+", default=[*range(5)], help="of the grid [0 1 2 3 4]")
-    tables, rows = range(3, 9), "of the grid paper: the paper's tables to make [all]"
-    add("--tables", type=int, nargs="+", choices=tables, default=tables, help=rows)
+    add("--seeds", type=int, nargs="+", help="of the grid [0 1 2 3 4, of the grid paper 0]")
+    rows = "of the grid paper: the paper's tables to make [those that have this model]"
+    add("--tables", type=int, nargs="+", choices=range(3, 9), help=rows)
     add("--run-dir", help="[runs/<preset>, of a grid runs/<preset>_<grid>]")
     add("--jobs", type=int, help="commands at a time [the preset's]")
     only = "of a grid: only write its tables from the runs that are there"
@@ -71,6 +71,7 @@ def parse() -> argparse.Namespace:
     fetched = "fetch model and problems, count them, say what the runs need; run nothing"
     add("--check", action="store_true", help=fetched)
     args = parser.parse_args()
+    args.seeds = args.seeds or [*range(1 if args.grid == "paper" else 5)]
     if (args.report or args.beside) and not args.grid:
         raise UserError("--report and --beside are of a grid: say which with --grid")
     if args.trainer and not args.print:
@@ -91,7 +92,8 @@ def main() -> None:
     if args.grid == "sweep" and not wanted["validation_data"]:
         raise UserError("--grid sweep measures on reproduce: validation_data, which is not there")
     if args.grid:
-        jobs = plans.grid(args.grid, args.preset, preset, str(root), args.seeds, args.tables)
+        tables = args.tables or wanted["tables"]
+        jobs = plans.grid(args.grid, args.preset, preset, str(root), args.seeds, tables)
     else:
         jobs = plans.single(args.preset, preset, str(root))
     if args.print:
@@ -107,6 +109,9 @@ def main() -> None:
         print(f"# {check.summary(jobs, wanted, train)}, into {root}", file=sys.stderr)
     if args.print:
         return
+    lasts = wanted["gpu_hours_per_step"] and torch.cuda.is_available() and not args.report
+    if lasts and (wrong := check.memories(args.preset, wanted, jobs, train)):
+        raise UserError(wrong[0])  # now, and not after a hundred hours
     beside = [Runs(pathlib.Path(folder), args.seeds) for folder in args.beside]
     if empty := [str(one.root) for one in beside if not one.all]:
         raise UserError(f"--beside {empty[0]}: nothing of this grid was measured there")

@@ -48,7 +48,7 @@ def values_of(name: str, preset: dict) -> dict[str, dict]:
             raise UserError(f"preset {name}: unknown key reproduce.{other[0]}; {known}")
         found[section] = {}
         for key, default in defaults.items():
-            kind = list[str] if isinstance(default, list) else type(default)
+            kind = list[type([*default, ""][0])] if isinstance(default, list) else type(default)
             found[section][key] = value = as_number(given.get(key, default), kind)
             if not matches(value, kind):
                 raise UserError(f"preset {name}: {section}.{key} must be like {default!r}")
@@ -210,14 +210,14 @@ def second_jump(plan: Plan, rate: str, seed: int) -> None:
 def paper(plan: Plan, seeds: list[int], wanted: set[int]) -> None:
     """The rows of the paper's tables: 3 and 4 with Fig. 5 and 6, 5, 6, 7 and 8 with Fig. 7."""
     for seed in seeds:
-        run = f"seed{seed}/lora"
-        plan.add("paper", run, seed=seed, methods=wanted & {3, 4, 7, 8}, ablations=5 in wanted)
+        rows = {"seed": seed, "methods": wanted & {3, 4, 7, 8}, "ablations": 5 in wanted}
+        plan.add("paper", f"seed{seed}/lora", **rows)
         for algorithm in ("rloo", "reinforce++") if 6 in wanted else ():
             plan.side(seed, algorithm, "own")
-        if wanted & {3, 4, 5} and plan.wanted["full"]:
-            plan.side(seed, "full", "rivals" if wanted & {3, 4} else "own")
-        if wanted & {7, 8} and plan.wanted["domains"]:
-            plan.add("domains", run)
+        if wanted - {6}:
+            plan.side(seed, "full", "rivals" if wanted & {3, 4, 7, 8} else "own")
+        for name in ("lora", "full") if wanted & {7, 8} and plan.wanted["domains"] else ():
+            plan.add("domains", f"seed{seed}/{name}", lora=name == "lora")
 
 
 def side_runs(plan: Plan, seeds: list[int]) -> None:

@@ -81,15 +81,16 @@ def beside_paper(runs: Runs) -> str:
     names["end"], paper, found = f"step_{runs.total:04d}", table_of("paper.yaml"), []
     for (part, tasks), size in itertools.product(paper["tasks"].items(), sizes):
         rows, base = [], runs.get("backbone").on(tasks[size])
-        for number, name, policy, *printed in paper[part]:
-            m = runs.of(name).get(policy.format(**names)).on(tasks[size])
+        printed_for = [(number, p, *values) for number, many, *values in paper[part] for p in many]
+        for number, ours, *printed in printed_for:
+            name, policy = ours.format(**names).split("/", 1)
+            m = runs.of(name).get(policy).on(tasks[size])
             if m and size < len(printed):
                 run = {"full": "full parameters", **ALGORITHMS}[name]
                 label = f"{run}, {'no jump' if m.method == 'grpo' else m.label}, {m.steps} steps"
                 label = f"Table {number}: {label if m.steps else m.label}"
-                ours = [m.on([task]).accuracy.plain(100, 1) for task in tasks[size]]
-                ours += [m.level(), icer(m, base)]
-                pairs = itertools.zip_longest(ours, printed[size])
+                each = [m.on([task]).accuracy.plain(100, 1) for task in tasks[size]]
+                pairs = itertools.zip_longest([*each, m.level(), icer(m, base)], printed[size])
                 rows.append([label, *(f"{a} ({b})" if b is not None else a for a, b in pairs)])
         found.append(table(["ours (the paper's)", *tasks[size], "mean, %", "ICER ↓"], rows))
     return "\n\n".join(filter(None, found))

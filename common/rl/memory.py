@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 from common import UserError
 from common.rl import policy, rollout
 
+GRADIENT = 4  # bytes
 TRAINED = 16  # bytes a trained parameter: itself in fp32, its gradient, AdamW's two moments
 ROOM = 0.95  # of a GPU's memory: what CUDA, NCCL and fragments take is not computed
 HEAD = 3.5  # tensors [HEAD_CHUNK, vocabulary] in fp32 at one time; on a CPU 3.0 were measured
@@ -44,15 +45,16 @@ def plan(config, cfg, shards: int = 1, mixed: bool = True) -> dict[str, float]:
 
     shards: GPUs that the layers are split over.
     """
-    model = on_paper(config, cfg)
+    model, whole = on_paper(config, cfg), cfg.tune == "full"
     layers = policy.base_model(model).get_decoder().layers
-    inside, whole, share = {*layers.parameters()}, cfg.tune == "full", 1.0
-    if shards > 1:  # two layers at a time are whole
-        share = min(1.0, 1 / shards + 2 / len(layers))
+    split = {p for part in policy.split_layers(model) for p in part.parameters()}
+    split = {p for p in split if whole or not p.requires_grad} if shards > 1 else set()
+    # These are whole while they compute, with gradients if they are trained.
+    lent = [*layers[:2].parameters(), *model.get_output_embeddings().parameters()]
+    lent = sum(p.nbytes * (1 + whole) for p in lent if p in split)
 
     def numbers(p: torch.Tensor) -> float:
-        is_sharded = p in inside and (whole or not p.requires_grad)
-        return p.numel() * (share if is_sharded else 1.0)
+        return p.numel() / (shards if p in split else 1)
 
     backbone = sum(numbers(p) * p.itemsize for p in model.parameters() if not p.requires_grad)
     trained = sum(map(numbers, policy.trained(model).values()))
@@ -67,7 +69,7 @@ def plan(config, cfg, shards: int = 1, mixed: bool = True) -> dict[str, float]:
         inputs = rows * longest * config.hidden_size * model.dtype.itemsize
         activations = activations / len(layers) + len(layers) * inputs
     head = HEAD * 4 * min(policy.HEAD_CHUNK, rows * longest) * config.vocab_size
-    found = {"backbone": backbone, "trained": TRAINED * trained}
+    found = {"backbone": backbone, "trained": TRAINED * trained, "borrowed": lent}
     copy = 2 * sum(p.numel() for p in model.parameters() if whole or not p.requires_grad)  # bf16
     return {**found, "activations": activations, "head": head, "vLLM": copy}
 
@@ -87,16 +89,26 @@ def check(model, cfg, accelerator) -> None:
 
 
 def told(parts: dict[str, float], cfg, total: float) -> str:
-    """What a GPU of `total` bytes will hold: `parts`, and vLLM's share. Raises UserError where it
-    is too small."""
+    """What a GPU of `total` bytes will hold: `parts`, and vLLM's share, or the larger half of them
+    where vLLM sleeps in the update. Raises UserError where it is too small."""
     options, copy = rollout.vllm_options(cfg.vllm_options), parts["vLLM"]
     share = total * options.get("gpu_memory_utilization", rollout.SHARED)
     cache = options.get("kv_cache_memory_bytes")
     own = (copy + cache if cache else share) if cfg.engine == "vllm" else 0.0
+    if own and own < copy:
+        raise UserError(f"vLLM's copy, {copy / 1e9:.1f} GB, is over its gpu_memory_utilization")
     parts = {**parts, "vLLM": own}
+    needs = sum(parts.values())
+    if own and cfg.tune == "full" and options.get("enable_sleep_mode"):
+        rest = 1 - GRADIENT / TRAINED  # in the rollout there is no gradient
+        needs = max(needs - own, parts["backbone"] + rest * parts["trained"] + own)
     listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
     listed += "; rollouts by hf are not counted: --batch-size" if cfg.engine == "hf" else ""
-    needed = f"{sum(parts.values()) / 1e9:.1f} GB of a GPU's {total / 1e9:.1f} ({listed})"
-    if sum(parts.values()) > ROOM * total:
-        raise UserError(f"needs {needed}: --gradient-checkpointing true, or fewer --micro-tokens")
+    needed = f"{needs / 1e9:.1f} GB of a GPU's {total / 1e9:.1f} ({listed})"
+    if needs > ROOM * total:
+        longest = cfg.max_prompt_tokens + cfg.max_new_tokens
+        ways = [] if cfg.gradient_checkpointing else ["--gradient-checkpointing true"]
+        ways += [f"--micro-tokens {longest}"] if cfg.micro_tokens > longest else []
+        ways.append("split it over more GPUs (common/accelerate/fsdp2.yaml)")
+        raise UserError(f"needs {needed}: {', or '.join(ways)}")
     return f"memory: {needed}"

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import os
 import pathlib
@@ -14,6 +15,7 @@ from huggingface_hub.utils import enable_progress_bars
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
@@ -150,6 +152,15 @@ def is_sharding() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
+def split_layers(policy) -> list[torch.nn.Module]:
+    """What common/accelerate/fsdp2.yaml splits over the GPUs."""
+    model = base_model(policy)
+    first, head = model.get_input_embeddings(), model.get_output_embeddings()
+    plain = isinstance(head, torch.nn.Linear) and head.bias is None  # and without LoRA
+    apart = plain and head.weight is not first.weight
+    return [*model.get_decoder().layers, *([first, head] if apart else [])]
+
+
 def is_sharded(policy) -> bool:
     """Whether all processes must run the policy's layers in step."""
     return isinstance(base_model(policy).get_decoder(), FSDPModule)
@@ -212,6 +223,9 @@ def token_logprobs(policy, prompts, completions, temperature: float) -> torch.Te
     row, column = torch.tensor(at, device=device).T  # [tokens] each
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[row, column]
     targets, head = ids[row, column + 1], model.get_output_embeddings()
+    if isinstance(head.weight, DTensor):  # gathered once; like FSDP2's, its gradient is a mean
+        weight = head.weight.full_tensor(grad_placements=[Partial("avg")])
+        head = functools.partial(torch.nn.functional.linear, weight=weight)
 
     def chosen(hidden, targets):
         logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # [tokens, vocabulary]

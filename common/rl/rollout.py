@@ -25,7 +25,7 @@ SHARED = 0.4  # of the device's memory, for vLLM's weights and KV cache beside t
 VLLM_OPTIONS = (
     *("gpu_memory_utilization", "cpu_offload_gb", "kv_cache_memory_bytes", "max_num_seqs"),
     *("max_num_batched_tokens", "block_size", "enforce_eager", "enable_prefix_caching"),
-    *("enable_chunked_prefill", "dtype", "kv_cache_dtype"),
+    *("enable_chunked_prefill", "dtype", "kv_cache_dtype", "enable_sleep_mode"),
 )
 
 

@@ -92,8 +92,9 @@ def start(cfg, folder) -> Accelerator:
 def place(model, device: torch.device):
     """The model on `device`; under common/accelerate/fsdp2.yaml its layers are sharded.
 
-    Each process then keeps 1/N of every layer, with its gradients and moments if it is trained, and
-    borrows the rest while the layer computes. LoRA factors, embeddings and head stay whole.
+    Each process then keeps 1/N of every layer, of the embeddings and of the head, with gradients
+    and moments if they are trained, and borrows the rest while the layer computes. LoRA factors
+    stay whole, and embeddings that are the head, too.
     """
     if not policy.is_sharding():
         return model.to(device)
@@ -101,8 +102,8 @@ def place(model, device: torch.device):
         raise UserError("FSDP wants --config_file common/accelerate/fsdp2.yaml")
     decoder = policy.base_model(model).get_decoder()
     whole = {*policy.trained(model).values()} if isinstance(model, PeftModel) else set()
-    for layer in decoder.layers:
-        fully_shard(layer, ignored_params=whole)
+    for layer in policy.split_layers(model):
+        fully_shard(layer, ignored_params=whole, reshard_after_forward=True)
     # The decoder itself owns nothing: it gathers the next layer while one computes.
     fully_shard(decoder, ignored_params=set(model.parameters()))
     return model.to(device)

@@ -66,6 +66,14 @@ class VLLMEngine:
             settings["distributed_executor_backend"] = "external_launcher"
         with in_one_line("vLLM does not start", f"see --vllm-options, then {GO_ON}"):
             self.llm = vllm.LLM(model=path, **{**settings, **options})
+            # Then all parameters are sent before each rollout, and the update has the memory.
+            self.sleeps = options.get("enable_sleep_mode") and trained(model) and not lora_rank
+            self.rest()
+
+    def rest(self) -> None:
+        """Gives the device memory to the trainer until `sync`, with the option for it."""
+        if self.sleeps:
+            self.llm.sleep(level=2)
 
     def sync(self, model) -> None:
         """Samples from `model` as it is from now on: an adapter, or all its parameters."""
@@ -80,9 +88,13 @@ class VLLMEngine:
         named = model.state_dict().items()
         weights = ((n, w.full_tensor() if isinstance(w, DTensor) else w) for n, w in named)
         with in_one_line("vLLM failed while taking over the weights", GO_ON):
+            if self.sleeps:
+                self.llm.wake_up(tags=["weights"])
             # vLLM's own reload packs them for its kernels, which an assignment would not.
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             self.llm.reset_prefix_cache()
+            if self.sleeps:
+                self.llm.wake_up(tags=["kv_cache"])
 
     def use(self, adapter: pathlib.Path | None) -> None:
         """Samples from the backbone with the adapter in this folder from now on; None: without."""
@@ -110,6 +122,7 @@ class VLLMEngine:
         bar = not progress().disable and functools.partial(progress, **LONG)  # vLLM needs it shown
         with in_one_line("vLLM failed while sampling", GO_ON):
             outputs = self.llm.generate(asked, params, lora_request=self.lora, use_tqdm=bar)
+            self.rest()
         found = [output.outputs[0] for output in outputs]
         return [
             Rollout(list(r.token_ids), list(r.logprobs.logprobs), r.finish_reason == "stop")

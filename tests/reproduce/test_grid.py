@@ -95,7 +95,7 @@ def test_the_rounds_of_rl_extra_each_start_on_the_merged_model_of_the_round_befo
         ([3], ["lora", "full"], 400 + 4 * 100 + 400 + 3 * 100),
         ([5], ["lora", "full"], 400 + 4 * 100 + 500),
         ([6], ["lora", "rloo", "reinforce++"], 400 + 2 * 100 + 2 * 500),
-        ([8], ["lora"], 400 + 4 * 100),
+        ([8], ["lora", "full"], 400 + 4 * 100 + 400 + 3 * 100),
         ([3, 4, 5, 6, 7, 8], ["lora", "rloo", "reinforce++", "full"], 2700),
     ],
 )
@@ -105,8 +105,23 @@ def test_the_papers_rows_are_made_once_and_share_every_prefix(tables_, runs_, st
     assert [*dict.fromkeys(job.name.split()[0] for job in jobs)] == [f"seed0/{r}" for r in runs_]
     assert sum(job.work for job in jobs if {"01", "05"} & {*job.name.split()}) == steps
     assert any("mmlu-pro" in job.argv for job in jobs) == (8 in tables_)
-    assert any("merged/alpharl_alpha1.5" in job.argv for job in jobs) == (3 in tables_)
+    assert any("merged/alpharl_alpha1.5" in job.argv for job in jobs) == bool({3, 8} & {*tables_})
     assert any("paper-no-local" in job.argv for job in jobs) == (5 in tables_)
+
+
+def test_tables_5_and_6_are_of_the_two_small_models_and_7_and_8_of_the_policies_in_them(
+    monkeypatch, capsys
+):
+    for size, steps in (("3b", 2700), ("14b", 1500)):
+        argv = ["reproduce", "--preset", f"paper_qwen2.5_{size}", "--grid", "paper", "--print"]
+        monkeypatch.setattr("sys.argv", argv)
+        reproduce.main()
+        printed = capsys.readouterr()
+        assert f"commands, {steps} RL steps" in printed.err  # of one seed
+    lora, full = (line for line in printed.out.splitlines() if line.endswith("mmlu-pro"))
+    assert lora.count("step_0250") == 3
+    assert "backbone train/step_0400 continued/alpharl_alpha1.5_merged/step_0250" in lora
+    assert "--policies train/step_0400 'continued/merged__*/step_0250' --test-data" in full
 
 
 def test_all_parameters_are_trained_at_the_papers_rate():
@@ -381,11 +396,11 @@ def test_the_papers_numbers_stand_beside_ours(tmp_path, size):
 def test_the_papers_own_numbers_agree_with_one_another():
     paper = results.table_of("paper.yaml")
     for part, tasks in paper["tasks"].items():
-        for number, _, policy, *printed in paper[part]:
-            for names, base, values in zip(tasks, paper[part][0][3:], printed, strict=False):
+        for number, places, *printed in paper[part]:
+            for names, base, values in zip(tasks, paper[part][0][2:], printed, strict=False):
                 own, mean, *icer = values[: len(names)], *values[len(names) :]
-                assert abs(sum(own) / len(own) - mean) < 0.0601, (number, policy, values)
-                steps = {"{longest}": 400, "extrapolated": 150}.get(policy.split("/")[0], 250)
+                assert abs(sum(own) / len(own) - mean) < 0.0601, (number, places, values)
+                steps = {"{longest}": 400, "extrapolated": 150}.get(places[0].split("/")[1], 250)
                 assert not icer or abs(steps / (mean - base[-1]) - icer[0]) < 0.06
 
 

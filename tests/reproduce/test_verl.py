@@ -118,7 +118,7 @@ def test_verls_own_configuration_takes_every_command(size, kind, tmp_path):
 
 
 def test_every_training_is_followed_by_the_checkpoints_that_the_other_stages_read():
-    lines = typed("paper_qwen2.5_7b", "paper", reproduce={"full": True})
+    lines = typed("paper_qwen2.5_7b", "paper")
     ours = plans.grid(
         "paper",
         "paper_qwen2.5_7b",
@@ -150,7 +150,7 @@ def test_every_training_is_followed_by_the_checkpoints_that_the_other_stages_rea
 
 
 def test_a_jump_is_trained_on_as_an_adapter_or_merged_before():
-    lines = typed("paper_qwen2.5_7b", "paper", reproduce={"full": True})
+    lines = typed("paper_qwen2.5_7b", "paper")
     found = {
         keys(w)["trainer.default_local_dir"]: keys(w) for w in lines if w[2].startswith("verl.")
     }

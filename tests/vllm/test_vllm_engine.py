@@ -12,6 +12,7 @@ import shutil
 import statistics
 import typing
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -288,6 +289,33 @@ def test_training_all_parameters_samples_with_the_updated_weights(tmp_path):
 
 
 TWO_STEPS = ("--steps", "2", "--engine", "vllm", "--vllm-options", SMALL)
+
+
+def test_with_sleep_mode_an_update_has_the_memory_and_a_rollout_has_new_weights(monkeypatch):
+    """Of the calls alone: vLLM cannot sleep on a CPU. Their order is that of vLLM's own page on
+    RL, docs/features/sleep_mode.md."""
+    model, tokenizer = policy.load_backbone(str(demo.SHIPPED))
+    llm, sleeps = mock.MagicMock(), {"enable_sleep_mode": True}
+    monkeypatch.setattr(vllm_engine.vllm, "LLM", lambda **settings: llm)
+
+    def called(model, lora_rank: int, options: dict) -> list[str]:
+        llm.reset_mock()
+        made = (model, tokenizer, str(demo.SHIPPED), LIMIT, lora_rank, options)
+        engine = vllm_engine.VLLMEngine(*made)
+        engine.sync(model)
+        engine.generate([], [], NEW)
+        return [f"{name} {options.get('tags', options.get('level', ''))}".strip()
+                for name, _, options in llm.mock_calls if "__" not in name]
+
+    wanted = ["collective_rpc", "reset_prefix_cache", "generate"]
+    assert called(model, 0, sleeps) == wanted  # frozen, as in stage 6: it never sleeps
+    assert called(model.requires_grad_(True), 0, {}) == wanted
+    rpc, reset, generate = wanted
+    assert called(model, 0, sleeps) == [
+        *("sleep 2", "wake_up ['weights']", rpc, reset, "wake_up ['kv_cache']", generate),
+        "sleep 2",
+    ]
+    assert called(make_lora(4), 4, sleeps) == ["generate"]  # an adapter's backbone stays
 
 
 @pytest.fixture(scope="module")
