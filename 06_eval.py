@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from common import UserError
 from common.files import adapters, config
 from common.files.config import option
-from common.files.models import base_of, find_policies, weights_hash
+from common.files.models import base_of, find_model, find_policies, weights_hash
 from common.files.read import safe_name
 from common.files.stage import machine, progress, run_stage, versions
 from common.files.write import claim, is_made, write_json, write_text
@@ -77,7 +77,7 @@ def to_measure(cfg: EvalConfig, run: pathlib.Path, tasks: dict) -> list[tuple[st
     how["dtypes"] = {key: value for key, value in asked if "dtype" in key}
     for name in find_policies(run, cfg.policies):
         base, path = base_of(run, name, cfg.backbone), run / name
-        model = metrics.find_model(cfg.path(base))
+        model = find_model(cfg.path(base))
         weights = weights_hash(path if adapters.is_adapter(path) else model)
         same = {**how, "weights": weights, "backbone": weights_hash(model)}
         made = {task: {**same, "data": data.fingerprint(tasks[task])} for task in tasks}

@@ -412,7 +412,7 @@ def vllm_engine(monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "common.rl.vllm_engine", raising=False)
     module = importlib.import_module("common.rl.vllm_engine")
     engine = object.__new__(module.VLLMEngine)
-    engine.ends, engine.lora, engine.synced = [1], None, 0
+    engine.ends, engine.lora, engine.synced, engine.sleeps = [1], None, 0, False
     engine.folder = types.SimpleNamespace(name=str(tmp_path))
     yield engine
     sys.modules.pop("common.rl.vllm_engine", None)

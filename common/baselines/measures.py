@@ -27,11 +27,11 @@ def cosine(a: LowRank | torch.Tensor, b: LowRank | torch.Tensor) -> float:
     return inner(a, b) / sizes**0.5 if sizes > 0 else math.nan
 
 
-def energy_ratio(sigma: torch.Tensor, power: int = 1) -> torch.Tensor:
-    """E_1 = sigma_1 / sum_q sigma_q (Sec. 3.2), [..., q] -> [...]; nan for a zero matrix. power 2:
-    the share of the squared norm. Of whole models the sum has rank1.KEEP terms, as a LoRA of that
-    rank has. With all of them E_1 would be smaller."""
-    return sigma[..., 0] ** power / (sigma**power).sum(-1)
+def energy_ratio(sigma: torch.Tensor) -> torch.Tensor:
+    """E_1 = sigma_1 / sum_q sigma_q (Sec. 3.2), [..., q] -> [...]; nan for a zero matrix. Of
+    whole models the sum has rank1.KEEP terms, as a LoRA of that rank has. With all of them E_1
+    would be smaller."""
+    return sigma[..., 0] / sigma.sum(-1)
 
 
 def linear_fit_r2(steps: torch.Tensor, y: torch.Tensor, fit: int) -> tuple[float, float]:
@@ -62,11 +62,9 @@ def measure(trajectory, spectra: dict[str, torch.Tensor], fit: int) -> dict:
             r2 = linear_fit_r2(torch.tensor(trajectory.steps), vectors, fit)
             rows.append({"module": module, "side": side, "held_out": r2[0], "in_sample": r2[1]})
     energy = torch.stack([energy_ratio(sigma) for sigma in spectra.values()])  # [modules, c]
-    squared = torch.stack([energy_ratio(sigma, 2) for sigma in spectra.values()])
     return {
         "steps": trajectory.steps,
         "energy_ratio": energy.nanmean(0).tolist(),
-        "energy_ratio_squared": squared.nanmean(0).tolist(),
         "energy_ratio_by_module": {m: row.tolist() for m, row in zip(spectra, energy, strict=True)},
         "linear_fit": rows,
     }

@@ -7,13 +7,14 @@ import pathlib
 
 import torch
 
-from common import UserError
+from common import UserError, in_one_line
 from common.files import adapters
 from common.files.read import check_intact, open_tensors, read_json, safe_name, sha256, step_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WANTED = "want a Hugging Face folder with safetensors weights"
 WRITER = "what saves the model"
+FILES = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors*"]  # of a hub id
 
 
 @dataclasses.dataclass
@@ -68,18 +69,15 @@ def open_model(folder: pathlib.Path) -> ModelFolder:
 
 
 def find_model(name: str) -> pathlib.Path:
-    """The folder of the model `name`: a folder, or a hub id in this machine's cache."""
+    """The folder of the model `name`: a folder, or a hub id, which is fetched if need be."""
     if pathlib.Path(name).is_dir():
         return pathlib.Path(name)
+    if name.startswith((".", "/", "runs/")) or name.count("/") > 1:  # no hub id
+        raise UserError(f"backbone folder {name} not found; {WANTED}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    try:
-        wanted = ["config.json", "model*.safetensors*"]  # a download may have brought these alone
-        found = snapshot_download(name, local_files_only=True, allow_patterns=wanted)
-        return pathlib.Path(found)
-    except (HFValidationError, LocalEntryNotFoundError) as error:
-        raise UserError(f"backbone {name} is no folder, and not in the hub's cache") from error
+    with in_one_line(f"cannot load backbone {name}", f"{WANTED}, or a hub id"):
+        return pathlib.Path(snapshot_download(name, allow_patterns=FILES))
 
 
 def linear_layers(model: ModelFolder) -> list[str]:

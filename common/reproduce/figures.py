@@ -132,25 +132,21 @@ def energy(runs: Runs):
     found = {name: [*runs.of(name).spectra().values()] for name in RUNS}
     if not found[MAIN]:
         return None
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    titles = (r"$E_1=\sigma_1/\sum\sigma_q$ (paper)", r"$\sigma_1^2/\sum\sigma_q^2$")
-    keys = ("energy_ratio", "energy_ratio_squared")
-    for axis, key, title in zip(axes, keys, titles, strict=True):
-        for name, spectra in found.items():
-            if spectra:
-                of = f" ({len(spectra)} seeds)" if len(runs.seeds) > 1 else ""
-                look = RUNS[name] | {"label": RUNS[name]["label"] + of}
-                levels = map(over_seeds, zip(*(one[key] for one in spectra), strict=True))
-                series(axis, dict(zip(spectra[0]["steps"], levels, strict=True)), 1, **look)
-        axis.set(title=title, xlabel="RL step", ylim=(0, 1))
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    for name, spectra in found.items():
+        if spectra:
+            of = f" ({len(spectra)} seeds)" if len(runs.seeds) > 1 else ""
+            look = RUNS[name] | {"label": RUNS[name]["label"] + of}
+            levels = map(over_seeds, zip(*(one["energy_ratio"] for one in spectra), strict=True))
+            series(axis, dict(zip(spectra[0]["steps"], levels, strict=True)), 1, **look)
+    axis.set(xlabel="RL step", ylabel=r"$E_1=\sigma_1/\sum\sigma_q$, global delta", ylim=(0, 1))
     if len(runs.seeds) == 1:
         (one,) = found[MAIN]
         rows = [sorted(v) for v in zip(*one["energy_ratio_by_module"].values(), strict=True)]
         low, high = ([v[int(q * (len(v) - 1))] for v in rows] for q in (0.1, 0.9))
         look = {"color": "#0072B2", "alpha": 0.15, "label": "LoRA, middle 80% of the matrices"}
-        axes[0].fill_between(one["steps"], low, high, **look)
-    axes[0].set_ylabel("share of rank 1 in the global delta")
-    legend_below(figure, axes[0], 4)
+        axis.fill_between(one["steps"], low, high, **look)
+    legend_below(figure, axis, 2)
     return figure
 
 

@@ -1,7 +1,6 @@
 """What is measured: of a run while it trains, and of policies on test problems by stage 6."""
 
 import contextlib
-import functools
 import pathlib
 import secrets
 import sys
@@ -12,7 +11,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from common import UserError
-from common.files import models, write
+from common.files import write
 from common.files.config import as_dict
 from common.files.read import read_jsonl
 from common.files.stage import is_writer
@@ -177,15 +176,6 @@ def answers(run, task: tuple, runs: int, judge) -> list[dict]:
         row |= {"answer": problems[i].answer, "tokens": len(rolled.tokens)}
         rows.append({**row, "finished": rolled.finished, "score": right})
     return sorted(gather_object(rows), key=lambda row: (row["run"], row["problem"]))
-
-
-@functools.cache  # a model that we wrote is hashed
-def find_model(name: str) -> pathlib.Path:
-    """The folder of the model `name`; a hub id that is not on this machine, whole, is fetched."""
-    with contextlib.suppress(UserError):
-        return models.open_model(models.find_model(name)).path
-    policy.load_backbone(name)
-    return models.find_model(name)
 
 
 class Loaded:

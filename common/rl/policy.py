@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from common import UserError, in_one_line
 from common.files import adapters
-from common.files.models import open_model
+from common.files.models import find_model, open_model
 from common.files.resume import gathered
 
 HEAD_CHUNK = 1024  # tokens whose [tokens, vocabulary] logits exist at one time
@@ -56,10 +56,7 @@ def start_processes(mixed_precision: str, **options) -> Accelerator:
 
 def load_backbone(name: str):
     """(model, tokenizer) of a folder or hub id; frozen, safetensors only, in the dtype it has."""
-    if pathlib.Path(name).is_dir():
-        open_model(pathlib.Path(name))
-    elif name.startswith((".", "/", "runs/")) or name.count("/") > 1:
-        raise UserError(f"backbone folder {name} not found; {WANTED}")
+    open_model(find_model(name))
     safe = {"use_safetensors": True, "trust_remote_code": False}
     with in_one_line(f"cannot load backbone {name}", WANTED):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
