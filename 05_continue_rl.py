@@ -8,8 +8,8 @@ Writes  <run-dir>/continued/<start>, <start>_merged or <name>, like train/, with
 
 --restart merged adds the jump to the backbone, saved in fp32, and starts a new LoRA, likely the
 paper's way; a start that is a whole model gets one too. KL is then against the jumped model, below
-the new adapter, as in TRL and verl. GPUs round that model to bf16 when they use it, which loses a
-part of a small jump. The optimizer is new; problems and seeds are as without a jump.
+the new adapter, as in TRL and verl, else against the backbone. GPUs round the jumped model to bf16:
+a part of a small jump is lost. The optimizer is new; problems and seeds are as without a jump.
 """
 
 import dataclasses

@@ -11,7 +11,7 @@ from common import UserError
 from common.files import config
 from common.reproduce import __main__ as reproduce
 from common.reproduce import check, plans
-from common.rl import memory
+from common.rl import data, memory
 
 
 def checked(tmp_path, **sections) -> None:
@@ -130,6 +130,19 @@ def test_everything_that_is_not_there_is_named_at_once(tmp_path, capsys, monkeyp
     assert f"missing: data file {tmp_path}/data/train.jsonl not found" in out
     assert "unlike what is known: minerva has 1 problems, not 272" in out
     assert "missing: cannot load math-ai/amc23" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "is_odd"),
+    [("amc23", 39, True), ("dapo-math-17k", 17_917, False), ("dapo-math-17k", 14_116, True)],
+)
+def test_only_of_a_set_that_repeats_its_problems_the_count_may_be_near(
+    name, count, is_odd, monkeypatch
+):
+    problem = data.Problem("1 + 1", "2", "latex", {})
+    monkeypatch.setattr(data, "load_tasks", lambda *args, **columns: {name: [problem] * count})
+    cfg = check.options_of("06", [])
+    assert bool(check.counted("--test-data", name, cfg, None)) == is_odd
 
 
 def test_the_disk_that_is_told_is_the_disk_that_is_used(finished_run):
