@@ -72,6 +72,10 @@ def test_another_trainers_adapter_is_trained_on_from_the_step_in_its_name(
     want = (finished_run / "continued" / jump / file).read_bytes()
     assert (new_run / "train" / file).read_bytes() == want
     assert (new_run / "continued" / "trl" / file).read_bytes() == want
+    of_verl = new_run / "verl" / "global_step_6" / "actor" / "lora_adapter"
+    shutil.copytree(outputs / "checkpoint-6", of_verl)
+    assert stage("05", new_run, "--start", str(new_run / "verl"), "--name", "verl")[0] == 0
+    assert (new_run / "continued" / "verl" / file).read_bytes() == want
     code, line = stage("01", new_run, "--start", str(outputs), "--steps", "6", "--overwrite")
     assert (code, "is of step 6: use a larger --steps" in line) == (2, True)
     code, line = stage("01", new_run, "--start", str(new_run / "data"), "--overwrite")

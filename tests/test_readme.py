@@ -18,6 +18,9 @@ from conftest import ROOT, save_series
 
 from common.baselines.methods import METHODS
 from common.files.config import StageConfig
+from common.rl import rewards
+from common.rl.data import Problem
+from common.rl.verifier import Verifier
 
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
@@ -204,6 +207,16 @@ def test_what_the_results_page_says_of_speed_is_what_the_bench_printed():
 # --------------------------------------------------------------------------------------------------
 # The lines for another project
 # --------------------------------------------------------------------------------------------------
+
+
+def test_the_reward_of_the_example_pays_right_answers_and_of_them_the_shorter(tmp_path):
+    [lines] = blocks("common/rl/README.md", "python")
+    (tmp_path / "mine.py").write_text(lines)
+    problems = [Problem("1+2", "3", "number", {})] * 3
+    texts = ["\\boxed{3}" + " " * 91, "\\boxed{4}", "\\boxed{3}"]
+    made = rewards.Rewards([f"{tmp_path}/mine.py:short"], Verifier(), problems)
+    found = made.score(texts, problems, [True] * 3, [[1]] * 3)
+    assert found == pytest.approx([1 / 2, 0, 1 / 1.09])
 
 
 def test_the_lines_for_another_project_jump(backbone_dir, tmp_path):
