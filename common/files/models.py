@@ -14,7 +14,6 @@ from common.files.read import check_intact, open_tensors, read_json, safe_name, 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WANTED = "want a Hugging Face folder with safetensors weights"
 WRITER = "what saves the model"
-FILES = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors*"]  # of a hub id
 
 
 @dataclasses.dataclass
@@ -68,6 +67,7 @@ def open_model(folder: pathlib.Path) -> ModelFolder:
     return found
 
 
+@functools.cache  # it asks the hub
 def find_model(name: str) -> pathlib.Path:
     """The folder of the model `name`: a folder, or a hub id, which is fetched if need be."""
     if pathlib.Path(name).is_dir():
@@ -77,7 +77,8 @@ def find_model(name: str) -> pathlib.Path:
     from huggingface_hub import snapshot_download
 
     with in_one_line(f"cannot load backbone {name}", f"{WANTED}, or a hub id"):
-        return pathlib.Path(snapshot_download(name, allow_patterns=FILES))
+        wanted = ["config.json", "model*.safetensors*"]  # transformers fetches the tokenizer itself
+        return pathlib.Path(snapshot_download(name, allow_patterns=wanted))
 
 
 def linear_layers(model: ModelFolder) -> list[str]:

@@ -109,9 +109,6 @@ def main() -> None:
         print(f"# {check.summary(jobs, wanted, train)}, into {root}", file=sys.stderr)
     if args.print:
         return
-    lasts = wanted["gpu_hours_per_step"] and torch.cuda.is_available() and not args.report
-    if lasts and (wrong := check.memories(args.preset, wanted, jobs, train)):
-        raise UserError(wrong[0])  # now, and not after a hundred hours
     beside = [Runs(pathlib.Path(folder), args.seeds) for folder in args.beside]
     if empty := [str(one.root) for one in beside if not one.all]:
         raise UserError(f"--beside {empty[0]}: nothing of this grid was measured there")

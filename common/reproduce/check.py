@@ -44,7 +44,7 @@ def options(name: str, root: str) -> list:
     for key in config.load_preset(name).get("shared", {}).keys() - known:
         raise UserError(f"preset {name}: unknown key {key} in shared; {config.nearest(key, known)}")
     for flag, spec, cfg in sources(name, found)[1:]:  # stage 1 comes first and sees for itself
-        if pathlib.Path(spec.rpartition("=")[2]).is_file():
+        if pathlib.Path(data.place(spec)).is_file():
             tasks = data.load_tasks([spec], flag, **cfg.columns)
             judge = verifier.Verifier(answer_format=cfg.answer_format)
             judge.check([problem for problems in tasks.values() for problem in problems])
@@ -84,8 +84,21 @@ def check(name: str, preset: dict, root: str, jobs: list[plans.Job]) -> None:
     print(f"free on the disk: {write.free_bytes(pathlib.Path(root)) / 1e9:.1f} GB")
     try:
         training.check_prepared(train, train.backbone, train.train_data)
-        _, tokenizer = policy.load_backbone(train.path(train.backbone))
-        wrong += memories(name, wanted, jobs, train)
+        model, tokenizer = policy.load_backbone(train.path(train.backbone))
+        kinds = {"": (model.config, train)}
+        if any("merged" in job.argv for job in jobs):
+            fp32 = copy.copy(model.config)
+            fp32.dtype = torch.float32
+            kinds["after a merged restart, "] = (fp32, train)
+        if any("full" in job.argv for job in jobs):
+            argv = f"--config {shlex.quote(name)} --tune full {wanted['full_flags']}"
+            whole = config.parse(type(train), "train", "", shlex.split(argv))
+            kinds["without LoRA, "] = (model.config, whole)
+        for kind, of in kinds.items():
+            try:
+                print(f"{kind}{needs(*of, jobs)}")
+            except UserError as error:
+                wrong.append(f"{kind}{error}")
     except UserError as error:
         wrong.append(f"missing: {error}")
     for flag, spec, cfg in sources(name, found):
@@ -96,30 +109,6 @@ def check(name: str, preset: dict, root: str, jobs: list[plans.Job]) -> None:
     print("\n".join([summary(jobs, wanted, train), *wrong]))
     if wrong:
         raise UserError(f"of model and data, {len(wrong)} are not as they should be, see above")
-
-
-def memories(name: str, wanted: dict, jobs: list[plans.Job], train) -> list[str]:
-    """Prints what a GPU will hold in each kind of run; returns those that are too large. Neither
-    where the backbone is not here."""
-    try:
-        backbone, wrong = config_of(train), []
-    except UserError:  # stage 1 fetches it, and sees for itself
-        return []
-    kinds = {"": (backbone, train)}
-    if any("merged" in job.argv for job in jobs):
-        fp32 = copy.copy(backbone)
-        fp32.dtype = torch.float32
-        kinds["after a merged restart, "] = (fp32, train)
-    if any("full" in job.argv for job in jobs):
-        argv = f"--config {shlex.quote(name)} --tune full {wanted['full_flags']}"
-        whole = config.parse(type(train), "train", "", shlex.split(argv))
-        kinds["without LoRA, "] = (backbone, whole)
-    for kind, of in kinds.items():
-        try:
-            print(f"{kind}{needs(*of, jobs)}")
-        except UserError as error:
-            wrong.append(f"{kind}{error}")
-    return wrong
 
 
 def counted(flag: str, spec: str, cfg, tokenizer) -> list[str]:
@@ -150,17 +139,13 @@ def needs(backbone, cfg, jobs: list[plans.Job]) -> str:
     return memory.told(memory.plan(backbone, cfg, shards), cfg, total)
 
 
-def config_of(cfg):
-    """The config.json of a backbone that is here; else UserError."""
+def sizes_of(cfg) -> tuple[int, int]:
+    """Bytes of a checkpoint in fp32, of a LoRA and of the whole model, by the config.json of a
+    backbone that is here; else UserError."""
     with in_one_line(f"cannot load backbone {cfg.backbone}", policy.WANTED):
         safe = {"local_files_only": True, "trust_remote_code": False}
-        return AutoConfig.from_pretrained(cfg.path(cfg.backbone), **safe)
-
-
-def sizes_of(cfg) -> tuple[int, int]:
-    """Bytes of a checkpoint in fp32, of a LoRA and of the whole model."""
-    config, whole = config_of(cfg), dataclasses.replace(cfg, tune="full")
-    models = [memory.on_paper(config, c) for c in (cfg, whole)]
+        config = AutoConfig.from_pretrained(cfg.path(cfg.backbone), **safe)
+        models = [memory.on_paper(config, c) for c in (cfg, dataclasses.replace(cfg, tune="full"))]
     return tuple(4 * sum(p.numel() for p in policy.trained(m).values()) for m in models)
 
 

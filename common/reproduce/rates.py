@@ -79,7 +79,8 @@ def shown_steps(runs: Runs) -> list[int]:
 
 def sentence(runs: Runs) -> str:
     """The verdict on a jump at each rate, and what the preset's rate is worth over the lowest."""
-    total, method = runs.total, DEFAULT if runs.jump(DEFAULT) else "next-paper"
+    total, ours = runs.total, (DEFAULT, "next-paper")
+    method = next((m for find in (runs.later, runs.jump) for m in ours if find(m)), DEFAULT)
     at = columns(runs) or {0.0: runs}
     than = f"than GRPO at {total} RL steps"
     gaps = {rate: run.later(method) - run.at(total) for rate, run in at.items()}
@@ -243,8 +244,7 @@ def against_cosine(runs: Runs):
         look = {**CURVES[method], "ls": "", "label": label_of(method)}
         axis.plot([x for x, _, _ in those], [y for _, y, _ in those], **look)
     axis.axhline(0, color="gray", lw=1)
-    gained = f"points over GRPO at {runs.prefix}"
-    axis.set(xlabel="held-out cosine of the prediction (stage 3's backtest)", ylabel=gained)
+    axis.set(xlabel="held-out cosine (stage 3)", ylabel=f"points over GRPO at {runs.prefix}")
     wide(axis)
     axis.legend()
     return figure

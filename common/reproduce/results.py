@@ -186,7 +186,7 @@ def jump_info(run: pathlib.Path, policy: str) -> dict:
     top, *below = pathlib.Path(policy).parts
     if not path.is_file() and top not in OURS:  # another trainer's: checkpoint-20
         return {"step": step_of(pathlib.Path(top)) or 0}
-    if not path.is_file() and top == "continued":  # after a jump it counts from there
+    if not path.is_file() and re.match("continued/.+/checkpoint-", policy):  # counts from a jump
         jump = jump_info(run, f"extrapolated/{below[0]}")
         return {"step": jump["step"] + (step_of(path.parent) or 0)}
     return read_json(path, "the stage that made it", {"step": int, "seconds": float | None})

@@ -73,6 +73,12 @@ def load_tasks(specs, flag="--test-data", english_only=False, **columns) -> dict
     return tasks
 
 
+def place(spec: str) -> str:
+    """The path in `name=path`. An "=" behind a slash belongs to the path."""
+    name, _, path = spec.partition("=")
+    return path if path and "/" not in name else spec
+
+
 def parse_spec(spec: str) -> tuple[str, str, Source | None]:
     """(name, where, source): `where` is a local path or a hub id, `source` the benchmark that is
     named. A file or a hub id that is only called like one is none.

@@ -95,7 +95,7 @@ def told(parts: dict[str, float], cfg, total: float) -> str:
     share = total * options.get("gpu_memory_utilization", rollout.SHARED)
     cache = options.get("kv_cache_memory_bytes")
     own = (copy + cache if cache else share) if cfg.engine == "vllm" else 0.0
-    if own and own < copy:
+    if own and own + 2**30 * options.get("cpu_offload_gb", 0) < copy:
         raise UserError(f"vLLM's copy, {copy / 1e9:.1f} GB, is over its gpu_memory_utilization")
     parts = {**parts, "vLLM": own}
     needs = sum(parts.values())
@@ -109,6 +109,7 @@ def told(parts: dict[str, float], cfg, total: float) -> str:
         longest = cfg.max_prompt_tokens + cfg.max_new_tokens
         ways = [] if cfg.gradient_checkpointing else ["--gradient-checkpointing true"]
         ways += [f"--micro-tokens {longest}"] if cfg.micro_tokens > longest else []
+        ways += ["less gpu_memory_utilization"] if own else []
         ways.append("split it over more GPUs (common/accelerate/fsdp2.yaml)")
         raise UserError(f"needs {needed}: {', or '.join(ways)}")
     return f"memory: {needed}"

@@ -215,7 +215,7 @@ def summarise(rows: list[dict], judge, began: float) -> dict:
 
 
 def console_line(record: dict, start: float, share: float) -> str:
-    """`0.75 +- 0.012 (n = 2048), length 29.4, 1.7 s; all right: 30% of the problems, all wrong: 2%;
+    """`0.749 +- 0.01 (n = 2048), length 29.4, 1.7 s; all right: 30% of the problems, all wrong: 2%;
     00:20 left`: such problems give no gradient. share: of the work, what is done since `start`."""
     error = "" if record["standard_error"] is None else f" +- {record['standard_error']:.3f}"
     zero = "" if record["accuracy"] else "; all scored 0: are template and answer_format right?"
@@ -225,7 +225,7 @@ def console_line(record: dict, start: float, share: float) -> str:
         right, wrong = (record["by_problem"].count(x) / record["problems"] for x in (1, 0))
         advice = f", hardly a gradient: take {'easier' if wrong > right else 'harder'} ones"
         told = f"; all right: {right:.0%} of the problems, all wrong: {wrong:.0%}"
-        zero = told + (advice if right + wrong > MOST else "") + zero
+        zero = told + (advice if right + wrong > MOST and not zero else "") + zero
     left = tqdm.format_interval((time.perf_counter() - start) * (1 / share - 1))
     line = f"{record['accuracy']:.3f}{error} (n = {record['n']})"
     line += f", length {record['response_length']:.1f}, {record['seconds']:.1f} s{zero}"

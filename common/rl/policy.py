@@ -11,7 +11,7 @@ import sys
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import AutocastKwargs, parse_flag_from_env
-from huggingface_hub.utils import enable_progress_bars
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch.distributed.fsdp import FSDPModule
@@ -27,8 +27,9 @@ from common.files.resume import gathered
 
 HEAD_CHUNK = 1024  # tokens whose [tokens, vocabulary] logits exist at one time
 # Loading and saving are short; a download's bar stays.
-logging.disable_progress_bar()
-enable_progress_bars()
+if not are_progress_bars_disabled():
+    logging.disable_progress_bar()
+    enable_progress_bars()
 WANTED = "want a Hugging Face folder with safetensors weights, or a hub id"
 
 

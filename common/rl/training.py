@@ -71,7 +71,7 @@ class Batch:
 def check_prepared(cfg, *names: str) -> None:
     """Raises UserError where one of `names` is not there and the preset's `prepare` makes it."""
     for given in names if cfg.prepare else ():
-        path = cfg.path(given.rpartition("=")[2])  # of name=path
+        path = cfg.path(data.place(given))
         if "{run_dir}" in given and not os.path.exists(path):
             raise UserError(f"{path} not found: run {cfg.prepare} --run-dir {cfg.run_dir} first")
 

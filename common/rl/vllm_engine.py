@@ -119,7 +119,8 @@ class VLLMEngine:
         }
         params = [vllm.SamplingParams(seed=seed, **options) for seed in seeds]
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-        bar = not progress().disable and functools.partial(progress, **LONG)  # vLLM needs it shown
+        is_shown = not progress(**LONG).disable  # vLLM divides by the time of its bar
+        bar = is_shown and functools.partial(progress, **LONG)
         with in_one_line("vLLM failed while sampling", GO_ON):
             outputs = self.llm.generate(asked, params, lora_request=self.lora, use_tqdm=bar)
             self.rest()
@@ -131,6 +132,8 @@ class VLLMEngine:
 
     def close(self) -> None:
         """Gives the device memory back."""
+        if self.sleeps:
+            self.llm.wake_up()  # what is asleep cannot be freed
         several, end = int(os.environ.get("WORLD_SIZE", "1")) > 1, "destroy_process_group"
         # The group of several processes is accelerate's. vLLM would end it, and goes on without.
         with mock.patch.object(torch.distributed, end) if several else contextlib.nullcontext():

@@ -631,6 +631,11 @@ def test_what_another_trainer_makes_of_a_jump_is_no_plain_rl(tmp_path):
     table = tables.main_table(found)
     assert re.search(r"\| NExt \(aligned\) \| 250 \|.* \+10\.0 \[", table)
     assert "| after/checkpoint-100 | – |" in table
+    ours = "continued/next-aligned_alpha1.5/step_0250"
+    record(tmp_path, ours, share(60), 250)
+    (tmp_path / ours / "checkpoint.json").unlink()
+    with pytest.raises(UserError, match=r"step_0250/checkpoint\.json is missing"):
+        runs.Runs(tmp_path)
 
 
 def test_what_has_no_cost_file_has_no_cost_and_what_ended_sooner_has_a_row(tmp_path):

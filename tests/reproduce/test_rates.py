@@ -94,6 +94,11 @@ def test_without_rl_after_the_jump_the_page_begins_with_the_jump_itself(tmp_path
     text = rates.sentence(runs.Runs(tmp_path))
     assert text.startswith("**NExt (aligned) is better right after the jump than before it, in ")
     assert "points: does not hold, -10.0 [" in text
+    record(tmp_path, "train/step_0003", share(50), 3)
+    record(tmp_path, "continued/next-paper_alpha1.5/step_0003", share(56), 3)
+    record(tmp_path, "extrapolated/next-paper_alpha1.5", share(50), 2)
+    text = rates.sentence(runs.Runs(tmp_path))  # of what RL has followed
+    assert text.startswith("**NExt (paper) is better than GRPO at 3 RL steps, in points: holds, +6")
 
 
 def test_the_page_of_one_rate_says_nothing_of_rates(tmp_path):

@@ -105,7 +105,7 @@ def test_verls_own_configuration_takes_every_command(size, kind, tmp_path):
         pytest.skip("pip install hydra-core; pip install --no-deps verl==0.9.1")
     hydra = pytest.importorskip("hydra", reason="pip install hydra-core; --no-deps verl==0.9.1")
     (path,) = [f for f in importlib.metadata.files("verl") if f.name == "ppo_trainer.yaml"]
-    reproduce = {"full": True, "continue_from": ["next-aligned_alpha1.5"]}
+    reproduce = {"continue_from": ["next-aligned_alpha1.5"]}
     given = trained(typed(f"paper_qwen2.5_{size}", kind, reproduce=reproduce))
     rewarded = trained(typed(preset(tmp_path, train={"kl_in": "reward"})))
     assert "algorithm.kl_ctrl.kl_coef" in rewarded[0]

@@ -381,3 +381,9 @@ def test_characters_that_the_tokenizer_loses_are_a_warning(backbone_dir, capsys)
         backbone_dir, capsys, "1+1 x y λ", TURNS, ""
     )
     assert encoded(backbone_dir, capsys, "12 + 34", TURNS, "") == ""
+
+
+def test_an_equals_sign_behind_a_slash_belongs_to_the_path():
+    there = "{run_dir}/v=2/t.jsonl"
+    given = ("aime24=/a/b.parquet", there, f"mine={there}", "a.jsonl")
+    assert [*map(data.place, given)] == ["/a/b.parquet", there, there, "a.jsonl"]

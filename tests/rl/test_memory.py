@@ -187,14 +187,16 @@ def test_a_gpu_that_is_too_small_is_refused_with_what_would_help(monkeypatch, ca
     memory.check(model, cfg, place)
     assert " GB of a GPU's 80.0 (backbone 3.1, trained 1.2, borrowed 0" in capsys.readouterr().out
     cfg = options("paper_qwen2.5_1.5b", engine="vllm", micro_tokens=16384)
-    ways = r"--gradient-checkpointing true, or --micro-tokens 5120, or split it over more GPUs"
+    ways = r"--gradient-checkpointing true, or --micro-tokens 5120, or less gpu_memory_utiliz"
     with pytest.raises(UserError, match=rf"vLLM 32\.0.*{ways}"):
         memory.check(model, cfg, place)
     less = options("paper_qwen2.5_1.5b", engine="vllm", gradient_checkpointing=True)
-    with pytest.raises(UserError, match=r"\): split it over more GPUs"):
+    with pytest.raises(UserError, match=r"\): less gpu_memory_utilization, or split it over"):
         memory.told({"backbone": 79e9, "vLLM": 3e9}, less, GPU)  # the two others are used already
     with pytest.raises(UserError, match=r"vLLM's copy, 33\.0 GB, is over its gpu_memory_util"):
         memory.told({"backbone": 1e9, "vLLM": 33e9}, less, GPU)
+    less.vllm_options = '{"cpu_offload_gb": 2}'
+    assert "memory: 33.0 GB" in memory.told({"backbone": 1e9, "vLLM": 33e9}, less, GPU)
     cfg.gradient_checkpointing = True
     memory.check(model, cfg, place)
 

@@ -304,18 +304,20 @@ def test_with_sleep_mode_an_update_has_the_memory_and_a_rollout_has_new_weights(
         engine = vllm_engine.VLLMEngine(*made)
         engine.sync(model)
         engine.generate([], [], NEW)
-        return [f"{name} {options.get('tags', options.get('level', ''))}".strip()
-                for name, _, options in llm.mock_calls if "__" not in name]
+        engine.close()
+        calls = [call for call in llm.mock_calls if "__" not in call[0]]
+        return [f"{n} {how.get('tags', how.get('level', ''))}".strip() for n, _, how in calls]
 
-    wanted = ["collective_rpc", "reset_prefix_cache", "generate"]
+    end = "llm_engine.engine_core.shutdown"
+    wanted = ["collective_rpc", "reset_prefix_cache", "generate", end]
     assert called(model, 0, sleeps) == wanted  # frozen, as in stage 6: it never sleeps
     assert called(model.requires_grad_(True), 0, {}) == wanted
-    rpc, reset, generate = wanted
+    rpc, reset, generate, _ = wanted
     assert called(model, 0, sleeps) == [
         *("sleep 2", "wake_up ['weights']", rpc, reset, "wake_up ['kv_cache']", generate),
-        "sleep 2",
+        *("sleep 2", "wake_up", end),
     ]
-    assert called(make_lora(4), 4, sleeps) == ["generate"]  # an adapter's backbone stays
+    assert called(make_lora(4), 4, sleeps) == ["generate", end]  # an adapter's backbone stays
 
 
 @pytest.fixture(scope="module")
