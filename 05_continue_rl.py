@@ -19,7 +19,7 @@ from typing import Literal
 
 from common import UserError
 from common.files import adapters, models, write
-from common.files.config import option, parse
+from common.files.config import HIDDEN, option, parse
 from common.files.read import quick_hash, safe_name
 from common.files.stage import Stage, is_writer, run_stage
 from common.rl import data, options, policy, training
@@ -29,13 +29,13 @@ stage1 = importlib.import_module("01_train_lora_grpo")
 
 @dataclasses.dataclass
 class ContinueConfig(stage1.TrainConfig):
-    """Stage 1's options, and where to start."""
+    """Where to start, and how far to go."""
 
     start: str = option("next-aligned_alpha1.5", "in extrapolated/; or merged/<name>; or a path")
     restart: Literal["adapter", "merged"] = option("adapter", "train it, or merge it: a new LoRA")
     name: str = option("", "folder of continued/ to write [the name of the start]")
     more_steps: int = option(100, "RL steps after the jump (paper: 100)")
-    steps: int = option(1, "not an option here: the step of the start plus more_steps")
+    steps: int = option(1, HIDDEN)  # the step of the start plus more_steps
 
 
 def main() -> None:

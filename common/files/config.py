@@ -28,6 +28,7 @@ WHERE_AND_HOW = {*COMMAND_LINE_ONLY, "threads"}  # does not change what is compu
 METAVARS = {int: "N", float: "X", bool: "BOOL", "config": "PRESET", "backbone": "MODEL"}
 METAVARS |= {"start": "ADAPTER", "report_to": "TRACKER", "policies": "GLOB", "vllm_options": "JSON"}
 METAVARS |= dict.fromkeys(("output", "name"), "FOLDER")
+HIDDEN = argparse.SUPPRESS  # as the help of an option that is not for users
 PRESETS = pathlib.Path(__file__).parents[1] / "presets"
 
 
@@ -57,6 +58,9 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
 
     def __init__(self, prog):
         super().__init__(prog, max_help_position=34, width=160)
+
+    def _get_help_string(self, action):
+        return action.help if action.default in ("", None) else super()._get_help_string(action)
 
 
 class _Parser(HfArgumentParser):
