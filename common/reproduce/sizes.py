@@ -5,11 +5,13 @@ import statistics
 import matplotlib.pyplot as plt
 
 from common.reproduce.figures import legend_below
-from common.reproduce.results import made_on
+from common.reproduce.results import made_on, table_of
 from common.reproduce.runs import Runs
 from common.reproduce.tables import RECIPES
 
 PARTS = {"RL": "#56B4E9", "SVD": "#D55E00", "predictor": "#E69F00", "extrapolation": "#009E73"}
+HOURS, A800 = table_of("paper.yaml")["hours"], 4  # GPUs
+SECONDS = "wall seconds"
 SIDES = {"without a jump": "#999999", "NExt": "#0072B2"}
 
 
@@ -18,7 +20,7 @@ def machines(models: list[Runs]) -> tuple[list[str], str, list[float]]:
     names, gpus = zip(*(made_on(one.folder(one.seeds[0])) for one in models), strict=True)
     if all(gpus):
         return names, "GPU hours: wall hours × GPUs", [count / 3600 for count in gpus]
-    return names, "wall seconds", [1.0] * len(models)
+    return names, SECONDS, [1.0] * len(models)
 
 
 def cost(runs: Runs):
@@ -31,7 +33,10 @@ def cost(runs: Runs):
             if found := [r.spent for r in m.by_seed.values() if r.seconds]:
                 means = {p: statistics.fmean(r.get(p, 0.0) for r in found) for p in PARTS}
                 means = {part: factor * value for part, value in means.items()}
-                bars.append((f"{model}{m.label}, {m.steps} steps", means))
+                label = f"{model}{m.label}, {m.steps} steps"
+                if name in HOURS and unit != SECONDS:
+                    label += f" (the paper: {A800 * HOURS[name][m.method != 'grpo']:g})"
+                bars.append((label, means))
     if not bars:
         return None
     figure, axis = plt.subplots(figsize=(9, 1.3 + 0.4 * len(bars)))
