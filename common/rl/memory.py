@@ -69,6 +69,8 @@ def plan(config, cfg, shards: int = 1, mixed: bool = True) -> dict[str, float]:
         inputs = rows * longest * config.hidden_size * model.dtype.itemsize
         activations = activations / len(layers) + len(layers) * inputs
     head = HEAD * 4 * min(policy.HEAD_CHUNK, rows * longest) * config.vocab_size
+    # Its weights in bf16 and, if they are trained, what a chunk adds to their gradient.
+    head += model.get_output_embeddings().weight.numel() * (8 if whole else 2) * mixed
     found = {"backbone": backbone, "trained": TRAINED * trained, "borrowed": lent}
     copy = 2 * sum(p.numel() for p in model.parameters() if whole or not p.requires_grad)  # bf16
     return {**found, "activations": activations, "head": head, "vLLM": copy}
