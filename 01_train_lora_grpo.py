@@ -31,7 +31,7 @@ from common.rl.training import Batch, Run
 
 @dataclasses.dataclass
 class TrainConfig(options.RLConfig):
-    """Table 2; lengths, temperature: below. (open): not in the paper, mostly as in verl."""
+    """The paper's Table 2 (lengths, temperature: below). (open): not in it, mostly as in verl."""
 
     train_data: str = option("dapo-math-17k", "problems (paper: DAPO-Math-17k)")
     algorithm: Literal["grpo", "rloo", "reinforce++", "reinforce++-baseline"] = option(

@@ -278,7 +278,7 @@ BAD = {
         "",
         "whole models: name the one that training started from with --backbone",
     ),
-    "no such backbone": (None, "nowhere/model", "backbone nowhere/model is no folder"),
+    "no such backbone": (None, "nowhere/model", "cannot load backbone nowhere/model"),
     "another shape": (
         other_shape,
         "BACKBONE",

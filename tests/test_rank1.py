@@ -355,7 +355,6 @@ def test_an_aligned_trajectory_has_no_random_signs():
 def test_energy_ratio_by_hand():
     sigma = torch.tensor([[3.0, 1.0], [1.0, 0.0]])
     assert measures.energy_ratio(sigma).tolist() == [0.75, 1.0]
-    assert measures.energy_ratio(sigma, 2).tolist() == pytest.approx([0.9, 1.0])
     assert math.isnan(measures.energy_ratio(torch.zeros(2)))
 
 

@@ -40,7 +40,7 @@ def option(default: object, help: str) -> object:
 
 @dataclasses.dataclass
 class StageConfig:
-    """The options that every stage has."""
+    """The run: options that every stage has."""
 
     config: str | None = option(None, "preset: a name in common/presets or a path to a YAML file")
     run_dir: str = option("runs/default", "the run directory, read and written by all stages")

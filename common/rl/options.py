@@ -17,7 +17,7 @@ NOT_NEGATIVE = ("weight_decay", "clip_low", "clip_high", "kl_coef", "importance_
 
 @dataclasses.dataclass
 class SamplingConfig(StageConfig):
-    """How responses are asked for, sampled and scored: alike in training and in evaluation."""
+    """Model, data, prompts, sampling and engine: alike in training and in evaluation."""
 
     backbone: str = option("Qwen/Qwen2.5-1.5B-Instruct", "folder or hub id (paper: 1.5B to 14B)")
     prompt_column: str = option("prompt", "of a file or hub id: question's column, a.b for nested")
@@ -57,7 +57,7 @@ class SamplingConfig(StageConfig):
 
 @dataclasses.dataclass
 class RLConfig(SamplingConfig):
-    """Stage 1's options of data, optimizer, memory, precision and logging."""
+    """Start, reward, optimizer, memory, precision, logging."""
 
     start: str = option("", "an adapter of PEFT's to train on, from its step [a new LoRA, from 0]")
     reward: list[str] = option(["verifier"], "verifier, or file.py:function; several are added")
