@@ -10,10 +10,10 @@ Writes  <run-dir>/eval/<policy>/<task>.jsonl   a response a line, with run numbe
         <run-dir>/eval/<policy>/<task>.json    accuracy, standard error, n, response length
         <run-dir>/report.html, report.md       tables, claims and figures: common/reproduce
 
-A policy is an adapter, measured on the backbone that it was trained on, or a whole model. Type
---run-dir outputs --policies 'checkpoint-*' to measure another trainer's; its RL after a jump counts
-from there as outputs/continued/<jump>/checkpoint-100. With --output the results go to that folder,
-without a report. Stage 4 chooses by accuracy from <run-dir>/validation alone.
+A policy is an adapter, measured on the backbone that it was trained on, or a whole model. For
+another trainer's type --run-dir outputs --policies 'checkpoint-*' or name=path. What it made of a
+jump counts on from there as outputs/continued/<jump>/checkpoint-100. With --output the results go
+to that folder, without a report. Stage 4 chooses by accuracy from <run-dir>/validation alone.
 
 Every problem is answered `runs` times. The standard error is over problems: the runs of one problem
 are not independent, so their mean is one observation. All policies get the same seeds: differences
@@ -52,7 +52,7 @@ class EvalConfig(SamplingConfig):
 
     policies: list[str] = option(
         ["backbone", "train/step_*", "extrapolated/*", "continued/*/step_*"],
-        "globs below the run directory, and `backbone`",
+        "globs below the run directory, `backbone`, name=path",
     )
     test_data: list[str] = option(
         [*MATHS, "gpqa-diamond", "mmlu-pro"],
@@ -69,14 +69,14 @@ class EvalConfig(SamplingConfig):
             raise UserError(f"--output {self.output} is another stage's folder: try validation")
 
 
-def to_measure(cfg: EvalConfig, run: pathlib.Path, tasks: dict) -> list[tuple[str, str, dict]]:
-    """What was not measured before: (policy, its model, {task: all that the result depends on}). An
-    adapter's model is the one it stands on."""
+def to_measure(cfg: EvalConfig, run: pathlib.Path, tasks: dict) -> list[tuple]:
+    """What was not measured before: (policy, its folder, its model, {task: all that the result
+    depends on}). An adapter's model is the one it stands on."""
     how = {"settings": config.as_dict(cfg, leave_out=NOT_SETTINGS), "versions": versions()}
     asked, found = rollout.vllm_options(cfg.vllm_options).items(), []
     how["dtypes"] = {key: value for key, value in asked if "dtype" in key}
-    for name in find_policies(run, cfg.policies):
-        base, path = base_of(run, name, cfg.backbone), run / name
+    for name, path in find_policies(run, [*map(cfg.path, cfg.policies)]).items():
+        base = base_of(run, path, cfg.backbone)
         model = find_model(cfg.path(base))
         weights = weights_hash(path if adapters.is_adapter(path) else model)
         same = {**how, "weights": weights, "backbone": weights_hash(model)}
@@ -84,7 +84,7 @@ def to_measure(cfg: EvalConfig, run: pathlib.Path, tasks: dict) -> list[tuple[st
         folder = run / cfg.output / name.replace("/", "__")
         done = {t for t in tasks if is_made(folder / f"{t}.json", made[t]) and not cfg.overwrite}
         left = {task: record for task, record in made.items() if task not in done}
-        found += [(name, base, left)] if left else []
+        found += [(name, path, base, left)] if left else []
     return found
 
 
@@ -94,10 +94,10 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
     judge = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format)
     judge.check([problem for problems in tasks.values() for problem in problems])
     work = to_measure(cfg, run, tasks)
-    loras = {name: run / name for name, *_ in work if adapters.is_adapter(run / name)}
+    loras = {name: path for name, path, *_ in work if adapters.is_adapter(path)}
     rank = max((adapters.highest_rank(adapters.read_config(x)) for x in loras.values()), default=0)
     start, done, total = time.perf_counter(), 0, sum(len(left) for *_, left in work)
-    for name, base, left in (bar := progress(work, "evaluating")):
+    for name, path, base, left in (bar := progress(work, "evaluating")):
         # The model, then the adapter on it.
         if loaded is None or loaded.base != base:
             if loaded:
@@ -109,7 +109,7 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
         if name in loras:
             policy.refuse_foreign(loras[name], loaded.fingerprint)
         loaded.engine.use(loras.get(name))
-        trained = {} if name == "backbone" else adapters.read_info(run / name)
+        trained = {} if name == "backbone" else adapters.read_info(path)
         if trained.get("template_hash", loaded.template_hash) != loaded.template_hash:
             accelerator.print(f"warning: {name} was trained with another prompt template")
         # `runs` answers to every problem, scored.
@@ -120,9 +120,9 @@ def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> No
             record |= metrics.summarise(rows, judge, began) | machine()
             record["left_out"] = len(tasks[task]) - record["problems"]  # prompts that are too long
             if accelerator.is_main_process:
-                path = run / cfg.output / name.replace("/", "__") / f"{task}.jsonl"
-                write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-                write_json(path.with_suffix(".json"), record)
+                file = run / cfg.output / name.replace("/", "__") / f"{task}.jsonl"
+                write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+                write_json(file.with_suffix(".json"), record)
                 told = metrics.console_line(record, start, done / total)
                 bar.write(f"{done}/{total} {name}  {task}: {told}")
     judge.close()

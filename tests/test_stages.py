@@ -181,7 +181,9 @@ def test_another_trainers_checkpoints_are_measured_where_they_lie(run, stage, tm
     (checkpoint / "checkpoint.json").unlink()
     (checkpoint / "sha256.json").unlink()
     shutil.copytree(checkpoint, tmp_path / "out" / "jumped")
+    after, whole = (shutil.copytree(x, tmp_path / x.name) for x in (checkpoint, run / "backbone"))
     flags = ["--backbone", str(run / "backbone"), "--policies", "backbone", "jumped"]
+    flags += [f"after={after}", f"checkpoint-90={after}", f"whole={whole}"]
     flags += ["checkpoint-*", "--test-data", str(run / "data" / "test.jsonl")]
     assert stage("06", tmp_path / "out", *flags)[0] == 0
     folders = run / "eval" / "train__step_0006", tmp_path / "out" / "eval" / "checkpoint-60"
@@ -192,6 +194,14 @@ def test_another_trainers_checkpoints_are_measured_where_they_lie(run, stage, tm
     assert "| Backbone | 0 | – | 256 |" in page
     assert "| another trainer's RL | 60 | – | 256 |" in page
     assert "| jumped | – | – | 256 |" in page
+    assert "| another trainer's RL | 90 | – | 256 |" in page  # elsewhere, with a step in its name
+    assert page.count("| after | – | – | 256 |") == page.count("| whole | – | – | 256 |") == 1
+    for name, equal in (("after", "checkpoint-60"), ("whole", "backbone")):
+        folders = (tmp_path / "out" / "eval" / one / "test.json" for one in (name, equal))
+        ours, theirs = (json.loads(path.read_text())["by_problem"] for path in folders)
+        assert ours == theirs
+    code, line = stage("06", tmp_path / "out", *flags, "--policies", f"after={tmp_path}")
+    assert (code, "no adapter of PEFT's and no model is there" in line) == (2, True)
 
 
 def test_evaluation_with_another_template_than_trainings_warns(run, capsys):

@@ -10,6 +10,7 @@ import torch
 from common import UserError, in_one_line
 from common.files import adapters
 from common.files.read import check_intact, open_tensors, read_json, safe_name, sha256, step_of
+from common.files.stage import within
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WANTED = "want a Hugging Face folder with safetensors weights"
@@ -96,35 +97,41 @@ def linear_layers(model: ModelFolder) -> list[str]:
     return found
 
 
-def find_policies(run: pathlib.Path, patterns: list[str]) -> list[str]:
-    """The policies that `patterns` (globs below `run`, and `backbone`) stand for, each once."""
+def find_policies(run: pathlib.Path, patterns: list[str]) -> dict[str, pathlib.Path]:
+    """Name -> folder of what `patterns` stand for: globs below `run`, `backbone`, name=path."""
     found = {}
     for pattern in patterns:
+        name, _, where = pattern.partition("=")
+        if where and "/" not in name:
+            path = pathlib.Path(where)
+            if not adapters.is_adapter(path) and not is_model(path):
+                raise UserError(f"--policies {pattern}: no adapter of PEFT's and no model is there")
+            found[safe_name(name, "--policies")] = path
+            continue
         if pathlib.Path(pattern).is_absolute() or ".." in pattern:
             raise UserError(f"policies are named as they stand in {run}, not {pattern}")
         paths = [p for p in sorted(run.glob(pattern)) if adapters.is_adapter(p) or is_model(p)]
         # continued/<start>_merged/backbone is what that run stands on.
         alone = pattern.endswith("backbone")
         paths = [p for p in paths if p.name[0] != "." and (alone or p.name != "backbone")]
-        names = [str(p.relative_to(run)) for p in paths]
-        names = ["backbone"] if pattern == "backbone" else names
-        if not names:
+        paths = [run / "backbone"] if pattern == "backbone" else paths
+        if not paths:
             raise UserError(f"no policy matches {run}/{pattern}: run the stage that makes it first")
-        found |= dict.fromkeys(names)
-    return list(found)
+        found |= {str(path.relative_to(run)): path for path in paths}
+    return found
 
 
-def base_of(run: pathlib.Path, policy: str, given: str) -> str:
+def base_of(run: pathlib.Path, policy: pathlib.Path, given: str) -> str:
     """The model to load for `policy`: itself if it is one, else the one that its adapter is on.
 
     A file of unknown origin does not choose what is loaded: UserError where a checkpoint without a
     fingerprint names a model that is neither `given` nor in `run`.
     """
-    path = run / policy / "checkpoint.json"
-    if policy == "backbone":
+    path = policy / "checkpoint.json"
+    if policy == run / "backbone":
         return given
-    if not adapters.is_adapter(path.parent):
-        return f"{{run_dir}}/{policy}"
+    if not adapters.is_adapter(policy):
+        return within(policy, run, "{run_dir}")
     known = read_json(path, "the stage") if path.is_file() else {}
     named = known.get("backbone", given)
     where, wanted = (
@@ -171,7 +178,7 @@ def find_start(cfg) -> tuple[pathlib.Path, int, str]:
         raise UserError(f"{start} not found: run 04_extrapolate.py first (there: {there})")
     if (step := adapters.read_info(start).get("step")) is None:
         raise UserError(f"{start} has no step in a checkpoint.json")
-    return start, step, base_of(run, policy, cfg.backbone)
+    return start, step, base_of(run, start, cfg.backbone)
 
 
 @functools.cache  # a whole model takes its time, and many jumps stand on one

@@ -137,12 +137,14 @@ def show(run, line: dict) -> None:
         left = line["seconds"] * (run.cfg.steps - line["step"])
         tqdm.write(
             f"step {line['step']}/{run.cfg.steps}  accuracy {line['accuracy']:.3f}  {held_out}"
+            f"loss {line['loss']:.1e}{'' if run.told else ' (about 0 is right)'}  "
             f"length {line['response_length']:.1f}  cut {line['truncated_share']:.2f}  "
             f"flat {line['zero_variance_groups']:.2f}  clip {line['clip_share']:.3f}  "
             f"entropy {line['entropy']:.2f}  gap {line['logprob_gap_mean']:.0e}  "
             f"grad {line['grad_norm']:.2f}  {line['seconds']:.2f} s ({phases})  "
             f"{tqdm.format_interval(left)} left{flat}"
         )
+        run.told = True
 
 
 def evaluate(run, step: int, timer: Timer) -> dict:

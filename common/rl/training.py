@@ -37,6 +37,7 @@ class Run:
     backbone: str  # what the policy is an adapter on, or began as
     stands_on: dict  # hashes of backbone, template, data and reward files; problems left out
     flat: int = 0  # steps without a gradient, one after another
+    told: bool = False  # whether the console has had a line
 
 
 @dataclasses.dataclass

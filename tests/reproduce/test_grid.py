@@ -659,7 +659,7 @@ def test_what_a_merged_restart_stands_on_is_no_policy(run, stage):
     assert "continued/next-aligned_alpha1.5_merged/step_0007" in names
     assert not [name for name in names if name.endswith("backbone")]
     named = str(restarted.relative_to(run) / "backbone")
-    assert models.find_policies(run, [named]) == [named]
+    assert [*models.find_policies(run, [named])] == [named]
 
 
 def test_one_odd_continuation_does_not_make_the_run_odd(tmp_path):

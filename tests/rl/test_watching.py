@@ -4,11 +4,12 @@ import dataclasses
 import importlib
 import json
 import math
+import re
 import shutil
 import types
 
 import pytest
-from conftest import metrics
+from conftest import TINY, call_main, metrics
 
 from common import UserError
 from common.reproduce import figures
@@ -84,10 +85,19 @@ def test_a_tracker_gets_all_that_is_a_number():
     log = lambda values, step: logged.append((step, values))  # noqa: E731
     place = types.SimpleNamespace(log=log, is_main_process=False)
     cfg = types.SimpleNamespace(log_every=1, steps=9)
-    run = types.SimpleNamespace(accelerator=place, cfg=cfg, flat=0)
+    run = types.SimpleNamespace(accelerator=place, cfg=cfg, flat=0, told=False)
     line = {"step": 3, "loss": 0.5, "grad_norm": 1.0}
     step_metrics.show(run, {**line, "seconds_by_phase": {"update": 1.0}})
     assert logged == [(3, {"loss": 0.5, "grad_norm": 1.0})]
+
+
+def test_the_first_line_on_the_console_says_that_a_loss_of_0_is_right(new_run, capsys):
+    flags = ("--config", TINY, "--run-dir", str(new_run), "--steps", "2", "--log-every", "1")
+    call_main("01", *flags)
+    shown = "".join(capsys.readouterr()).splitlines()
+    first, second = (x for x in shown if x.startswith("step "))
+    assert re.search(r"  loss -?\d\.\de[+-]\d\d \(about 0 is right\)  length", first)
+    assert re.search(r"  loss -?\d\.\de[+-]\d\d  length", second)
 
 
 def test_importance_ratios_are_the_trainers_over_the_engines(new_run, stage, monkeypatch):
