@@ -136,7 +136,7 @@ def main() -> None:
     accelerator = policy.start_processes("auto")
     accelerator.print(f"{accelerator.num_processes} process(es)")
     cfg.engine, run = rollout.choose_engine(cfg.engine), pathlib.Path(cfg.run_dir)
-    if not run.is_dir() and cfg.policies != ["backbone"]:
+    if not run.is_dir() and not all(x == "backbone" or "=" in x for x in cfg.policies):
         raise UserError(f"run directory {run} not found: run 01_train_lora_grpo.py first")
     if accelerator.is_main_process:
         claim(run / cfg.output)

@@ -15,6 +15,7 @@ from common.files.stage import within
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WANTED = "want a Hugging Face folder with safetensors weights"
 WRITER = "what saves the model"
+OURS = ("train", "extrapolated", "merged", "continued", "validation")  # folders of policies
 
 
 @dataclasses.dataclass
@@ -106,7 +107,9 @@ def find_policies(run: pathlib.Path, patterns: list[str]) -> dict[str, pathlib.P
             path = pathlib.Path(where)
             if not adapters.is_adapter(path) and not is_model(path):
                 raise UserError(f"--policies {pattern}: no adapter of PEFT's and no model is there")
-            found[safe_name(name, "--policies")] = path
+            if safe_name(name, "--policies") in ("backbone", *OURS):
+                raise UserError(f"--policies {pattern}: give it a name that is not ours")
+            found[name] = path
             continue
         if pathlib.Path(pattern).is_absolute() or ".." in pattern:
             raise UserError(f"policies are named as they stand in {run}, not {pattern}")

@@ -57,11 +57,14 @@ def is_writer() -> bool:
 
 
 def progress(iterable=None, desc: str = "", in_log: bool = False, **options) -> tqdm:
-    """A bar by the first process, on a terminal; with in_log once a minute in a log file too."""
+    """A bar by the first process, on a terminal; with in_log also in a log file, after five seconds
+    and then once a minute."""
     terminal = sys.stderr.isatty()
-    slow = {} if terminal else {"mininterval": 60, "delay": 5}
+    slow = {} if terminal else {"mininterval": 60, "delay": 5, "smoothing": 0}
     shown = is_writer() and (terminal or in_log)
-    return tqdm(iterable, desc, disable=not shown, **{**slow, **options})
+    bar = tqdm(iterable, desc, disable=not shown, **{**slow, **options})
+    bar.last_print_t = getattr(bar, "last_print_t", 0) - (0 if terminal else 55)
+    return bar
 
 
 def _plain(value: object) -> object:

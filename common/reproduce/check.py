@@ -44,7 +44,8 @@ def options(name: str, root: str) -> list:
     for key in config.load_preset(name).get("shared", {}).keys() - known:
         raise UserError(f"preset {name}: unknown key {key} in shared; {config.nearest(key, known)}")
     for flag, spec, cfg in sources(name, found)[1:]:  # stage 1 comes first and sees for itself
-        if pathlib.Path(data.place(spec)).is_file():
+        path = pathlib.Path(data.place(spec))  # what `prepare` makes may not be there yet
+        if path.is_file() or (path.suffix in data.FILE_TYPES and not path.is_relative_to(root)):
             tasks = data.load_tasks([spec], flag, **cfg.columns)
             judge = verifier.Verifier(answer_format=cfg.answer_format)
             judge.check([problem for problems in tasks.values() for problem in problems])
@@ -53,10 +54,12 @@ def options(name: str, root: str) -> list:
 
 def sources(name: str, found: list) -> list[tuple]:
     """(flag, data, the options of its stage) of all problems. found: the options of the stages."""
-    train, *_, test = found
+    train, *_, later, test = found
     wanted = plans.values_of(name, config.load_preset(name))["reproduce"]
     tests = dict.fromkeys([*test.test_data, *wanted["domains"], wanted["validation_data"]])
     specs = [("--train-data", train.train_data, train), ("--eval-data", train.eval_data, train)]
+    if (later.train_data, later.columns) != (train.train_data, train.columns):  # of stage 5
+        specs.append(("--train-data", later.train_data, later))
     specs += [("--test-data", spec, test) for spec in tests]
     return [(flag, cfg.path(spec), cfg) for flag, spec, cfg in specs if spec]
 

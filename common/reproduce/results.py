@@ -10,6 +10,7 @@ import yaml
 
 from common import UserError
 from common.files import adapters
+from common.files.models import OURS
 from common.files.read import read_json, read_jsonl, step_of
 from common.reproduce.estimates import over_problems
 from common.rl.benchmarks import suite_of
@@ -29,7 +30,6 @@ OWN_ALPHA = {"expo": 0.5}  # methods whose alpha means something else
 # Methods that need stage 2; and what was measured for those that choose by accuracy.
 FROM_DELTAS = ("next-", "weighted", "repeat-last", "recent-locals", "alpharl")
 MEASURED = {"alpharl-pls": ("*__step_*",), "greedy-soup": ("*__step_*", "*__candidate_*")}
-OURS = ("train", "extrapolated", "merged", "continued", "validation")  # folders of policies
 LOGGED = {"step": int, "seconds": float, "accuracy": float, "response_length": float}
 RECORD = {"policy": str, "n": int, "response_length": float, "by_problem": list[float]}
 RECORD |= {"settings": dict | None, "data": str | None, "template_hash": str | None}
@@ -149,6 +149,8 @@ def load_results(run: pathlib.Path) -> dict[str, Result]:
             method, alpha = match[1] + (match[3] or ""), float(match[2]) if match[2] else None
         steps = 0 if policy == "backbone" else jump_info(run, policy)["step"]
         method = method if steps or method != "grpo" else policy  # another trainer's, with a name
+        # Another trainer's after a jump has the name that ours would have.
+        policy = re.sub("^(continued/.+/)checkpoint-.*", rf"\g<1>step_{steps:04d}", policy)
         known = {"trained": training_options(run, policy), "records": records}
         known |= {"tasks": tuple(records), "spent": spent(run, policy, method, steps)}
         found[policy] = Result(policy, method, alpha, steps, **known)
@@ -187,7 +189,7 @@ def jump_info(run: pathlib.Path, policy: str) -> dict:
     if not path.is_file() and top not in OURS:  # another trainer's: checkpoint-20
         return {"step": step_of(pathlib.Path(top)) or 0}
     if not path.is_file() and re.match("continued/.+/checkpoint-", policy):  # counts from a jump
-        jump = jump_info(run, f"extrapolated/{below[0]}")
+        jump = jump_info(run, f"extrapolated/{re.sub('_merged$|_linear$', '', below[0])}")
         return {"step": jump["step"] + (step_of(path.parent) or 0)}
     return read_json(path, "the stage that made it", {"step": int, "seconds": float | None})
 
@@ -211,7 +213,8 @@ def spent(run: pathlib.Path, policy: str, method: str, steps: int) -> dict[str, 
         return read_json(path, **made)[key] if path.is_file() else math.nan
 
     train, method = run / "train", re.sub("_merged$|_linear$|_accepted$", "", method)
-    if not (train / "metrics.jsonl").is_file() or method == "oracle":
+    others = policy != "backbone" and policy.split("/")[0] not in OURS
+    if others or not (train / "metrics.jsonl").is_file() or method == "oracle":
         return {}
     if method in ("backbone", "grpo"):
         return {"RL": rl_seconds(train, steps)}

@@ -34,8 +34,9 @@ def cost(runs: Runs):
                 means = {p: statistics.fmean(r.get(p, 0.0) for r in found) for p in PARTS}
                 means = {part: factor * value for part, value in means.items()}
                 label = f"{model}{m.label}, {m.steps} steps"
-                if name in HOURS and unit != SECONDS:
-                    label += f" (the paper: {A800 * HOURS[name][m.method != 'grpo']:g})"
+                steps, hours = HOURS.get(name, {}).get(m.method.split("-")[0], (0, 0))
+                if steps == m.steps and unit != SECONDS:
+                    label += f" (the paper: {A800 * hours:g})"
                 bars.append((label, means))
     if not bars:
         return None

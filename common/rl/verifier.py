@@ -93,8 +93,9 @@ def _number_answer(answer: str) -> fractions.Fraction | None:
     # A plain number or a fraction of two, perhaps after "m + n =" or before a percent sign. Another
     # word may stand beside it in \text{} alone.
     answer = _NAME.sub("", answer[:1001].replace("\u2212", "-"))
-    answer = re.sub(r"(?:\\[ ,;!]|\s)+$|\\(?=\$)", "", answer).strip().strip("$").strip()
-    answer = answer.removesuffix("%").removesuffix("\\").removesuffix(".")
+    spaces = r"(?:\\[ ,;!]|\s)+$|\\(?=\$)"
+    answer = re.sub(spaces, "", re.sub(spaces, "", answer).removesuffix(".")).strip().strip("$")
+    answer = answer.strip().removesuffix("%").removesuffix("\\")
     if face := _FACE.match(answer):
         answer = answer[face.end() :].removeprefix("{").removesuffix("}")
     elif re.fullmatch(r"\{(?:[^{},]|\{[^{}]*\})*\}", answer):

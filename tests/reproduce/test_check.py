@@ -62,6 +62,21 @@ def test_a_late_stages_mistake_is_found_before_the_first_command(
         check.options(str(name), str(empty_run))
 
 
+@pytest.mark.parametrize(
+    ("sections", "line"),
+    [
+        ({"eval": {"test_data": ["/no/gone.jsonl"]}}, "data file /no/gone.jsonl not found"),
+        ({"continue": {"prompt_column": "question"}}, "no usable 'question'"),
+    ],
+)
+def test_data_that_is_missing_or_is_stage_5s_alone_is_looked_at_too(
+    empty_run, tmp_path, sections, line
+):
+    (name := tmp_path / "mine.yaml").write_text(yaml.safe_dump({"base": TINY, **sections}))
+    with pytest.raises(UserError, match=line):
+        check.options(str(name), str(empty_run))
+
+
 def test_test_problems_that_no_response_can_solve_are_found_too(tmp_path):
     (tmp_path / "test.jsonl").write_text('{"prompt": "1 / 2", "answer": "a half"}\n')
     sections = {"eval": {"test_data": ["{run_dir}/test.jsonl"], "answer_format": "last_number"}}

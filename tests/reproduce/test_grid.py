@@ -631,11 +631,30 @@ def test_what_another_trainer_makes_of_a_jump_is_no_plain_rl(tmp_path):
     table = tables.main_table(found)
     assert re.search(r"\| NExt \(aligned\) \| 250 \|.* \+10\.0 \[", table)
     assert "| after/checkpoint-100 | – |" in table
+    assert rates.sentence(found).startswith("**NExt (aligned) is better than GRPO at 250 RL steps")
+    assert "| Tables 3, 4: at 250 steps better than GRPO | " in claims.page(found)
+    (tmp_path / after).rename(tmp_path / "continued" / "none_merged")  # of a merged restart
+    record(tmp_path, "extrapolated/none", share(40), 150)
+    record(tmp_path, "continued/none_merged/checkpoint-90", share(44))
+    (tmp_path / "continued/none_merged/checkpoint-90/checkpoint.json").unlink()
+    assert runs.Runs(tmp_path).get("continued/none_merged/step_0240").steps == 240
     ours = "continued/next-aligned_alpha1.5/step_0250"
     record(tmp_path, ours, share(60), 250)
     (tmp_path / ours / "checkpoint.json").unlink()
     with pytest.raises(UserError, match=r"step_0250/checkpoint\.json is missing"):
         runs.Runs(tmp_path)
+
+
+def test_what_is_measured_elsewhere_has_no_cost_in_our_run(tmp_path):
+    one_run(tmp_path, 55)
+    log(tmp_path / "train", range(1, 401))
+    for name in ("mine", "checkpoint-100"):  # --policies mine=/a/folder
+        record(tmp_path, name, share(50))
+        (tmp_path / name / "checkpoint.json").unlink()
+    found = runs.Runs(tmp_path)
+    assert (found.get("mine").steps, found.get("mine").seconds) == (0, None)
+    assert (found.get("checkpoint-100").steps, found.get("checkpoint-100").seconds) == (100, None)
+    assert "| mine | – | – | 100 | 50.0" in tables.main_table(found)
 
 
 def test_what_has_no_cost_file_has_no_cost_and_what_ended_sooner_has_a_row(tmp_path):
@@ -790,5 +809,12 @@ def test_models_stand_beside_one_another_in_gpu_hours(tmp_path, monkeypatch):
     page.beside = [runs.Runs(tmp_path / "cpu", [0])]
     assert sizes.cost(page).axes[0].get_xlabel() == "wall seconds"
     assert "the paper" not in str([*sizes.cost(page).axes[0].get_yticklabels()])
+    page.beside = []
+    main = tmp_path / "1.5B" / "seed0" / "lora"
+    (main / "eval" / "train__step_0400" / "gpqa-diamond.json").unlink()
+    record(main, "train/step_0250", share(20), 250, "gpqa-diamond")
+    shorter = runs.Runs(tmp_path / "1.5B", [0])  # the paper's hours are of 400 steps
+    labels = [text.get_text() for text in sizes.cost(shorter).axes[0].get_yticklabels()]
+    assert labels[-1] == "GRPO with LoRA, 250 steps"
     assert "fig7_gpqa.png" in report.page(page, "")
     assert sizes.gpqa(runs.Runs(tmp_path, [0])) is None
