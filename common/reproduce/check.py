@@ -49,6 +49,9 @@ def options(name: str, root: str) -> list:
             tasks = data.load_tasks([spec], flag, **cfg.columns)
             judge = verifier.Verifier(answer_format=cfg.answer_format)
             judge.check([problem for problems in tasks.values() for problem in problems])
+    specs = map(found[-1].path, found[-1].test_data)  # together: two may have one name
+    here = [spec for spec in specs if pathlib.Path(data.place(spec)).is_file()]
+    data.load_tasks(here, **found[-1].columns)
     return found
 
 

@@ -67,6 +67,7 @@ def test_a_late_stages_mistake_is_found_before_the_first_command(
     [
         ({"eval": {"test_data": ["/no/gone.jsonl"]}}, "data file /no/gone.jsonl not found"),
         ({"continue": {"prompt_column": "question"}}, "no usable 'question'"),
+        ({"eval": {"test_data": [f"{DATA}/test.jsonl", f"test={DATA}/valid.jsonl"]}}, "called t"),
     ],
 )
 def test_data_that_is_missing_or_is_stage_5s_alone_is_looked_at_too(
