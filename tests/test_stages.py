@@ -201,7 +201,7 @@ def test_another_trainers_checkpoints_are_measured_where_they_lie(run, stage, tm
         ours, theirs = (json.loads(path.read_text())["by_problem"] for path in folders)
         assert ours == theirs
     code, line = stage("06", tmp_path / "out", *flags, "--policies", f"merged={after}")
-    assert (code, "give it a name that is not ours" in line) == (2, True)
+    assert (code, "merged is a folder of ours, rename it" in line) == (2, True)
     assert stage("06", tmp_path / "new", *flags, "--policies", f"after={after}") == (0, "")
     code, line = stage("06", tmp_path / "out", *flags, "--policies", f"after={tmp_path}")
     assert (code, "no adapter of PEFT's and no model is there" in line) == (2, True)

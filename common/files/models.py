@@ -108,7 +108,7 @@ def find_policies(run: pathlib.Path, patterns: list[str]) -> dict[str, pathlib.P
             if not adapters.is_adapter(path) and not is_model(path):
                 raise UserError(f"--policies {pattern}: no adapter of PEFT's and no model is there")
             if safe_name(name, "--policies") in ("backbone", *OURS):
-                raise UserError(f"--policies {pattern}: give it a name that is not ours")
+                raise UserError(f"--policies {pattern}: {name} is a folder of ours, rename it")
             found[name] = path
             continue
         if pathlib.Path(pattern).is_absolute() or ".." in pattern:

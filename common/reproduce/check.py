@@ -38,7 +38,7 @@ def options_of(stage: str, argv: list[str]):
 
 
 def options(name: str, root: str) -> list:
-    """The options of the six stages. UserError for what a stage would not take, problems too."""
+    """The options of the six stages. UserError for options or data that a stage would refuse."""
     found = [options_of(stage, ["--config", name, "--run-dir", root]) for stage in STAGES]
     known = {key for cfg in found for key in vars(cfg)}
     for key in config.load_preset(name).get("shared", {}).keys() - known:

@@ -91,14 +91,14 @@ def check(model, cfg, accelerator) -> None:
 
 
 def told(parts: dict[str, float], cfg, total: float) -> str:
-    """What a GPU of `total` bytes will hold: `parts`, and vLLM's share, or the larger half of them
-    where vLLM sleeps in the update. Raises UserError where it is too small."""
+    """What a GPU of `total` bytes will hold: `parts` and vLLM's share. Where vLLM sleeps in the
+    update, a rollout and an update are counted apart. Raises UserError where it is too small."""
     options, copy = rollout.vllm_options(cfg.vllm_options), parts["vLLM"]
     share = total * options.get("gpu_memory_utilization", rollout.SHARED)
     cache = options.get("kv_cache_memory_bytes")
     own = (copy + cache if cache else share) if cfg.engine == "vllm" else 0.0
     if own and own + 2**30 * options.get("cpu_offload_gb", 0) < copy:
-        raise UserError(f"vLLM's copy, {copy / 1e9:.1f} GB, is over its gpu_memory_utilization")
+        raise UserError(f"vLLM's copy, {copy / 1e9:.1f} GB, wants more gpu_memory_utilization")
     parts = {**parts, "vLLM": own}
     needs = sum(parts.values())
     if own and cfg.tune == "full" and options.get("enable_sleep_mode"):

@@ -57,7 +57,7 @@ class SamplingConfig(StageConfig):
 
 @dataclasses.dataclass
 class RLConfig(SamplingConfig):
-    """What few change: reward, optimizer, memory, precision, logging."""
+    """Rarely changed: reward, optimizer, memory, precision, logging."""
 
     start: str = option("", "an adapter of PEFT's to train on, from its step [a new LoRA, from 0]")
     reward: list[str] = option(["verifier"], "verifier, or file.py:function; several are added")

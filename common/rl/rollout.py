@@ -19,7 +19,7 @@ from common import UserError
 from common.files.stage import progress
 from common.rl.policy import base_model, is_sharded, load_lora, merged, on_gpu
 
-LONG = {"desc": "sampling", "leave": False, "delay": 5}  # a bar where it takes long
+LONG = {"desc": "sampling", "leave": False, "delay": 5, "in_log": True}  # where it takes long
 SHARED = 0.4  # of the device's memory, for vLLM's weights and KV cache beside the trainer
 # Of vLLM: memory, speed and rounding; nothing that names code or weights.
 VLLM_OPTIONS = (

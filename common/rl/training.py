@@ -95,7 +95,7 @@ def place(model, device: torch.device):
 
     Each process then keeps 1/N of every layer, of the embeddings and of the head, with gradients
     and moments if they are trained, and borrows the rest while the layer computes. LoRA factors
-    stay whole, and embeddings that are the head, too.
+    stay whole. So do embeddings that are also the head.
     """
     if not policy.is_sharding():
         return model.to(device)

@@ -71,7 +71,7 @@ class VLLMEngine:
             self.rest()
 
     def rest(self) -> None:
-        """Gives the device memory to the trainer until `sync`, with the option for it."""
+        """With enable_sleep_mode: the trainer gets the device memory until the next `sync`."""
         if self.sleeps:
             self.llm.sleep(level=2)
 

@@ -197,7 +197,7 @@ def test_a_gpu_that_is_too_small_is_refused_with_what_would_help(monkeypatch, ca
     less = options("paper_qwen2.5_1.5b", engine="vllm", gradient_checkpointing=True)
     with pytest.raises(UserError, match=r"\): less gpu_memory_utilization, or split it over"):
         memory.told({"backbone": 79e9, "vLLM": 3e9}, less, GPU)  # the two others are used already
-    with pytest.raises(UserError, match=r"vLLM's copy, 33\.0 GB, is over its gpu_memory_util"):
+    with pytest.raises(UserError, match=r"vLLM's copy, 33\.0 GB, wants more gpu_memory_util"):
         memory.told({"backbone": 1e9, "vLLM": 33e9}, less, GPU)
     less.vllm_options = '{"cpu_offload_gb": 2}'
     assert "memory: 33.0 GB" in memory.told({"backbone": 1e9, "vLLM": 33e9}, less, GPU)
