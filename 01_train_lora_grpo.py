@@ -24,7 +24,7 @@ from common.files import models, write
 from common.files.config import option, parse
 from common.files.read import quick_hash
 from common.files.resume import StepLog, go_on, save_state
-from common.files.stage import Stage, is_writer, progress, run_stage
+from common.files.stage import Stage, first_alone, progress, run_stage
 from common.rl import data, metrics, options, policy, rollout, training
 from common.rl.training import Batch, Run
 
@@ -165,11 +165,9 @@ def train(run: Run, stage: Stage, first_step: int) -> None:
 def save(run: Run, folder: pathlib.Path, step: int) -> None:
     """A checkpoint, by the first process."""
     run.accelerator.wait_for_everyone()
-    weights = policy.whole_weights(run.model)  # of a sharded model each process has a part
-    if is_writer():
-        info = {"step": step, "backbone": run.backbone, **run.stands_on}
-        with write.atomic_dir(folder / f"step_{step:04d}", info) as open_folder:
-            policy.save(run.model, run.tokenizer, open_folder, weights)
+    info = {"step": step, "backbone": run.backbone, **run.stands_on}
+    with first_alone(write.atomic_dir(folder / f"step_{step:04d}", info)) as open_folder:
+        policy.save(run.model, run.tokenizer, open_folder)  # of a sharded model all have a part
 
 
 def main() -> None:
@@ -187,8 +185,8 @@ def main() -> None:
             return
     model, tokenizer = policy.load_backbone(cfg.path(cfg.backbone))
     made_of = (cfg.backbone, policy.fingerprint(model))
-    if cfg.tune == "full":  # in fp32: bf16 would round a step of RL away
-        model = (policy.with_jump(model, start) if start else model).float().requires_grad_(True)
+    if cfg.tune == "full":
+        model = (policy.with_jump(model, start) if start else model).requires_grad_(True)
     elif start:
         model = policy.load_lora(model, start)
     else:

@@ -70,7 +70,7 @@ def main() -> None:
     if merge:
         model = policy.add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     elif cfg.tune == "full":
-        model = (policy.with_jump(model, start) if jump else model).float().requires_grad_(True)
+        model = (policy.with_jump(model, start) if jump else model).requires_grad_(True)
     else:
         model = policy.load_lora(model, start)
     stage1.train(training.prepare(cfg, accelerator, model, tokenizer, made_of), stage, first_step)

@@ -37,6 +37,19 @@ def test_training_goes_on_from_the_state_before_a_spoilt_one(run, finished_run, 
     assert weights(run / "train") == weights(finished_run / "train")
 
 
+def test_training_goes_on_from_the_state_before_one_that_has_lost_a_file(run, stage, monkeypatch):
+    monkeypatch.setattr(resume, "FILE", 10_000)  # bytes: a state of many files
+    (run / "train" / "done.json").unlink()
+    assert stage("01", run, "--steps", "9")[0] == 0
+    *_, newest = resume.states(run / "train")
+    files = sorted(newest.glob("*.safetensors"))
+    assert len(files) > 2
+    files[-1].unlink()
+    (run / "train" / "done.json").unlink()
+    code, line = stage("01", run, "--steps", "9")
+    assert (code, "it has lost a file; going on from step_0008" in line) == (0, True)
+
+
 def test_a_parameter_that_never_had_a_gradient_does_not_spoil_a_state(tmp_path):
     model = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
     optimizer = torch.optim.AdamW(model.parameters())

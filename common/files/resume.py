@@ -1,7 +1,7 @@
 """What a training leaves as it goes: a log with a row a step, and the states that it goes on from.
 
-Of the resume states two are kept, in case one is spoilt. Those of a sharded model are whole, so any
-number of processes can go on with them.
+Of the resume states two are kept, in case one is spoilt. Those of a sharded model hold whole
+tensors, so any number of processes can go on with them.
 """
 
 import collections
@@ -12,13 +12,16 @@ import sys
 import safetensors
 import torch
 from accelerate.utils import gather_object
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import distributed
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common import UserError
 from common.files import stage, write
 from common.files.read import check_intact, read_json, read_jsonl, step_of
-from common.files.stage import is_writer
+from common.files.stage import first_alone, is_writer
+
+FILE = 5 * 10**9  # bytes of a file, about: so much of a sharded model is whole at one time
 
 
 class StepLog:
@@ -47,17 +50,30 @@ def save_state(folder: pathlib.Path, step: int, weights: dict, optimizer, stands
     for name, parameter in weights.items():  # one that never had a gradient has no moments
         moments = optimizer.state.get(parameter, {})
         tensors |= {f"{name}/{kind}": moment for kind, moment in moments.items()}
-    tensors = gathered(tensors)
-    if not is_writer():
-        return
+    if is_writer():
+        for log in folder.glob("*.jsonl"):  # this state counts on their rows
+            write.flush(log)
+        for old in states(folder)[:-1]:
+            write.remove(old)
     path = folder / "resume" / f"step_{step:04d}"
-    for log in folder.glob("*.jsonl"):  # this state counts on their rows
-        write.flush(log)
-    for old in states(folder)[:-1]:
-        write.remove(old)
-    with write.atomic_dir(path) as open_folder:
-        write.save_tensors(open_folder / "state.safetensors", tensors, dtype=None)
-        write.write_text(open_folder / "info.json", json.dumps(stands_on))
+    with first_alone(write.atomic_dir(path)) as open_folder:
+        save_parts(open_folder, "state", tensors)
+        if open_folder:
+            write.write_text(open_folder / "info.json", json.dumps(stands_on))
+
+
+def save_parts(folder: pathlib.Path | None, name: str, tensors: dict):
+    """Writes `tensors` to <name>.safetensors in `folder`, or to several files. Returns the plan.
+
+    Every process takes part; the first one writes, the others have no folder.
+    """
+    how = {"filename_pattern": name + "{suffix}.safetensors", "max_shard_size": FILE}
+    plan = split_state_dict_into_shards_factory(tensors, get_storage_size=lambda x: x.nbytes, **how)
+    for file, names in plan.filename_to_tensors.items():
+        part = gathered({one: tensors[one] for one in names})
+        if folder:
+            write.save_tensors(folder / file, part, {"format": "pt"}, dtype=None)
+    return plan
 
 
 def go_on(folder, first_step: int, cfg, stands_on: dict, model, optimizer) -> int:
@@ -112,12 +128,15 @@ def put_back(state: pathlib.Path, model, optimizer) -> None:
     """Loads the resume state in the folder `state`. Raises whatever the libraries raise on a broken
     one, and ValueError for one of another policy."""
     check_intact(state)
+    if not write.is_complete(state):
+        raise ValueError("it has lost a file")
     own = {n: p for n, p in model.named_parameters() if p.requires_grad}
     saved = collections.defaultdict(dict)  # parameter -> its weight as "", its moments
-    with safetensors.safe_open(state / "state.safetensors", "pt") as file:
-        for key in file.keys():  # noqa: SIM118  (a safe_open is no dict)
-            name, _, kind = key.partition("/")
-            saved[name][kind] = dealt(file.get_tensor(key), own.get(name))
+    for part in state.glob("*.safetensors"):
+        with safetensors.safe_open(part, "pt") as file:
+            for key in file.keys():  # noqa: SIM118  (a safe_open is no dict)
+                name, _, kind = key.partition("/")
+                saved[name][kind] = dealt(file.get_tensor(key), own.get(name))
     if saved.keys() != own.keys():
         raise ValueError("it is not of this policy")
     model.load_state_dict({name: parts.pop("") for name, parts in saved.items()}, strict=False)

@@ -56,6 +56,11 @@ def is_writer() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def first_alone(context):
+    """`context`, entered in the first process; the others enter nothing, and get None."""
+    return context if is_writer() else contextlib.nullcontext()
+
+
 def progress(iterable=None, desc: str = "", in_log: bool = False, **options) -> tqdm:
     """A bar by the first process, on a terminal; with in_log also in a log file, after five seconds
     and then once a minute."""

@@ -21,9 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging
 
 from common import UserError, in_one_line
-from common.files import adapters
-from common.files.models import find_model, open_model
-from common.files.resume import gathered
+from common.files import adapters, write
+from common.files.models import INDEX, find_model, open_model
+from common.files.resume import save_parts
 
 HEAD_CHUNK = 1024  # tokens whose [tokens, vocabulary] logits exist at one time
 # Loading and saving are short; a download's bar stays.
@@ -112,17 +112,15 @@ def with_jump(backbone, folder: pathlib.Path):
     return load_lora(backbone, folder).float().merge_and_unload()
 
 
-def whole_weights(policy) -> dict | None:
-    """Weights of a model that is trained whole; None of an adapter. Every process takes part."""
-    return None if isinstance(policy, PeftModel) else gathered(policy.state_dict())
-
-
-def save(policy, tokenizer, folder: pathlib.Path, weights: dict | None = None) -> None:
+def save(policy, tokenizer, folder: pathlib.Path | None) -> None:
     """Saves what is trained, in fp32, to the open `folder`: the adapter, or the whole model.
 
-    weights: what `whole_weights` found; a model that is not sharded has them itself.
+    Every process takes part in saving a sharded model; the first one writes, the others have no
+    folder.
     """
     if isinstance(policy, PeftModel):
+        if not folder:
+            return
         config = policy.peft_config["default"]
         if isinstance(config.target_modules, set):  # which has any order
             config.target_modules = sorted(config.target_modules)
@@ -131,8 +129,16 @@ def save(policy, tokenizer, folder: pathlib.Path, weights: dict | None = None) -
     # The backbone's sampling defaults are not how it is trained, and saving refuses some of them.
     ends = {key: getattr(policy.generation_config, key) for key in ("eos_token_id", "pad_token_id")}
     policy.generation_config = GenerationConfig(**ends)
-    policy.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)
+    sharded = is_sharded(policy)
+    if folder:
+        policy.save_pretrained(folder, state_dict={} if sharded else None)
+        tokenizer.save_pretrained(folder)
+    if sharded:  # what is tied has one name here
+        tensors = {name: parameter.detach() for name, parameter in policy.named_parameters()}
+        plan = save_parts(folder, "model", tensors)
+        if folder and plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            write.write_json(folder / INDEX, index)
 
 
 def trained(policy) -> dict[str, torch.nn.Parameter]:

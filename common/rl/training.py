@@ -97,17 +97,19 @@ def place(model, device: torch.device):
     and moments if they are trained, and borrows the rest while the layer computes. LoRA factors
     stay whole. So do embeddings that are also the head.
     """
+    trained = {*policy.trained(model).values()}
+    whole = trained if isinstance(model, PeftModel) else set()
+    dtype = torch.float32 if trained - whole else None  # bf16 would round a step of RL away
     if not policy.is_sharding():
-        return model.to(device)
+        return model.to(device, dtype)
     if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") != "false":
         raise UserError("FSDP wants --config_file common/accelerate/fsdp2.yaml")
     decoder = policy.base_model(model).get_decoder()
-    whole = {*policy.trained(model).values()} if isinstance(model, PeftModel) else set()
     for layer in policy.split_layers(model):
-        fully_shard(layer, ignored_params=whole, reshard_after_forward=True)
+        fully_shard(layer.to(device, dtype), ignored_params=whole, reshard_after_forward=True)
     # The decoder itself owns nothing: it gathers the next layer while one computes.
     fully_shard(decoder, ignored_params=set(model.parameters()))
-    return model.to(device)
+    return model.to(device, dtype)
 
 
 def prepare(cfg, accelerator: Accelerator, model, tokenizer, backbone: tuple[str, str]) -> Run:
@@ -220,7 +222,7 @@ def descend(run: Run, step: int, losses: list[tuple[float, float]]) -> dict:
     Returns loss, clip_share and grad_norm. Raises UserError where they are not finite.
     """
     parameters, reduce = run.optimizer.param_groups[0]["params"], run.accelerator.reduce
-    sharded = [p for p in parameters if isinstance(p, DTensor)]
+    sharded = [p for p in parameters if isinstance(p, DTensor) and p.grad is not None]
     whole = [p for p in parameters if not isinstance(p, DTensor)]
     for parameter in sharded:  # FSDP2 has taken the mean over processes, in the backward pass
         parameter.grad *= run.accelerator.num_processes
@@ -238,9 +240,8 @@ def descend(run: Run, step: int, losses: list[tuple[float, float]]) -> dict:
     total = get_total_norm([n.full_tensor() if isinstance(n, DTensor) else n for n in norms])
     for some in both:
         clip_grads_with_norm_(some, run.cfg.max_grad_norm, total)
-    norm = total.item()
     local = torch.tensor(losses, device=run.accelerator.device).sum(0)
-    loss, clipped = reduce(local, "sum").tolist()
+    norm, (loss, clipped) = total.item(), reduce(local, "sum").tolist()
     if not math.isfinite(loss + norm):
         what = f"non-finite loss ({loss}) or gradient (norm {norm}) in step {step}"
         raise UserError(f"{what}: take a lower --learning-rate, in another --run-dir")
