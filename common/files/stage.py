@@ -73,10 +73,11 @@ def progress(iterable=None, desc: str = "", in_log: bool = False, **options) -> 
 
 
 def _plain(value: object) -> object:
-    """One spelling of a path, or of each in a list: ./a is a."""
+    """One spelling of a path, or of each in a list: ./a is a. A text with spaces is none."""
     if isinstance(value, list):
         return [_plain(one) for one in value]
-    return os.path.normpath(value) if isinstance(value, str) else value
+    is_path = isinstance(value, str) and "/" in value and " " not in value
+    return os.path.normpath(value) if is_path else value
 
 
 class Stage:

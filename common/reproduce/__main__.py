@@ -74,6 +74,8 @@ def parse() -> argparse.Namespace:
     args.seeds = args.seeds or [*range(1 if args.grid == "paper" else 5)]
     if (args.report or args.beside) and not args.grid:
         raise UserError("--report and --beside are of a grid: say which with --grid")
+    if args.jobs is not None and args.jobs < 1:
+        raise UserError("--jobs must be 1 or more")
     if args.trainer and not args.print:
         raise UserError("--trainer verl only shows the commands: add --print")
     return args

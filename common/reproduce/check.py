@@ -3,6 +3,7 @@
 `--check` also fetches the model and the problems, and says what the runs will need.
 """
 
+import contextlib
 import copy
 import dataclasses
 import importlib
@@ -72,12 +73,8 @@ def summary(jobs: list[plans.Job], wanted: dict, cfg) -> str:
     steps = sum(job.work for job in jobs if stage_of(job) in ("01", "05"))
     hours = steps * wanted["gpu_hours_per_step"]
     told = f", {hours:.0f} GPU hours and the evaluation" if hours else ""
-    try:
-        own, whole = sizes_of(cfg)
-    except UserError:  # a model that is not here yet
-        own, whole = 4 * wanted["lora_parameters"], 4 * wanted["all_parameters"]
-    if whole:
-        size = f"{disk(jobs, cfg.save_every, own, whole) / 1e9:.2g}"
+    if backbone := architecture(cfg, wanted):
+        size = f"{disk(jobs, cfg.save_every, *sizes_of(backbone, cfg)) / 1e9:.2g}"
         told += f", {float(size):g} GB of checkpoints"
     return f"{len(jobs)} commands, {steps:.0f} RL steps{told}"
 
@@ -90,23 +87,24 @@ def check(name: str, preset: dict, root: str, jobs: list[plans.Job]) -> None:
     print(f"free on the disk: {write.free_bytes(pathlib.Path(root)) / 1e9:.1f} GB")
     try:
         training.check_prepared(train, train.backbone, train.train_data)
-        model, tokenizer = policy.load_backbone(train.path(train.backbone))
-        kinds = {"": (model.config, train)}
+        _, tokenizer = policy.load_backbone(train.path(train.backbone))
+    except UserError as error:
+        wrong.append(f"missing: {error}")
+    if backbone := architecture(train, wanted):
+        kinds = {"": (backbone, train)}
         if any("merged" in job.argv for job in jobs):
-            fp32 = copy.copy(model.config)
+            fp32 = copy.copy(backbone)
             fp32.dtype = torch.float32
             kinds["after a merged restart, "] = (fp32, train)
         if any("full" in job.argv for job in jobs):
             argv = f"--config {shlex.quote(name)} --tune full {wanted['full_flags']}"
             whole = config.parse(type(train), "train", "", shlex.split(argv))
-            kinds["without LoRA, "] = (model.config, whole)
+            kinds["without LoRA, "] = (backbone, whole)
         for kind, of in kinds.items():
             try:
                 print(f"{kind}{needs(*of, jobs)}")
             except UserError as error:
                 wrong.append(f"{kind}{error}")
-    except UserError as error:
-        wrong.append(f"missing: {error}")
     for flag, spec, cfg in sources(name, found):
         try:
             wrong += counted(flag, spec, cfg, tokenizer)
@@ -145,13 +143,21 @@ def needs(backbone, cfg, jobs: list[plans.Job]) -> str:
     return memory.told(memory.plan(backbone, cfg, shards), cfg, total)
 
 
-def sizes_of(cfg) -> tuple[int, int]:
-    """Bytes of a checkpoint in fp32, of a LoRA and of the whole model, by the config.json of a
-    backbone that is here; else UserError."""
-    with in_one_line(f"cannot load backbone {cfg.backbone}", policy.WANTED):
+def architecture(cfg, wanted: dict):
+    """The backbone's configuration: its config.json if that is here, else the one in the preset's
+    `reproduce`. None where neither is."""
+    with contextlib.suppress(OSError, ValueError):
         safe = {"local_files_only": True, "trust_remote_code": False}
-        config = AutoConfig.from_pretrained(cfg.path(cfg.backbone), **safe)
-        models = [memory.on_paper(config, c) for c in (cfg, dataclasses.replace(cfg, tune="full"))]
+        return AutoConfig.from_pretrained(cfg.path(cfg.backbone), **safe)
+    known = wanted["architecture"]
+    return AutoConfig.for_model(**known) if known else None
+
+
+def sizes_of(backbone, cfg) -> tuple[int, int]:
+    """Bytes of a checkpoint in fp32, of a LoRA and of the whole model."""
+    with in_one_line(f"cannot load backbone {cfg.backbone}", policy.WANTED):
+        both = (cfg, dataclasses.replace(cfg, tune="full"))
+        models = [memory.on_paper(backbone, one) for one in both]
     return tuple(4 * sum(p.numel() for p in policy.trained(m).values()) for m in models)
 
 

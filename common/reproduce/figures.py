@@ -142,8 +142,7 @@ def energy(runs: Runs):
     axis.set(xlabel="RL step", ylabel=r"$E_1=\sigma_1/\sum\sigma_q$, global delta", ylim=(0, 1))
     if len(runs.seeds) == 1:
         (one,) = found[MAIN]
-        rows = [sorted(v) for v in zip(*one["energy_ratio_by_module"].values(), strict=True)]
-        low, high = ([v[int(q * (len(v) - 1))] for v in rows] for q in (0.1, 0.9))
+        low, high = np.nanquantile([*one["energy_ratio_by_module"].values()], (0.1, 0.9), axis=0)
         look = {"color": "#0072B2", "alpha": 0.15, "label": "LoRA, middle 80% of the matrices"}
         axis.fill_between(one["steps"], low, high, **look)
     legend_below(figure, axis, 2)
@@ -159,10 +158,8 @@ def linear_fit(runs: Runs):
     sides = {"held_out": (-0.2, "#0072B2", "held-out checkpoints")}
     sides["in_sample"] = (0.2, "#E69F00", "checkpoints it was fitted on")
     for key, (offset, colour, label) in sides.items():
-        shares = []
-        for low, high in itertools.pairwise(EDGES):
-            inside = [statistics.fmean(low <= row[key] < high for row in one) for one in found]
-            shares.append(over_seeds([100 * share for share in inside]))
+        counts = [np.histogram([row[key] for row in one], EDGES)[0] / len(one) for one in found]
+        shares = [over_seeds([*100 * inside]) for inside in np.transpose(counts)]
         at, mean = [i + offset for i in range(len(BINS))], [share.mean for share in shares]
         errors = [share.error for share in shares]
         bars = axis.bar(at, mean, 0.4, yerr=errors, color=colour, label=label)

@@ -10,7 +10,7 @@ import itertools
 import shlex
 
 from common import UserError
-from common.files.config import as_number, load_preset, nearest
+from common.files.config import as_number, nearest
 from common.files.read import matches
 from common.reproduce.results import MAIN_ALPHA, table_of
 
@@ -113,8 +113,7 @@ class Plan:
         """A run with another algorithm, or "full": all parameters trained. jumps: in plans.yaml."""
         flags = f"--algorithm {name}"
         if name == "full":
-            other, rate = self.wanted["full_preset"], self.preset["train"]["learning_rate"] / 10
-            rate = load_preset(other)["train"]["learning_rate"] if other else rate  # paper: a tenth
+            rate = self.preset["train"]["learning_rate"] / 10  # as in the paper
             flags = f"--tune full --learning-rate {rate:g} {self.wanted['full_flags']}"
         values |= {"seed": seed, "flags": flags, **TABLES["jumps"][jumps]}
         self.add("side", f"seed{seed}/{name}", **values)

@@ -60,11 +60,7 @@ def cells(gaps: list[tuple[Measured, Measured]], seeds: int) -> list[str]:
     the first rate than at the last one. Where only some of the seeds have it, how many."""
     if not gaps:
         return []
-    by_seed = [
-        {s: r.accuracy - b.by_seed[s].accuracy for s, r in a.by_seed.items() if s in b.by_seed}
-        for a, b in gaps
-    ]
-    first, last = by_seed[0], by_seed[-1]
+    first, last = (a.gaps(b) for a, b in (gaps[0], gaps[-1]))
     change = over_seeds([first[s] - last[s] for s in first if s in last])
     found = [a - b for a, b in gaps] + ([change] if seeds > 1 and len(gaps) > 1 else [])
     some = [f" ({x.n} of {seeds} seeds)" if 0 < x.n < seeds else "" for x in found]
@@ -124,7 +120,7 @@ def gains(runs: Runs) -> list[str]:
         pairs = [(at_multiple(runs, r, times).at(total), run.at(total)) for r, run in at.items()]
         late += [[label, *cells(pairs, len(runs.seeds))]] if any(a for a, _ in pairs) else []
     for m in runs.of(plans.SECOND).some():
-        label = f"{label_of(DEFAULT)}, merged; after {m.steps // 2} steps "
+        label = f"{label_of(DEFAULT)}, merged; after {10 * (m.steps // 20)} steps "
         label += "no other jump" if m.method == "none" else "another jump"
         mine = {rate: m for rate in at if rate == m.trained["learning_rate"]}
         pairs = [(mine.get(rate, Measured("")), run.at(total)) for rate, run in at.items()]
@@ -152,10 +148,10 @@ def points(runs: Runs, method: str, by: str = "jump") -> list[tuple[float, float
         start = run.at(runs.prefix if by == "jump" else runs.total)
         end = run.jump(method) if by == "jump" else run.later(method)
         end = at_multiple(runs, rate, 2).at(runs.total) if by == "rate" else end
-        levels = {seed: r.accuracy for seed, r in start.by_seed.items() if r.accuracy >= least}
-        for seed, x in run.cosines(method).items():
-            if seed in levels and seed in end.by_seed:
-                found.append((x, 100 * (end.by_seed[seed].accuracy - levels[seed]), rate))
+        gaps, cosines = end.gaps(start), run.cosines(method)
+        for seed in [seed for seed in cosines if seed in gaps]:
+            if start.by_seed[seed].accuracy >= least:
+                found.append((cosines[seed], 100 * gaps[seed], rate))
     return found
 
 

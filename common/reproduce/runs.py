@@ -45,21 +45,24 @@ class Measured:
             return over_problems(found[0].scores)
         return over_seeds([r.accuracy for r in found])
 
+    def gaps(self, other: "Measured") -> dict[int, float]:
+        """Seed -> the difference of the accuracies, of the seeds that both have."""
+        both = [seed for seed in self.by_seed if seed in other.by_seed and self is not other]
+        return {s: self.by_seed[s].accuracy - other.by_seed[s].accuracy for s in both}
+
     def __sub__(self, other: "Measured") -> Estimate:
-        """The difference of the accuracies: paired, of the seeds that both have."""
-        seeds = [seed for seed in self.by_seed if seed in other.by_seed and self is not other]
-        pairs = [(self.by_seed[seed], other.by_seed[seed]) for seed in seeds]
-        if pairs and not self.several:
-            ((a, b),) = pairs
-            return over_problems([x - y for x, y in zip(a.scores, b.scores, strict=True)])
-        return over_seeds([a.accuracy - b.accuracy for a, b in pairs])
+        """The mean difference of the accuracies, paired by seed; of one seed by problem."""
+        gaps = self.gaps(other)
+        if gaps and not self.several:
+            ((a, b),) = ((self.by_seed[seed].scores, other.by_seed[seed].scores) for seed in gaps)
+            return over_problems([x - y for x, y in zip(a, b, strict=True)])
+        return over_seeds([*gaps.values()])
 
     def on(self, tasks: list[str]) -> "Measured":
         """The same on other tasks, of the seeds that have all of them."""
-        other, found = Measured(self.policy, self.several), self.by_seed.items()
-        having = {seed: r for seed, r in found if {*tasks} <= {*r.records}}
-        for seed, r in having.items() if tasks else ():
-            other.by_seed[seed] = dataclasses.replace(r, tasks=tuple(tasks))
+        other, wanted = Measured(self.policy, self.several), {*tasks}
+        having = {s: r for s, r in self.by_seed.items() if wanted and wanted <= r.records.keys()}
+        other.by_seed = {s: dataclasses.replace(r, tasks=(*tasks,)) for s, r in having.items()}
         return other
 
     def level(self) -> str:
@@ -74,8 +77,7 @@ class Runs:
 
     prefix, total, reference: RL steps before the jump, after the RL that follows it, and of a plain
     run that is longer than both; 0 where no measured policy has them.
-    left_out: policies that were made otherwise than the rest, and why, as lines for the page.
-    beside: the pages of other models, for Figs. 5 and 7.
+    left_out: a line for each policy that was made otherwise. beside: other models, for Figs. 5, 7.
     """
 
     name = MAIN  # the run that the methods speak of; `of` gives the others
@@ -103,8 +105,8 @@ class Runs:
                 one.by_seed[r.seed] = r
         plain = max((m.steps for m in self.plain()), default=0)
         self.total = max((m.steps for m in self.ended()), default=0)
-        unknown = 0 if self.total else plain  # where no jump was measured
-        self.prefix = max((m.steps for m in self.some() if m.jumped), default=unknown)
+        jumped = [m.steps for m in self.some() if m.jumped]
+        self.prefix = max(jumped, default=0 if self.total else plain)
         self.reference = plain if plain > max(self.prefix, self.total) else 0
 
     def folder(self, seed: int) -> pathlib.Path:
@@ -167,8 +169,7 @@ class Runs:
     @property
     def before(self) -> Measured:
         """The policy from which all jump, or `none`, its equal."""
-        plain, none = self.at(self.prefix), self.get("extrapolated/none")
-        return none if none and not plain else plain
+        return self.at(self.prefix) or self.get("extrapolated/none")
 
     def some(self) -> list[Measured]:
         """Every policy that any seed has."""
@@ -229,17 +230,16 @@ class Runs:
             for path in filter(adapters.is_adapter, sorted((run / "extrapolated").glob("[!.]*"))):
                 jumped = adapters.read_adapter(path)
                 values = [cosine(jumped.update(m) - last.update(m), true[m]) for m in true]
-                if values := [value for value in values if value == value]:  # nan: nothing moved
+                if values := [x for x in values if x == x]:  # nan: nothing moved
                     found[f"extrapolated/{path.name}"].append(statistics.fmean(values))
         return {policy: over_seeds(values) for policy, values in found.items()}
 
 
 def way_of(record: dict) -> dict:
     """What decides a result of stage 6: its options, the prompt's template, the problems."""
+    known = {key: record.get(key) for key in ("dtypes", "template_hash")}
     data = f"{record.get('data')}, {len(record['by_problem'])} problems"
-    template = record.get("template_hash")
-    how = {**(record.get("settings") or {}), "dtypes": record.get("dtypes")}
-    return {**how, "template_hash": template, "data": data}
+    return {**(record.get("settings") or {}), **known, "data": data}
 
 
 def differing(options: dict, usual: dict) -> str:

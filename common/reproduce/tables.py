@@ -8,14 +8,13 @@ from common.reproduce import plans, results
 from common.reproduce.estimates import Estimate, over_seeds
 from common.reproduce.results import MAIN_ALPHA, OWN_ALPHA, label_of, place, table_of
 from common.reproduce.runs import MAIN, Measured, Runs
-from common.rl.benchmarks import SUITES
+from common.rl.benchmarks import SUITES, suite_of
 
 RECIPES = ("next-paper", "next-aligned", "weighted")  # NExt's own, and the sum without a network
 COST = ("ICER ↓", "length", "wall s")
 ALGORITHMS = {MAIN: "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++"}  # of Table 6, by run
 VARIANTS = table_of("variants.yaml")
 SIZES = ("1.5B", "3B", "7B", "14B")  # of the models in paper.yaml
-MMLU_PRO = 14  # its categories
 TESTED = ("predictor", "copy-global", "repeat-last", "recent-locals", "linear-fit", "weighted")
 TESTED += ("oracle",)  # rows of stage 3's backtest
 
@@ -171,22 +170,13 @@ def backtests(runs: Runs) -> str:
     return text + table(["recipe", *TESTED], rows) if rows else ""
 
 
-def groups(found: list[Measured]) -> dict[str, list[str]]:
-    """Tasks of which a mean means something: each suite, and Tables 7 and 8 of the paper."""
-    results = [r for m in found for r in m.by_seed.values()]
-    suites = {suite: sorted({t for r in results for t in r.of_suite(suite)}) for suite in SUITES}
-    columns = {f"mean of {suite} ({len(some)})": some for suite, some in suites.items()}
-    if len(suites["mmlu-pro"]) == MMLU_PRO:  # by their names, the first half and the second
-        for number, half in (("7", slice(0, 7)), ("8", slice(7, 14))):
-            columns[f"Table {number}: mean of its 7"] = suites["mmlu-pro"][half]
-    return {name: some for name, some in columns.items() if len(some) > 1}
-
-
 def by_task(runs: Runs) -> str:
     """A column a task, and the mean of each suite of several. Empty where there is one task."""
     found = sorted(runs.measured.values(), key=lambda m: m.run)
     tasks = sorted({task for m in found for r in m.by_seed.values() for task in r.records})
-    columns = {task: [task] for task in tasks} | groups(found)
+    suites = {suite: [task for task in tasks if suite_of(task) == suite] for suite in SUITES}
+    columns = {task: [task] for task in tasks}
+    columns |= {f"mean of {s} ({len(some)})": some for s, some in suites.items() if len(some) > 1}
     rows = []
     for m in found if len(tasks) > 1 else []:
         name = m.policy if m.run == MAIN else f"{m.run}: {m.policy}"

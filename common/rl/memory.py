@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from common import UserError
 from common.rl import policy, rollout
+from common.rl.rollout import SHARED
 
 GRADIENT = 4  # bytes
 TRAINED = 16  # bytes a trained parameter: itself in fp32, its gradient, AdamW's two moments
@@ -72,8 +73,13 @@ def plan(config, cfg, shards: int = 1, mixed: bool = True) -> dict[str, float]:
     # Its weights in bf16 and, if they are trained, what a chunk adds to their gradient.
     head += model.get_output_embeddings().weight.numel() * (8 if whole else 2) * mixed
     found = {"backbone": backbone, "trained": TRAINED * trained, "borrowed": lent}
+    found |= {"activations": activations, "head": head}
+    if cfg.engine == "hf":  # of the largest batch, each response of full length
+        width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+        cached = longest * min(cfg.batch_size, cfg.prompts_per_step * cfg.rollouts)  # tokens
+        return {**found, "KV cache": 2 * len(layers) * width * model.dtype.itemsize * cached}
     copy = 2 * sum(p.numel() for p in model.parameters() if whole or not p.requires_grad)  # bf16
-    return {**found, "activations": activations, "head": head, "vLLM": copy}
+    return {**found, "vLLM": copy}
 
 
 def check(model, cfg, accelerator) -> None:
@@ -91,27 +97,33 @@ def check(model, cfg, accelerator) -> None:
 
 
 def told(parts: dict[str, float], cfg, total: float) -> str:
-    """What a GPU of `total` bytes will hold: `parts` and vLLM's share. Where vLLM sleeps in the
-    update, a rollout and an update are counted apart. Raises UserError where it is too small."""
-    options, copy = rollout.vllm_options(cfg.vllm_options), parts["vLLM"]
-    share = total * options.get("gpu_memory_utilization", rollout.SHARED)
-    cache = options.get("kv_cache_memory_bytes")
-    own = (copy + cache if cache else share) if cfg.engine == "vllm" else 0.0
-    if own and own + 2**30 * options.get("cpu_offload_gb", 0) < copy:
-        raise UserError(f"vLLM's copy, {copy / 1e9:.1f} GB, wants more gpu_memory_utilization")
-    parts = {**parts, "vLLM": own}
-    needs = sum(parts.values())
-    if own and cfg.tune == "full" and options.get("enable_sleep_mode"):
-        rest = 1 - GRADIENT / TRAINED  # in the rollout there is no gradient
-        needs = max(needs - own, parts["backbone"] + rest * parts["trained"] + own)
+    """What a GPU of `total` bytes will hold: `parts`, with vLLM's share in place of its copy.
+
+    By hf, and where vLLM sleeps in the update, a rollout and an update are counted apart. Raises
+    UserError where it is too small.
+    """
+    options, own = rollout.vllm_options(cfg.vllm_options), parts.get("KV cache", 0.0)
+    if cfg.engine == "vllm":
+        copy, cache = parts["vLLM"], options.get("kv_cache_memory_bytes")
+        own = copy + cache if cache else total * options.get("gpu_memory_utilization", SHARED)
+        if own + 2**30 * options.get("cpu_offload_gb", 0) < copy:
+            raise UserError(f"vLLM's copy, {copy / 1e9:.1f} GB, wants more gpu_memory_utilization")
+        parts = {**parts, "vLLM": own}
+    sleeps = cfg.tune == "full" and options.get("enable_sleep_mode")
+    # In the rollout there is no gradient.
+    sampling = parts["backbone"] + (1 - GRADIENT / TRAINED) * parts["trained"] + own
+    both = [sum(parts.values())]
+    if cfg.engine == "hf" or sleeps:
+        both = [sum(parts.values()) - own, sampling]
+    needs, room = max(both), ROOM * total
     listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
-    listed += "; rollouts by hf are not counted: --batch-size" if cfg.engine == "hf" else ""
     needed = f"{needs / 1e9:.1f} GB of a GPU's {total / 1e9:.1f} ({listed})"
-    if needs > ROOM * total:
+    if needs > room:
         longest = cfg.max_prompt_tokens + cfg.max_new_tokens
         ways = [] if cfg.gradient_checkpointing else ["--gradient-checkpointing true"]
         ways += [f"--micro-tokens {longest}"] if cfg.micro_tokens > longest else []
-        ways += ["less gpu_memory_utilization"] if own else []
+        less = "less --batch-size" if cfg.engine == "hf" else "less gpu_memory_utilization"
+        ways = [less] if both[0] <= room else ways + [less] * (len(both) == 1)
         ways.append("split it over more GPUs (common/accelerate/fsdp2.yaml)")
         raise UserError(f"needs {needed}: {', or '.join(ways)}")
     return f"memory: {needed}"

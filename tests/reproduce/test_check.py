@@ -117,6 +117,21 @@ def test_a_gpu_that_is_too_small_is_named(tmp_path, capsys, monkeypatch):
     assert re.search(r"^after a merged restart, needs ", out, re.M)
 
 
+def test_memory_is_told_before_the_model_is_here(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    name = "paper_qwen2.5_1.5b"
+    preset = config.load_preset(name)
+    jobs = plans.grid("paper", name, preset, str(tmp_path / "run"), [0], {3})
+    with pytest.raises(UserError, match="are not as they should be"):
+        check.check(name, preset, str(tmp_path / "run"), jobs)
+    out = capsys.readouterr().out
+    for kind in ("", "after a merged restart, ", "without LoRA, "):
+        assert re.search(rf"^{kind}memory: [\d.]+ GB of a GPU's 80.0 \(backbone ", out, re.M)
+    assert "missing: cannot load backbone Qwen/Qwen2.5-1.5B-Instruct" in out
+    assert re.search(r"GPU hours and the evaluation, \d+ GB of checkpoints$", out, re.M)
+
+
 def test_everything_that_is_not_there_is_named_at_once(tmp_path, capsys, monkeypatch):
     hub = tmp_path / "hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))

@@ -8,25 +8,22 @@ import types
 import pytest
 import torch
 from conftest import parse_stage
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from common import UserError, demo
 from common.files import config
 from common.reproduce import check, plans
 from common.rl import memory, policy, rollout
 
-# hidden, intermediate, layers, heads, heads of keys and values; the head of 1.5B, 3B is tied
-QWEN = {"1.5b": (1536, 8960, 28, 12, 2), "3b": (2048, 11008, 36, 16, 2)}
-QWEN |= {"7b": (3584, 18944, 28, 28, 4), "14b": (5120, 13824, 48, 40, 8)}
+# Parameters, as the files of the published models have them.
+QWEN = {"1.5b": 1_543_714_304, "3b": 3_085_938_688, "7b": 7_615_616_512, "14b": 14_770_033_664}
 GPU = 80e9
 SHARDS = {"7b": 4, "14b": 4}  # GPUs that the layers are split over, at least
 
 
-def qwen(size: str, dtype: str = "bfloat16") -> Qwen2Config:
-    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    sizes = dict(zip((*keys, "num_key_value_heads"), QWEN[size], strict=True))
-    tied = {"tie_word_embeddings": size in ("1.5b", "3b"), "vocab_size": 152_064}
-    return Qwen2Config(**sizes, **tied, dtype=dtype)
+def qwen(size: str, dtype: str = "bfloat16"):
+    known = config.load_preset(f"paper_qwen2.5_{size}")["reproduce"]["architecture"]
+    return AutoConfig.for_model(**{**known, "dtype": dtype})
 
 
 def options(preset: str, **changes):
@@ -156,15 +153,28 @@ def test_of_vllm_its_whole_copy_counts_however_the_trainers_model_is_split(flags
     copy = 2 * sum(p.numel() for p in model.parameters())
     assert parts["vLLM"] == pytest.approx(copy)
     assert f"vLLM {(copy + 1e10) / 1e9:.1f}" in memory.told(parts, cfg, 1e12)
-    cfg.engine = "hf"
-    assert "vLLM 0.0" in memory.told(parts, cfg, 1e12)
+
+
+def test_of_hf_the_kv_cache_of_a_whole_batch_counts_but_not_beside_the_update():
+    cfg = options("demo", tune="lora", engine="hf", batch_size=50)
+    parts = memory.plan(AutoConfig.from_pretrained(demo.SHIPPED), cfg, mixed=False)
+    model = policy.load_backbone(str(demo.SHIPPED))[0]
+    ids = torch.zeros(50, cfg.max_prompt_tokens + cfg.max_new_tokens, dtype=torch.long)
+    layers = model(ids, use_cache=True).past_key_values.layers
+    assert parts["KV cache"] == sum(x.nbytes for la in layers for x in (la.keys, la.values))
+    parts = {"backbone": 3e9, "trained": 4e9, "activations": 2e9, "KV cache": 2e10}
+    assert "26.0 GB of a GPU's 40.0" in memory.told(parts, cfg, 4e10)  # 3 + 3 + 20, no gradient
+    with pytest.raises(UserError, match=r"KV cache 20\.0\): less --batch-size, or split"):
+        memory.told(parts, cfg, 2e10)
+    with pytest.raises(UserError, match=r"KV cache 20\.0\): --gradient-checkpointing true, or"):
+        memory.told(parts, cfg, 8e9)  # fewer at a time would not help
 
 
 def test_a_part_of_the_gpu_is_left_to_what_is_not_computed():
     cfg = options("paper_qwen2.5_1.5b", engine="hf")
-    assert "of a GPU's 10.0" in memory.told({"backbone": 9.4e9, "vLLM": 0.0}, cfg, 1e10)
+    assert "of a GPU's 10.0" in memory.told({"backbone": 9.4e9, "trained": 0}, cfg, 1e10)
     with pytest.raises(UserError, match=r"needs 9\.6 GB of a GPU's 10\.0"):
-        memory.told({"backbone": 9.6e9, "vLLM": 0.0}, cfg, 1e10)
+        memory.told({"backbone": 9.6e9, "trained": 0}, cfg, 1e10)
 
 
 @pytest.mark.parametrize("size", QWEN)
@@ -172,12 +182,13 @@ def test_the_papers_presets_know_the_size_of_their_model(size, monkeypatch, tmp_
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     name = f"paper_qwen2.5_{size}"
     wanted = plans.values_of(name, config.load_preset(name))["reproduce"]
-    cfg = options(name)
-    lora = memory.on_paper(qwen(size), cfg)
-    whole = memory.on_paper(qwen(size), options(name, tune="full"))
-    assert wanted["lora_parameters"] == sum(p.numel() for p in policy.trained(lora).values())
-    count = sum(p.numel() for p in policy.trained(whole).values())  # with a head of 152,064 tokens
-    assert wanted["all_parameters"] == pytest.approx(count, rel=2e-4)
+    cfg, shape = parse_stage("01", "--config", name), qwen(size)
+    lora, whole = check.sizes_of(check.architecture(cfg, wanted), cfg)
+    assert whole == 4 * QWEN[size]
+    hidden, heads = shape.hidden_size, shape.num_attention_heads
+    kv, inner = hidden // heads * shape.num_key_value_heads, shape.intermediate_size
+    sums = 2 * (hidden + hidden) + 2 * (hidden + kv) + 3 * (hidden + inner)  # m + n of 7 matrices
+    assert lora == 4 * cfg.lora_rank * sums * shape.num_hidden_layers
     jobs = plans.grid("paper", name, config.load_preset(name), "runs/x", [0], [3])
     told = check.summary(jobs, wanted, cfg)
     assert re.search(r" \d+ GPU hours and the evaluation, [\d.e+]+ GB of checkpoints$", told)
@@ -196,11 +207,14 @@ def test_a_gpu_that_is_too_small_is_refused_with_what_would_help(monkeypatch, ca
         memory.check(model, cfg, place)
     less = options("paper_qwen2.5_1.5b", engine="vllm", gradient_checkpointing=True)
     with pytest.raises(UserError, match=r"\): less gpu_memory_utilization, or split it over"):
-        memory.told({"backbone": 79e9, "vLLM": 3e9}, less, GPU)  # the two others are used already
+        memory.told(
+            {"backbone": 79e9, "trained": 0, "vLLM": 3e9}, less, GPU
+        )  # the two others are used already
     with pytest.raises(UserError, match=r"vLLM's copy, 33\.0 GB, wants more gpu_memory_util"):
-        memory.told({"backbone": 1e9, "vLLM": 33e9}, less, GPU)
+        memory.told({"backbone": 1e9, "trained": 0, "vLLM": 33e9}, less, GPU)
     less.vllm_options = '{"cpu_offload_gb": 2}'
-    assert "memory: 33.0 GB" in memory.told({"backbone": 1e9, "vLLM": 33e9}, less, GPU)
+    parts = {"backbone": 1e9, "trained": 0, "vLLM": 33e9}
+    assert "memory: 33.0 GB" in memory.told(parts, less, GPU)
     cfg.gradient_checkpointing = True
     memory.check(model, cfg, place)
 
