@@ -86,7 +86,8 @@ def sentence(runs: Runs) -> str:
     where = {rate: f" at learning rate {rate:g}" if rate else "" for rate in at}
     if not (found := [f"{x.verdict()}{where[r]}, {x.points()}" for r, x in gaps.items() if x]):
         return ""
-    text = f"**{label_of(method)} is better {than}, in points: {'; '.join(found)}.**"
+    name = label_of(method) if len(runs.seeds) > 1 else f"In one training run, {label_of(method)}"
+    text = f"**{name} is better {than}, in points: {'; '.join(found)}.**"
     if gap := runs.at(total) - next(iter(at.values())).at(total):
         alone = next(rate for rate, run in rates(runs).items() if run.name == MAIN)
         text += f" Learning rate {alone:g} in place of {min(at):g} is worth {gap.points()}."

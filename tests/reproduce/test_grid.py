@@ -631,7 +631,7 @@ def test_what_another_trainer_makes_of_a_jump_is_no_plain_rl(tmp_path):
     table = tables.main_table(found)
     assert re.search(r"\| NExt \(aligned\) \| 250 \|.* \+10\.0 \[", table)
     assert "| after/checkpoint-100 | – |" in table
-    assert rates.sentence(found).startswith("**NExt (aligned) is better than GRPO at 250 RL steps")
+    assert "NExt (aligned) is better than GRPO at 250 RL steps" in rates.sentence(found)
     assert "| Tables 3, 4: at 250 steps better than GRPO | " in claims.page(found)
     (tmp_path / after).rename(tmp_path / "continued" / "none_merged")  # of a merged restart
     record(tmp_path, "extrapolated/none", share(40), 150)

@@ -50,7 +50,8 @@ def test_the_runs_are_ordered_by_their_rate(demo):
 
 def test_the_sentence_says_what_the_jump_is_worth_at_each_rate_and_what_the_rate_is(demo):
     text = rates.sentence(demo)
-    start = "**NExt (aligned) is better than GRPO at 3 RL steps, in points: holds at learning rate "
+    start = "**In one training run, NExt (aligned) is better than GRPO at 3 RL steps, in points: "
+    start += "holds at learning rate "
     assert text.startswith(f"{start}0.0005, +6.0 [")
     assert "; undecided at learning rate 0.001, +1.0 [" in text
     gap = (demo.at(3) - demo.of("rate0.0005").at(3)).points()
@@ -92,13 +93,13 @@ def test_without_rl_after_the_jump_the_page_begins_with_the_jump_itself(tmp_path
     record(tmp_path, "extrapolated/none", share(50), 2)
     record(tmp_path, "extrapolated/next-aligned_alpha1.5", share(40), 2)
     text = rates.sentence(runs.Runs(tmp_path))
-    assert text.startswith("**NExt (aligned) is better right after the jump than before it, in ")
+    assert text.startswith("**In one training run, NExt (aligned) is better right after the jump than")
     assert "points: does not hold, -10.0 [" in text
     record(tmp_path, "train/step_0003", share(50), 3)
     record(tmp_path, "continued/next-paper_alpha1.5/step_0003", share(56), 3)
     record(tmp_path, "extrapolated/next-paper_alpha1.5", share(50), 2)
     text = rates.sentence(runs.Runs(tmp_path))  # of what RL has followed
-    assert text.startswith("**NExt (paper) is better than GRPO at 3 RL steps, in points: holds, +6")
+    assert "NExt (paper) is better than GRPO at 3 RL steps, in points: holds, +6" in text
 
 
 def test_the_page_of_one_rate_says_nothing_of_rates(tmp_path):
