@@ -121,8 +121,8 @@ def gains(runs: Runs) -> list[str]:
         pairs = [(at_multiple(runs, r, times).at(total), run.at(total)) for r, run in at.items()]
         late += [[label, *cells(pairs, len(runs.seeds))]] if any(a for a, _ in pairs) else []
     for m in runs.of(plans.SECOND).some():
-        label = f"{label_of(DEFAULT)}, merged; after {10 * (m.steps // 20)} steps "
-        label += "no other jump" if m.method == "none" else "another jump"
+        other = "no other jump" if m.method == "none" else "another jump"
+        label = f"{label_of(DEFAULT)}, merged; half-way {other}"
         mine = {rate: m for rate in at if rate == m.trained["learning_rate"]}
         pairs = [(mine.get(rate, Measured("")), run.at(total)) for rate, run in at.items()]
         late.append([label, *cells(pairs, len(runs.seeds))])

@@ -84,7 +84,7 @@ def test_a_second_jump_is_compared_with_grpo_at_its_own_rate(tmp_path):
             record(top / "second", policy, share(right + seed), 2)
             trained_with((top / "second" / policy).parent, learning_rate=0.0005)
     text = rates.page(runs.Runs(tmp_path, [0, 1]))
-    merged = "NExt (aligned), merged; after 1 steps"
+    merged = "NExt (aligned), merged; half-way"
     assert numbers(text, f"{merged} another jump") == ["+7.5", "–", "–"]
     assert numbers(text, f"{merged} no other jump") == ["+4.5", "–", "–"]
 
@@ -93,7 +93,7 @@ def test_without_rl_after_the_jump_the_page_begins_with_the_jump_itself(tmp_path
     record(tmp_path, "extrapolated/none", share(50), 2)
     record(tmp_path, "extrapolated/next-aligned_alpha1.5", share(40), 2)
     text = rates.sentence(runs.Runs(tmp_path))
-    assert text.startswith("**In one training run, NExt (aligned) is better right after the jump than")
+    assert text.startswith("**In one training run, NExt (aligned) is better right after the jump")
     assert "points: does not hold, -10.0 [" in text
     record(tmp_path, "train/step_0003", share(50), 3)
     record(tmp_path, "continued/next-paper_alpha1.5/step_0003", share(56), 3)
