@@ -1,4 +1,4 @@
-"""Jumps early and often: can they win at the demo's learning rate?
+"""Jumps early and often: can they win at the learning rate that was best in a sweep?
 
     python tests/bench/early_jumps.py --run-dir runs/early          # seeds 10 to 14, 40 minutes
 
@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from common.reproduce.estimates import over_seeds
 from common.reproduce.runner import DEFAULTS  # threads and allocator
 
-HALF, EVERY, TOTAL, K, ALPHA = 50, 5, 250, 4, 1.5
+HALF, EVERY, TOTAL, K, ALPHA, RATE = 50, 5, 250, 4, 1.5, 1e-3
 RECIPES = ("next-aligned", "weighted")
 ONCE = {"none": "none", **{name: f"{name}_alpha{ALPHA}" for name in RECIPES}}
 
@@ -58,7 +58,7 @@ def measured(root: pathlib.Path, run: pathlib.Path, policy: str, *flags) -> floa
 def seed(root: pathlib.Path, number: int) -> dict[str, float]:
     """What every way comes to after 250 steps of RL, with this seed."""
     first, found = root / f"seed{number}" / "grpo", {}
-    problems = ("--train-data", root / "data" / "train.jsonl")
+    problems = ("--train-data", root / "data" / "train.jsonl", "--learning-rate", RATE)
     given = ("--backbone", root / "backbone", *problems, "--seed", number)
     backbone = ("--backbone", root / "backbone")
     call("01_train_lora_grpo.py", first, *given, "--steps", HALF, "--save-every", EVERY)
@@ -96,7 +96,7 @@ def main() -> None:
     subprocess.run(command, cwd=ROOT, check=True)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as lanes:
         rows = [*lanes.map(lambda number: seed(root, number), args.seeds)]
-    print(f"Seeds {args.seeds}, validation problems, {TOTAL} RL steps at the demo's rate\n")
+    print(f"Seeds {args.seeds}, validation problems, {TOTAL} RL steps at {RATE:g}\n")
     print("| way | accuracy % ± s.e. | − GRPO [95%] | − the same without a jump [95%] |")
     print("|---|--:|--:|--:|")
     for way in rows[0]:
