@@ -3,13 +3,13 @@
     accelerate launch --quiet 03_train_predictor.py --config demo --run-dir runs/demo
     accelerate launch --quiet 03_train_predictor.py --config demo --run-dir runs/demo --inputs local
 
-Reads   <run-dir>/deltas, and for the backtest the checkpoints that these were made from
+Reads   <run-dir>/deltas; for the backtest also the checkpoints behind them
 Writes  <run-dir>/predictor/<recipe>/model.safetensors      a network per kind and length of vector
         <run-dir>/predictor/<recipe>/predicted.safetensors  its prediction from the last checkpoint
         <run-dir>/predictor/<recipe>/report.json            losses, and the backtest
 
 The network, its loss (Eq. 8, 9) and two recipes are in common/predictor.py: `paper` trains as the
-official code does, `aligned` is ours. --inputs local (Table 5) makes aligned-no-global.
+official code does, `aligned` is ours. --inputs local (Table 5) makes <recipe>-no-global.
 """
 
 import dataclasses
@@ -32,13 +32,13 @@ STRIDE = 5  # epochs between the losses that report.json keeps
 class PredictorConfig(config.StageConfig):
     """What is trained on what."""
 
-    recipes: list[str] = option(["aligned"], "what is trained, one after the other: aligned, paper")
+    recipes: list[str] = option(["aligned"], "what is trained, in this order: aligned, paper")
     inputs: list[str] = option(["global", "local"], "the deltas that it sees (Table 5)")
     align: bool | None = option(None, "consistent signs of (u, v) [as the recipe says]")
     scale_sigma: bool | None = option(None, "divide sigma by the last global one [as it says]")
     epochs: int | None = option(None, "full-batch steps of AdamW [as the recipe says]")
     bf16: bool = option(False, "matrix products in bf16: half the time for a large model (ours)")
-    checkpoints: int = option(0, "learn from the last N alone; 0 takes all (paper: 15)")
+    checkpoints: int = option(0, "learn from the last N only; 0 takes all (paper: 15)")
     name: str = option("", "folder of predictor/, for a second one [the recipe's name]")
     seed: int = option(0, "random seed of the initial weights")
 

@@ -3,7 +3,7 @@
     accelerate launch --quiet 04_extrapolate.py --config demo --run-dir runs/demo
     accelerate launch --quiet 04_extrapolate.py --config demo --run-dir runs/demo --methods none
 
-Reads   <run-dir>/deltas, the checkpoints that these were made from, <run-dir>/predictor/<recipe>;
+Reads   <run-dir>/deltas, the checkpoints behind them, <run-dir>/predictor/<recipe>;
         <run-dir>/validation for --accept, alpharl-pls, greedy-soup; a later checkpoint for oracle
 Writes  <run-dir>/extrapolated/<method>_alpha1.5   an adapter in fp32, exact to rank 512; `next` has
                                                    one for each predictor: next-aligned_alpha1.5
@@ -11,9 +11,9 @@ Writes  <run-dir>/extrapolated/<method>_alpha1.5   an adapter in fp32, exact to 
                                                    validation problems, or no jump, if that is best
         <run-dir>/merged/<method>_alpha1.5         a whole model: with --merge, or of high rank
 
-NExt is `jump` below; its rivals and the controls stand in common/baselines/methods.py. PEFT, the
-trainer that made the checkpoints, and vLLM load the adapters as they are (vLLM not those with
-modules_to_save). After training without LoRA a jump is an adapter of rank 1 on the last model.
+NExt is `jump` below; its rivals and the controls stand in common/baselines/methods.py. The adapters
+load unchanged in PEFT, in the trainer that you used, and in vLLM (there without modules_to_save).
+After training without LoRA a jump is an adapter of rank 1 on the last model.
 """
 
 import dataclasses
@@ -52,13 +52,13 @@ class ExtrapolateConfig(config.StageConfig):
 
 
 def jump(m: Matrix, alpha: float) -> LowRank:
-    """NExt, Eq. 10: W_c + alpha sigma u v^T. u, sigma and v are stage 3's prediction at W_c. Of
-    whole models m.last is zero: the second term is an adapter on W_c."""
+    """NExt, Eq. 10: W_c + alpha sigma u v^T, with stage 3's prediction at W_c. m.last is W_c - W_0.
+    For whole models it is zero, and the jump is an adapter on W_c."""
     return m.last + alpha * rank1(**m.given[m.name])
 
 
 def wanted(known: Known):
-    """Of each jump: name, method, a function that loads what the method needs, what this reads."""
+    """For each jump: its name, its method, what loads the method's inputs, the files it reads."""
     for name in known.cfg.methods:
         if name == "next":
             for recipe in known.cfg.recipes:
@@ -103,7 +103,7 @@ def main() -> None:
             if merge.is_made(adapter, whole, info, cfg):
                 kept += 1
             else:
-                chosen = METHODS["none"] if alpha is None else method  # None: no jump is better
+                chosen = METHODS["none"] if alpha is None else method  # None: every jump is worse
                 make(known, chosen, get(), (adapter, whole), info)
                 made += 1
             if cfg.merge and adapters.is_adapter(adapter):

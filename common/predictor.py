@@ -25,7 +25,7 @@ SIDES = ("u", "v", "sigma")
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How data are prepared and the network is trained, which the paper leaves mostly open."""
+    """How data are prepared and the network is trained: the paper leaves most of it open."""
 
     align: bool
     scale_sigma: bool
@@ -58,7 +58,7 @@ class TrajectoryPredictor(nn.Module):
         self.decode = block(len(inputs) * d, d)
 
     def forward(self, s_global: torch.Tensor, s_local: torch.Tensor) -> torch.Tensor:
-        """s_global, s_local [..., d] -> s_target [..., d], predicted. Without encoder: ignored."""
+        """s_global, s_local [..., d] -> s_target [..., d], predicted. No encoder: not used."""
         pairs = ((self.encode_global, s_global), (self.encode_local, s_local))
         hidden = [encode(s) for encode, s in pairs if encode is not None]
         return self.decode(torch.cat(hidden, -1))

@@ -99,8 +99,8 @@ class LowRank:
         return LowRank(u[:, :rank] * root, root[:, None] * vh[:rank], balanced=True), float(lost)
 
     def factors(self, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B [m, r], A [r, n]) in fp32, scale * B A = this matrix, r from 1 to min(m, n). Those of
-        a LoRA are unchanged. A balanced term is split evenly, because stage 5 trains both."""
+        """(B [m, r], A [r, n]) in fp32, scale * B A = this matrix, r from 1 to min(m, n). A LoRA's
+        factors stay the same. A balanced term is split evenly, because stage 5 trains both."""
         if not self.terms:
             return torch.zeros(self.shape[0], 1), torch.zeros(1, self.shape[1])
         lefts, rights = [], []
@@ -182,7 +182,7 @@ def top_of_dense(matrix: torch.Tensor) -> Top:
 
 
 def trajectory(W: list[LowRank | torch.Tensor], k: int) -> dict[str, torch.Tensor]:
-    """Eq. 6 and 7 for one matrix. W[0] is the backbone, W[1] ... W[c] are the checkpoints.
+    """Eq. 6 and 7 for one matrix: W[0], the backbone (zero for LoRA), W[1] ... W[c], checkpoints.
 
     Returns u [c, m], sigma [c], v [c, n] as "global.u" and so on; the targets have c - k rows. And
     "spectrum" [c, q], all sigmas of the global deltas (of dense ones the first KEEP)."""

@@ -69,7 +69,7 @@ def describe(name: str, tested: dict) -> str:
     cosines = {row: found["cosine"] for row, found in tested.items() if isinstance(found, dict)}
     lines = [f"{name}: backtest, step {tested['at_step']} -> {tested['predicts_step']}, cosines"]
     lines.append("   " + "  ".join(f"{row} {cosine:.3f}" for row, cosine in cosines.items()))
-    # On the demo at eight learning rates (.github/results, "a meter") no jump of this recipe lost
+    # On the demo at seven learning rates (.github/results, "a meter") no jump of this recipe lost
     # much above the cosine 0.4, and all lost below 0.15. Of other tasks nothing is known.
     found = cosines["predictor"]
     says = "undecided; measure `none` and `next` with stage 6 before you train on"
