@@ -4,6 +4,7 @@ import importlib
 import json
 import pathlib
 import shutil
+import weakref
 
 import pytest
 import safetensors.torch
@@ -153,6 +154,35 @@ def test_other_sharding_than_ours_is_refused_in_one_line(backbone_dir, monkeypat
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     with pytest.raises(UserError, match=r"FSDP wants --config_file common/accelerate/fsdp2.yaml"):
         training.place(policy.load_backbone(str(backbone_dir))[0], torch.device("cpu"))
+
+
+def test_a_layer_that_is_split_is_let_go_before_the_next_is_cast_to_fp32(backbone_dir, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
+    model = policy.load_backbone(str(backbone_dir))[0].bfloat16().requires_grad_(True)
+    whole, counts = [], []
+
+    def split(module, **how):
+        counts.append(sum(reference() is not None for reference in whole))
+        for part in module.modules():
+            for name, parameter in list(part.named_parameters(recurse=False)):
+                assert parameter.dtype == torch.float32 or module is model.get_decoder()
+                whole.append(weakref.ref(parameter))
+                part.register_parameter(name, torch.nn.Parameter(parameter.detach()[:1].clone()))
+
+    monkeypatch.setattr(training, "fully_shard", split)
+    training.place(model, torch.device("cpu"))
+    assert len(whole) > 30
+    assert counts == [0] * (model.config.num_hidden_layers + 1)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_a_model_that_is_stored_as_it_does_not_compute_is_not_split(backbone_dir):
+    model = policy.load_backbone(str(backbone_dir))[0]
+    assert len(policy.split_layers(model)) == model.config.num_hidden_layers
+    model._weight_conversions = ["fused experts"]
+    with pytest.raises(UserError, match="Qwen2ForCausalLM is not stored as it computes"):
+        policy.split_layers(model)
 
 
 # --------------------------------------------------------------------------------------------------

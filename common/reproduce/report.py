@@ -97,7 +97,7 @@ def answers(runs: Runs) -> str:
     jumps = [m for m in runs.some() if m.jumped and m.alpha in (MAIN_ALPHA, None)]
     jumps = sorted((m for m in jumps if m.method != "none"), key=place)
     jump = runs.jump("next-aligned") or next(iter(jumps), Measured(""))
-    later = [m for m in runs.ended() if jump and m.policy.split("/")[1] in jump.policy]
+    later = [m for m in runs.ended() if m.policy.split("/")[1] == jump.policy.rpartition("/")[2]]
     columns = {}  # heading -> problem -> row of stage 6
     for m in filter(None, [runs.get("backbone"), runs.before, jump, *later, *runs.plain()[-1:]]):
         folder = runs.folder(next(iter(m.by_seed))) / "eval" / m.policy.replace("/", "__")

@@ -41,10 +41,11 @@ def kept(model, rows: int, time: int, mixed: bool) -> int:
         return sum(x.untyped_storage().nbytes() for k, x in found.items() if k not in owned)
 
 
-def plan(config, cfg, shards: int = 1, mixed: bool = True) -> dict[str, float]:
+def plan(config, cfg, shards=1, mixed=True, processes=1) -> dict[str, float]:
     """Bytes on each GPU by part, of vLLM its copy. config: the backbone's; cfg: stage 1's options.
 
-    shards: GPUs that the layers are split over.
+    shards: GPUs that the layers are split over. mixed: with autocast. processes: they share the
+    responses of a step.
     """
     model, whole = on_paper(config, cfg), cfg.tune == "full"
     layers = policy.base_model(model).get_decoder().layers
@@ -74,9 +75,11 @@ def plan(config, cfg, shards: int = 1, mixed: bool = True) -> dict[str, float]:
     head += model.get_output_embeddings().weight.numel() * (8 if whole else 2) * mixed
     found = {"backbone": backbone, "trained": TRAINED * trained, "borrowed": lent}
     found |= {"activations": activations, "head": head}
-    if cfg.engine == "hf":  # of the largest batch, each response of full length
-        width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
-        cached = longest * min(cfg.batch_size, cfg.prompts_per_step * cfg.rollouts)  # tokens
+    if cfg.engine == "hf":  # its largest part: each response of a batch at its full length
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        width *= getattr(config, "num_key_value_heads", None) or heads
+        cached = min(cfg.batch_size, cfg.prompts_per_step * cfg.rollouts // processes) * longest
         return {**found, "KV cache": 2 * len(layers) * width * model.dtype.itemsize * cached}
     copy = 2 * sum(p.numel() for p in model.parameters() if whole or not p.requires_grad)  # bf16
     return {**found, "vLLM": copy}
@@ -87,7 +90,8 @@ def check(model, cfg, accelerator) -> None:
     mixed, total = accelerator.mixed_precision != "no", torch.cuda.mem_get_info()[1]
     try:
         shards = accelerator.num_processes if policy.is_sharding() else 1
-        parts = plan(policy.base_model(model).config, cfg, shards, mixed)
+        config, processes = policy.base_model(model).config, accelerator.num_processes
+        parts = plan(config, cfg, shards, mixed, processes)
     except Exception as error:  # noqa: BLE001  (whatever raises where shapes are not enough)
         accelerator.print(f"memory: not known before the first step ({type(error).__name__})")
         return

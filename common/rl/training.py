@@ -97,9 +97,9 @@ def place(model, device: torch.device):
     and moments if they are trained, and borrows the rest while the layer computes. LoRA factors
     stay whole. So do embeddings that are also the head.
     """
-    trained = {*policy.trained(model).values()}
-    whole = trained if isinstance(model, PeftModel) else set()
-    dtype = torch.float32 if trained - whole else None  # bf16 would round a step of RL away
+    whole = {*policy.trained(model).values()} if isinstance(model, PeftModel) else set()
+    # All of a model that is trained: bf16 would round a step of RL away.
+    dtype = torch.float32 if policy.trained(model) and not whole else None
     if not policy.is_sharding():
         return model.to(device, dtype)
     if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") != "false":

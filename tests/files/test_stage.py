@@ -20,6 +20,7 @@ class Options(config.StageConfig):
     steps: int = option(5, "how many")
     rate: float = option(0.5, "how fast")
     names: list[str] = option(["x"], "who")
+    prompt_template: str = option("{prompt}", "the user turn")
 
 
 @pytest.fixture
@@ -124,6 +125,12 @@ def test_another_spelling_of_a_path_in_a_list_is_no_difference(folder):
     assert not opened(folder, names=["./out/step_*", "./mine.py:short=0.5"]).done
     with pytest.raises(UserError, match="option names = "):
         opened(folder, names=["out2/step_*", "mine.py:short=0.5"])
+
+
+def test_a_prompt_is_no_path(folder):
+    opened(folder, prompt_template="{prompt} a//b")
+    with pytest.raises(UserError, match="option prompt_template = "):
+        opened(folder, prompt_template="{prompt} a/b")
 
 
 def test_overwrite_begins_again(folder):

@@ -162,6 +162,10 @@ def test_of_hf_the_kv_cache_of_a_whole_batch_counts_but_not_beside_the_update():
     ids = torch.zeros(50, cfg.max_prompt_tokens + cfg.max_new_tokens, dtype=torch.long)
     layers = model(ids, use_cache=True).past_key_values.layers
     assert parts["KV cache"] == sum(x.nbytes for la in layers for x in (la.keys, la.values))
+    shared = memory.plan(model.config, cfg, mixed=False, processes=4)  # 64 responses, 16 each
+    assert 50 * shared["KV cache"] == 16 * parts["KV cache"]
+    model.config.head_dim = 2 * model.config.hidden_size // model.config.num_attention_heads
+    assert memory.plan(model.config, cfg, mixed=False)["KV cache"] == 2 * parts["KV cache"]
     parts = {"backbone": 3e9, "trained": 4e9, "activations": 2e9, "KV cache": 2e10}
     assert "26.0 GB of a GPU's 40.0" in memory.told(parts, cfg, 4e10)  # 3 + 3 + 20, no gradient
     with pytest.raises(UserError, match=r"KV cache 20\.0\): less --batch-size, or split"):
@@ -183,7 +187,7 @@ def test_the_papers_presets_know_the_size_of_their_model(size, monkeypatch, tmp_
     name = f"paper_qwen2.5_{size}"
     wanted = plans.values_of(name, config.load_preset(name))["reproduce"]
     cfg, shape = parse_stage("01", "--config", name), qwen(size)
-    lora, whole = check.sizes_of(check.architecture(cfg, wanted), cfg)
+    lora, whole = check.sizes_of(cfg, wanted)
     assert whole == 4 * QWEN[size]
     hidden, heads = shape.hidden_size, shape.num_attention_heads
     kv, inner = hidden // heads * shape.num_key_value_heads, shape.intermediate_size
