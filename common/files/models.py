@@ -158,7 +158,7 @@ def find_adapter(name: str) -> tuple[pathlib.Path | None, int]:
     if not name:
         return None, 0
     below = [path.parent for path in sorted(pathlib.Path(name).rglob(adapters.CONFIG))]
-    below = [path for path in below if not path.resolve().name.startswith(".")]  # left by a kill
+    below = [path for path in below if not path.name.endswith(".tmp")]  # left by a kill
     steps = {p: adapters.read_info(p).get("step", step_of(p)) or 0 for p in below}
     if not steps:
         raise UserError(f"--start {name}: no adapter of PEFT's is in or below it")

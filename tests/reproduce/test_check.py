@@ -199,11 +199,12 @@ def test_of_a_whole_model_the_tables_keep_few_checkpoints():
 def test_memory_is_told_of_as_many_gpus_as_share_the_layers(tmp_path, monkeypatch):
     lay_out(tmp_path)
     seen, plan = [], memory.plan
-    monkeypatch.setattr(memory, "plan", lambda *args: seen.append(args[2]) or plan(*args))
+    note = lambda config, cfg, shards, processes: seen.append((shards, processes))  # noqa: E731
+    monkeypatch.setattr(memory, "plan", lambda *a, **b: note(*a, **b) or plan(*a, **b))
     split = " --config_file common/accelerate/fsdp2.yaml"
-    for flags in ("", split, f"{split} --num_processes 4"):
+    for flags in (" --num_processes 2", split, f"{split} --num_processes 4"):
         checked(tmp_path, reproduce={"launch": f"accelerate launch{flags}"})
-    assert seen == [1, 1, 8, 8, 4, 4]  # and after a merged restart
+    assert seen == 2 * [(1, 2)] + 2 * [(8, 8)] + 2 * [(4, 4)]  # and after a merged restart
 
 
 def test_a_preset_may_want_a_process_for_each_gpu(monkeypatch, capsys):
@@ -236,8 +237,8 @@ def test_runs_of_all_parameters_have_a_memory_of_their_own(tmp_path, monkeypatch
     name.write_text(yaml.safe_dump(preset))
     jobs = plans.grid("paper", str(name), preset, str(tmp_path), [0], {3})
     seen, plan = [], memory.plan
-    note = lambda config, cfg, *rest: seen.append((cfg.tune, cfg.mini_batch))  # noqa: E731
-    monkeypatch.setattr(memory, "plan", lambda *args: note(*args) or plan(*args))
+    note = lambda config, cfg, *a, **b: seen.append((cfg.tune, cfg.mini_batch))  # noqa: E731
+    monkeypatch.setattr(memory, "plan", lambda *a, **b: note(*a, **b) or plan(*a, **b))
     with pytest.raises(UserError, match="1 are not as they should be"):  # test data: not there
         check.check(str(name), preset, str(tmp_path / "not" / "yet"), jobs)
     assert seen == [("lora", preset["train"]["mini_batch"])] * 2 + [("full", 8)]
