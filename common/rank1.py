@@ -182,7 +182,7 @@ def top_of_dense(matrix: torch.Tensor) -> Top:
 
 
 def trajectory(W: list[LowRank | torch.Tensor], k: int) -> dict[str, torch.Tensor]:
-    """Eq. 6 and 7 for one matrix: W[0], the backbone (zero for LoRA), W[1] ... W[c], checkpoints.
+    """Eq. 6 and 7 for one matrix. W[0]: the backbone (zero for LoRA). W[1] ... W[c]: checkpoints.
 
     Returns u [c, m], sigma [c], v [c, n] as "global.u" and so on; the targets have c - k rows. And
     "spectrum" [c, q], all sigmas of the global deltas (of dense ones the first KEEP)."""

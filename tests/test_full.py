@@ -177,11 +177,11 @@ def test_a_layer_that_is_split_is_let_go_before_the_next_is_cast_to_fp32(backbon
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_a_model_that_is_stored_as_it_does_not_compute_is_not_split(backbone_dir):
+def test_a_model_whose_file_has_other_tensors_is_not_split(backbone_dir):
     model = policy.load_backbone(str(backbone_dir))[0]
     assert len(policy.split_layers(model)) == model.config.num_hidden_layers
     model._weight_conversions = ["fused experts"]
-    with pytest.raises(UserError, match="Qwen2ForCausalLM is not stored as it computes"):
+    with pytest.raises(UserError, match="FSDP2 cannot save Qwen2ForCausalLM"):
         policy.split_layers(model)
 
 

@@ -63,9 +63,10 @@ def save_state(folder: pathlib.Path, step: int, weights: dict, optimizer, stands
 
 
 def save_parts(folder: pathlib.Path | None, name: str, tensors: dict):
-    """Writes `tensors` to <name>.safetensors in `folder`, or to several files. Returns the plan.
+    """Writes `tensors` to <name>.safetensors in `folder`, or to several files.
 
-    Every process takes part; the first one writes, the others have no folder.
+    Returns which file has which tensor. Every process takes part; the first one writes, the others
+    have no folder.
     """
     how = {"filename_pattern": name + "{suffix}.safetensors", "max_shard_size": FILE}
     plan = split_state_dict_into_shards_factory(tensors, get_storage_size=lambda x: x.nbytes, **how)

@@ -157,7 +157,7 @@ def architecture(cfg, wanted: dict):
 
 
 def sizes_of(cfg, wanted: dict) -> tuple[int, int]:
-    """Bytes of a checkpoint in fp32, of a LoRA and of the whole model. Else UserError."""
+    """Bytes of a checkpoint in fp32, of a LoRA and of the whole model. UserError: unknown."""
     backbone = architecture(cfg, wanted)
     with in_one_line(f"cannot load backbone {cfg.backbone}", policy.WANTED):
         both = (cfg, dataclasses.replace(cfg, tune="full"))

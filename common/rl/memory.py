@@ -103,8 +103,8 @@ def check(model, cfg, accelerator) -> None:
 def told(parts: dict[str, float], cfg, total: float) -> str:
     """What a GPU of `total` bytes will hold: `parts`, with vLLM's share in place of its copy.
 
-    By hf, and where vLLM sleeps in the update, a rollout and an update are counted apart. Raises
-    UserError where it is too small.
+    With hf, and where vLLM sleeps during the update, rollout and update are counted apart. Raises
+    UserError where the GPU is too small.
     """
     options, own = rollout.vllm_options(cfg.vllm_options), parts.get("KV cache", 0.0)
     if cfg.engine == "vllm":
@@ -114,12 +114,11 @@ def told(parts: dict[str, float], cfg, total: float) -> str:
             raise UserError(f"vLLM's copy, {copy / 1e9:.1f} GB, wants more gpu_memory_utilization")
         parts = {**parts, "vLLM": own}
     sleeps = cfg.tune == "full" and options.get("enable_sleep_mode")
+    apart = cfg.engine == "hf" or sleeps
+    update = sum(parts.values()) - (own if apart else 0.0)
     # In the rollout there is no gradient.
     sampling = parts["backbone"] + (1 - GRADIENT / TRAINED) * parts["trained"] + own
-    both = [sum(parts.values())]
-    if cfg.engine == "hf" or sleeps:
-        both = [sum(parts.values()) - own, sampling]
-    needs, room = max(both), ROOM * total
+    needs, room = max(update, sampling), ROOM * total
     listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
     needed = f"{needs / 1e9:.1f} GB of a GPU's {total / 1e9:.1f} ({listed})"
     if needs > room:
@@ -127,7 +126,10 @@ def told(parts: dict[str, float], cfg, total: float) -> str:
         ways = [] if cfg.gradient_checkpointing else ["--gradient-checkpointing true"]
         ways += [f"--micro-tokens {longest}"] if cfg.micro_tokens > longest else []
         less = "less --batch-size" if cfg.engine == "hf" else "less gpu_memory_utilization"
-        ways = [less] if both[0] <= room else ways + [less] * (len(both) == 1)
+        if update <= room:  # the rollout alone is too large
+            ways = [less]
+        elif not apart:
+            ways.append(less)
         ways.append("split it over more GPUs (common/accelerate/fsdp2.yaml)")
         raise UserError(f"needs {needed}: {', or '.join(ways)}")
     return f"memory: {needed}"

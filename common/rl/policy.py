@@ -160,7 +160,7 @@ def split_layers(policy) -> list[torch.nn.Module]:
     """What common/accelerate/fsdp2.yaml splits over the GPUs."""
     model = base_model(policy)
     if getattr(model, "_weight_conversions", None):
-        raise UserError(f"{type(model).__name__} is not stored as it computes: not with FSDP2")
+        raise UserError(f"FSDP2 cannot save {type(model).__name__}: its file has other tensors")
     first, head = model.get_input_embeddings(), model.get_output_embeddings()
     plain = isinstance(head, torch.nn.Linear) and head.bias is None  # and without LoRA
     apart = plain and head.weight is not first.weight
