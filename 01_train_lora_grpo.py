@@ -10,7 +10,7 @@ Writes  <run-dir>/train/step_0010 ... step_0150   PEFT adapters in fp32; with --
 --tune full --learning-rate 5e-7 trains all parameters (Table 5's "w/o LoRA") in fp32. It needs 16
 bytes a parameter, split over GPUs by common/accelerate/fsdp2.yaml. To resume, type the same command
 again: a random number depends on (seed, step, problem, sample) alone. A larger --steps goes on from
-a finished run, if its rate is constant. Not here: critics, multi-turn answers, packing, warm-up.
+a finished run, if the learning rate is constant. Not here: critics, multi-turn, packing, warm-up.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from common.rl.training import Batch, Run
 
 @dataclasses.dataclass
 class TrainConfig(options.RLConfig):
-    """The paper's Table 2 (lengths, temperature: below). (open): not in it, mostly as in verl."""
+    """The paper's Table 2 without lengths, temperature. (open): not in it, mostly as in verl."""
 
     train_data: str = option("dapo-math-17k", "problems (paper: DAPO-Math-17k)")
     algorithm: Literal["grpo", "rloo", "reinforce++", "reinforce++-baseline"] = option(
@@ -48,7 +48,7 @@ class TrainConfig(options.RLConfig):
     lora_alpha: float = option(32.0, "scale alpha / r on B A (paper: 32)")
     clip_low: float = option(0.2, "epsilon of Eq. 1 downwards (open)")
     clip_high: float = option(0.2, "epsilon of Eq. 1 upwards (open)")
-    loss_aggregation: Literal["token", "seq"] = option("token", "which weigh the same (Eq. 1: seq)")
+    loss_aggregation: Literal["token", "seq"] = option("token", "what weighs alike (Eq. 1: seq)")
     kl_coef: float = option(0.0, "beta of Eq. 1, against the backbone; 0 is off (open)")
     kl_in: Literal["loss", "reward"] = option("loss", "loss + beta k3, or reward - beta k1 (open)")
     importance_cap: float = option(0.0, "highest weight pi_trainer / pi_engine; 0 is off (open)")
@@ -65,6 +65,7 @@ def sample(run: Run, step: int, timer: metrics.Timer) -> Batch:
     asked = [(order[i], g, order[:i].count(order[i])) for i in mine for g in range(cfg.rollouts)]
     prompts = [run.prompts[index] for index, _, _ in asked]
     seeds = [rollout.sequence_seed(cfg.seed, step, *one) for one in asked]
+    # The engine takes over the weights as they are now.
     with timer("sync"):
         run.engine.sync(run.model)
     with timer("rollout"):
@@ -134,7 +135,7 @@ def train(run: Run, stage: Stage, first_step: int) -> None:
             updates, size = [], cfg.mini_batch * cfg.rollouts // processes
             for start in range(0, len(batch.completions), size):
                 mini, losses = range(start, start + size), []
-                weights = training.token_weights(run, batch, mini)  # sum: 1 over all processes
+                weights = training.token_weights(run, batch, mini)  # sum: 1 (seq: 1/G 1/|y|)
                 for micro in training.micro_batches(run, batch, mini):
                     loss, clipped = loss_of(run, batch, micro, weights)
                     loss.backward()
@@ -154,7 +155,7 @@ def train(run: Run, stage: Stage, first_step: int) -> None:
         if step % cfg.resume_every == 0 or step == cfg.steps:
             save_state(folder, step, policy.trained(run.model), run.optimizer, run.stands_on)
         metrics.show(run, line)
-    metrics.check_moved(folder / "metrics.jsonl")
+    metrics.check_moved(folder / "metrics.jsonl")  # some step had a gradient
     run.rewards.verifier.close()
     run.engine.close()
     stage.finish()
@@ -167,7 +168,7 @@ def save(run: Run, folder: pathlib.Path, step: int) -> None:
     run.accelerator.wait_for_everyone()
     info = {"step": step, "backbone": run.backbone, **run.stands_on}
     with first_alone(write.atomic_dir(folder / f"step_{step:04d}", info)) as open_folder:
-        policy.save(run.model, run.tokenizer, open_folder)  # of a sharded model all have a part
+        policy.save(run.model, run.tokenizer, open_folder)  # sharded: every process takes part
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ Writes  <run-dir>/deltas/<matrix>.safetensors   u, sigma, v of its deltas, with 
 
 Eq. 6 and 7 are `trajectory` in common/rank1.py. For a LoRA it is given W_i - W_0 = s B A as factors
 in float64 (Eq. 5; the paper leaves out s = lora_alpha / r). Matrices without an adapter take no
-part: their deltas are zero. An SVD leaves the sign of (u, v) open; here it is as it came. Stage 4
-makes it consistent, and so does stage 3, except in the recipe `paper`.
+part: their deltas are zero. An SVD does not decide the sign of (u, v); here it is as it came.
+Stage 4 makes the signs consistent, and so does stage 3, except in the recipe `paper`.
 """
 
 import concurrent.futures
@@ -38,7 +38,7 @@ class ExtractConfig(config.StageConfig):
 
     checkpoints: list[str] = option(["{run_dir}/train/step_*"], "folders, as a quoted pattern")
     backbone: str = option("", "whole models only: the one that training started from")
-    k: int = option(5, "checkpoints from one to its target (paper: 5, that is 50 steps)")
+    k: int = option(5, "a target delta spans k checkpoints (paper: 5, that is 50 steps)")
     last_step: int = option(0, "leave out checkpoints after this step; 0 takes all (paper: 150)")
     fit_checkpoints: int = option(10, "checkpoints that Fig. 3's line is fitted on (paper: 10)")
 
@@ -85,8 +85,8 @@ def main() -> None:
     mine = found.modules[state.process_index :: state.num_processes]
     mine = [module for module in mine if not files[module].is_file()]
     with concurrent.futures.ThreadPoolExecutor(workers, "", torch.set_num_threads, (1,)) as pool:
-        # Eq. 6, 7. Between two uses of W[i - k] come 2 k others. So 2 k + 1 stay in memory, and
-        # each is read once. Fewer --threads need less.
+        # Eq. 6, 7. W[i - k] is used again after 2 k others. So 2 k + 1 stay in memory, and each is
+        # read once. Fewer --threads need less.
         k, keep = cfg.k, 2 * cfg.k + 1
         work = {m: pool.submit(rank1.trajectory, found.weights(m, keep), k) for m in mine}
         try:

@@ -34,12 +34,12 @@ class PredictorConfig(config.StageConfig):
 
     recipes: list[str] = option(["aligned"], "what is trained, in this order: aligned, paper")
     inputs: list[str] = option(["global", "local"], "the deltas that it sees (Table 5)")
-    align: bool | None = option(None, "consistent signs of (u, v) [as the recipe says]")
-    scale_sigma: bool | None = option(None, "divide sigma by the last global one [as it says]")
-    epochs: int | None = option(None, "full-batch steps of AdamW [as the recipe says]")
+    align: bool | None = option(None, "consistent signs of (u, v) [the recipe's]")
+    scale_sigma: bool | None = option(None, "sigma divided by the last global one [the recipe's]")
+    epochs: int | None = option(None, "full-batch steps of AdamW [the recipe's]")
     bf16: bool = option(False, "matrix products in bf16: half the time for a large model (ours)")
     checkpoints: int = option(0, "learn from the last N only; 0 takes all (paper: 15)")
-    name: str = option("", "folder of predictor/, for a second one [the recipe's name]")
+    name: str = option("", "folder below predictor/ to write [the recipe's name]")
     seed: int = option(0, "random seed of the initial weights")
 
     def __post_init__(self):
@@ -65,7 +65,7 @@ class PredictorConfig(config.StageConfig):
 
 
 def fit(cfg: PredictorConfig, recipe: predictor.Recipe, known: deltas.Trajectory):
-    """Trains on what is known (Eq. 8, 9) and predicts the next target (Eq. 11)."""
+    """Trains on what is known (Eq. 8, 9) and predicts the next target (Eq. 8, 11)."""
     known = known.last(cfg.checkpoints or len(known.steps))
     families = predictor.stack_families(*predictor.prepare(known, recipe))
     with progress(desc="training", in_log=True, total=len(families) * recipe.epochs) as bar:

@@ -5,11 +5,11 @@
 
 Reads   <run-dir>/deltas, the checkpoints behind them, <run-dir>/predictor/<recipe>;
         <run-dir>/validation for --accept, alpharl-pls, greedy-soup; a later checkpoint for oracle
-Writes  <run-dir>/extrapolated/<method>_alpha1.5   an adapter in fp32, exact to rank 512; `next` has
+Writes  <run-dir>/extrapolated/<method>_alpha1.5   an adapter in fp32, rank 512 or less; `next` has
                                                    one for each predictor: next-aligned_alpha1.5
         <run-dir>/extrapolated/<method>_accepted   with --accept: the alpha that is best on
                                                    validation problems, or no jump, if that is best
-        <run-dir>/merged/<method>_alpha1.5         a whole model: with --merge, or of high rank
+        <run-dir>/merged/<method>_alpha1.5         a whole model: with --merge, or where it must be
 
 NExt is `jump` below; its rivals and the controls stand in common/baselines/methods.py. The adapters
 load unchanged in PEFT, in the trainer that you used, and in vLLM (there without modules_to_save).
@@ -40,7 +40,7 @@ class ExtrapolateConfig(config.StageConfig):
     recipes: list[str] = option(["aligned"], "predictors of stage 3 that `next` uses")
     alphas: list[float] = option([1.5], "extending coefficients (paper: 1.5; Fig. 6: 0.5 to 4.0)")
     merge: bool = option(False, "write whole models too, in fp32")
-    accept: bool = option(False, "write <method>_accepted alone: the best alpha by stage 6 (ours)")
+    accept: bool = option(False, "write <method>_accepted only: the best alpha by stage 6 (ours)")
     validation_data: list[str] = option(
         ["{run_dir}/data/valid.jsonl"], "for --accept, alpharl-pls and greedy-soup"
     )
@@ -58,7 +58,7 @@ def jump(m: Matrix, alpha: float) -> LowRank:
 
 
 def wanted(known: Known):
-    """For each jump: its name, its method, what loads the method's inputs, the files it reads."""
+    """For each method: its name, itself, what loads its inputs, the files that these are in."""
     for name in known.cfg.methods:
         if name == "next":
             for recipe in known.cfg.recipes:

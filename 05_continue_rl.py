@@ -3,13 +3,13 @@
     python 05_continue_rl.py --config demo --run-dir runs/demo --restart merged   # one GPU, or none
     accelerate launch --quiet --num_processes 2 05_continue_rl.py --config demo --run-dir runs/demo
 
-Reads   <run-dir>/extrapolated/<start>, the backbone, the preset's sections `train`, `continue`
+Reads   <run-dir>/extrapolated/<start>, backbone, problems; the sections `train`, `continue`
 Writes  <run-dir>/continued/<start>, <start>_merged or <name>, like train/, with steps to 250
 
---restart merged adds the jump to the backbone, saved in fp32, and starts a new LoRA, likely the
-paper's way; a start that is a whole model gets one too. KL is then against the jumped model, below
-the new adapter, as in TRL and verl, else against the backbone. GPUs round the jumped model to bf16:
-a part of a small jump is lost. The optimizer is new; problems and seeds are as without a jump.
+--restart merged adds the jump to the backbone, saved in fp32, and starts a new LoRA: likely the
+paper's way. A start that is a whole model gets a new LoRA too. KL is against the model below the
+LoRA, as in TRL and verl: after a merged restart that is the jumped one. GPUs round it to bf16: a
+part of a small jump is lost. The optimizer is new; problems and seeds are as without a jump.
 """
 
 import dataclasses
@@ -42,12 +42,12 @@ def main() -> None:
     cfg = parse(ContinueConfig, ("train", "continue"), __doc__)
     start, first_step, base = models.find_start(cfg)
     jump = {} if models.is_model(start) else adapters.read_config(start)
-    merge = cfg.restart == "merged" or (cfg.tune == "lora" and not jump)  # which has no LoRA yet
+    merge = cfg.restart == "merged" or (cfg.tune == "lora" and not jump)  # a whole model has none
     cfg.steps = first_step + cfg.more_steps
     if cfg.tune == "full" and merge:
         raise UserError("--tune full has no adapter to restart: leave out --restart")
     if cfg.tune == "lora" and not merge and jump.get("r", 0) < 2 and base != cfg.backbone:
-        raise UserError(f"{start} is no adapter to train: --tune full, or --restart merged")
+        raise UserError(f"{start}: rank 1 on a whole model. --tune full, or --restart merged")
     last = cfg.start if cfg.start.startswith("merged/") else pathlib.Path(cfg.start).name
     name = cfg.name or last.replace("/", "__") + ("_merged" if merge else "")
     folder = pathlib.Path(cfg.run_dir) / "continued" / safe_name(name, "--name")

@@ -10,10 +10,10 @@ Writes  <run-dir>/eval/<policy>/<task>.jsonl   a response a line, with run numbe
         <run-dir>/eval/<policy>/<task>.json    accuracy, standard error, n, response length
         <run-dir>/report.html, report.md       tables, claims and figures: common/reproduce
 
-A policy is an adapter, measured on the backbone that it was trained on, or a whole model. For
-another trainer's type --run-dir outputs --policies 'checkpoint-*' or name=path. What it made of a
-jump counts on from there as outputs/continued/<jump>/checkpoint-100. With --output the results go
-to that folder, without a report. Stage 4 chooses by accuracy from <run-dir>/validation alone.
+A policy is an adapter, measured on the backbone that it was trained on, or a whole model. For those
+of another trainer, type --run-dir outputs --policies 'checkpoint-*' or name=path; put what it makes
+of a jump into outputs/continued/<jump>/checkpoint-100. With --output the results go to that folder,
+without a report. Stage 4 chooses by what is in <run-dir>/validation, never by test results.
 
 Every problem is answered `runs` times. The standard error is over problems: the runs of one problem
 are not independent, so their mean is one observation. All policies get the same seeds: differences
@@ -89,7 +89,7 @@ def to_measure(cfg: EvalConfig, run: pathlib.Path, tasks: dict) -> list[tuple]:
 
 
 def evaluate(cfg: EvalConfig, run: pathlib.Path, accelerator: Accelerator) -> None:
-    """Measures every policy on every task. Neighbours on the same model share it."""
+    """Measures every policy on every task. Policies on one model, one after another, share it."""
     tasks, loaded = data.load_tasks([*map(cfg.path, cfg.test_data)], **cfg.columns), None
     judge = verifier.Verifier(cfg.verifier_seconds, cfg.answer_format)
     judge.check([problem for problems in tasks.values() for problem in problems])

@@ -58,7 +58,7 @@ class TrajectoryPredictor(nn.Module):
         self.decode = block(len(inputs) * d, d)
 
     def forward(self, s_global: torch.Tensor, s_local: torch.Tensor) -> torch.Tensor:
-        """s_global, s_local [..., d] -> s_target [..., d], predicted. No encoder: not used."""
+        """s_global, s_local [..., d] -> s_target [..., d], predicted (Eq. 8)."""
         pairs = ((self.encode_global, s_global), (self.encode_local, s_local))
         hidden = [encode(s) for encode, s in pairs if encode is not None]
         return self.decode(torch.cat(hidden, -1))
@@ -96,8 +96,8 @@ def stack_families(trajectory, units: dict) -> dict[str, tuple[torch.Tensor, ...
         for side in SIDES:
             rows = [vectors(roles[r], side, units[module])[:count] for r in ROLES]
             members[family(side, rows[0])].append(rows)
-    roles = {name: zip(*rows, strict=True) for name, rows in members.items()}
-    return {name: tuple(torch.stack(part, 1) for part in parts) for name, parts in roles.items()}
+    by_role = {name: zip(*rows, strict=True) for name, rows in members.items()}
+    return {name: tuple(torch.stack(r, 1) for r in roles) for name, roles in by_role.items()}
 
 
 class Trained(NamedTuple):
@@ -144,8 +144,8 @@ def train_family(data: tuple[torch.Tensor, ...], recipe: Recipe, seed: int, tick
 
 @torch.no_grad()
 def predict(models: dict[str, nn.Module], trajectory, recipe: Recipe) -> dict[str, dict]:
-    """The next target of every matrix, seen from the last checkpoint: module -> {"u": [m], "sigma":
-    [], "v": [n]}, u and v of length 1 (Eq. 11)."""
+    """The target delta of every matrix from the last checkpoint: module -> {"u": [m], "sigma": [],
+    "v": [n]}, u and v of length 1 (Eq. 11)."""
     prepared, units = prepare(trajectory, recipe)
     found = {}
     for module, roles in prepared.deltas.items():

@@ -50,7 +50,7 @@ class LowRank:
     def __add__(self, other):
         if isinstance(other, torch.Tensor):
             return other + self.dense().to(other)
-        return self._of(self.terms + other.terms) if other.terms else self  # with its grams
+        return self._of(self.terms + other.terms) if other.terms else self  # keeps its grams
 
     def __radd__(self, other):
         return self + other if isinstance(other, torch.Tensor) else self  # sum() begins with 0
@@ -162,7 +162,7 @@ def top_of_grams(gram: torch.Tensor, other: torch.Tensor):
     values, vectors = torch.linalg.eigh(root.mT @ gram @ root)
     sigma = values.clamp_min(0).sqrt().flip(0)
     x = root @ vectors[:, -1] / sigma[0]
-    # Rounding is of the order of eps tr(G) tr(H); 64 is for the sums over m and n. 0 / 0 is nan.
+    # Rounding is of the order of eps tr(G) tr(H); 64 allows for the sums over m and n.
     eps = torch.finfo(sigma.dtype).eps * (len(sigma) + 64)
     bound = float(eps * gram.trace() * other.trace() / sigma[0] ** 2)
     return balance * x, sigma, inverse * (gram @ x) / sigma[0], bound
@@ -191,7 +191,7 @@ def trajectory(W: list[LowRank | torch.Tensor], k: int) -> dict[str, torch.Tenso
         found["global"].append(top(W[i] - W[0]))
         found["local"].append(top(W[i] - W[i - 1]))
         if i > k:
-            found["target"].append(top(W[i] - W[i - k]))  # that of checkpoint i - k
+            found["target"].append(top(W[i] - W[i - k]))  # that of W[i - k]
     made = {"spectrum": torch.stack([one.sigma for one in found["global"]])}
     for role, tops in found.items():
         made[f"{role}.u"] = torch.stack([one.u for one in tops])

@@ -300,7 +300,7 @@ def test_changed_weights_are_measured_again(full_run, tmp_path, monkeypatch):
     ("flags", "message"),
     [
         (["--restart", "merged"], "--tune full has no adapter to restart"),
-        (["--tune", "lora"], "is no adapter to train: --tune full, or --restart merged"),
+        (["--tune", "lora"], "rank 1 on a whole model. --tune full, or --restart merged"),
     ],
 )
 def test_a_restart_that_means_nothing_is_refused(full_run, flags, message):
