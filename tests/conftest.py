@@ -143,12 +143,9 @@ def measured_as(run: pathlib.Path, policy: str, accuracy: float, **changes) -> N
 
 def lay_out(folder: pathlib.Path) -> pathlib.Path:
     """A run directory with the demo's backbone and data, as `python -m common.demo` makes it."""
-    subprocess.run(
-        [sys.executable, "-m", "common.demo", "--run-dir", str(folder)],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["demo", "--run-dir", str(folder)])
+        demo.main()
     return folder
 
 

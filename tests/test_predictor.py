@@ -246,13 +246,6 @@ def dense_cosine(a, b):
     return float((a * b).sum() / (a.norm() * b.norm()))
 
 
-def test_a_matrix_that_does_not_move_leaves_the_weights_finite():
-    trajectory = tiny_trajectory()
-    zero = lambda role, t: Triples(0 * t.u, 0 * t.sigma, 0 * t.v)  # noqa: E731
-    trajectory.deltas["m1"] = changed(trajectory, zero).deltas["m1"]
-    assert methods.weighted_fit(trajectory).isfinite().all()
-
-
 @pytest.mark.parametrize("kind", ["LoRA", "dense"])
 def test_the_backtest_scores_every_row_by_its_cosine_with_the_true_delta(kind):
     """7 checkpoints, 2 of them hidden: it stands at 50 and predicts 70."""

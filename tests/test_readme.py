@@ -6,8 +6,8 @@ import importlib
 import itertools
 import json
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 
 import pytest
@@ -219,7 +219,7 @@ def test_the_reward_of_the_example_pays_right_answers_and_of_them_the_shorter(tm
     assert found == pytest.approx([1 / 2, 0, 1 / 1.09])
 
 
-def test_the_lines_for_another_project_jump(backbone_dir, tmp_path):
+def test_the_lines_for_another_project_jump(backbone_dir, tmp_path, monkeypatch):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -230,7 +230,11 @@ def test_the_lines_for_another_project_jump(backbone_dir, tmp_path):
     outputs, lora = tmp_path / "outputs", {"r": 4, "lora_alpha": 2}
     lora["target_modules"] = ["q_proj", "up_proj"]
     save_series(backbone_dir, outputs / "checkpoint-{}", 11, **lora)
-    subprocess.run([sys.executable, "jump.py"], cwd=tmp_path, check=True)
+    assert "common" not in lines
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    runpy.run_path("jump.py")
+    sys.modules.pop("rank1")
 
     config = json.loads((outputs / "jumped" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (5, 2.5)

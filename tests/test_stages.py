@@ -41,7 +41,6 @@ def test_training_leaves_a_checkpoint_and_a_line_of_metrics_a_step(finished_run)
     for row in rows:
         assert 0 <= row["accuracy"] <= 1
         assert 0 < row["response_length"] <= 72
-        assert row["logprob_gap_mean"] < 1e-5
         assert row["verifier_errors"] == 0
     kept = sorted(path.name for path in (train / "resume").iterdir())
     assert kept == ["step_0007", "step_0008"]
@@ -210,7 +209,7 @@ def test_another_trainers_checkpoints_are_measured_where_they_lie(run, stage, tm
 def test_evaluation_with_another_template_than_trainings_warns(run, capsys):
     flags = ["--policies", "train/step_0006", "--prompt-template", "{prompt}{prompt}"]
     flags += ["--config", "tests/tiny.yaml", "--run-dir", str(run), "--max-prompt-tokens", "32"]
-    call_main("06", *flags)
+    call_main("06", *flags, "--output", "again")  # without a report
     assert "train/step_0006 was trained with another prompt template" in capsys.readouterr().out
 
 
@@ -246,6 +245,17 @@ def test_reproduce_goes_on_where_it_was_interrupted_and_skips_what_is_done(finis
     assert "| Backbone | 0 |" in printed
 
 
+def test_what_a_merged_restart_stands_on_is_no_policy(finished_run):
+    run = finished_run
+    restarted = run / "continued" / "next-aligned_alpha1.5_merged"
+    assert (restarted / "backbone").is_dir()
+    names = models.find_policies(run, ["continued/*/*"])
+    assert "continued/next-aligned_alpha1.5_merged/step_0007" in names
+    assert not [name for name in names if name.endswith("backbone")]
+    named = str(restarted.relative_to(run) / "backbone")
+    assert [*models.find_policies(run, [named])] == [named]
+
+
 def test_prompts_that_are_too_long_are_left_out_and_counted(new_run, stage):
     path = new_run / "data" / "mixed.jsonl"
     rows = [{"prompt": "1+2", "answer": "3"}, {"prompt": "12345+48967", "answer": "61312"}]
@@ -254,9 +264,9 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(new_run, stage):
     assert stage("01", new_run, "--train-data", str(path), "--steps", "1", *limit)[0] == 0
     saved = new_run / "train" / "step_0001" / "checkpoint.json"
     assert json.loads(saved.read_text())["left_out"] == 1
-    flags = ("--test-data", str(path), "--policies", "backbone", *limit)
+    flags = ("--test-data", str(path), "--policies", "backbone", "--output", "again", *limit)
     assert stage("06", new_run, *flags)[0] == 0
-    record = json.loads((new_run / "eval" / "backbone" / "mixed.json").read_text())
+    record = json.loads((new_run / "again" / "backbone" / "mixed.json").read_text())
     assert (record["problems"], record["left_out"]) == (1, 1)
 
 
@@ -266,7 +276,8 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(new_run, stage):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_finished_stage_is_not_done_again(run, stage, script):
+def test_a_finished_stage_is_not_done_again(run, stage, script, monkeypatch):
+    monkeypatch.setattr(report, "write_run", str)  # which takes seconds
     files = [*run.rglob("*.safetensors"), *run.glob("eval/*/*")]
     before = {path: path.stat().st_mtime_ns for path in files}
     assert stage(script, run) == (0, "")
@@ -303,14 +314,12 @@ def same_deltas(one: pathlib.Path, other: pathlib.Path) -> None:
     assert found[0] == found[1]
 
 
-SEEDED = {  # stage -> flags, the file that is the same for the same seed and another for another
-    "01": ("--steps 1", "train/step_0001/adapter_model.safetensors"),
-    "03": ("--recipes aligned --epochs 3", "predictor/aligned/model.safetensors"),
-    "05": (
-        "--start none --more-steps 1",
-        "continued/none/step_0007/adapter_model.safetensors",
-    ),
-    "06": ("--policies train/step_0006 --output again", "again/train__step_0006/test.jsonl"),
+JUMPED = "next-aligned_alpha1.5"
+SEEDED = {  # stage -> flags, a file that another seed makes otherwise
+    "01": ("--seed 0 --steps 1", "train/step_0001/adapter_model.safetensors"),
+    "03": ("--seed 1 --recipes aligned", "predictor/aligned/model.safetensors"),
+    "05": ("--seed 0 --more-steps 1", f"continued/{JUMPED}/step_0007/adapter_model.safetensors"),
+    "06": ("--seed 0 --policies train/step_0006", "eval/train__step_0006/test.jsonl"),
 }
 
 
@@ -322,14 +331,12 @@ def test_fig_6_has_every_alpha_at_its_own_place(finished_run):
 
 
 @pytest.mark.parametrize("script", SEEDED)
-def test_the_same_seed_gives_the_same_file_and_another_seed_another(run, stage, script):
+def test_another_seed_gives_another_file(finished_run, run, stage, script, monkeypatch):
+    monkeypatch.setattr(report, "write_run", str)  # which takes seconds
     flags, file = SEEDED[script]
-    found = []
-    for seed in ("0", "0", "1"):
-        shutil.rmtree(run / pathlib.Path(file).parts[0], ignore_errors=True)
-        assert stage(script, run, *flags.split(), "--seed", seed)[0] == 0
-        found.append((run / file).read_bytes())
-    assert found[0] == found[1] != found[2]
+    shutil.rmtree(run / pathlib.Path(file).parts[0])
+    assert stage(script, run, *flags.split())[0] == 0
+    assert (run / file).read_bytes() != (finished_run / file).read_bytes()
 
 
 def test_one_process_on_a_cpu_is_what_the_launcher_reads():
@@ -356,27 +363,44 @@ for script, run, *flags in {commands!r}:
 backend = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
 print("they wait", backend.options._timeout)
 """
+FAILING = """
+from common import UserError
+from common.rl import verifier
+score, calls = verifier.Verifier.score, []
+def spoilt(self, *args):
+    calls.append(args)
+    if len(calls) == 2 and not accelerate.PartialState().is_main_process:
+        raise UserError("the verifier of process 1 is gone")
+    return score(self, *args)
+verifier.Verifier.score = spoilt
+sys.argv = [{script!r}, *where, "--run-dir", {run!r}]
+runpy.run_path({script!r}, run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
 def by_two(finished_run, empty_run, tmp_path_factory) -> pathlib.Path:
-    """What two processes make: lora/ and full/ are trained, run/ has deltas, a predictor, results.
+    """What two processes make: lora/ and full/ are trained, run/ has deltas, a predictor, results;
+    in step 2 of failed/ the second process fails while the first waits for it in a reduction.
 
     One stage after another, as two processes take seconds to start.
     """
-    folder = tmp_path_factory.mktemp("two")
-    lora, full = (shutil.copytree(empty_run, folder / name) for name in ("lora", "full"))
+    folder, names = tmp_path_factory.mktemp("two"), ("lora", "full", "failed")
+    lora, full, failed = (shutil.copytree(empty_run, folder / name) for name in names)
     run = shutil.copytree(finished_run, folder / "run")
     for name in ("deltas", "predictor/aligned", "eval"):
         shutil.rmtree(run / name)
     typed = [("01", lora, *LORA, *TWO), ("02", run), ("03", run)]
     typed += [("06", run, "--policies", *EVALUATED), ("01", full, *FULL, *TWO)]
     commands = [(SCRIPTS[number], str(place), *flags) for number, place, *flags in typed]
-    (folder / "in_turn.py").write_text(IN_TURN.format(root=str(ROOT), commands=commands))
+    lines = IN_TURN.format(root=str(ROOT), commands=commands)
+    lines += FAILING.format(script=SCRIPTS["01"], run=str(failed))
+    (folder / "in_turn.py").write_text(lines)
     process = start_two(str(folder / "in_turn.py"), run, "cpu_processes")
     output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    assert output.count("2 process(es) on cpu") == 2
+    assert process.returncode not in (0, None), output
+    assert "error: the verifier of process 1 is gone" in output
+    assert output.count("2 process(es) on cpu") == 3
     assert output.count("2 process(es)\n") == 1
     assert output.count("they wait 1 day") == 2  # while the first writes a large model
     return folder
@@ -385,7 +409,7 @@ def by_two(finished_run, empty_run, tmp_path_factory) -> pathlib.Path:
 def assert_metrics_are_close(train: pathlib.Path, one: pathlib.Path) -> None:
     """To float tolerance: two processes add up in another order."""
     keys = {"accuracy", "reward", "kl", "response_length", "loss", "entropy", "grad_norm"}
-    for ours, wanted in zip(metrics(train), metrics(one), strict=True):
+    for ours, wanted in zip(metrics(train), metrics(one)[:2], strict=True):
         assert ours.keys() == wanted.keys()
         for key in keys & wanted.keys():
             assert ours[key] == pytest.approx(wanted[key], rel=1e-3, abs=1e-5)
@@ -430,10 +454,9 @@ def by_two_sharded(empty_run, tmp_path_factory) -> pathlib.Path:
     return folder
 
 
-def test_two_sharded_processes_train_a_lora_like_one(by_two_sharded, new_run, stage):
-    assert stage("01", new_run, "--steps", "2")[0] == 0
-    assert_metrics_are_close(by_two_sharded / "lora" / "train", new_run / "train")
-    assert_adapters_are_close(by_two_sharded / "lora" / "train", new_run / "train")
+def test_two_sharded_processes_train_a_lora_like_one(by_two_sharded, finished_run):
+    assert_metrics_are_close(by_two_sharded / "lora" / "train", finished_run / "train")
+    assert_adapters_are_close(by_two_sharded / "lora" / "train", finished_run / "train")
 
 
 def test_two_sharded_processes_train_a_whole_model_like_one(by_two_sharded, new_run, stage):
@@ -479,35 +502,12 @@ def test_two_processes_extract_predict_and_evaluate_what_one_does(by_two, finish
         assert (two / "test.jsonl").read_text() == (one / "test.jsonl").read_text()
 
 
-FAILING = """
-import importlib, os, sys
-sys.path.insert(0, {root!r})
-from common import UserError
-from common.files import stage
-from common.rl import verifier
-score, calls = verifier.Verifier.score, []
-def spoilt(self, *args):
-    calls.append(args)
-    if len(calls) == 2 and os.environ["RANK"] == "1":
-        raise UserError("the verifier of process 1 is gone")
-    return score(self, *args)
-verifier.Verifier.score = spoilt
-stage.run_stage(importlib.import_module("01_train_lora_grpo").main)
-"""
-
-
 def test_two_processes_lose_no_step_when_one_fails_or_the_launcher_is_stopped(
-    finished_run, new_run, tmp_path, stage
+    finished_run, by_two, stage
 ):
-    """In step 2 the second process fails while the first waits for it in a reduction."""
-    (tmp_path / "failing.py").write_text(FAILING.format(root=str(ROOT)))
-    process = start_two(str(tmp_path / "failing.py"), new_run, "cpu_processes")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "error: the verifier of process 1 is gone" in output
-    assert [line["step"] for line in metrics(new_run / "train")] == [1]
-
-    process, begun = start_two(SCRIPTS["01"], new_run, "cpu_processes"), []
+    run = by_two / "failed"
+    assert [line["step"] for line in metrics(run / "train")] == [1]
+    process, begun = start_two(SCRIPTS["01"], run, "cpu_processes"), []
     for line in process.stdout:
         begun.append(line)
         if line.startswith("step 2/6"):
@@ -515,13 +515,13 @@ def test_two_processes_lose_no_step_when_one_fails_or_the_launcher_is_stopped(
     assert "going on after step 1\n" in begun
     process.terminate()
     output, _ = process.communicate(timeout=120)
-    assert process.returncode not in (0, None)
+    assert process.returncode != 0
     assert "stopped: type the same command without --overwrite" in output
-    assert not (new_run / "train" / "done.json").exists()
+    assert not (run / "train" / "done.json").exists()
 
-    assert stage("01", new_run)[0] == 0  # by one
-    assert [row["step"] for row in metrics(new_run / "train")] == [1, 2, 3, 4, 5, 6]
-    assert_adapters_are_close(new_run / "train", finished_run / "train")
+    assert stage("01", run)[0] == 0  # by one
+    assert [row["step"] for row in metrics(run / "train")] == [1, 2, 3, 4, 5, 6]
+    assert_adapters_are_close(run / "train", finished_run / "train")
 
 
 def test_extraction_reads_every_matrix_of_a_checkpoint_once(run, stage, monkeypatch):
@@ -614,10 +614,6 @@ def diverged(run: pathlib.Path) -> None:
     edit_json(path.with_name("sha256.json"), **{path.name: inputs.sha256(path)})
 
 
-def pickled(run: pathlib.Path) -> None:
-    (run / WEIGHTS).rename((run / WEIGHTS).with_suffix(".bin"))
-
-
 def again(run: pathlib.Path) -> None:
     shutil.copytree(run / THIRD, run / "train/step_3")
 
@@ -629,7 +625,7 @@ def other_problems(run: pathlib.Path) -> None:
 THIRD, SEVENTH = "train/step_0003", "train/step_0007"
 WEIGHTS, CONFIG = f"{THIRD}/adapter_model.safetensors", f"{THIRD}/adapter_config.json"
 RECORD, FIFTH = f"{THIRD}/checkpoint.json", "train/step_0005/adapter_model.safetensors"
-NONE, JUMP = "extrapolated/none", "extrapolated/none/adapter_model.safetensors"
+JUMP = "extrapolated/none/adapter_model.safetensors"
 STATES = [f"train/resume/step_000{step}/" for step in (7, 8)]
 PREDICTED, PAPER = "predictor/aligned/predicted.safetensors", "predictor/paper"
 INFO, OTHER = f"{STATES[1]}info.json", {"backbone_fingerprint": "0"}
@@ -637,9 +633,7 @@ UP, BACKBONE = "deltas/model.layers.0.mlp.up_proj.safetensors", "backbone/model.
 MERGED = "continued/next-aligned_alpha1.5_merged"
 BAKED, CHANGED = f"{MERGED}/{BACKBONE}", "is not as it was written"
 BAD = [  # stage, what is done to the run, flags, what the error says
-    ("01", None, "--engine sglang", "--engine"),
     ("06", None, "--engine sglang", "--engine"),
-    ("01", None, "--vllm-options {gpu}", "vllm_options '{gpu}': want a JSON object"),
     ("06", None, "--vllm-options {gpu}", "vllm_options '{gpu}': want a JSON object"),
     ("01", None, "--learning-rate 0.5", "made with option learning_rate = 0.001, now it is 0.5"),
     ("01", cut(*(s + "state.safetensors" for s in STATES)), "--steps 9", "cannot load resume"),
@@ -654,7 +648,6 @@ BAD = [  # stage, what is done to the run, flags, what the error says
     ("02", flipped(WEIGHTS), "", f"{WEIGHTS} {CHANGED}"),
     ("02", reformatted, "", f"{CONFIG} {CHANGED}"),
     ("02", gone(WEIGHTS), "", f"{WEIGHTS} is missing"),
-    ("02", pickled, "", "a pickle"),
     ("02", diverged, "", "is not finite: training diverged"),
     ("02", cut(CONFIG), "", f"{CONFIG} is not valid JSON"),
     ("02", gone(CONFIG), "", f"{THIRD} has no adapter_config.json"),
@@ -673,23 +666,17 @@ BAD = [  # stage, what is done to the run, flags, what the error says
     ("04", gone(PAPER), "", "run 03_train_predictor.py first"),
     ("04", None, "--methods nxt", "did you mean next?"),
     ("04", edited("predictor/aligned/done.json", inputs={"deltas": "0"}), "", "on other deltas"),
-    ("04", cut(PREDICTED), "", "predicted.safetensors is not as it was written"),
     ("04", flipped(PREDICTED), "--methods next --overwrite", f"{PREDICTED} {CHANGED}"),
     ("04", flipped(BACKBONE), "--methods none --merge", f"{BACKBONE} {CHANGED}"),
     ("04", gone("train/step_0008"), "--methods oracle", "oracle needs"),
     ("05", None, "--start magic", "magic not found: run 04_extrapolate.py first (there: "),
-    ("05", edited(f"{NONE}/checkpoint.json", **OTHER), "", "another backbone"),
-    ("05", cut(JUMP), "", f"{JUMP} is broken"),
     ("05", flipped(JUMP), "", f"{JUMP} {CHANGED}"),
     ("05", None, "--more-steps 0", "more_steps must be positive, not 0"),
     ("06", None, "--policies /elsewhere/adapter", "policies are named as they stand in"),
-    ("06", cut(FIFTH), "--policies train/step_0005", f"{FIFTH} is broken"),
     ("06", flipped(FIFTH), "--policies train/step_0005", f"{FIFTH} {CHANGED}"),
     ("06", flipped(BAKED), f"--policies {MERGED}/step_0007", f"{BAKED} {CHANGED}"),
     ("06", cut("eval/backbone/test.json"), "", "eval/backbone/test.json is not valid JSON"),
     ("06", edited("eval/backbone/test.json", policy="x"), "", "holds results of 'x'"),
-    ("06", gone("data/test.jsonl"), "", "data/test.jsonl not found"),
-    ("06", cut("backbone/model.safetensors"), "--seed 5", "backbone/model.safetensors is broken"),
 ]
 
 
@@ -712,7 +699,6 @@ def test_a_spoilt_run_is_named_and_left_alone(run, stage, script, spoil, flags, 
     ("flags", "message"),
     [
         ("--backbone runs/none", "backbone folder runs/none not found"),
-        ("--max-prompt-tokens 3", "nothing but prompts of more than 3 tokens"),
         ("--top-p 0.9", "biases the importance ratio"),
         ("--mini-batch 3", "must be a multiple of mini_batch"),
         ("--steps 0", "steps must be positive"),
@@ -723,7 +709,6 @@ def test_a_spoilt_run_is_named_and_left_alone(run, stage, script, spoil, flags, 
         ("--lora-alpha 0", "lora_alpha must be positive"),
         ("--temperature nan", "temperature must be positive"),
         ("--report-to wandbb", "did you mean wandb?"),
-        ("--train-data nowhere.jsonl", "nowhere.jsonl not found"),
         ("--eval-every 2", "eval_every wants --eval-data"),
         ("--prompt-template hello", "no {prompt}"),
     ],
@@ -797,7 +782,7 @@ def test_help_has_each_option_once_and_the_stages_own_come_first(capsys):
     assert sorted([*flags, "--steps"]) == sorted(names)  # which is the start's plus --more-steps
     assert {*flags[:4]} == {"--start", "--restart", "--name", "--more-steps"}
     assert flags[-1] == "--threads"
-    titles = ("Where to start, and how far to go:", "The paper's Table 2 (", "Model, data, prompts")
+    titles = ("Where to start, and how far to go:", "The paper's Table 2", "Model, data, prompts")
     places = [shown.index(title) for title in titles]
     assert places == sorted(places)
 

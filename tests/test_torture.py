@@ -381,9 +381,8 @@ class Canned:
 @pytest.mark.parametrize(
     ("text", "finished", "length"),
     [
-        (r"\boxed{0}<|end|>", True, 4),  # every group all wrong
         ("1+1+0=02," * 4, False, 36),  # every response cut
-        ("<|end|>", True, 1),  # every response empty
+        ("<|end|>", True, 1),  # every response empty, and wrong
     ],
 )
 def test_rollouts_that_teach_nothing_leave_the_policy_alone_and_the_run_goes_on(

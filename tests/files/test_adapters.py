@@ -53,11 +53,10 @@ def open_all(pattern, run):
     return series.open_series(series.find_checkpoints([str(pattern)], str(run)), "", str(run))
 
 
-@pytest.mark.parametrize("rslora", [False, True])
 def test_deltas_and_jump_of_a_patterned_series_equal_the_merged_weights(
-    backbone_dir, tmp_path, rslora, extract, typed
+    backbone_dir, tmp_path, extract, typed
 ):
-    save_series(backbone_dir, tmp_path / "out" / "checkpoint-{}", use_rslora=rslora, **PATTERNED)
+    save_series(backbone_dir, tmp_path / "out" / "checkpoint-{}", use_rslora=True, **PATTERNED)
     run = tmp_path / "run"
     assert extract(run, tmp_path / "out" / "checkpoint-*") == (0, "")
     dense = {
@@ -276,13 +275,6 @@ def test_patterns_are_relative_to_the_current_folder_and_know_the_home_folder(
         10,
         30,
     ]
-
-
-def test_only_the_last_step_named_is_taken_or_the_last_there(small_series, tmp_path, extract):
-    for flags, steps in (([], list(STEPS)), (["--last-step", "70"], list(STEPS)[:-1])):
-        code, line = extract(tmp_path / "run", small_series / "checkpoint-*", "--overwrite", *flags)
-        assert (code, line) == (0, "")
-        assert delta_files.load_trajectory(tmp_path / "run" / "deltas").steps == steps
 
 
 def test_deltas_of_fewer_checkpoints_are_not_taken_for_those_of_more(

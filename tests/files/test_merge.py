@@ -1,6 +1,7 @@
 """The merged folder against PEFT's own forward pass, and against a count of what rounding does."""
 
 import json
+import pathlib
 import shutil
 
 import pytest
@@ -40,11 +41,16 @@ def logits(folder, adapter=None):
     return (PeftModel.from_pretrained(model, adapter) if adapter else model)(input_ids=IDS).logits
 
 
+@pytest.fixture(scope="module")
+def shards(backbone_dir, tmp_path_factory):
+    return sharded(backbone_dir, tmp_path_factory.mktemp("many") / "base", torch.float32)
+
+
 @pytest.mark.parametrize("many", [False, True])
 def test_the_merged_folder_computes_what_the_adapter_computes(
-    backbone_dir, adapter_dir, tmp_path, many
+    backbone_dir, adapter_dir, shards, tmp_path, many
 ):
-    base = sharded(backbone_dir, tmp_path / "base", torch.float32) if many else backbone_dir
+    base = shards if many else backbone_dir
     merge.merge(tmp_path / "out", adapters.read_adapter(adapter_dir), base, {})
     files = [
         {path.name for path in folder.glob("model*.safetensors*")}
@@ -178,9 +184,8 @@ def spoil_index(folder, **weight_map):
         (lambda base: (base / "config.json").unlink(), "config.json is missing"),
     ],
 )
-def test_a_broken_backbone_is_named(backbone_dir, tmp_path, spoil, message):
-    base = sharded(backbone_dir, tmp_path / "base", torch.float32)
-    spoil(base)
+def test_a_broken_backbone_is_named(shards, tmp_path, spoil, message):
+    spoil(base := pathlib.Path(shutil.copytree(shards, tmp_path / "base")))
     with pytest.raises(UserError, match=message):
         models.open_model(base)
 

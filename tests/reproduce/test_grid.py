@@ -12,10 +12,11 @@ import yaml
 from conftest import TINY, interrupted, parse_stage
 
 from common import UserError
-from common.files import adapters, config, models
+from common.files import adapters, config
 from common.files import write as run_dir
 from common.reproduce import __main__ as reproduce
 from common.reproduce import (
+    check,
     claims,
     estimates,
     figures,
@@ -35,7 +36,7 @@ from common.reproduce import (
     [
         ("demo", None),
         ("demo", "tables"),
-        ("smollm2", "main"),
+        ("demo", "learning-rate"),
         ("paper_qwen2.5_7b", None),
         ("paper_qwen2.5_7b", "paper"),
         (TINY, "tables"),
@@ -112,6 +113,7 @@ def test_the_papers_rows_are_made_once_and_share_every_prefix(tables_, runs_, st
 def test_tables_5_and_6_are_of_the_two_small_models_and_7_and_8_of_the_policies_in_them(
     monkeypatch, capsys
 ):
+    monkeypatch.setattr(check, "sizes_of", lambda *args: (1, 1))  # which takes seconds
     for size, steps in (("3b", 2700), ("14b", 1500)):
         argv = ["reproduce", "--preset", f"paper_qwen2.5_{size}", "--grid", "paper", "--print"]
         monkeypatch.setattr("sys.argv", argv)
@@ -291,7 +293,7 @@ def test_wall_seconds_have_every_methods_own_computing(tmp_path):
     }
 
 
-@pytest.mark.parametrize("change", [{"temperature": 0.5}, {"max_new_tokens": 8}, {"data": "other"}])
+@pytest.mark.parametrize("change", [{"temperature": 0.5}, {"data": "other"}])
 def test_what_was_measured_otherwise_is_left_out_and_named(tmp_path, change):
     for step in (1, 2, 3):
         record(
@@ -304,7 +306,7 @@ def test_what_was_measured_otherwise_is_left_out_and_named(tmp_path, change):
     found = runs.Runs(tmp_path)
     assert [m.policy for m in found.some()] == ["train/step_0001", "train/step_0003"]
     ((key, value),) = change.items()
-    usual = {"temperature": 1.0, "max_new_tokens": 48, "data": "hash, 100 problems"}[key]
+    usual = {"temperature": 1.0, "data": "hash, 100 problems"}[key]
     odd = "other, 100 problems" if key == "data" else value
     line = f"measured with {key} {odd!r} (the others: {usual!r})"
     assert found.left_out == [f"train/step_0002: {line}"]
@@ -316,17 +318,16 @@ def test_what_was_measured_otherwise_is_left_out_and_named(tmp_path, change):
 def test_a_policy_that_was_trained_with_another_learning_rate_is_left_out_and_named(tmp_path):
     for folder, rate in (
         ("train", 1e-3),
-        ("continued/none", 1e-3),
-        ("continued/rl-extra_alpha1.5", 1e-2),
+        ("continued/none", 1e-2),  # comes first, and does not decide what is usual
+        ("continued/rl-extra_alpha1.5", 1e-3),
     ):
         trained_with(tmp_path / folder, learning_rate=rate, steps=3)
         record(tmp_path, f"{folder}/step_0003", share(50), 3)
     found = runs.Runs(tmp_path)
-    assert [m.policy for m in found.some()] == ["continued/none/step_0003", "train/step_0003"]
-    assert found.left_out == [
-        "continued/rl-extra_alpha1.5/step_0003: 50.0%, "
-        "trained with learning_rate 0.01 (the others: 0.001)"
-    ]
+    kept = ["continued/rl-extra_alpha1.5/step_0003", "train/step_0003"]
+    assert [m.policy for m in found.some()] == kept
+    why = "trained with learning_rate 0.01 (the others: 0.001)"
+    assert found.left_out == [f"continued/none/step_0003: 50.0%, {why}"]
 
 
 def test_tasks_have_columns_and_only_those_of_one_suite_are_averaged(tmp_path):
@@ -671,25 +672,6 @@ def test_what_has_no_cost_file_has_no_cost_and_what_ended_sooner_has_a_row(tmp_p
     assert "| NExt (aligned), alpha 1e-05 | 250 |" in table
 
 
-def test_what_a_merged_restart_stands_on_is_no_policy(run, stage):
-    restarted = run / "continued" / "next-aligned_alpha1.5_merged"
-    assert (restarted / "backbone").is_dir()
-    names = models.find_policies(run, ["continued/*/*"])
-    assert "continued/next-aligned_alpha1.5_merged/step_0007" in names
-    assert not [name for name in names if name.endswith("backbone")]
-    named = str(restarted.relative_to(run) / "backbone")
-    assert [*models.find_policies(run, [named])] == [named]
-
-
-def test_one_odd_continuation_does_not_make_the_run_odd(tmp_path):
-    one_run(tmp_path, 55)
-    trained_with(tmp_path / "train", learning_rate=1e-3)
-    trained_with(tmp_path / "continued/next-aligned_alpha1.5", learning_rate=5e-4)
-    found = runs.Runs(tmp_path)
-    (line,) = found.left_out
-    assert line.startswith("continued/next-aligned_alpha1.5/step_0250: 55.0%, trained with")
-
-
 def test_the_cosine_of_a_jump_is_that_of_the_dense_matrices(tmp_path):
     """On a run with checkpoints 1 to 3 and k = 1, whose jump is made from 2."""
     generator = torch.Generator().manual_seed(0)
@@ -718,19 +700,16 @@ def test_the_cosine_of_a_jump_is_that_of_the_dense_matrices(tmp_path):
 
 
 def test_a_small_grid_is_interrupted_goes_on_and_writes_its_tables(tmp_path):
-    preset = tmp_path / "small.yaml"
-    sections = {"extrapolate": {"methods": ["weighted", "repeat-last", "none"]}}
-    sections["reproduce"] = {"launch": "python", "continue_from": ["weighted_alpha1.5"], "jobs": 2}
-    preset.write_text(yaml.safe_dump({"base": TINY, **sections}))
+    preset, root = tmp_path / "small.yaml", tmp_path / "grid"
+    swept = {"sweep": ["2e-3"], "validation_data": "{run_dir}/data/valid.jsonl", "jobs": 2}
+    preset.write_text(yaml.safe_dump({"base": TINY, "reproduce": {"launch": "python", **swept}}))
     command = [sys.executable, "-m", "common.reproduce", "--preset", str(preset)]
-    command += ["--grid", "main", "--seeds", "0", "--run-dir", str(tmp_path / "grid")]
-    assert "done already" in interrupted(command, "02_extract_deltas.py")
-    page = (tmp_path / "grid" / "tables.md").read_text()
-    assert "| weighted sum (no network) | 8 | 1.5 | 1 |" in page
-    assert "RELEX" in page
-    values = json.loads((tmp_path / "grid" / "results.json").read_text())
-    assert {value["run"] for value in values} == {"lora"}
-    assert len(list((tmp_path / "grid" / "figures").glob("*.png"))) == 7
+    command += ["--grid", "sweep", "--seeds", "0", "--run-dir", str(root)]
+    assert "done already" in interrupted(command, "06_eval.py")
+    assert "| 0.002 | 1 |" in (root / "tables.md").read_text()
+    values = json.loads((root / "results.json").read_text())
+    assert {value["run"] for value in values} == {"lora", "rate2e-3"}
+    assert (root / "figures" / "rates.png").is_file()
 
 
 def test_lora_and_all_parameters_are_compared_seed_by_seed_and_one_seed_decides_nothing(tmp_path):

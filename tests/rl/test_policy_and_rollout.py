@@ -14,9 +14,8 @@ from common import UserError
 from common.rl import policy, rollout
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_token_logprobs_equal_a_plain_forward_pass(lora_policy, temperature, monkeypatch):
-    model, tokenizer = lora_policy
+def test_token_logprobs_equal_a_plain_forward_pass(lora_policy, monkeypatch):
+    (model, tokenizer), temperature = lora_policy, 0.7
     monkeypatch.setattr(policy, "HEAD_CHUNK", 5)  # so that chunks cut through sequences
     texts = ["3+9+0=12<|end|>", "\\boxed{19}<|end|>", "8"]
     prompts, completions = encode(tokenizer, PROMPTS), encode(tokenizer, texts)
@@ -24,24 +23,6 @@ def test_token_logprobs_equal_a_plain_forward_pass(lora_policy, temperature, mon
     pairs = zip(prompts, completions, strict=True)
     expected = torch.cat([plain_logprobs(model, p, c, temperature) for p, c in pairs])
     torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
-
-
-def test_gradient_checkpointing_runs_layers_twice_and_changes_nothing(lora_policy):
-    model, tokenizer = lora_policy
-    texts = ["3+9+0=12<|end|>", "\\boxed{19}<|end|>"]
-    prompts, completions = encode(tokenizer, PROMPTS[:2]), encode(tokenizer, texts)
-    runs, gradients = [], []
-    layer = model.get_base_model().get_decoder().layers[1]
-    layer.register_forward_pre_hook(lambda *_: runs.append(1))
-    for _ in range(2):
-        model.zero_grad()
-        policy.token_logprobs(model, prompts, completions, 1.0).sum().backward()
-        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
-        policy.base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
-    assert len(runs) == 1 + 2
-    for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, recomputed)
 
 
 def sample(model, tokenizer, texts, seeds, **kwargs):

@@ -116,19 +116,14 @@ def test_what_is_wrong_with_a_reward_is_one_line(mine, wanted, line):
         scored(*wanted.format(mine).split())
 
 
-def test_training_by_ones_own_reward_follows_it_and_goes_on_only_with_the_same(
-    new_run, tmp_path, mine, stage
-):
-    """The reward is to be short, without a verifier: the responses get shorter."""
-    flags = ["--reward", f"{mine}:short", "--rollouts", "16", "--learning-rate", "3e-3"]
-    flags += ["--prompts-per-step", "8", "--save-every", "6", "--resume-every", "6"]
-    assert stage("01", new_run, *flags, "--steps", "12")[0] == 0
-    rows = metrics(new_run / "train")
-    assert rows[0]["reward"] == rows[0]["accuracy"] < 0
-    assert rows[-1]["reward"] > rows[0]["reward"] + 0.02
-    assert rows[-1]["response_length"] < rows[0]["response_length"]
+def test_training_by_ones_own_reward_goes_on_only_with_the_same(new_run, tmp_path, mine, stage):
+    """The reward is to be short, without a verifier."""
+    flags = ["--reward", f"{mine}:short"]
+    assert stage("01", new_run, *flags, "--steps", "1")[0] == 0
+    [row] = metrics(new_run / "train")
+    assert row["reward"] == row["accuracy"] < 0 < row["grad_norm"]
     (tmp_path / "mine.py").write_text(MINE + "\n")
-    code, line = stage("01", new_run, *flags, "--steps", "13")
+    code, line = stage("01", new_run, *flags, "--steps", "2")
     assert (code, "was begun with reward short = " in line) == (2, True)
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, lay_out, run_stage
+from conftest import ROOT, call_main, lay_out
 from datasets import load_dataset
 from peft import LoraConfig, PeftModel
 
@@ -82,24 +82,10 @@ def run(tmp_path_factory):
     )
     train(str(folder / "backbone"), folder, "outputs", STEPS, peft_config=lora)
     common = ["--run-dir", str(folder), "--threads", "1"]
-    for script, flags in (
-        (
-            "02_extract_deltas.py",
-            [
-                "--checkpoints",
-                str(folder / "outputs" / "checkpoint-*"),
-                "--k",
-                "2",
-                "--fit-checkpoints",
-                "6",
-            ],
-        ),
-        ("03_train_predictor.py", []),
-        ("04_extrapolate.py", ["--methods", "next", "repeat-last", "none"]),
-    ):
-        done = run_stage(script, *common, *flags)
-        assert done.returncode == 0, done.stderr
-        print(done.stdout)
+    series_of_9 = ("--checkpoints", str(folder / "outputs" / "checkpoint-*"), "--k", "2")
+    call_main("02", *common, *series_of_9, "--fit-checkpoints", "6")
+    call_main("03", *common)
+    call_main("04", *common, "--methods", "next", "repeat-last", "none")
     return folder
 
 
@@ -150,7 +136,7 @@ def test_peft_loads_the_jump_as_trls_last_checkpoint_plus_alpha_sigma_u_v(run, n
     torch.testing.assert_close(jumped, by_hand, atol=1e-5, rtol=1e-5)
 
 
-def test_stage_6_measures_the_jump_against_the_last_checkpoint(run):
+def test_stage_6_measures_the_jump_against_the_last_checkpoint(run, capsys):
     options = {
         "prompt-template": "{prompt}",
         "system-prompt": "",
@@ -168,9 +154,8 @@ def test_stage_6_measures_the_jump_against_the_last_checkpoint(run):
         "--test-data",
         str(run / "data" / "test.jsonl"),
     ]
-    done = run_stage("06_eval.py", *where, *flags, "--policies", "backbone", "extrapolated/*")
-    assert done.returncode == 0, done.stderr
-    assert "extrapolated/none  test: " in done.stdout
+    call_main("06", *where, *flags, "--policies", "backbone", "extrapolated/*")
+    assert "extrapolated/none  test: " in "".join(capsys.readouterr())
     report = (run / "report.md").read_text()
     assert "before the jump" in report
     assert "repeat-last (control)" in report
