@@ -93,9 +93,8 @@ def main() -> None:
             for module in progress(mine, "rank-1 SVDs", in_log=True):
                 # Saved one by one, so that a killed run can go on from here.
                 write.save_tensors(files[module], work.pop(module).result())
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
     state.wait_for_everyone()
     if not state.is_main_process:
         return

@@ -69,8 +69,8 @@ def fit(cfg: PredictorConfig, recipe: predictor.Recipe, known: deltas.Trajectory
     known = known.last(cfg.checkpoints or len(known.steps))
     families = predictor.stack_families(*predictor.prepare(known, recipe))
     with progress(desc="training", in_log=True, total=len(families) * recipe.epochs) as bar:
-        trained = predictor.train(families, recipe, cfg.seed, bar.update)
-    return predictor.predict(trained.models, known, recipe), trained
+        models, losses, zeros = predictor.train(families, recipe, cfg.seed, bar.update)
+    return predictor.predict(models, known, recipe), models, losses, zeros
 
 
 def flat(nested: dict[str, dict]) -> dict[str, torch.Tensor]:
@@ -97,14 +97,14 @@ def main() -> None:
         predict = functools.partial(fit, cfg, recipe)
         tested = backtest(trajectory, checkpoints, predict) if count > 2 * k else None
         began = time.perf_counter()
-        predicted, trained = predict(trajectory)
+        predicted, models, losses, zeros = predict(trajectory)
         seconds = round(time.perf_counter() - began, 2)
-        networks = {f: model.state_dict() for f, model in trained.models.items()}
+        networks = {f: model.state_dict() for f, model in models.items()}
         write.save_tensors(folder / "model.safetensors", flat(networks))
         write.save_tensors(folder / "predicted.safetensors", flat(predicted))
-        losses = {f: [round(x, 6) for x in all_[::STRIDE]] for f, all_ in trained.losses.items()}
+        losses = {f: [round(x, 6) for x in all_[::STRIDE]] for f, all_ in losses.items()}
         report = {"recipe": folder.name, "backtest": tested, "losses": losses}
-        report |= {"loss_stride": STRIDE, "loss_of_zeros": trained.zeros}
+        report |= {"loss_stride": STRIDE, "loss_of_zeros": zeros}
         write.write_json(folder / "report.json", report)
         stage.finish(training_seconds=seconds)
         if tested:

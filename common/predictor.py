@@ -13,7 +13,6 @@ As in the official code, matrices share a predictor for each kind and length of 
 import collections
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -100,21 +99,16 @@ def stack_families(trajectory, units: dict) -> dict[str, tuple[torch.Tensor, ...
     return {name: tuple(torch.stack(r, 1) for r in roles) for name, roles in by_role.items()}
 
 
-class Trained(NamedTuple):
-    """What training leaves, by family of vectors."""
-    models: dict[str, TrajectoryPredictor]
-    losses: dict[str, list[float]]  # Eq. 9 by epoch
-    zeros: dict[str, float]  # Eq. 9 if the prediction were 0
-
-
-def train(families: dict, recipe: Recipe, seed: int, tick: Callable[[], None]) -> Trained:
-    """A predictor for each of `stack_families`; tick() is called every epoch."""
-    trained, device = Trained({}, {}, {}), "cuda" if torch.cuda.is_available() else "cpu"
+def train(families: dict, recipe: Recipe, seed: int, tick: Callable[[], None]) -> tuple[dict, ...]:
+    """For each of `stack_families`: its predictor, Eq. 9 by epoch, Eq. 9 if the prediction were 0.
+    tick() is called every epoch."""
+    models, losses, zeros = {}, {}, {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, data in families.items():
-        trained.zeros[name] = float(data[2].abs().sum() / len(data[2]))
+        zeros[name] = float(data[2].abs().sum() / len(data[2]))
         data = tuple(part.to(device) for part in data)
-        trained.models[name], trained.losses[name] = train_family(data, recipe, seed, tick)
-    return trained
+        models[name], losses[name] = train_family(data, recipe, seed, tick)
+    return models, losses, zeros
 
 
 def train_family(data: tuple[torch.Tensor, ...], recipe: Recipe, seed: int, tick=lambda: None):

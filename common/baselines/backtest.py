@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from common.baselines import methods
-from common.baselines.measures import cosine, inner
+from common.baselines.measures import cosine, inner, line_at
 from common.rank1 import LowRank, rank1
 
 
@@ -27,7 +27,7 @@ def controls(trajectory) -> dict[str, dict[str, LowRank]]:
     for module, roles in trajectory.deltas.items():
         whole = roles["global"]
         moved = whole.sigma[:, None] * whole.u  # [c, m]
-        slope = (methods.line_at(moved, c + k) - methods.line_at(moved, c)).float()  # [m]
+        slope = (line_at(moved, c + k) - line_at(moved, c)).float()  # [m]
         unit = torch.nn.functional.normalize(slope, dim=0)
         found["copy-global"][module] = k / c * whole[-1]
         found["repeat-last"][module] = roles["target"][-1]
@@ -50,11 +50,8 @@ def backtest(trajectory, series, predict: Callable) -> dict:
     now, k = len(trajectory.steps) - trajectory.k, trajectory.k
     past = trajectory.until(now)
     made = {m: rank1(t["u"], t["sigma"], t["v"]) for m, t in predict(past)[0].items()}
-    true, oracle = {}, {}
-    for module in trajectory.deltas:
-        W = series.weights(module)
-        true[module] = W[now + k] - W[now]
-        oracle[module] = trajectory.deltas[module]["target"][now - 1]
+    true = {m: series.weights(m)[now + k] - series.weights(m)[now] for m in trajectory.deltas}
+    oracle = {m: roles["target"][now - 1] for m, roles in trajectory.deltas.items()}
     rows = {"predictor": made, **controls(past), "oracle": oracle}
     return {
         "at_step": trajectory.steps[now - 1],

@@ -19,7 +19,6 @@ from common.files import adapters, deltas, merge, series, write
 from common.files.models import weights_hash
 from common.files.read import read_json
 from common.files.stage import within
-from common.rank1 import LowRank
 from common.rl.benchmarks import suite_of
 
 MEASURED = {"accuracy": float, "data": str, "settings": dict, "weights": str}  # by stage 6
@@ -60,25 +59,19 @@ def measuring(cfg, policies: str) -> list[str]:
     return [*flags, "--test-data", *cfg.validation_data, "--output", "validation"]
 
 
-def results(known: Known, policy: str) -> tuple[list[dict], list[pathlib.Path]]:
-    """What stage 6 wrote to <run>/validation about `policy`: a row and a file a task."""
-    folder = known.run / "validation"
-    if pathlib.Path(policy).is_absolute():
-        raise UserError(f"{policy}: to choose by accuracy, have the checkpoints in {known.run}")
-    files = sorted((folder / policy.replace("/", "__")).glob("*.json"))
-    if not files:
-        pattern = str(pathlib.PurePath(policy).with_name("*"))
-        line = shlex.join(["python", "06_eval.py", *measuring(known.cfg, pattern)])
-        raise UserError(f"{policy} has no measured accuracy in {folder}: run {line}")
-    return [read_json(file, "06_eval.py", MEASURED) for file in files], files
-
-
 def measured(known: Known, policies: Iterable[str] = ()) -> tuple[dict, list[pathlib.Path]]:
-    """policy -> its results, a row a task; without `policies` of every checkpoint. Raises UserError
-    where they were not measured alike, or where the weights have changed since then."""
-    rows, files, ways = {}, [], []
+    """policy -> what stage 6 wrote of it to <run>/validation, a row a task, and the files; without
+    `policies` of every checkpoint. Raises UserError where they were not measured, or not alike, or
+    where the weights have changed since then."""
+    rows, files, ways, folder = {}, [], [], known.run / "validation"
     for policy in policies or [within(path, known.run) for path in known.series.paths.values()]:
-        rows[policy], read = results(known, policy)
+        if pathlib.Path(policy).is_absolute():
+            raise UserError(f"{policy}: to choose by accuracy, have the checkpoints in {known.run}")
+        if not (read := sorted((folder / policy.replace("/", "__")).glob("*.json"))):
+            pattern = str(pathlib.PurePath(policy).with_name("*"))
+            line = shlex.join(["python", "06_eval.py", *measuring(known.cfg, pattern)])
+            raise UserError(f"{policy} has no measured accuracy in {folder}: run {line}")
+        rows[policy] = [read_json(file, "06_eval.py", MEASURED) for file in read]
         files += read
         if len(suites := sorted({suite_of(file.stem) for file in read})) > 1:
             raise UserError(f"validation: {' and '.join(suites)} have no common mean, measure one")
@@ -98,12 +91,10 @@ def mean(rows: list[dict]) -> float:
 def best_alpha(known: Known, jumps: dict[str, float]) -> float | None:
     """Of jumps (folder of extrapolated/ or merged/ -> alpha) the alpha that is best on validation
     problems, None where none is better than `none`. Raises UserError as `measured` does."""
-
-    def where(name: str) -> str:
+    alphas = {}
+    for name, alpha in {"none": None, **jumps}.items():
         is_adapter = adapters.is_adapter(known.run / "extrapolated" / name)
-        return f"{'extrapolated' if is_adapter else 'merged'}/{name}"
-
-    alphas = {where(name): a for name, a in {"none": None, **jumps}.items()}
+        alphas[f"{'extrapolated' if is_adapter else 'merged'}/{name}"] = alpha
     rows, _ = measured(known, alphas)
     return alphas[max(alphas, key=lambda policy: mean(rows[policy]))]  # of equals the first
 
@@ -137,12 +128,8 @@ def choose(known: Known, rows: dict[str, list[dict]]) -> list[int]:
 def measure_mean(known: Known, members: list[int], name: str, settings: dict) -> float:
     """The accuracy of the mean of the checkpoints at `members`, by stage 6 as a person would type
     it. `name`: of its policy, its own, so that an interrupted run finds it measured already."""
-    folder, info = known.run / name, known.series.info(known.run)
-
-    def new(module: str) -> LowRank | torch.Tensor:
-        W = known.series.weights(module)
-        return sum(W[i] for i in members) / len(members)
-
+    folder, info, W = known.run / name, known.series.info(known.run), known.series.weights
+    new = lambda module: sum(W(module)[i] for i in members) / len(members)  # noqa: E731
     merge.save_jump(known.series, new, (folder, folder), info, known.cfg)
     # As the checkpoints were measured. If a flag stands twice, the last one counts.
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
@@ -152,5 +139,6 @@ def measure_mean(known: Known, members: list[int], name: str, settings: dict) ->
     alone = {key: value for key, value in os.environ.items() if key not in OF_SEVERAL}
     if subprocess.run([sys.executable, "06_eval.py", *flags], env=alone).returncode:
         raise UserError(f"stage 6 failed on {folder}; its message is above")
+    rows, _ = measured(known, [name])
     write.remove(folder)
-    return mean(results(known, name)[0])
+    return mean(rows[name])

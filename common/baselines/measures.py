@@ -34,17 +34,22 @@ def energy_ratio(sigma: torch.Tensor) -> torch.Tensor:
     return sigma[..., 0] / sigma.sum(-1)
 
 
-def linear_fit_r2(steps: torch.Tensor, y: torch.Tensor, fit: int) -> tuple[float, float]:
-    """R^2 = 1 - SSE / SST of the least-squares line y_t = a + b t (Sec. 3.3), steps [c], y [c, d].
+def line_at(y: torch.Tensor, at: float | torch.Tensor) -> torch.Tensor:
+    """The least-squares line through y [c, ...] at t = 1 .. c, at t = `at`: [...], float64."""
+    t = torch.arange(1, len(y) + 1, dtype=torch.float64)
+    slope = torch.tensordot(t - t.mean(), y.double(), 1) / (t - t.mean()).square().sum()
+    return y.double().mean(0) + slope * (at - t.mean())
+
+
+def linear_fit_r2(y: torch.Tensor, fit: int) -> tuple[float, float]:
+    """R^2 = 1 - SSE / SST of the least-squares line y_t = a + b t (Sec. 3.3), y [c, d], t = 1 .. c.
 
     The line is fitted on the first `fit` checkpoints, and squares are summed over the d entries.
     Returns R^2 on the other checkpoints, and on those.
     Below 0 the line predicts these points worse than their own mean would.
     """
-    t, y = steps.double() - steps[:fit].double().mean(), y.double()
-    mean = y[:fit].mean(0)
-    slope = (t[:fit, None] * (y[:fit] - mean)).sum(0) / t[:fit].square().sum()
-    squares = (y - mean - t[:, None] * slope).square()
+    y, t = y.double(), torch.arange(1, len(y) + 1)[:, None]
+    squares = (y - line_at(y[:fit], t)).square()
 
     def r2(part: slice) -> float:
         return float(1 - squares[part].sum() / (y[part] - y[part].mean(0)).square().sum())
@@ -59,7 +64,7 @@ def measure(trajectory, spectra: dict[str, torch.Tensor], fit: int) -> dict:
     for module, roles in trajectory.aligned().deltas.items():
         for side in ("u", "v"):
             vectors = roles["global"].sigma[:, None] * getattr(roles["global"], side)  # [c, d]
-            r2 = linear_fit_r2(torch.tensor(trajectory.steps), vectors, fit)
+            r2 = linear_fit_r2(vectors, fit)
             rows.append({"module": module, "side": side, "held_out": r2[0], "in_sample": r2[1]})
     energy = torch.stack([energy_ratio(sigma) for sigma in spectra.values()])  # [modules, c]
     return {

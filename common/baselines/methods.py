@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from common.baselines import given
-from common.baselines.measures import inner
+from common.baselines.measures import inner, line_at
 from common.rank1 import LowRank, rank1, top
 
 AVERAGED = 5  # that `wsm` averages
@@ -57,13 +57,6 @@ def rl_extra(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
     return m.W[0] + (c + alpha * m.k) / c * (m.W[-1] - m.W[0])
 
 
-def line_at(y: torch.Tensor, at: float) -> torch.Tensor:
-    """The least-squares line through y [c, ...] at t = 1 .. c, at t = `at`: [...], float64."""
-    t = torch.arange(1, len(y) + 1, dtype=torch.float64)
-    slope = torch.tensordot(t - t.mean(), y.double(), 1) / (t - t.mean()).square().sum()
-    return y.double().mean(0) + slope * (at - t.mean())
-
-
 def alpharl(m: Matrix, alpha: float) -> LowRank | torch.Tensor:
     """AlphaRL (Cai et al. 2025, arXiv 2510.00553): W_0 + a* v^T, v that of the last global delta.
 
@@ -94,10 +87,8 @@ def pls_inverse(x: torch.Tensor, y: torch.Tensor, target: float | torch.Tensor) 
     weights = standard.mT @ rise
     if not weights.any():  # nothing varies with y
         return mean
-    scores = standard @ (weights / torch.linalg.vector_norm(weights))
-    slope = scores @ rise / (scores @ scores)
-    loadings = standard.mT @ scores / (scores @ scores)
-    return mean + std * loadings * (target - level) / slope
+    scores = standard @ weights  # |w| and z^T z cancel in loadings / slope
+    return mean + std * (standard.mT @ scores) * (target - level) / (scores @ rise)
 
 
 def relex(m: Matrix, alpha: float) -> LowRank | torch.Tensor:

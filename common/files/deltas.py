@@ -69,22 +69,18 @@ class Trajectory:
         deltas = {module: align_roles(roles) for module, roles in self.deltas.items()}
         return Trajectory(self.steps, self.k, deltas)
 
-    def until(self, count: int) -> "Trajectory":
-        """What was known when only the first `count` checkpoints existed."""
-        return self._part(slice(count), slice(max(count - self.k, 0)))
+    def until(self, end: int, begin: int = 0) -> "Trajectory":
+        """What was known when only the first `end` checkpoints existed, from `begin` on."""
+        ends = {"global": end, "local": end, "target": max(end - self.k, 0)}
+        deltas = {
+            module: {role: t[begin : ends[role]] for role, t in roles.items()}
+            for module, roles in self.deltas.items()
+        }
+        return Trajectory(self.steps[begin:end], self.k, deltas)
 
     def last(self, count: int) -> "Trajectory":
         """The last `count` checkpoints, and the targets that begin at one of them: count - k."""
-        tail = slice(max(len(self.steps) - count, 0), None)
-        return self._part(tail, tail)
-
-    def _part(self, checkpoints: slice, targets: slice) -> "Trajectory":
-        cut = {"global": checkpoints, "local": checkpoints, "target": targets}
-        deltas = {
-            module: {role: t[cut[role]] for role, t in roles.items()}
-            for module, roles in self.deltas.items()
-        }
-        return Trajectory(self.steps[checkpoints], self.k, deltas)
+        return self.until(len(self.steps), max(len(self.steps) - count, 0))
 
 
 def load_trajectory(folder: pathlib.Path) -> Trajectory:

@@ -15,7 +15,7 @@ from common import UserError
 from common.files import adapters, write
 from common.files.adapters import FLOATS, Adapter
 from common.files.models import ModelFolder, find_model, open_model
-from common.files.read import HASHES, sha256
+from common.files.read import sha256
 from common.files.series import Series
 from common.files.stage import machine, progress
 from common.rank1 import LowRank
@@ -23,7 +23,6 @@ from common.rank1 import LowRank
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # configs, tokenizers and the index
 MAX_LOST = 1e-3  # of the norm of an update: above it an adapter is not cut to a lower rank
 NO_ADAPTER = {"adapter": None}  # in the checkpoint.json of a jump that has no adapter
-_OWN = ("config.json", "checkpoint.json", HASHES)  # not copied
 
 
 def check(adapter: Adapter, model: ModelFolder) -> None:
@@ -65,8 +64,7 @@ def merge(out: pathlib.Path, adapter: Adapter, base: pathlib.Path, info: dict, c
         return weight + (change(module) if change else adapter.scale(module) * (b @ a))
 
     with write.atomic_dir(out, info) as folder:
-        beside = [path for path in base.iterdir() if path.suffix in _COPIED]
-        write.copy_files([path for path in beside if path.name not in _OWN], folder)
+        write.copy_files([path for path in base.iterdir() if path.suffix in _COPIED], folder)
         for file in progress(sorted({*model.files.values()}), out.name, in_log=True):
             tensors = {name: new(name) for name in model.files if model.files[name] == file}
             write.save_tensors(folder / file.name, tensors, {"format": "pt"}, dtype=None)

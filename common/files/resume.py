@@ -13,7 +13,6 @@ import safetensors
 import torch
 from accelerate.utils import gather_object
 from huggingface_hub import split_state_dict_into_shards_factory
-from torch import distributed
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common import UserError
@@ -71,7 +70,11 @@ def save_parts(folder: pathlib.Path | None, name: str, tensors: dict):
     how = {"filename_pattern": name + "{suffix}.safetensors", "max_shard_size": FILE}
     plan = split_state_dict_into_shards_factory(tensors, get_storage_size=lambda x: x.nbytes, **how)
     for file, names in plan.filename_to_tensors.items():
-        part = gathered({one: tensors[one] for one in names})
+        part = {one: tensors[one] for one in names}
+        for one, tensor in part.items():
+            if isinstance(tensor, DTensor):  # whole on the first process's CPU
+                whole = tensor.full_tensor()
+                part[one] = whole.cpu() if folder else None
         if folder:
             write.save_tensors(folder / file, part, {"format": "pt"}, dtype=None)
     return plan
@@ -85,16 +88,7 @@ def go_on(folder, first_step: int, cfg, stands_on: dict, model, optimizer) -> in
     template, data or reward file, where it has come further than cfg.steps, and where not all
     processes have read the same one: on several machines a shared disk may be late.
     """
-    step = _newest(folder, first_step, cfg, stands_on, model, optimizer)
-    if len(read := {*gather_object([step])}) > 1:
-        raise UserError(f"{folder}: processes go on from different steps {sorted(read)}: try again")
-    if step > first_step and is_writer():
-        print(f"going on after step {step}")
-    return step
-
-
-def _newest(folder, first_step: int, cfg, stands_on: dict, model, optimizer) -> int:
-    found, log = states(folder), folder / "metrics.jsonl"
+    found, log, step = states(folder), folder / "metrics.jsonl", first_step
     rows = read_jsonl(log, {"step": int}) if log.is_file() else []
     reached = max([0, *(row["step"] for row in rows), *map(step_of, folder.glob("step_[0-9]*"))])
     if not found and reached > first_step + cfg.resume_every:
@@ -121,8 +115,12 @@ def _newest(folder, first_step: int, cfg, stands_on: dict, model, optimizer) -> 
             raise UserError(f"{folder} is at step {step}, without a {last.name}: more --steps")
         for broken in states(folder)[len(found) + 1 :] if is_writer() else ():
             write.remove(broken)
-        return step
-    return first_step
+        break
+    if len(read := {*gather_object([step])}) > 1:
+        raise UserError(f"{folder}: processes go on from different steps {sorted(read)}: try again")
+    if step > first_step and is_writer():
+        print(f"going on after step {step}")
+    return step
 
 
 def put_back(state: pathlib.Path, model, optimizer) -> None:
@@ -144,19 +142,6 @@ def put_back(state: pathlib.Path, model, optimizer) -> None:
     # This run decides how AdamW computes, not the run that wrote the state.
     moments = {index: saved[name] for index, name in enumerate(own)}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-
-
-def gathered(tensors: dict) -> dict:
-    """`tensors` with sharded ones whole: on the first process's CPU, None in the others.
-
-    Every process takes part.
-    """
-    found = dict(tensors)
-    for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor):
-            whole = tensor.full_tensor()
-            found[name] = whole.cpu() if distributed.get_rank() == 0 else None
-    return found
 
 
 def dealt(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

@@ -42,13 +42,6 @@ def lanes_of(preset: dict, jobs: int | None, grid: bool) -> list[str | None]:
     return [None] * (jobs or wanted.get("jobs") or (os.cpu_count() if grid else 1))
 
 
-def made_with() -> str:
-    """The command and the commit of the code, for the page of a grid."""
-    failed, commit = subprocess.getstatusoutput("git describe --always --dirty")
-    typed = shlex.join(["python", "-m", "common.reproduce", *sys.argv[1:]])
-    return f"`{typed}` at commit {'unknown' if failed else commit}"
-
-
 def parse() -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
@@ -120,10 +113,11 @@ def main() -> None:
         stamp = hashlib.sha256(json.dumps(preset, sort_keys=True).encode()).hexdigest()[:16]
         Runner(jobs, lanes_of(preset, args.jobs, bool(args.grid)), record, stamp, logs).run()
     if args.grid:
-        files = (root / "tables.md", root / "results.json")
-        runs = Runs(root, args.seeds)
-        runs.beside = beside
-        print(report.write_page(runs, made_with(), *files))
+        failed, commit = subprocess.getstatusoutput("git describe --always --dirty")
+        typed = shlex.join(["python", "-m", "common.reproduce", *sys.argv[1:]])
+        made_with = f"`{typed}` at commit {'unknown' if failed else commit}"
+        runs = Runs(root, args.seeds, beside)
+        print(report.write_page(runs, made_with, root / "tables.md", root / "results.json"))
 
 
 if __name__ == "__main__":

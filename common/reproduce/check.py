@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import copy
 import dataclasses
 import importlib
 import itertools
@@ -26,11 +25,6 @@ GPU = 80e9  # bytes of a GPU where none is here
 COPIES = 6  # two resume states, each with the weights and AdamW's two moments
 
 
-def stage_of(job: plans.Job) -> str:
-    """01 ... 06, or nothing: that of the job `seed0/rloo 01 to 250`."""
-    return next((word for word in job.name.split() if word in STAGES), "")
-
-
 def options_of(stage: str, argv: list[str]):
     """The options of the stage "01" ... "06" by the flags `argv`."""
     script, (name, *sections) = plans.TABLES["scripts"][stage], STAGES[stage]
@@ -47,9 +41,8 @@ def options(name: str, root: str) -> list:
     for flag, spec, cfg in sources(name, found)[1:]:  # stage 1 comes first and sees for itself
         path = pathlib.Path(data.place(spec))  # what `prepare` makes may not be there yet
         if path.is_file() or (path.suffix in data.FILE_TYPES and not path.is_relative_to(root)):
-            tasks = data.load_tasks([spec], flag, **cfg.columns)
-            judge = verifier.Verifier(answer_format=cfg.answer_format)
-            judge.check([problem for problems in tasks.values() for problem in problems])
+            problems = data.load_problems(spec, flag, **cfg.columns)
+            verifier.Verifier(answer_format=cfg.answer_format).check(problems)
     specs = map(found[-1].path, found[-1].test_data)  # together: two may have one name
     here = [spec for spec in specs if pathlib.Path(data.place(spec)).is_file()]
     data.load_tasks(here, **found[-1].columns)
@@ -70,7 +63,7 @@ def sources(name: str, found: list) -> list[tuple]:
 
 def summary(jobs: list[plans.Job], wanted: dict, cfg) -> str:
     """How much there is to do. wanted: the preset's `reproduce`; cfg: the options of stage 1."""
-    steps = sum(job.work for job in jobs if stage_of(job) in ("01", "05"))
+    steps = sum(job.work for job in jobs if job.stage in ("01", "05"))
     hours = steps * wanted["gpu_hours_per_step"]
     told = f", {hours:.0f} GPU hours and the evaluation" if hours else ""
     with contextlib.suppress(UserError):  # no such model, or none that can be trained
@@ -93,13 +86,12 @@ def check(name: str, preset: dict, root: str, jobs: list[plans.Job]) -> None:
     if backbone := architecture(train, wanted):
         kinds = {"": (backbone, train)}
         if any("merged" in job.argv for job in jobs):
-            fp32 = copy.copy(backbone)
+            fp32 = architecture(train, wanted)  # a second object
             fp32.dtype = torch.float32
             kinds["after a merged restart, "] = (fp32, train)
         if any("full" in job.argv for job in jobs):
-            argv = f"--config {shlex.quote(name)} --tune full {wanted['full_flags']}"
-            whole = config.parse(type(train), "train", "", shlex.split(argv))
-            kinds["without LoRA, "] = (backbone, whole)
+            argv = ["--config", name, "--tune", "full", *shlex.split(wanted["full_flags"])]
+            kinds["without LoRA, "] = (backbone, options_of("01", argv))
         for kind, of in kinds.items():
             try:
                 print(f"{kind}{needs(*of, jobs)}")
@@ -117,14 +109,13 @@ def check(name: str, preset: dict, root: str, jobs: list[plans.Job]) -> None:
 
 def counted(flag: str, spec: str, cfg, tokenizer) -> list[str]:
     """Prints how many problems `spec` has; returns in what it is not as benchmarks.yaml says."""
-    tasks = data.load_tasks([spec], flag, **cfg.columns)
-    problems = [problem for some in tasks.values() for problem in some]
+    problems = data.load_problems(spec, flag, **cfg.columns)
     print(f"{spec}: {len(problems)} problems")
     if tokenizer:  # which says on stderr what is too long
         turns = (cfg.prompt_template, cfg.system_prompt, cfg.max_prompt_tokens)
         data.encode_prompts(problems, tokenizer, *turns, spec)
-    source = data.parse_spec(spec)[2]
-    known = source.rows if source else len(problems)
+    name, _, source = data.parse_spec(spec)
+    known = source.rows if source and "/" not in name else len(problems)  # of mmlu-pro/law: open
     near = known / 20 if source and source.around[0] else 0  # DAPO repeats its problems
     odd = f"unlike what is known: {spec} has {len(problems)} problems, not {known}"
     return [odd] if abs(len(problems) - known) > near else []
@@ -169,7 +160,7 @@ def disk(jobs: list[plans.Job], every: int, adapter: float, whole: float) -> flo
     """Bytes of all checkpoints and resume states; adapter, whole: those of one in fp32."""
     total, folders = 0.0, {}
     for job in jobs:
-        if stage_of(job) in ("01", "05"):
+        if job.stage in ("01", "05"):
             size = whole if "full" in job.argv else adapter
             given = dict(itertools.pairwise(job.argv))
             total += size * math.ceil(job.work / int(given.get("--save-every", every)))

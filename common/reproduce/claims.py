@@ -30,15 +30,12 @@ def page(runs: Runs) -> str:
 
 def column(runs: Runs, method: str) -> dict[str, str]:
     """Claim -> verdict and numbers on the runs of `method`, or an empty cell."""
-    longer, cells = f"GRPO at {runs.reference}" if runs.reference else "a longer run of GRPO", {}
-    jump, later, grpo = runs.jump(method), runs.later(method), runs.at(runs.total)
-    longest = runs.at(runs.reference)
-    names = {
-        **{"method": method, "jump": jump.policy, "later": later.policy, "grpo": grpo.policy},
-        **{"before": runs.before.policy, "longest": longest.policy, "longer": longer},
-        "end": f"step_{runs.total:04d}",
-        "at": f"at {runs.total} steps" if runs.total else "after more RL",
-    }
+    cells, later, longest = {}, runs.later(method), runs.at(runs.reference)
+    longer = f"GRPO at {runs.reference}" if runs.reference else "a longer run of GRPO"
+    names = {"method": method, "jump": runs.jump(method).policy, "later": later.policy}
+    names |= {"before": runs.before.policy, "grpo": runs.at(runs.total).policy}
+    names |= {"longest": longest.policy, "longer": longer, "end": f"step_{runs.total:04d}"}
+    names["at"] = f"at {runs.total} steps" if runs.total else "after more RL"
     for texts in table_of("claims.yaml"):
         claim, a, b, *names_of_runs = (text.format(**names) for text in texts)
         first, second = map(runs.of, names_of_runs or ("", ""))

@@ -8,17 +8,15 @@ import itertools
 import math
 import statistics
 
-import matplotlib
-import numpy as np
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 from common.files.read import read_jsonl
 from common.reproduce.estimates import Estimate, over_seeds
 from common.reproduce.results import LOGGED, MAIN_ALPHA, METHODS, POLICY, label_of, place
 from common.reproduce.runs import MAIN, Runs
 
+plt.switch_backend("Agg")
 plt.rcParams |= {
     **{"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "legend.fontsize": 9},
     **{"figure.constrained_layout.use": True, "lines.markersize": 4, "errorbar.capsize": 2},
@@ -41,26 +39,26 @@ def legend_below(figure, axis, columns: int) -> None:
     figure.legend(*handles, ncol=columns, loc="outside lower center", frameon=False)
 
 
-def series(axis, curve: dict[float, Estimate], scale: float = 100, **look) -> None:
-    """A curve of estimates with their standard errors, in percent unless `scale` is 1."""
-    means = [scale * y.mean for y in curve.values()]
-    axis.errorbar([*curve], means, [scale * y.error for y in curve.values()], **look)
+def series(draw, found: dict[float, Estimate], scale: float = 100, **look):
+    """`draw` with what was measured and its standard errors, in percent unless `scale` is 1."""
+    found = {x: y for x, y in found.items() if y}
+    means = [scale * y.mean for y in found.values()]
+    return draw([*found], means, yerr=[scale * y.error for y in found.values()], **look)
 
 
 def accuracy(runs: Runs):
     """Test accuracy by RL step without a jump; beside it every method at the last step."""
     shown = [m for m in runs.ended()[::-1] if m.steps == runs.total]
-    curves = {name: runs.of(name).plain() for name in (MAIN, "full")}
-    if not any(curves.values()) or not (shown or len(curves[MAIN]) > 1):
+    curves = {name: found for name in (MAIN, "full") if (found := runs.of(name).plain())}
+    if not curves or not (shown or len(curves.get(MAIN, ())) > 1):
         return None
     widths, height = (1, 1.1) if shown else (1,), 1.6 + 0.24 * max(len(shown), 9)
     size = (5.5 * len(widths), height)
     figure, axes = plt.subplots(1, len(widths), figsize=size, width_ratios=widths, squeeze=False)
     left, right = axes[0, 0], axes[0, -1]
     for name, found in curves.items():
-        if found:
-            look = RUNS[name] | {"label": found[0].label}
-            series(left, {m.steps: m.accuracy for m in found}, **look)
+        look = RUNS[name] | {"label": found[0].label}
+        series(left.errorbar, {m.steps: m.accuracy for m in found}, **look)
     left.set(xlabel="RL steps, without a jump", ylabel=f"accuracy %, ± s.e. over {runs.over}")
     left.legend(loc="upper left")
     if not shown:
@@ -88,8 +86,7 @@ def logged(runs: Runs, key: str) -> dict[str, dict[int, float]]:
             if method in found and path.is_file() and alpha in (None, f"{MAIN_ALPHA:g}"):
                 for row in filter(lambda row: key in row, read_jsonl(path, LOGGED)):
                     found[method][row["step"]].append(row[key])
-    means = {m: {s: statistics.fmean(v) for s, v in rows.items()} for m, rows in found.items()}
-    return {method: rows for method, rows in means.items() if rows}
+    return {m: {s: statistics.fmean(v) for s, v in by.items()} for m, by in found.items() if by}
 
 
 def training(runs: Runs):
@@ -129,16 +126,15 @@ def training(runs: Runs):
 
 def energy(runs: Runs):
     """Fig. 2: the energy ratio of the global delta by step, of one seed with the range."""
-    found = {name: [*runs.of(name).spectra().values()] for name in RUNS}
-    if not found[MAIN]:
+    found = {name: some for name in RUNS if (some := [*runs.of(name).spectra().values()])}
+    if MAIN not in found:
         return None
     figure, axis = plt.subplots(figsize=(6, 3.6))
     for name, spectra in found.items():
-        if spectra:
-            of = f" ({len(spectra)} seeds)" if len(runs.seeds) > 1 else ""
-            look = RUNS[name] | {"label": RUNS[name]["label"] + of}
-            levels = map(over_seeds, zip(*(one["energy_ratio"] for one in spectra), strict=True))
-            series(axis, dict(zip(spectra[0]["steps"], levels, strict=True)), 1, **look)
+        of = f" ({len(spectra)} seeds)" if len(runs.seeds) > 1 else ""
+        look = RUNS[name] | {"label": RUNS[name]["label"] + of}
+        levels = map(over_seeds, zip(*(one["energy_ratio"] for one in spectra), strict=True))
+        series(axis.errorbar, dict(zip(spectra[0]["steps"], levels, strict=True)), 1, **look)
     axis.set(xlabel="RL step", ylabel=r"$E_1=\sigma_1/\sum\sigma_q$, global delta", ylim=(0, 1))
     if len(runs.seeds) == 1:
         (one,) = found[MAIN]
@@ -159,11 +155,9 @@ def linear_fit(runs: Runs):
     sides["in_sample"] = (0.2, "#E69F00", "checkpoints it was fitted on")
     for key, (offset, colour, label) in sides.items():
         counts = [np.histogram([row[key] for row in one], EDGES)[0] / len(one) for one in found]
-        shares = [over_seeds([*100 * inside]) for inside in np.transpose(counts)]
-        at, mean = [i + offset for i in range(len(BINS))], [share.mean for share in shares]
-        errors = [share.error for share in shares]
-        bars = axis.bar(at, mean, 0.4, yerr=errors, color=colour, label=label)
-        axis.bar_label(bars, [f"{share:.0f}" for share in mean], fontsize=8)
+        shares = {i + offset: over_seeds([*x]) for i, x in enumerate(np.transpose(counts))}
+        bars = series(axis.bar, shares, width=0.4, color=colour, label=label)
+        axis.bar_label(bars, fmt="{:.0f}", fontsize=8)
     axis.set_xticks(range(len(BINS)), BINS)
     axis.set_xlabel(r"$R^2$ of a straight line through $\sigma u$ (or $\sigma v$)")
     axis.set_ylabel(f"% of {len(found[0])} vectors")
@@ -208,7 +202,7 @@ def alpha_sweep(runs: Runs):
     figure, axis = plt.subplots(figsize=(8, 4.8))
     for method, group in itertools.groupby(found, lambda m: m.method):
         curve = {m.alpha: Estimate(m.accuracy.mean, (m - runs.before).error) for m in group}
-        series(axis, curve, **CURVES[method], label=label_of(method), ms=4.5, lw=1.3)
+        series(axis.errorbar, curve, **CURVES[method], label=label_of(method), ms=4.5, lw=1.3)
     if before := runs.before.accuracy:
         label = f"before the jump (step {runs.prefix})"
         axis.axhline(100 * before.mean, color="black", lw=1, ls=":", label=label)

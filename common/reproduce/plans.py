@@ -32,6 +32,7 @@ class Job:
     argv: list[str]
     needs: list[str]
     work: float
+    stage: str = ""  # 01 ... 06, or nothing
 
     @property
     def line(self) -> str:
@@ -84,10 +85,8 @@ class Plan:
             **{"has_validation": problems, "validation": shlex.join(self.at_root([problems]))},
             "domains": shlex.join(self.at_root(self.wanted["domains"])),
         }
-        self.jobs: list[Job] = []
-        if self.wanted["prepare"]:
-            command = f"{self.wanted['prepare']} --run-dir"
-            self.jobs.append(Job("prepare", [*command.split(), root], [], 5))
+        prepare = self.wanted["prepare"].split()
+        self.jobs = [Job("prepare", [*prepare, "--run-dir", root], [], 5)] if prepare else []
 
     def at_root(self, paths: list[str]) -> list[str]:
         return [path.replace("{run_dir}", self.root) for path in paths]
@@ -122,11 +121,11 @@ class Plan:
         patterns = [p for need in needs.split(", ") for p in (need, f"{run} {need}")]
         known = [job.name for job in self.jobs]
         found = [name for name in known if any(fnmatch.fnmatch(name, p) for p in patterns)]
-        where, words = f"{self.root}/{run}".rstrip("/"), shlex.split(flags)
-        argv = [*self.wanted["launch"].split(), TABLES["scripts"][label[:2]], "--config", self.name]
-        argv += ["--run-dir", where, *(self._shared(label[:2], words) if run else []), *words]
+        where, words, stage = f"{self.root}/{run}".rstrip("/"), shlex.split(flags), label[:2]
+        argv = [*self.wanted["launch"].split(), TABLES["scripts"][stage], "--config", self.name]
+        argv += ["--run-dir", where, *(self._shared(stage, words) if run else []), *words]
         if (name := f"{run} {label}".strip()) not in known:
-            self.jobs.append(Job(name, argv, found, work))
+            self.jobs.append(Job(name, argv, found, work, stage))
 
     def _shared(self, stage: str, words: list[str]) -> list[str]:
         """Flags for what a preset has in "{run_dir}/...": in a grid that is the root's."""
@@ -200,10 +199,10 @@ def second_jump(plan: Plan, rate: str, seed: int) -> None:
     if not (every := more // 20):
         return
     plan.add("first", first)
-    model = f"{plan.root}/{first}/merged/next-aligned_alpha{ALPHA}"
     values = {"half": 10 * every, "rest": more - 10 * every, "every": every, "first": first}
     values |= {"rate": f"--learning-rate {rate}", "seed": f"--seed {seed + 1000}"}
-    plan.add("second", f"seed{seed}/{SECOND}", model=shlex.quote(model), **values)
+    values["model"] = f"{plan.values['root']}/{first}/merged/next-aligned_alpha{ALPHA}"
+    plan.add("second", f"seed{seed}/{SECOND}", **values)
 
 
 def paper(plan: Plan, seeds: list[int], wanted: set[int]) -> None:
@@ -245,5 +244,4 @@ def rl_extra_loop(plan: Plan, seed: int) -> None:
         values = {"seed": seed + 1000 * number, "merged": merged, "before": before}
         plan.add("loop", run, jump=not last, end=last, **numbers, **values)
         before = f"{run} 04"
-        model = f"{plan.root}/{run}/merged/rl-extra_alpha{LOOP_CHECKPOINTS}"
-        merged = f"--backbone {shlex.quote(model)}"
+        merged = f"--backbone {plan.values['root']}/{run}/merged/rl-extra_alpha{LOOP_CHECKPOINTS}"

@@ -18,11 +18,9 @@ TIMES = {2: "GRPO at twice the rate", 4: "GRPO at four times the rate"}
 def rates(runs: Runs) -> dict[float, Runs]:
     """Learning rate -> the run that was trained at it, from the lowest; empty for one rate."""
     found = {}
-    for name in dict.fromkeys(name for name, _ in runs.measured):
-        if name == MAIN or name.startswith("rate"):
-            plain = runs.of(name).plain()
-            for m in (m for m in plain if m.trained):  # a rate that is given twice: the main run
-                found.setdefault(m.trained["learning_rate"], runs.of(name))
+    for (name, _), m in runs.measured.items():  # a rate that is given twice: the main run
+        if (name == MAIN or name.startswith("rate")) and m.method == "grpo" and m.trained:
+            found.setdefault(m.trained["learning_rate"], runs.of(name))
     has_main = MAIN in [run.name for run in found.values()]
     return dict(sorted(found.items())) if len(found) > 1 and has_main else {}
 
@@ -45,7 +43,7 @@ def page(runs: Runs) -> str:
     """Five tables, or nothing where there is one rate. The first is what a jump is worth."""
     if not rates(runs):
         return ""
-    after, late, far = gains(runs)
+    after, late, far = gains(runs) if columns(runs) else ("", "", "")
     return "\n\n".join(filter(None, [late, levels(runs), after, far, meter(runs)]))
 
 
@@ -53,18 +51,6 @@ def at_multiple(runs: Runs, rate: float, times: int) -> Runs:
     """The run at `times` this rate; one in which nothing was measured where there is none."""
     found = [r for other, r in rates(runs).items() if abs(other / rate / times - 1) < 0.01]
     return found[0] if found else runs.of("none")
-
-
-def cells(gaps: list[tuple[Measured, Measured]], seeds: int) -> list[str]:
-    """The difference of each pair, a pair a rate; with several seeds also how much larger it is at
-    the first rate than at the last one. Where only some of the seeds have it, how many."""
-    if not gaps:
-        return []
-    first, last = (a.gaps(b) for a, b in (gaps[0], gaps[-1]))
-    change = over_seeds([first[s] - last[s] for s in first if s in last])
-    found = [a - b for a, b in gaps] + ([change] if seeds > 1 and len(gaps) > 1 else [])
-    some = [f" ({x.n} of {seeds} seeds)" if 0 < x.n < seeds else "" for x in found]
-    return [x.points() + of for x, of in zip(found, some, strict=True)]
 
 
 def shown_steps(runs: Runs) -> list[int]:
@@ -106,31 +92,41 @@ def levels(runs: Runs) -> str:
 
 
 def gains(runs: Runs) -> list[str]:
-    """The gain of every jump at once, and after more RL; a column a rate that has both."""
-    at, prefix, total = columns(runs), runs.prefix, runs.total
+    """The gain of every jump at once, and after more RL, a column a rate that has both. Of several
+    seeds also the first rate less the last, and how many have it where only some do."""
+    at, prefix, total, seeds = columns(runs), runs.prefix, runs.total, len(runs.seeds)
+    several = seeds > 1 and len(at) > 1
 
-    def line(label: str, policy: str, step: int) -> list[str]:
-        pairs = [(run.get(policy), run.at(step)) for run in at.values()]
-        return [label, *cells(pairs, len(runs.seeds))]
+    def jumps(policy: str, step: int) -> list[tuple[Measured, Measured]]:
+        return [(run.get(policy), run.at(step)) for run in at.values()]
+
+    def line(label: str, pairs: list[tuple[Measured, Measured]]) -> list[str]:
+        gaps = [a - b for a, b in pairs]
+        if several:
+            first, *_, last = (a.gaps(b) for a, b in pairs)
+            gaps.append(over_seeds([first[s] - last[s] for s in first if s in last]))
+        some = [f" ({x.n} of {seeds} seeds)" if 0 < x.n < seeds else "" for x in gaps]
+        return [label, *(x.points() + of for x, of in zip(gaps, some, strict=True))]
 
     after, late = (
-        [line(label_of(method), policy, step) for method, policy in found.items()]
+        [line(label_of(method), jumps(policy, step)) for method, policy in found.items()]
         for step, found in gained(runs).items()
     )
     for times, label in TIMES.items():
         pairs = [(at_multiple(runs, r, times).at(total), run.at(total)) for r, run in at.items()]
-        late += [[label, *cells(pairs, len(runs.seeds))]] if any(a for a, _ in pairs) else []
+        late += [line(label, pairs)] if any(a for a, _ in pairs) else []
     for m in runs.of(plans.SECOND).some():
         other = "no other jump" if m.method == "none" else "another jump"
         label = f"{label_of(DEFAULT)}, merged; half-way {other}"
         mine = {rate: m for rate in at if rate == m.trained["learning_rate"]}
         pairs = [(mine.get(rate, Measured("")), run.at(total)) for rate, run in at.items()]
-        late.append([label, *cells(pairs, len(runs.seeds))])
-    swept = [m for m in runs.some() if m.jumped and m.alpha and m.method in BY_ALPHA]
+        late.append(line(label, pairs))
+    swept = [m for m in runs.some() if m.policy.startswith("extrapolated/") and m.alpha]
+    swept = [m for m in swept if m.method in BY_ALPHA]
     swept.sort(key=lambda m: (place(m), m.alpha))
-    far = [line(f"{label_of(m.method)}, alpha {m.alpha:g}", m.policy, prefix) for m in swept]
+    far = [line(f"{label_of(m.method)}, alpha {m.alpha:g}", jumps(m.policy, prefix)) for m in swept]
     header = [f"learning rate {rate:g} {runs.interval}" for rate in at]
-    header += [f"{min(at):g} minus {max(at):g}"] if len(runs.seeds) > 1 and len(at) > 1 else []
+    header += [f"{min(at):g} minus {max(at):g}"] if several else []
     return [
         table([f"right after the jump, − GRPO at {prefix}", *header], after),
         table([f"after {total} RL steps, − GRPO at {total}", *header], late),
@@ -149,10 +145,9 @@ def points(runs: Runs, method: str, by: str = "jump") -> list[tuple[float, float
         start = run.at(runs.prefix if by == "jump" else runs.total)
         end = run.jump(method) if by == "jump" else run.later(method)
         end = at_multiple(runs, rate, 2).at(runs.total) if by == "rate" else end
-        gaps, cosines = end.gaps(start), run.cosines(method)
-        for seed in [seed for seed in cosines if seed in gaps]:
-            if start.by_seed[seed].accuracy >= least:
-                found.append((cosines[seed], 100 * gaps[seed], rate))
+        gaps = {s: x for s, x in end.gaps(start).items() if start.by_seed[s].accuracy >= least}
+        cosines = run.cosines(method)
+        found += [(cosines[seed], 100 * gaps[seed], rate) for seed in cosines if seed in gaps]
     return found
 
 
@@ -181,10 +176,9 @@ def accuracy(runs: Runs):
     label = f"{label_of(DEFAULT)}, at {runs.total}"
     shown[runs.later(DEFAULT).policy] = CURVES[DEFAULT] | {"label": label, "ls": "", "ms": 6}
     curves = {policy: {r: run.get(policy).accuracy for r, run in found.items()} for policy in shown}
-    curves = {policy: {r: y for r, y in curve.items() if y} for policy, curve in curves.items()}
-    broken = {r for curve in curves.values() for r, y in curve.items() if y.mean < least}
+    broken = {r for curve in curves.values() for r, y in curve.items() if y and y.mean < least}
     for policy, curve in curves.items():
-        series(axis, {r: y for r, y in curve.items() if r not in broken}, **shown[policy])
+        series(axis.errorbar, {r: y for r, y in curve.items() if r not in broken}, **shown[policy])
     axis.set(xscale="log", xlabel="learning rate", ylabel=f"accuracy %, ± s.e. over {runs.over}")
     whole = [rate for rate in found if rate not in broken]
     axis.set_xticks(whole, [f"{rate:g}" for rate in whole], rotation=45)
@@ -222,8 +216,7 @@ def gain(runs: Runs):
         for method in shown:
             policy = policies.get(method, "")  # one without a line here has one in the other panel
             gaps = {rate: run.get(policy) - run.at(step) for rate, run in found.items()}
-            gaps = {rate: gap for rate, gap in gaps.items() if gap}
-            series(axis, gaps, **CURVES[method], label=label_of(method))
+            series(axis.errorbar, gaps, **CURVES[method], label=label_of(method))
         axis.axhline(0, color="gray", lw=1)
         axis.set(xscale="log", xlabel="learning rate", ylabel=f"points over GRPO at {step}")
         wide(axis)

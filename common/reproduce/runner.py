@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from common import UserError
 from common.files.read import read_json
+from common.files.stage import signals
 from common.files.write import write_json, writing
 from common.reproduce.plans import Job
 
@@ -45,7 +46,6 @@ class Runner:
             print(f"done already: {count if self.logs else ', '.join(self.finished)}")
         work = sum(job.work for job in self.waiting)
         self.bar = tqdm(total=work, desc="whole experiment", bar_format=BAR)
-        number = signal.SIGINT
         with self.bar, futures.ThreadPoolExecutor(len(self.free)) as readers:
             try:
                 while self.waiting or self.running:
@@ -55,13 +55,10 @@ class Runner:
                     ended, _ = futures.wait(self.running, return_when=futures.FIRST_COMPLETED)
                     for reader in ended:
                         self._end(reader)
-            except KeyboardInterrupt as stop:
-                number = stop.args[0] if stop.args else number
-                raise
             finally:
                 for _, process, _ in self.running.values():  # a launcher does not pass a signal on
                     with contextlib.suppress(ProcessLookupError):
-                        os.killpg(process.pid, number)
+                        os.killpg(process.pid, [*signals, signal.SIGINT][0])
 
     def _start(self, job: Job, readers: futures.Executor) -> None:
         self.bar.write(f"$ {job.line}")

@@ -82,7 +82,7 @@ class Runs:
 
     name = MAIN  # the run that the methods speak of; `of` gives the others
 
-    def __init__(self, root: pathlib.Path, seeds: list[int] | None = None):
+    def __init__(self, root: pathlib.Path, seeds: list[int] | None = None, beside=()):
         self.root, self.seeds, self.is_grid = root, seeds or [0], seeds is not None
         several = len(self.seeds) > 1
         self.over, self.interval = ("seeds", "[95%]") if several else ("problems", "[± 2 s.e.]")
@@ -96,7 +96,7 @@ class Runs:
             for name in names:
                 made = load_results(self.of(name).folder(seed)).values()
                 found += [dataclasses.replace(result, seed=seed, run=name) for result in made]
-        self.tasks, self.left_out, self.beside = (), [], []
+        self.tasks, self.left_out, self.beside = (), [], [*beside]
         self.all = self._alike(found) if found else []
         self.measured: dict[tuple[str, str], Measured] = {}
         for r in self.all:
@@ -121,7 +121,7 @@ class Runs:
 
     def _alike(self, found: list[Result]) -> list[Result]:
         """What was measured on the same problems with the same options, and trained alike."""
-        why, alike = collections.defaultdict(list), []
+        why = collections.defaultdict(list)  # the id of a result -> what is odd about it
         # Stage 1's options, of the first seed; without its policies those of stage 5.
         order = sorted(found[::-1], key=lambda r: not r.policy.startswith("continued/"))
         trained = {r.run: r.trained for r in order if r.trained}
@@ -147,9 +147,7 @@ class Runs:
             if reasons:
                 run = f"seed{r.seed}/{r.run}/" if self.is_grid else ""
                 self.left_out.append(f"{run}{r.policy}: {'; '.join(dict.fromkeys(reasons))}")
-            else:
-                alike.append(r)
-        return alike
+        return [r for r in found if not why[id(r)]]
 
     def get(self, policy: str) -> Measured:
         return self.measured.get((self.name, policy), Measured(policy))

@@ -12,7 +12,7 @@ from common.reproduce.tables import RECIPES
 PARTS = {"RL": "#56B4E9", "SVD": "#D55E00", "predictor": "#E69F00", "extrapolation": "#009E73"}
 HOURS, A800 = table_of("paper.yaml")["hours"], 4  # GPUs
 SECONDS = "wall seconds"
-SIDES = {"without a jump": "#999999", "NExt": "#0072B2"}
+SIDES = {"without a jump": (-0.2, "#999999"), "NExt": (0.2, "#0072B2")}
 
 
 def machines(models: list[Runs]) -> tuple[list[str], str, list[float]]:
@@ -31,8 +31,7 @@ def cost(runs: Runs):
         model = f"{name}: " if runs.beside else ""
         for m in [*map(one.later, reversed(RECIPES)), one.at(one.reference or one.total)]:
             if found := [r.spent for r in m.by_seed.values() if r.seconds]:
-                means = {p: statistics.fmean(r.get(p, 0.0) for r in found) for p in PARTS}
-                means = {part: factor * value for part, value in means.items()}
+                means = {p: factor * statistics.fmean(r.get(p, 0.0) for r in found) for p in PARTS}
                 label = f"{model}{m.label}, {m.steps} steps"
                 steps, hours = HOURS.get(name, {}).get(m.method.split("-")[0], (0, 0))
                 if steps == m.steps and unit != SECONDS:
@@ -58,17 +57,15 @@ def cost(runs: Runs):
 
 def gpqa(runs: Runs):
     """Fig. 7: accuracy on GPQA and the cost of training, by model, without a jump and with it."""
-    models, found = [runs, *runs.beside], []
-    for one in models:
-        plain, jumped = one.at(one.reference or one.total), one.later("next-paper", made="_merged")
-        found.append((plain, jumped or one.later("next-paper")))
-    if not all(m and m.of_suite("gpqa") for pair in found for m in pair):
+    models = [runs, *runs.beside]
+    plain = [one.at(one.reference or one.total) for one in models]
+    jumped = [one.later("next-paper", made="_merged") or one.later("next-paper") for one in models]
+    if not all(m and m.of_suite("gpqa") for m in (*plain, *jumped)):
         return None
     names, unit, factors = machines(models)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
-    for i, (side, colour) in enumerate(SIDES.items()):
-        policies = [pair[i] for pair in found]
-        at = [x + 0.4 * i - 0.2 for x in range(len(models))]
+    for policies, (side, (offset, colour)) in zip((plain, jumped), SIDES.items(), strict=True):
+        at = [x + offset for x in range(len(models))]
         levels = [m.on(m.of_suite("gpqa")).accuracy for m in policies]
         look = {"width": 0.4, "color": colour, "label": side}
         left.bar(at, [100 * y.mean for y in levels], yerr=[100 * y.error for y in levels], **look)

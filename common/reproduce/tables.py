@@ -25,18 +25,13 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|---|" + "--:|" * (len(header) - 1), *lines[1:]]) if rows else ""
 
 
-def icer(found: Measured, base: Measured, steps: int = 0) -> str:
-    """RL steps for a point above the backbone `base`."""
+def cost(found: Measured, base: Measured, steps: int) -> list[str]:
+    """ICER, the RL steps for a point above the backbone `base`; response length, wall seconds."""
     gain = 100 * (found.accuracy.mean - base.accuracy.mean) if base else 0.0
-    return f"{(steps or found.steps) / gain:.1f}" if found.steps and gain > 0 else "–"
-
-
-def cost(runs: Runs, found: Measured, steps: int) -> list[str]:
-    """ICER, response length, wall seconds."""
     results = found.by_seed.values()
     seconds = [r.seconds for r in results if r.seconds is not None]
     return [
-        icer(found, runs.get("backbone"), steps),
+        f"{steps / gain:.1f}" if steps and gain > 0 else "–",
         f"{statistics.fmean(r.length for r in results):.1f}",
         f"{statistics.fmean(seconds):.0f}" if seconds else "–",
     ]
@@ -49,13 +44,12 @@ def alpha_of(found: Measured) -> str:
 
 def main_table(runs: Runs) -> str:
     """Tables 3 and 4: the backbone, plain GRPO, every method after the RL that follows its jump."""
-    before, rounds, rows = runs.before, plans.LOOP_ROUNDS, []
+    base, before, rounds, rows = runs.get("backbone"), runs.before, plans.LOOP_ROUNDS, []
     against = [0, runs.reference] if runs.reference else [0]  # 0: GRPO at as many steps
     loop = runs.of(f"loop/round{rounds}")
-    listed = [runs.get("backbone"), *runs.of("full").plain(), *runs.plain()]
-    listed += [before] if before not in listed else []
-    listed += [m for m in runs.some() if m.method == m.policy != "backbone"]  # of no known step
-    for m in filter(None, [*listed, *runs.ended(), *loop.some()]):
+    unknown = [m for m in runs.some() if m.method == m.policy]  # of no known step, or the backbone
+    listed = [base, *runs.of("full").plain(), *runs.plain(), before, *unknown]
+    for m in filter(None, dict.fromkeys([*listed, *runs.ended(), *loop.some()])):
         label, steps = m.label, m.steps
         if m.run == loop.name:
             label, steps = f"RL-Extra, {rounds} rounds of {steps}", rounds * steps
@@ -63,7 +57,7 @@ def main_table(runs: Runs) -> str:
             label = "before the jump"
         gaps = [(m - runs.at(step or steps)).points() if steps else "–" for step in against]
         trained = str(steps) if steps or m.policy == "backbone" else "–"
-        row = [label, trained, alpha_of(m), runs.count(m), m.level(), *gaps, *cost(runs, m, steps)]
+        row = [label, trained, alpha_of(m), runs.count(m), m.level(), *gaps, *cost(m, base, steps)]
         # The seconds of a loop's last round are not those of all rounds.
         rows.append([*row[:-1], "–"] if m.run == loop.name else row)
     header = ["policy", "RL steps", "alpha", runs.counted, "accuracy % ± s.e."]
@@ -88,8 +82,9 @@ def beside_paper(runs: Runs) -> str:
                 run = {"full": "full parameters", **ALGORITHMS}[name]
                 label = f"{run}, {'no jump' if m.method == 'grpo' else m.label}, {m.steps} steps"
                 label = f"Table {number}: {label if m.steps else m.label}"
-                each = [m.on([task]).accuracy.plain(100, 1) for task in tasks[size]]
-                pairs = itertools.zip_longest([*each, m.level(), icer(m, base)], printed[size])
+                each = [m.on([task]).level() for task in tasks[size]]
+                each += [m.level(), cost(m, base, m.steps)[0]]
+                pairs = itertools.zip_longest(each, printed[size])
                 rows.append([label, *(f"{a} ({b})" if b is not None else a for a, b in pairs)])
         found.append(table(["ours (the paper's)", *tasks[size], "mean, %", "ICER ↓"], rows))
     return "\n\n".join(filter(None, found))
@@ -99,18 +94,16 @@ def jumps_table(runs: Runs) -> str:
     """Right after the jump, before any more RL: at the paper's alpha, or what has none."""
     found = [m for m in runs.some() if m.jumped and m.method != "none"]
     found = [m for m in found if m.alpha in (MAIN_ALPHA, None, OWN_ALPHA.get(m.method))]
-    if not found:
-        return ""
     rows, before, control, cosines = [], runs.before, runs.jump("repeat-last"), runs.jump_cosines()
     for m in filter(None, [before, *sorted(found, key=place)]):
         label = "before the jump" if m is before else m.label
         row = [label, alpha_of(m), runs.count(m), m.level()]
         row += [(m - other).points() for other in (before, control)]
         row += [cosines.get(m.policy, Estimate()).plain()]
-        rows.append(row + cost(runs, m, runs.prefix))
+        rows.append(row + cost(m, runs.get("backbone"), runs.prefix))
     header = ["jump", "alpha", runs.counted, "accuracy % ± s.e.", f"− before it {runs.interval}"]
     header += [f"− repeat-last {runs.interval}", "cosine with the true next delta"]
-    return table([*header, *COST], rows)
+    return table([*header, *COST], rows if found else [])
 
 
 def variants(runs: Runs, title: str, methods: tuple[str, ...]) -> str:

@@ -18,7 +18,7 @@ from common.files import write
 from common.files.adapters import CONFIG, VLLM_RANKS
 from common.files.read import step_of
 from common.files.stage import run_stage
-from common.reproduce.check import options_of, stage_of
+from common.reproduce.check import options_of
 from common.reproduce.plans import TABLES, Job
 from common.reproduce.results import table_of
 from common.rl import data
@@ -44,18 +44,18 @@ def commands(jobs: list[Job], preset: str, root: str, flags: str) -> list[str]:
         raise UserError(f"verl_flags: want key=value, not {odd[0]}")
     own = dict(word.split("=", 1) for word in shlex.split(flags))
     for job in jobs:
-        if (stage := stage_of(job)) not in ("01", "05"):
+        if job.stage not in ("01", "05"):
             lines.append(job.line)
             continue
-        cfg = options_of(stage, job.argv[job.argv.index("--config") :])
-        for key, usual in (FROM_ZERO if stage == "01" else ONLY_OURS).items():
+        cfg = options_of(job.stage, job.argv[job.argv.index("--config") :])
+        for key, usual in (FROM_ZERO if job.stage == "01" else ONLY_OURS).items():
             if (value := getattr(cfg, key)) != usual:
                 raise UserError(f"verl has no {key} {value}, which this job wants: {job.line}")
         if not before:
             asked = ["problems", problems, "--config", preset, "--run-dir", root]
             lines.append(shlex.join([*OURS, *asked]))
         first = before.setdefault(cfg.run_dir, cfg.steps)
-        if stage == "01":
+        if job.stage == "01":
             folder, step, backbone, sections = "train", 0, cfg.backbone, []
         else:
             name, whole = cfg.start.removeprefix("merged/"), cfg.start.startswith("merged/")

@@ -119,12 +119,11 @@ def save(policy, tokenizer, folder: pathlib.Path | None) -> None:
     folder.
     """
     if isinstance(policy, PeftModel):
-        if not folder:
-            return
         config = policy.peft_config["default"]
         if isinstance(config.target_modules, set):  # which has any order
             config.target_modules = sorted(config.target_modules)
-        policy.save_pretrained(folder, save_embedding_layers=False)
+        if folder:
+            policy.save_pretrained(folder, save_embedding_layers=False)
         return
     # The backbone's sampling defaults are not how it is trained, and saving refuses some of them.
     ends = {key: getattr(policy.generation_config, key) for key in ("eos_token_id", "pad_token_id")}

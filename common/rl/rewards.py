@@ -5,7 +5,6 @@ A function has TRL's signature: score(prompts, completions, **columns) -> a numb
 lists: `answer`, the data's other columns, `completion_ids`, `finished`.
 """
 
-import contextlib
 import importlib.util
 import pathlib
 import sys
@@ -38,18 +37,16 @@ def call(name: str, function: Callable, columns: dict[str, list]) -> list[float]
     def values(columns: dict) -> list[float]:
         return [float(value or 0) for value in function(**columns)]
 
-    def passes(i: int) -> bool:
-        with contextlib.suppress(Exception):  # whatever a user's code raises
-            values({key: column[i : i + 1] for key, column in columns.items()})
-            return True
-        return False
-
     try:
         return values(columns)
     except Exception as error:
-        passed = [passes(i) for i in range(len(columns["prompts"]))]
-        row = columns["prompts"][passed.index(False)] if {*passed} == {True, False} else None
-        where = f" for {row[0]['content'][:50]!r}" if row else ""
+        failed = []
+        for i, (prompt,) in enumerate(columns["prompts"]):
+            try:
+                values({key: column[i : i + 1] for key, column in columns.items()})
+            except Exception:  # noqa: BLE001  (whatever a user's code raises)
+                failed.append(prompt["content"][:50])
+        where = f" for {failed[0]!r}" if 0 < len(failed) < len(columns["prompts"]) else ""
         with in_one_line(f"reward {name} failed{where}", ADVICE):
             raise error
 
