@@ -135,7 +135,7 @@ def train(run: Run, stage: Stage, first_step: int) -> None:
             updates, size = [], cfg.mini_batch * cfg.rollouts // processes
             for start in range(0, len(batch.completions), size):
                 mini, losses = range(start, start + size), []
-                weights = training.token_weights(run, batch, mini)  # sum: 1 (seq: 1/G 1/|y|)
+                weights = training.token_weights(run, batch, mini)  # sum: 1 over all processes
                 for micro in training.micro_batches(run, batch, mini):
                     loss, clipped = loss_of(run, batch, micro, weights)
                     loss.backward()

@@ -193,9 +193,9 @@ def interrupted(command: list[str], at: str) -> str:
     quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "start_new_session": True}
     first, printed = subprocess.Popen(command, cwd=ROOT, text=True, **quiet), []
     for line in first.stdout:
-        printed.append(line)
-        if at in line:
+        if at in line and not any(at in before for before in printed):
             first.send_signal(signal.SIGINT)
+        printed.append(line)
     assert first.wait() == 130, "".join(printed)
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert again.returncode == 0, again.stdout + again.stderr

@@ -25,7 +25,7 @@ LINES = {  # file -> at most this many lines
 }
 STAGES = [name for name in LINES if name[0] == "0"]
 HELPERS = dict(zip(STAGES, (4, 3, 3, 3, 4, 4), strict=True))  # units that a stage imports
-COMMON_LINES = 7074  # 4,500 is the aim
+COMMON_LINES = 7076  # 4,500 is the aim
 FILE_LINES, FUNCTION_LINES = 250, 50
 COLUMNS, PARAMETERS = 100, 6
 

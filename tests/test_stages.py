@@ -397,7 +397,7 @@ def by_two(finished_run, empty_run, tmp_path_factory) -> pathlib.Path:
     lines += FAILING.format(script=SCRIPTS["01"], run=str(failed))
     (folder / "in_turn.py").write_text(lines)
     process = start_two(str(folder / "in_turn.py"), run, "cpu_processes")
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=420)
     assert process.returncode not in (0, None), output
     assert "error: the verifier of process 1 is gone" in output
     assert output.count("2 process(es) on cpu") == 3

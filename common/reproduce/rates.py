@@ -40,7 +40,7 @@ def gained(runs: Runs) -> dict[int, dict[str, str]]:
 
 
 def page(runs: Runs) -> str:
-    """Five tables, or nothing where there is one rate. The first is what a jump is worth."""
+    """Up to five tables, nothing where there is one rate; those of jumps where RL followed one."""
     if not rates(runs):
         return ""
     after, late, far = gains(runs) if columns(runs) else ("", "", "")

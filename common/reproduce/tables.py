@@ -94,6 +94,8 @@ def jumps_table(runs: Runs) -> str:
     """Right after the jump, before any more RL: at the paper's alpha, or what has none."""
     found = [m for m in runs.some() if m.jumped and m.method != "none"]
     found = [m for m in found if m.alpha in (MAIN_ALPHA, None, OWN_ALPHA.get(m.method))]
+    if not found:
+        return ""
     rows, before, control, cosines = [], runs.before, runs.jump("repeat-last"), runs.jump_cosines()
     for m in filter(None, [before, *sorted(found, key=place)]):
         label = "before the jump" if m is before else m.label
@@ -103,7 +105,7 @@ def jumps_table(runs: Runs) -> str:
         rows.append(row + cost(m, runs.get("backbone"), runs.prefix))
     header = ["jump", "alpha", runs.counted, "accuracy % ± s.e.", f"− before it {runs.interval}"]
     header += [f"− repeat-last {runs.interval}", "cosine with the true next delta"]
-    return table([*header, *COST], rows if found else [])
+    return table([*header, *COST], rows)
 
 
 def variants(runs: Runs, title: str, methods: tuple[str, ...]) -> str:

@@ -5,6 +5,7 @@ import importlib
 import json
 import pathlib
 import shutil
+import sys
 import types
 
 import numpy
@@ -488,7 +489,7 @@ def test_stage_6_measures_the_mean_of_checkpoints(run, stage):
 
     def typed(command, env):
         """The command in this process."""
-        assert command[1] == "06_eval.py"
+        assert command[:2] == [sys.executable, "06_eval.py"]
         call_main("06", *command[2:])
         write.release()
         return types.SimpleNamespace(returncode=0)

@@ -1,5 +1,5 @@
-"""`--grid paper` from end to end on stand-ins: the demo's model and sums, under the names and in
-the layout of the hub's model and data sets. Some minutes on two cores; CI runs it."""
+"""All commands of `--grid paper`, and its page, on stand-ins: the demo's model and sums, under the
+names and in the layout of the hub's model and data sets. CI runs it."""
 
 import itertools
 import json
@@ -103,7 +103,8 @@ def test_the_papers_tables_and_figures_are_made(hub, tmp_path):
     ):
         typed = {"cwd": ROOT, "env": env, "capture_output": True, "text": True, "timeout": 3600}
         made = subprocess.run([sys.executable, *command], **typed)
-        assert made.returncode == 0, made.stdout[-3000:] + made.stderr[-3000:]
+        told, log = made.stdout[-3000:] + made.stderr[-3000:], tmp_path / "whole.log"
+        assert made.returncode == 0, told + log.read_text()[-3000:]
     page = (root / "tables.md").read_text()
     assert "Left out of all tables" not in page
     merged = "NExt (paper), merged restart"

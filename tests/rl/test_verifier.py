@@ -276,6 +276,7 @@ def test_last_number_refuses_a_gold_that_no_number_can_equal():
 
 
 def test_a_power_tower_costs_its_limit_and_nothing_else(judge, monkeypatch):
+    monkeypatch.setattr(judge, "time_limit", 60.0)
     judge.score([r"\boxed{x^{2}}"], asked("x^2"), [True])  # the worker is up
     worker = judge._worker
     with monkeypatch.context() as patch:
@@ -301,7 +302,8 @@ def test_a_worker_that_nobody_waits_for_ends_by_itself_and_no_ctrl_c_reaches_it(
         worker.kill()
 
 
-def test_a_worker_that_died_is_replaced(judge):
+def test_a_worker_that_died_is_replaced(judge, monkeypatch):
+    monkeypatch.setattr(judge, "time_limit", 60.0)
     assert judge.score([r"\boxed{x^{2}}"], asked("x^2"), [True]) == [1.0]
     judge._worker.kill()
     judge._worker.wait()
