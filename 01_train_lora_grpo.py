@@ -48,7 +48,7 @@ class TrainConfig(options.RLConfig):
     lora_alpha: float = option(32.0, "scale alpha / r on B A (paper: 32)")
     clip_low: float = option(0.2, "epsilon of Eq. 1 downwards (open)")
     clip_high: float = option(0.2, "epsilon of Eq. 1 upwards (open)")
-    loss_aggregation: Literal["token", "seq"] = option("token", "each gets equal weight (Eq. 1: seq)")
+    loss_aggregation: Literal["token", "seq"] = option("token", "each counts the same (Eq. 1: seq)")
     kl_coef: float = option(0.0, "beta of Eq. 1, against the backbone; 0 is off (open)")
     kl_in: Literal["loss", "reward"] = option("loss", "loss + beta k3, or reward - beta k1 (open)")
     importance_cap: float = option(0.0, "highest weight pi_trainer / pi_engine; 0 is off (open)")

@@ -9,7 +9,7 @@ Writes  <run-dir>/extrapolated/<method>_alpha1.5   an adapter in fp32, rank 512 
                                                    one for each predictor: next-aligned_alpha1.5
         <run-dir>/extrapolated/<method>_accepted   with --accept: the alpha that is best on
                                                    validation problems, or no jump, if that is best
-        <run-dir>/merged/<method>_alpha1.5         a whole model: with --merge, or where no adapter fits
+        <run-dir>/merged/<method>_alpha1.5         a whole model: with --merge, or if no LoRA fits
 
 NExt is `jump` below; its rivals and the controls stand in common/baselines/methods.py. The adapters
 load unchanged in PEFT, in the trainer that you used, and in vLLM (there without modules_to_save).
