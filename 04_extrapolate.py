@@ -58,7 +58,7 @@ def jump(m: Matrix, alpha: float) -> LowRank:
 
 
 def wanted(known: Known):
-    """For each method: its name, itself, what loads its inputs, the files that these are in."""
+    """For each method: its name, the method, a function that loads its inputs, their files."""
     for name in known.cfg.methods:
         if name == "next":
             for recipe in known.cfg.recipes:

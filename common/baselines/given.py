@@ -60,9 +60,9 @@ def measuring(cfg, policies: str) -> list[str]:
 
 
 def measured(known: Known, policies: Iterable[str] = ()) -> tuple[dict, list[pathlib.Path]]:
-    """policy -> what stage 6 wrote of it to <run>/validation, a row a task, and the files; without
-    `policies` of every checkpoint. Raises UserError where they were not measured, or not alike, or
-    where the weights have changed since then."""
+    """What stage 6 wrote to <run>/validation: policy -> a row for each task; and the files. Without
+    `policies`: of every checkpoint. Raises UserError where one was not measured, or not like the
+    others, or where its weights have changed since then."""
     rows, files, ways, folder = {}, [], [], known.run / "validation"
     for policy in policies or [within(path, known.run) for path in known.series.paths.values()]:
         if pathlib.Path(policy).is_absolute():

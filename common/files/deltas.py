@@ -70,7 +70,7 @@ class Trajectory:
         return Trajectory(self.steps, self.k, deltas)
 
     def until(self, end: int, begin: int = 0) -> "Trajectory":
-        """What was known when only the first `end` checkpoints existed, from `begin` on."""
+        """Checkpoints `begin` to `end`: what was known of them when there were `end` of them."""
         ends = {"global": end, "local": end, "target": max(end - self.k, 0)}
         deltas = {
             module: {role: t[begin : ends[role]] for role, t in roles.items()}

@@ -40,7 +40,7 @@ def legend_below(figure, axis, columns: int) -> None:
 
 
 def series(draw, found: dict[float, Estimate], scale: float = 100, **look):
-    """`draw` with what was measured and its standard errors, in percent unless `scale` is 1."""
+    """Calls `draw` with means and standard errors, in percent unless `scale` is 1."""
     found = {x: y for x, y in found.items() if y}
     means = [scale * y.mean for y in found.values()]
     return draw([*found], means, yerr=[scale * y.error for y in found.values()], **look)

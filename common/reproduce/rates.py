@@ -40,7 +40,7 @@ def gained(runs: Runs) -> dict[int, dict[str, str]]:
 
 
 def page(runs: Runs) -> str:
-    """Up to five tables, nothing where there is one rate; those of jumps where RL followed one."""
+    """Up to five tables, nothing for one rate. Tables of jumps need RL after a jump."""
     if not rates(runs):
         return ""
     after, late, far = gains(runs) if columns(runs) else ("", "", "")
@@ -92,8 +92,8 @@ def levels(runs: Runs) -> str:
 
 
 def gains(runs: Runs) -> list[str]:
-    """The gain of every jump at once, and after more RL, a column a rate that has both. Of several
-    seeds also the first rate less the last, and how many have it where only some do."""
+    """The gain of every jump, at once and after more RL; a column for each rate that has both. With
+    several seeds also the first rate minus the last; and how many seeds, where some lack it."""
     at, prefix, total, seeds = columns(runs), runs.prefix, runs.total, len(runs.seeds)
     several = seeds > 1 and len(at) > 1
 
